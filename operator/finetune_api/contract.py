@@ -1,0 +1,163 @@
+"""The contract between the operator (or `finetune run --local`) and the trainer.
+
+Exit codes, termination messages, the workspace layout, `job.json`, and progress reports. Both sides import
+this module, so neither can drift from the other.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .base import APIModel
+from .spec import FineTuneJobSpec
+from .status import Plan
+
+Stage = Literal["prepare", "train", "evaluate", "publish"]
+
+#: Kubernetes keeps 4096 bytes of a termination message
+TERMINATION_MESSAGE_LIMIT = 4096
+PROGRESS_BODY_LIMIT = 16 * 1024
+
+
+class ExitCode(enum.IntEnum):
+    """What a stage's exit code means to the operator. Codes below 10 and above 99 are left to the runtime."""
+
+    DONE = 0
+    USER_ERROR = 10
+    """Bad data or settings: never retried."""
+    OUT_OF_MEMORY = 11
+    """Retried with half the per-device batch and twice the accumulation."""
+    INFRASTRUCTURE = 12
+    """Retried from the last checkpoint."""
+    STOPPED = 13
+    """Stopped on request with a checkpoint saved: not counted as a restart."""
+
+
+class Mounts:
+    """Where things are inside a stage's container."""
+
+    JOB = "/etc/finetune/job"
+    WORKSPACE = "/workspace"
+    SOURCES = "/sources"
+    TARGETS = "/targets"
+    SECRETS = "/var/run/finetune/secrets"
+    TOKEN = "/var/run/finetune/progress"
+    TERMINATION_LOG = "/dev/termination-log"
+
+
+class Env:
+    """Environment variables that differ between pods of one job; all that is common stands in job.json."""
+
+    RANK = "FINETUNE_NODE_RANK"
+    ATTEMPT = "FINETUNE_ATTEMPT"
+    PLAN = "FINETUNE_PLAN"
+    MAIN_ADDRESS = "FINETUNE_MAIN_ADDRESS"
+    MAIN_PORT = "FINETUNE_MAIN_PORT"
+    PROGRESS_URL = "FINETUNE_PROGRESS_URL"
+    ALLOW_CPU = "FINETUNE_ALLOW_CPU"
+    POD_NAME = "FINETUNE_POD_NAME"
+
+
+class JobFile(APIModel):
+    """job.json: the resolved job, mounted read-only into every stage."""
+
+    name: str
+    namespace: str
+    uid: str
+    spec: FineTuneJobSpec
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Folder of each claim or ConfigMap that the spec refers to, by `scheme://name`."""
+    targets: dict[str, str] = Field(default_factory=dict)
+    """Folder of each claim that results are published to, by `pvc://name`."""
+    secrets: dict[str, str] = Field(default_factory=dict)
+    """File that holds each secret, by field: model, train, publish-0 and so on."""
+
+    def dumps(self) -> str:
+        """Deterministic JSON: the same job gives the same bytes."""
+        return json.dumps(self.to_wire(), sort_keys=True, indent=1)
+
+
+class StageResult(APIModel):
+    """A stage's last words, its termination message: short JSON that reaches the job's conditions."""
+
+    reason: Annotated[str, Field(max_length=128)]
+    """CamelCase reason."""
+    message: Annotated[str, Field(max_length=3000)] = ""
+    """What happened and what to do, for people."""
+    result: dict[str, Any] = Field(default_factory=dict)
+    """What the stage found or made: goes into the status."""
+
+    def dumps(self) -> str:
+        """JSON within the kubelet's limit; the message is cut when needed, the result never."""
+        text = json.dumps(self.to_wire(), ensure_ascii=True)
+        over = len(text) - TERMINATION_MESSAGE_LIMIT
+        if over <= 0:
+            return text
+        message = self.message.encode("ascii", "replace").decode()
+        shortened = self.model_copy(update={"message": message[: max(0, len(message) - over - 64)] + " ..."})
+        return json.dumps(shortened.to_wire(), ensure_ascii=True)
+
+
+def read_stage_result(text: str) -> StageResult | None:
+    """The stage result in a termination message, or None when it holds something else (a log tail, say)."""
+    try:
+        return StageResult.model_validate(json.loads(text))
+    except ValueError:
+        return None
+
+
+class ProgressReport(APIModel):
+    """What training rank 0 sends to the operator's progress endpoint."""
+
+    attempt: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0)]
+    total_steps: Annotated[int, Field(ge=0)]
+    epoch: Annotated[float, Field(ge=0)] = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: Annotated[float, Field(ge=0)] | None = None
+    eta_seconds: Annotated[float, Field(ge=0)] | None = None
+    checkpoint_step: Annotated[int, Field(ge=0)] | None = None
+
+
+def progress_audience(namespace: str, name: str) -> str:
+    """Audience of the token that a job's pods report progress with: good for that job alone."""
+    return f"https://finetune.dev/namespaces/{namespace}/finetunejobs/{name}/progress"
+
+
+class Layout:
+    """The workspace: one folder per job, and a cache that jobs share."""
+
+    def __init__(self, root: str, namespace: str, name: str, uid: str) -> None:
+        self.cache = f"{root}/cache"
+        self.job = f"{root}/jobs/{namespace}-{name}-{uid[:8]}"
+        self.data = f"{self.job}/data"
+        self.checkpoints = f"{self.job}/checkpoints"
+        self.output = f"{self.job}/output"
+        self.reports = f"{self.job}/reports"
+        self.train_rows = f"{self.data}/train.jsonl"
+        self.eval_rows = f"{self.data}/eval.jsonl"
+        self.plan = f"{self.reports}/plan.json"
+        self.data_report = f"{self.reports}/data.json"
+        self.model_reference = f"{self.data}/model.json"
+        self.evaluation_report = f"{self.reports}/evaluation.json"
+        self.history = f"{self.reports}/history.jsonl"
+
+
+__all__ = [
+    "Env",
+    "ExitCode",
+    "JobFile",
+    "Layout",
+    "Mounts",
+    "Plan",
+    "ProgressReport",
+    "Stage",
+    "StageResult",
+    "progress_audience",
+    "read_stage_result",
+]

@@ -1,0 +1,171 @@
+"""The CustomResourceDefinition, generated from the pydantic models: `python -m finetune_api.crd`.
+
+pydantic's JSON Schema is turned into the structural subset that Kubernetes accepts; what has no equivalent
+there raises instead of being dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import GROUP, KIND, PLURAL, VERSION
+from .base import APIModel
+from .spec import FineTuneJobSpec
+from .status import FineTuneJobStatus
+
+HEADER = "# Generated from operator/finetune_api by `make crds`. Do not edit.\n"
+_DROPPED = {"title", "examples", "discriminator", "$defs"}
+_ALLOWED = {
+    "type", "format", "description", "default", "enum", "pattern", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "minProperties", "items",
+    "properties", "required", "additionalProperties", "nullable",
+    "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-map-type",
+    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string",
+}  # fmt: skip
+
+
+def structural_schema(model: type[APIModel]) -> dict[str, Any]:
+    """The structural OpenAPI v3 schema of a model. Raises TypeError on what Kubernetes cannot express."""
+    schema = model.model_json_schema(by_alias=True)
+    return _convert(schema, schema.get("$defs", {}), ())
+
+
+def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+    node = dict(node)
+    if "$ref" in node:
+        name = node.pop("$ref").rsplit("/", 1)[1]
+        if name in seen:
+            raise TypeError(f"{name} refers to itself: no structural schema can say that")
+        # the field's own description wins over the one of its type
+        return _convert({**definitions[name], **node}, definitions, (*seen, name))
+    if "anyOf" in node:
+        inner = [option for option in node.pop("anyOf") if option.get("type") != "null"]
+        if len(inner) != 1:
+            raise TypeError(f"a union of {len(inner)} types: use optional sibling blocks with an exactly-one rule")
+        if node.get("default", ...) is None:
+            del node["default"]
+        return _convert({**inner[0], **node}, definitions, seen)
+    if "const" in node:
+        node["enum"] = [node.pop("const")]
+    for bound in ("Minimum", "Maximum"):
+        exclusive = f"exclusive{bound}"
+        if isinstance(node.get(exclusive), int | float):
+            node[bound.lower()] = node[exclusive]
+            node[exclusive] = True
+    if "properties" in node:
+        required = set(node.get("required", []))
+        node["properties"] = {
+            name: _property(child, definitions, seen, optional=name not in required)
+            for name, child in node["properties"].items()
+        }
+        if node.get("additionalProperties") is False:
+            del node["additionalProperties"]
+    elif isinstance(node.get("additionalProperties"), dict):
+        node["additionalProperties"] = _convert(node["additionalProperties"], definitions, seen)
+    elif node.get("type") == "object":
+        node.pop("additionalProperties", None)
+        node["x-kubernetes-preserve-unknown-fields"] = True
+    if "items" in node:
+        node["items"] = _convert(node["items"], definitions, seen)
+    for key in _DROPPED & set(node):
+        del node[key]
+    if isinstance(node.get("description"), str):
+        node["description"] = " ".join(node["description"].split())
+    unknown = set(node) - _ALLOWED
+    if unknown:
+        raise TypeError(f"no structural equivalent for {sorted(unknown)} in {node}")
+    return node
+
+
+def _property(child: dict[str, Any], definitions: dict[str, Any], seen: tuple[str, ...], *, optional: bool) -> dict[str, Any]:
+    nullable_default = "anyOf" in child
+    converted = _convert(child, definitions, seen)
+    if optional and not nullable_default and "properties" in converted and "default" not in converted:
+        converted["default"] = {}  # the API server fills defaults of a block only when the block is there
+    return converted
+
+
+def printer_columns() -> list[dict[str, Any]]:
+    """Columns of `kubectl get`; priority 1 shows with `-o wide`."""
+
+    def column(name: str, path: str, type_: str = "string", **more: Any) -> dict[str, Any]:
+        return {"name": name, "type": type_, "jsonPath": path, **more}
+
+    return [
+        column("Phase", ".status.phase"),
+        column("Progress", ".status.progress.percent", "integer", description="Percent of the training steps"),
+        column("Loss", ".status.progress.loss", "number", description="Training loss"),
+        column("Queue", ".spec.scheduling.queue"),
+        column("GPUs", ".status.totalGpus", "integer"),
+        column("Restarts", ".status.attempt", "integer"),
+        column("Age", ".metadata.creationTimestamp", "date"),
+        column("Model", ".spec.model.uri", priority=1),
+        column("Method", ".spec.tuning.method", priority=1),
+        column("ETA", ".status.progress.eta", priority=1),
+        column("Nodes", ".spec.distribution.nodes", "integer", priority=1),
+    ]
+
+
+def crd() -> dict[str, Any]:
+    """The CustomResourceDefinition of FineTuneJob."""
+    schema = {
+        "description": "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model.",
+        "type": "object",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string", "description": "API version of this object."},
+            "kind": {"type": "string", "description": "Kind of this object."},
+            "metadata": {"type": "object"},
+            "spec": structural_schema(FineTuneJobSpec),
+            "status": structural_schema(FineTuneJobStatus),
+        },
+    }
+    del schema["properties"]["status"]["properties"]["phase"]["default"]  # type: ignore[index]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}", "labels": {"app.kubernetes.io/part-of": "finetune-operator"}},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": KIND.lower(),
+                "shortNames": ["ftj"],
+                "categories": ["all", "finetune"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": printer_columns(),
+                    "schema": {"openAPIV3Schema": schema},
+                }
+            ],
+        },
+    }
+
+
+def render() -> str:
+    """The YAML text of crds/ and of the chart's copy."""
+    return HEADER + yaml.safe_dump(crd(), sort_keys=False, width=120)
+
+
+def main() -> None:
+    """Write the CRD to each path given, or to standard output."""
+    for path in sys.argv[1:]:
+        Path(path).write_text(render())
+    if len(sys.argv) == 1:
+        print(render(), end="")
+
+
+if __name__ == "__main__":
+    main()

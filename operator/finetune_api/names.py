@@ -1,0 +1,64 @@
+"""Names, labels and annotations of everything that belongs to a job. Deterministic, valid and unique."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from .contract import Stage
+
+MANAGER = "finetune-operator"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+LABEL_JOB = "finetune.dev/job"
+LABEL_JOB_UID = "finetune.dev/job-uid"
+LABEL_STAGE = "finetune.dev/stage"
+LABEL_ATTEMPT = "finetune.dev/attempt"
+LABEL_RANK = "finetune.dev/rank"
+ANNOTATION_HASH = "finetune.dev/applied-hash"
+
+#: DNS label (63) less the longest suffix, `-evaluate-9999`, and the random part that a Job gives its pods
+_BASE_LIMIT = 43
+
+
+def base_name(job_name: str) -> str:
+    """The start of every child's name: a DNS-1035 label, unique among the jobs of a namespace.
+
+    A name that has to be changed (dots, a leading digit, too long) gets a digest of the whole name, so two long
+    names that begin alike stay apart.
+    """
+    if re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job_name) and len(job_name) <= _BASE_LIMIT:
+        return job_name
+    digest = hashlib.sha256(job_name.encode()).hexdigest()[:8]
+    plain = job_name.replace(".", "-")
+    prefix = plain if plain[:1].isalpha() else f"j{plain}"
+    return f"{prefix[: _BASE_LIMIT - 9].rstrip('-')}-{digest}"
+
+
+def job_label(job_name: str) -> str:
+    """The value of the job label: the job's own name where it fits, else its base name."""
+    return job_name if len(job_name) <= 63 else base_name(job_name)
+
+
+def config_map_name(job_name: str) -> str:
+    """ConfigMap that holds job.json."""
+    return f"{base_name(job_name)}-job"
+
+
+def service_name(job_name: str) -> str:
+    """Headless Service of the gang."""
+    return f"{base_name(job_name)}-workers"
+
+
+def workspace_name(job_name: str) -> str:
+    """Claim that the operator makes when the job names none."""
+    return f"{base_name(job_name)}-workspace"
+
+
+def worker_name(job_name: str, rank: int) -> str:
+    """Worker pod of a node rank; the same in every attempt, so that no rank can ever run twice."""
+    return f"{base_name(job_name)}-worker-{rank}"
+
+
+def stage_name(job_name: str, stage: Stage, retry: int) -> str:
+    """Child Job of a single-pod stage."""
+    return f"{base_name(job_name)}-{stage}-{retry}"

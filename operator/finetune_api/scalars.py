@@ -1,0 +1,56 @@
+"""Scalar types of the API and their parsers: durations and quantities."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated
+
+from pydantic import Field
+
+DURATION_PATTERN = r"^([0-9]{1,6}(s|m|h|d)){1,4}$"
+#: resource.Quantity of the Kubernetes API, without signs
+QUANTITY_PATTERN = r"^[0-9]{1,12}(\.[0-9]{1,6})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+
+Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=32)]
+Quantity = Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=24)]
+DNSLabel = Annotated[str, Field(pattern=DNS_LABEL_PATTERN, max_length=63)]
+DNSSubdomain = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, max_length=253)]
+QualifiedName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, max_length=253)]
+
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SUFFIX = {
+    "": Decimal(1),
+    "m": Decimal("0.001"),
+    **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTP", start=1)},
+    **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTP", start=1)},
+}
+
+
+def seconds(duration: str) -> int:
+    """Seconds in a duration such as `90s`, `10m`, `1h30m` or `7d`. Raises ValueError when it is none."""
+    if not re.fullmatch(DURATION_PATTERN, duration):
+        raise ValueError(f"{duration!r} is not a duration; write for example 90s, 10m, 1h30m or 7d")
+    return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", duration))
+
+
+def quantity(text: str) -> Decimal:
+    """The value of a Kubernetes quantity such as `500m`, `16` or `200Gi`. Raises ValueError when it is none."""
+    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
+    if match is None or match.group(2) not in _SUFFIX:
+        raise ValueError(f"{text!r} is not a quantity; write for example 500m, 16 or 200Gi")
+    return Decimal(match.group(1)) * _SUFFIX[match.group(2)]
+
+
+def human_duration(total: float) -> str:
+    """A duration for people with its two largest units: `42s`, `3m10s`, `2h5m`, `3d4h`."""
+    left = max(0, round(total))
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if left >= size:
+            parts.append(f"{left // size}{unit}")
+            left %= size
+    return "".join(parts[:2]) or "0s"

@@ -1,0 +1,264 @@
+"""FineTuneJobStatus: what the operator observed. Derived from the cluster, never from what it wrote before alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .base import APIModel
+
+Phase = Literal[
+    "Pending",
+    "Preparing",
+    "Queued",
+    "Starting",
+    "Training",
+    "Evaluating",
+    "Publishing",
+    "Succeeded",
+    "Failed",
+    "Suspended",
+]
+ConditionType = Literal[
+    "Accepted",
+    "DataReady",
+    "Admitted",
+    "Running",
+    "Trained",
+    "Evaluated",
+    "Published",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+]
+Text = Annotated[str, Field(max_length=32_768)]
+
+
+class Condition(APIModel):
+    """One observation about the job, by the Kubernetes API conventions (metav1.Condition)."""
+
+    type: Annotated[str, Field(max_length=316)]
+    """Type of the condition, for example DataReady."""
+    status: Literal["True", "False", "Unknown"]
+    """True, False or Unknown."""
+    reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    """CamelCase reason for the last transition; docs/reference lists them."""
+    message: Text = ""
+    """What happened, for people, and what to do about it."""
+    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When the status last changed."""
+    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """metadata.generation that this condition was set for."""
+
+
+class Progress(APIModel):
+    """The last report of training rank 0."""
+
+    step: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps done."""
+    total_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in all."""
+    epoch: float = 0
+    """Passes over the training rows done."""
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Share of the steps done."""
+    loss: float | None = None
+    """Training loss of the last logged step."""
+    learning_rate: float | None = None
+    """Learning rate of the last logged step."""
+    tokens_per_second: float | None = None
+    """Non-padding tokens per second over all workers, since the start of this attempt."""
+    eta: str | None = None
+    """Estimated time left in training."""
+    reported_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When the operator last heard from rank 0."""
+
+
+class DatasetStatus(APIModel):
+    """What prepare found in the data."""
+
+    train: int = 0
+    """Training rows."""
+    eval: int = 0
+    """Held-out rows."""
+    tokens: int = 0
+    """Tokens in the training rows, after truncation."""
+    format: str = ""
+    """Format of the rows."""
+    dropped: dict[str, int] = Field(default_factory=dict)
+    """Rows left out, by cause."""
+    digest: str = ""
+    """sha256 of the prepared rows, which are what trains and evaluates."""
+
+
+class Plan(APIModel):
+    """How the work is spread; fixed in prepare, before GPUs are asked for."""
+
+    world_size: int
+    """Training processes over all worker pods."""
+    per_device_batch_size: int
+    """Rows per process and forward pass."""
+    gradient_accumulation: int
+    """Forward passes per optimizer step."""
+    strategy: str
+    """The parallel strategy in use."""
+    total_steps: int = 0
+    """Optimizer steps in all."""
+    reason: str = ""
+    """Why this strategy and batch size were chosen."""
+
+
+class CheckpointStatus(APIModel):
+    """The newest complete checkpoint."""
+
+    step: int
+    """Optimizer step it was taken at."""
+    saved_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When it was saved."""
+
+
+class EvaluationStatus(APIModel):
+    """Base against tuned on the held-out rows."""
+
+    base: dict[str, float] = Field(default_factory=dict)
+    """Metrics of the base model."""
+    tuned: dict[str, float] = Field(default_factory=dict)
+    """Metrics of the tuned model."""
+    examples: int = 0
+    """Held-out rows compared on."""
+    improvement: float | None = None
+    """Improvement of the gate's metric (of the first metric without a gate): relative for loss, absolute for exact-match."""
+    gate: Literal["Passed", "NotPassed", "None"] = "None"
+    """Whether the gate held."""
+
+
+class Artifact(APIModel):
+    """Something that was published and verified."""
+
+    uri: str
+    """Where it is."""
+    digest: str
+    """sha256 over the published files' names and contents."""
+    bytes: int
+    """Size of the published files."""
+
+
+class Restart(APIModel):
+    """A gang restart, and why it was needed."""
+
+    attempt: int
+    """The attempt that ended."""
+    reason: str
+    """Class of the failure: Infrastructure, OutOfMemory, Disruption, PodDeleted, GangTimeout, Suspended."""
+    pod: str = ""
+    """The pod that failed first."""
+    message: Text = ""
+    """Its last words."""
+    time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When it was noticed."""
+    counted: bool = True
+    """Whether it counts towards runPolicy.maxRestarts."""
+
+
+class Gang(APIModel):
+    """The worker pods of the current attempt, recorded once all of them exist."""
+
+    attempt: int
+    """Attempt these pods belong to."""
+    pod_uids: Annotated[list[str], Field(max_length=512)] = Field(default_factory=list)
+    """UIDs by rank: a pod that is recorded here and gone was deleted, one that is not was never made."""
+    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When the gang's pods were first asked for."""
+
+
+class StageRetry(APIModel):
+    """Retries of a single-pod stage after failures of the infrastructure."""
+
+    retries: int = 0
+    """Retries so far; part of the child Job's name."""
+    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When the current try was asked for."""
+
+
+class Usage(APIModel):
+    """GPU time of the job."""
+
+    gpu_seconds: int = 0
+    """GPU-seconds held by ended attempts."""
+
+
+class FineTuneJobStatus(APIModel):
+    """What the operator observed."""
+
+    phase: Phase = "Pending"
+    """Summary of the conditions for people."""
+    observed_generation: int = 0
+    """metadata.generation that this status was derived from."""
+    conditions: Annotated[
+        list[Condition],
+        Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = Field(default_factory=list)
+    """Observations by the Kubernetes API conventions; phase summarises them."""
+    attempt: int = 0
+    """Gang restarts so far."""
+    restarts: Annotated[list[Restart], Field(max_length=20)] = Field(default_factory=list)
+    """The last restarts with their causes, newest last."""
+    restarts_counted: int = 0
+    """Restarts that count towards runPolicy.maxRestarts."""
+    retry_after: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When the next start is tried, during back-off."""
+    gang: Gang | None = None
+    """The worker pods of the current attempt."""
+    stages: dict[str, StageRetry] = Field(default_factory=dict)
+    """Retries of prepare, evaluate and publish."""
+    progress: Progress | None = None
+    """The last report of training rank 0."""
+    dataset: DatasetStatus | None = None
+    """What prepare found."""
+    plan: Plan | None = None
+    """How the work is spread."""
+    checkpoint: CheckpointStatus | None = None
+    """The newest complete checkpoint."""
+    evaluation: EvaluationStatus | None = None
+    """Base against tuned."""
+    artifacts: Annotated[list[Artifact], Field(max_length=8)] = Field(default_factory=list)
+    """What was published."""
+    usage: Usage = Field(default_factory=Usage)
+    """GPU time."""
+    total_gpus: int = 0
+    """GPUs of the gang, for the printer column."""
+    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When the operator first saw the job."""
+    finished_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When the job succeeded or failed."""
+
+    def condition(self, type_: ConditionType) -> Condition | None:
+        """The condition of that type, if set."""
+        return next((c for c in self.conditions if c.type == type_), None)
+
+    def is_true(self, type_: ConditionType) -> bool:
+        """Whether the condition of that type is set and True."""
+        found = self.condition(type_)
+        return found is not None and found.status == "True"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended; an ended job never changes again."""
+        return self.is_true("Succeeded") or self.is_true("Failed")
+
+
+def read_status(raw: Any) -> FineTuneJobStatus:
+    """Read a status leniently: whatever a user or another version wrote there, an operator must go on."""
+    if not isinstance(raw, dict):
+        return FineTuneJobStatus()
+    kept: dict[str, Any] = {}
+    for name, field in FineTuneJobStatus.model_fields.items():
+        wire = field.alias or name
+        if wire in raw:
+            try:
+                FineTuneJobStatus.model_validate({wire: raw[wire]})
+            except ValueError:
+                continue
+            kept[wire] = raw[wire]
+    return FineTuneJobStatus.model_validate(kept)

@@ -1,0 +1,127 @@
+"""From a document to a FineTuneJobSpec, or to errors that name the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from . import API_VERSION, KIND
+from .scalars import DNS_LABEL_PATTERN, DNS_SUBDOMAIN_PATTERN, DURATION_PATTERN, QUALIFIED_NAME_PATTERN, QUANTITY_PATTERN
+from .spec import FineTuneJobSpec
+from .uris import EXPECTED
+
+_PATTERN_HINTS = {
+    **{pattern: f"expected {text}" for pattern, text in EXPECTED.items()},
+    DURATION_PATTERN: "expected a duration such as 90s, 10m, 1h30m or 7d",
+    QUANTITY_PATTERN: 'expected a quantity such as 500m, "4" or 16Gi',
+    DNS_LABEL_PATTERN: "expected lower-case letters, digits and '-'",
+    DNS_SUBDOMAIN_PATTERN: "expected lower-case letters, digits, '-' and '.'",
+    QUALIFIED_NAME_PATTERN: "expected a name such as nvidia.com/gpu",
+}
+MAX_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One thing wrong with a document."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class InvalidDocument(ValueError):
+    """A document that is no valid FineTuneJob; `errors` says why, field by field."""
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        self.errors = errors[:MAX_ERRORS]
+        super().__init__("; ".join(str(error) for error in self.errors))
+
+
+def parse_spec(raw: Any, *, strict: bool = True) -> FineTuneJobSpec:
+    """Parse a spec. Strict refuses unknown fields; the operator is lenient, to survive newer objects.
+
+    Raises InvalidDocument.
+    """
+    try:
+        return FineTuneJobSpec.model_validate(raw, extra="forbid" if strict else "ignore", by_alias=True, by_name=False)
+    except ValidationError as failure:
+        raise InvalidDocument([_explain(error) for error in failure.errors(include_url=False)]) from None
+
+
+def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
+    """Parse a whole FineTuneJob document strictly: (metadata, spec). Raises InvalidDocument."""
+    if not isinstance(document, Mapping):
+        raise InvalidDocument([FieldError("", f"expected a {KIND} document, got {type(document).__name__}")])
+    errors = []
+    if document.get("apiVersion") != API_VERSION:
+        errors.append(FieldError("apiVersion", f"{document.get('apiVersion')!r} is not supported; write {API_VERSION}"))
+    if document.get("kind") != KIND:
+        errors.append(FieldError("kind", f"{document.get('kind')!r} is not supported; write {KIND}"))
+    for unknown in set(document) - {"apiVersion", "kind", "metadata", "spec", "status"}:
+        errors.append(FieldError(str(unknown), "unknown field" + _did_you_mean(str(unknown), ["metadata", "spec"])))
+    metadata = document.get("metadata")
+    name = metadata.get("name") or metadata.get("generateName") if isinstance(metadata, Mapping) else None
+    if not isinstance(name, str) or not name:
+        errors.append(FieldError("metadata.name", "is required"))
+    elif not re.fullmatch(DNS_SUBDOMAIN_PATTERN, name.rstrip("-")) or len(name) > 253:
+        errors.append(FieldError("metadata.name", f"{_shown(name)} is not a valid name; use at most 253 lower-case letters, digits, '-' and '.'"))
+    if errors:
+        raise InvalidDocument(errors)
+    return dict(metadata or {}), parse_spec(document.get("spec"), strict=True)
+
+
+def _explain(error: Any) -> FieldError:
+    location = error["loc"]
+    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    value, kind, context = error.get("input"), error["type"], error.get("ctx", {})
+    if kind == "rule":
+        return FieldError(path, context["message"])
+    if kind == "missing":
+        return FieldError(path, "is required")
+    if kind == "extra_forbidden":
+        return FieldError(path, "unknown field" + _did_you_mean(str(location[-1]), _siblings(location)))
+    if kind == "literal_error":
+        expected = str(context.get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected)
+        return FieldError(path, f"{_shown(value)} is not one of {', '.join(choices)}{_did_you_mean(str(value), choices)}")
+    if kind == "string_pattern_mismatch":
+        pattern = context.get("pattern", "")
+        return FieldError(path, f"{_shown(value)} is not valid: {_PATTERN_HINTS.get(pattern, f'expected to match {pattern}')}")
+    return FieldError(path, f"{_shown(value)}: {error['msg'][:1].lower()}{error['msg'][1:]}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if not close:  # case and separators are the commonest slips: learning_rate, LearningRate
+        folded = {re.sub(r"[-_]", "", c).lower(): c for c in choices}
+        close = [folded[key] for key in [re.sub(r"[-_]", "", word).lower()] if key in folded]
+    return f"; did you mean {close[0]!r}?" if close else (f"; known here: {', '.join(sorted(choices))}" if len(choices) < 16 else "")
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    model: Any = FineTuneJobSpec
+    for part in location[:-1]:
+        if isinstance(part, int) or model is None:
+            continue
+        field = next((f for n, f in model.model_fields.items() if (f.alias or n) == part), None)
+        model = _model_in(field.annotation) if field else None
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

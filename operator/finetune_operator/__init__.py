@@ -1,0 +1,1 @@
+"""The operator: kopf delivers events, `reconcile` decides, `cluster` acts."""

@@ -1,0 +1,118 @@
+"""`python -m finetune_operator`: start-up, servers, kopf; runs inside a cluster and outside alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+
+import kopf
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from . import handlers, metrics
+from .cluster.client import KubernetesCluster, connect
+from .cluster.store import Store
+from .controller import Controller
+from .progress import certificate
+from .progress.board import ProgressBoard
+from .progress.server import ProgressServer
+from .settings import Settings, from_environment
+
+log = logging.getLogger("finetune")
+
+
+async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRunner:
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, port=port, **kwargs).start()  # type: ignore[arg-type]
+    return runner
+
+
+def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> web.Application:
+    async def healthz(_: web.Request) -> web.Response:
+        silent = time.monotonic() - controller.last_resync
+        if controller.synced.is_set() and silent > 4 * settings.resync_seconds:
+            return web.Response(status=503, text=f"no resync for {silent:.0f} s")
+        return web.Response(text="ok")
+
+    async def readyz(_: web.Request) -> web.Response:
+        ready = controller.synced.is_set()
+        return web.Response(status=200 if ready else 503, text="ok" if ready else "not in sync yet")
+
+    async def scrape(_: web.Request) -> web.Response:
+        for (verb, kind), count in cluster.calls.items():
+            metrics.API_REQUESTS.labels(verb=verb, kind=kind).set(count)
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", scrape)
+    return app
+
+
+async def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. Ends with an exception when any part of it ends: crash-only."""
+    cluster = await connect()
+    identity = await certificate.ensure(cluster, settings)
+    settings = dataclasses.replace(settings, ca_bundle=identity.certificate)
+    store, board = Store(), ProgressBoard()
+    controller = Controller(cluster, store, board, settings)
+    server = ProgressServer(cluster, store, board, controller.queue.add)
+    runners = [
+        await _serve(_probes(controller, cluster, settings), settings.probe_port),
+        await _serve(server.application(), settings.progress_port, ssl_context=identity.ssl_context()),
+    ]
+    registry = kopf.OperatorRegistry()
+    handlers.register(registry, controller, settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    watches = kopf.operator(
+        registry=registry,
+        settings=handlers.kopf_settings(),
+        standalone=True,
+        clusterwide=not settings.watch_namespace,
+        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+        stop_flag=stop,
+    )
+    tasks = [asyncio.create_task(watches, name="kopf"), asyncio.create_task(controller.run(), name="controller")]
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stop.set()
+    tasks[1].cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for runner in runners:
+        await runner.cleanup()
+    await cluster.close()
+    if stopping not in done:
+        for task in done:
+            error = task.exception() if not task.cancelled() else None
+            raise RuntimeError(f"{task.get_name()} ended: {error}") from error
+
+
+def main() -> None:
+    """Entry point."""
+    logging.basicConfig(
+        level=os.environ.get("FINETUNE_LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+    try:
+        settings = from_environment(os.environ)
+    except ValueError as failure:
+        sys.exit(f"finetune-operator: {failure}")
+    asyncio.run(run(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The API server behind six verbs. One connection pool, explicit time-outs, Retry-After honoured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client.exceptions import ApiException
+
+from finetune_api import GROUP, PLURAL, VERSION, names
+
+Object = dict[str, Any]
+REQUEST_TIMEOUT = 30.0
+LIST_CHUNK = 500
+_TRANSIENT_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where a kind lives in the API."""
+
+    kind: str
+    plural: str
+    group: str = ""
+    version: str = "v1"
+
+    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
+        """The request path of a collection, an object or a subresource."""
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, *(["namespaces", namespace] if namespace else []), self.plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+
+RESOURCES = {
+    r.kind: r
+    for r in (
+        Resource("FineTuneJob", PLURAL, GROUP, VERSION),
+        Resource("Pod", "pods"),
+        Resource("Job", "jobs", "batch"),
+        Resource("ConfigMap", "configmaps"),
+        Resource("Service", "services"),
+        Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
+        Resource("Event", "events"),
+        Resource("Secret", "secrets"),
+        Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
+    )
+}
+CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")
+
+
+class APIError(Exception):
+    """The API server refused a request, or could not be reached (status 0)."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{status} {reason}: {message}" if status else message)
+        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
+
+    @property
+    def not_found(self) -> bool:
+        """The object is not there."""
+        return self.status == 404
+
+    @property
+    def conflict(self) -> bool:
+        """The object changed meanwhile, exists already, or is another one of the same name."""
+        return self.status == 409
+
+    @property
+    def transient(self) -> bool:
+        """Worth the same request again: overload, a restart of the server, a broken connection."""
+        return self.status in (0, 429, 500, 502, 503, 504)
+
+
+class Cluster(Protocol):
+    """What the controller needs of a cluster; tests put a fake in its place."""
+
+    async def apply(self, manifest: Object) -> Object:
+        """Server-side apply under one field manager."""
+
+    async def create(self, manifest: Object) -> Object:
+        """Create; APIError 409 when the name is taken."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        """Read one object; APIError 404 when absent."""
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> Object | None:
+        """Delete in the background if the UID matches; the object while it lingers, None when it is gone."""
+
+    async def replace_status(self, job: Object) -> Object:
+        """Write the status on condition of the resourceVersion; APIError 409 when stale."""
+
+    def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
+        """All objects of a kind, in chunks."""
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        """The status of a TokenReview."""
+
+
+class KubernetesCluster:
+    """The real API server."""
+
+    def __init__(self, api: kubernetes_client.ApiClient) -> None:
+        self._api = api
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """Requests by (verb, kind)."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        kind: str,
+        verb: str,
+        body: Object | None = None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        """One request; transient failures are retried with jitter. Raises APIError."""
+        for attempt in range(_TRANSIENT_TRIES):
+            try:
+                return await self._once(method, path, kind, verb, body, query, content_type)
+            except APIError as failure:
+                # a POST that may have been carried out is safe to repeat: its name is fixed, the second gets a 409
+                if not failure.transient or attempt == _TRANSIENT_TRIES - 1:
+                    raise
+                await asyncio.sleep(failure.retry_after or (0.2 * 2**attempt * (0.5 + random.random())))
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        kind: str,
+        verb: str,
+        body: Object | None,
+        query: dict[str, str] | None,
+        content_type: str,
+    ) -> Object:
+        self.calls[verb, kind] += 1
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        try:
+            _, url, sent_headers, sent_body, _ = await self._api.param_serialize(
+                method, path, query_params=list((query or {}).items()), header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            response = await self._api.call_api(method, url, sent_headers, sent_body, _request_timeout=REQUEST_TIMEOUT)
+            data = await response.read()
+        except ApiException as failure:
+            raise _api_error(failure.status or 0, failure.body, failure.headers) from None
+        except (TimeoutError, OSError) as failure:
+            raise APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}") from failure
+        except Exception as failure:
+            if type(failure).__module__.startswith("aiohttp"):
+                raise APIError(0, "Unreachable", f"the API server cannot be reached: {failure}") from failure
+            raise
+        if response.status >= 400:
+            raise _api_error(response.status, data, response.headers)
+        parsed: Object = json.loads(data)
+        return parsed
+
+    async def apply(self, manifest: Object) -> Object:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        path = RESOURCES[kind].path(meta["namespace"], meta["name"])
+        query = {"fieldManager": names.MANAGER, "force": "true"}
+        return await self.request(
+            "PATCH", path, kind=kind, verb="apply", body=manifest, query=query, content_type="application/apply-patch+yaml"
+        )
+
+    async def create(self, manifest: Object) -> Object:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        path = RESOURCES[kind].path(meta.get("namespace", ""))
+        return await self.request("POST", path, kind=kind, verb="create", body=manifest, query={"fieldManager": names.MANAGER})
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        return await self.request("GET", RESOURCES[kind].path(namespace, name), kind=kind, verb="get")
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> Object | None:
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
+        try:
+            answer = await self.request("DELETE", RESOURCES[kind].path(namespace, name), kind=kind, verb="delete", body=body)
+        except APIError as failure:
+            if not (failure.not_found or failure.conflict):
+                raise
+            return None
+        return answer if answer.get("kind") == kind else None
+
+    async def replace_status(self, job: Object) -> Object:
+        meta = job["metadata"]
+        path = RESOURCES["FineTuneJob"].path(meta["namespace"], meta["name"], "status")
+        query = {"fieldManager": names.MANAGER}
+        return await self.request("PUT", path, kind="FineTuneJob", verb="replace_status", body=job, query=query)
+
+    async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
+        resource = RESOURCES[kind]
+        query = {"limit": str(LIST_CHUNK), **({"labelSelector": selector} if selector else {})}
+        while True:
+            page = await self.request("GET", resource.path(namespace), kind=kind, verb="list", query=query)
+            for item in page.get("items") or ():
+                yield item
+            more = (page.get("metadata") or {}).get("continue")
+            if not more:
+                return
+            query["continue"] = more
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        path = RESOURCES["TokenReview"].path()
+        answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
+        status: Object = answer.get("status") or {}
+        return status
+
+    async def replace(self, manifest: Object) -> Object:
+        """Replace an object on condition of its resourceVersion."""
+        kind, meta = manifest["kind"], manifest["metadata"]
+        path = RESOURCES[kind].path(meta["namespace"], meta["name"])
+        return await self.request("PUT", path, kind=kind, verb="replace", body=manifest, query={"fieldManager": names.MANAGER})
+
+    async def close(self) -> None:
+        """Close the connection pool."""
+        await self._api.close()
+
+
+def _api_error(status: int, body: Any, headers: Any) -> APIError:
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
+    reason, message = "Error", text[:1000]
+    try:
+        answer = json.loads(text)
+        reason, message = str(answer.get("reason", reason)), str(answer.get("message", message))
+    except (ValueError, AttributeError):
+        pass
+    after = (headers or {}).get("Retry-After") if headers is not None else None
+    return APIError(status, reason, message, float(after) if after and str(after).isdigit() else None)
+
+
+async def connect() -> KubernetesCluster:
+    """Connect with the pod's service account, or with the kubeconfig outside a cluster."""
+    configuration = kubernetes_client.Configuration()
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and os.path.exists("/var/run/secrets/kubernetes.io/serviceaccount/token"):
+        kubernetes_config.load_incluster_config(client_configuration=configuration)
+    else:
+        await kubernetes_config.load_kube_config(client_configuration=configuration)
+    return KubernetesCluster(kubernetes_client.ApiClient(configuration))
+
+
+def event_manifest(job: Object, type_: str, reason: str, message: str, name: str, now: float | None = None) -> Object:
+    """A core/v1 Event about a job. Its name is fixed by what it tells, so telling it twice is telling it once."""
+    meta = job["metadata"]
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": name, "namespace": meta["namespace"]},
+        "involvedObject": {
+            "apiVersion": job["apiVersion"],
+            "kind": job["kind"],
+            "name": meta["name"],
+            "namespace": meta["namespace"],
+            "uid": meta["uid"],
+            "resourceVersion": meta.get("resourceVersion", ""),
+        },
+        "type": type_,
+        "reason": reason,
+        "message": message,
+        "source": {"component": names.MANAGER},
+        "reportingComponent": names.MANAGER,
+        "reportingInstance": os.environ.get("HOSTNAME", names.MANAGER)[:128],
+        "action": reason,
+        "firstTimestamp": stamp,
+        "lastTimestamp": stamp,
+        "count": 1,
+    }

@@ -1,0 +1,203 @@
+"""What the operator remembers of the cluster: jobs by key, children by the UID of their owner.
+
+Fed by watch events, by the answers to the operator's own writes (so that it never acts on a state older than
+what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds views, not whole objects.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_api import names
+from finetune_api.contract import ProgressReport
+
+from ..reconcile.model import ChildJobView, Observed
+from ..reconcile.observe import job_view, owner_uid, pod_view
+
+Object = dict[str, Any]
+Key = tuple[str, str]
+"""(namespace, name) of a FineTuneJob"""
+
+
+@dataclass
+class _Entry:
+    version: int
+    owner: str
+    job_uid: str
+    """UID of the FineTuneJob by label: only used to wake it, never to decide"""
+    value: Any
+    name: str
+    seen: float
+
+
+def _version(raw: Object) -> int:
+    text = str(raw["metadata"].get("resourceVersion", "0"))
+    return int(text) if text.isdigit() else 0
+
+
+class Store:
+    """Jobs and their children, as last seen or written."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Key, Object] = {}
+        self._keys: dict[str, Key] = {}
+        self._children: dict[str, dict[str, _Entry]] = {k: {} for k in ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")}
+        self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._gone: dict[str, float] = {}
+        """UIDs of deleted objects: a late event must not bring them back"""
+
+    # jobs
+
+    def put_job(self, raw: Object) -> Key:
+        """Remember a job, unless a newer state of the same object is known."""
+        meta = raw["metadata"]
+        key = (meta["namespace"], meta["name"])
+        known = self._jobs.get(key)
+        if meta["uid"] in self._gone:
+            return key
+        if known is None or known["metadata"]["uid"] != meta["uid"] or _version(known) <= _version(raw):
+            if known is not None:
+                self._keys.pop(known["metadata"]["uid"], None)
+            slim = {k: v for k, v in meta.items() if k != "managedFields"}
+            self._jobs[key] = {**raw, "metadata": slim}
+            self._keys[meta["uid"]] = key
+        return key
+
+    def drop_job(self, raw: Object) -> Key:
+        """Forget a deleted job."""
+        meta = raw["metadata"]
+        key = (meta["namespace"], meta["name"])
+        known = self._jobs.get(key)
+        if known is not None and known["metadata"]["uid"] == meta["uid"]:
+            del self._jobs[key]
+        self._keys.pop(meta["uid"], None)
+        self._bury(meta["uid"])
+        return key
+
+    def job(self, key: Key) -> Object | None:
+        """The job of that key."""
+        return self._jobs.get(key)
+
+    def job_of_uid(self, uid: str) -> Object | None:
+        """The job of that UID."""
+        key = self._keys.get(uid)
+        return self._jobs.get(key) if key is not None else None
+
+    def keys(self) -> list[Key]:
+        """Keys of all jobs."""
+        return list(self._jobs)
+
+    # children
+
+    def put_child(self, kind: str, raw: Object) -> Key | None:
+        """Remember a child unless a newer state is known; the key of the job to wake, if it is known."""
+        meta = raw["metadata"]
+        uid = meta["uid"]
+        known = self._children[kind].get(uid)
+        job_uid = str((meta.get("labels") or {}).get(names.LABEL_JOB_UID, ""))
+        if uid not in self._gone and (known is None or known.version <= _version(raw)):
+            owner = owner_uid(raw)
+            if known is not None and known.owner != owner:
+                self._by_owner[known.owner].discard((kind, uid))
+            self._children[kind][uid] = _Entry(_version(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
+            self._by_owner[owner].add((kind, uid))
+        return self._keys.get(job_uid)
+
+    def drop_child(self, kind: str, raw: Object) -> Key | None:
+        """Forget a deleted child; the key of the job to wake, if it is known."""
+        uid = raw["metadata"]["uid"]
+        self._forget(kind, uid)
+        return self._keys.get(str((raw["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID, "")))
+
+    def prune(self, kind: str, listed: set[str], listed_at: float) -> set[Key]:
+        """Forget children that a LIST did not show and that were not seen since it began; keys to wake."""
+        lost = [uid for uid, e in self._children[kind].items() if uid not in listed and e.seen < listed_at]
+        woken = {key for uid in lost if (key := self._keys.get(self._children[kind][uid].job_uid)) is not None}
+        for uid in lost:
+            self._forget(kind, uid)
+        return woken
+
+    def prune_jobs(self, listed: set[str]) -> None:
+        """Forget jobs that a LIST did not show."""
+        for key, raw in list(self._jobs.items()):
+            if raw["metadata"]["uid"] not in listed:
+                self.drop_job(self._jobs[key])
+
+    @staticmethod
+    def _digest(kind: str, raw: Object) -> Any:
+        if kind == "Pod":
+            return {"metadata": _keep(raw["metadata"]), "status": _pod_status(raw.get("status") or {})}
+        if kind == "Job":
+            return job_view(raw)
+        return str((raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_HASH, ""))
+
+    def _forget(self, kind: str, uid: str) -> None:
+        entry = self._children[kind].pop(uid, None)
+        if entry is not None:
+            members = self._by_owner[entry.owner]
+            members.discard((kind, uid))
+            if not members:
+                del self._by_owner[entry.owner]
+        self._bury(uid)
+
+    def _bury(self, uid: str) -> None:
+        now = time.monotonic()
+        self._gone[uid] = now
+        if len(self._gone) > 20_000:
+            self._gone = {u: t for u, t in self._gone.items() if now - t < 600}
+
+    # observation
+
+    def observe(self, key: Key, now: datetime, report: tuple[ProgressReport, datetime] | None, refusal: str) -> Observed | None:
+        """Everything known about a job and what it owns, by UID."""
+        job = self._jobs.get(key)
+        if job is None:
+            return None
+        uid = job["metadata"]["uid"]
+        jobs: list[ChildJobView] = []
+        applied: dict[tuple[str, str], str] = {}
+        pods = []
+        own = self._by_owner.get(uid, set())
+        for kind, child in own:
+            entry = self._children[kind][child]
+            if kind == "Job":
+                jobs.append(entry.value)
+            elif kind != "Pod":
+                applied[kind, entry.name] = entry.value
+        child_jobs = {j.uid for j in jobs}
+        for owner in (uid, *child_jobs):
+            for kind, child in self._by_owner.get(owner, ()):
+                if kind == "Pod":
+                    pods.append(pod_view(self._children[kind][child].value, child_jobs))
+        return Observed(
+            job=job,
+            pods=tuple(sorted(pods, key=lambda p: p.name)),
+            jobs=tuple(sorted(jobs, key=lambda j: j.name)),
+            applied=applied,
+            report=report[0] if report else None,
+            reported_at=report[1] if report else None,
+            refusal=refusal,
+            now=now,
+        )
+
+    def pod(self, uid: str) -> Object | None:
+        """The kept fields of a pod, for the progress endpoint's checks."""
+        entry = self._children["Pod"].get(uid)
+        return entry.value if entry is not None else None
+
+
+def _keep(metadata: Object) -> Object:
+    wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
+    return {field: metadata[field] for field in wanted if field in metadata}
+
+
+def _pod_status(status: Object) -> Object:
+    kept = {field: status[field] for field in ("phase", "reason", "message", "conditions") if field in status}
+    containers = status.get("containerStatuses") or ()
+    if containers:
+        kept["containerStatuses"] = [{"state": c.get("state") or {}} for c in containers[:1]]
+    return kept

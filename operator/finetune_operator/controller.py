@@ -1,0 +1,230 @@
+"""The thin edge around reconcile(): observe, decide, act, write the status, ask to be woken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections import Counter
+from datetime import UTC, datetime
+
+from finetune_api import names
+from finetune_api.status import FineTuneJobStatus
+
+from . import metrics
+from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, event_manifest
+from .cluster.store import Key, Store
+from .progress.board import ProgressBoard
+from .reconcile import Plan, reconcile
+from .reconcile.model import Action, Apply, Create, Delete, Event
+from .reconcile.observe import owner_uid
+from .settings import Settings
+from .workqueue import WorkQueue
+
+log = logging.getLogger("finetune.controller")
+SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
+
+
+class Controller:
+    """One per process. All state in it can be lost at any time: the truth is in the API server."""
+
+    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings) -> None:
+        self.cluster, self.store, self.board, self.settings = cluster, store, board, settings
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._refusals: dict[Key, str] = {}
+        self._written: dict[str, float] = {}
+        self.synced = asyncio.Event()
+        self.last_resync = time.monotonic()
+
+    async def run(self) -> None:
+        """List everything once, then work until cancelled."""
+        await self._resync_until_done()
+        self.synced.set()
+        log.info("in sync: %d jobs", len(self.store.keys()))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.queue.run(self.process, self.settings.workers))
+            group.create_task(self._resync_forever())
+
+    async def process(self, key: Key) -> None:
+        """One pass over one job. Any failure puts the key back with back-off."""
+        started = time.monotonic()
+        try:
+            await self._pass(key)
+            self.queue.forget(key)
+        except APIError as failure:
+            self._failed(key, failure.reason, str(failure), expected=failure.conflict or failure.transient)
+        except Exception as failure:
+            log.exception("%s/%s: pass failed", *key)
+            self._failed(key, type(failure).__name__, str(failure), expected=False)
+        finally:
+            metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
+            metrics.QUEUE_DEPTH.set(len(self.queue))
+
+    def _failed(self, key: Key, reason: str, message: str, *, expected: bool) -> None:
+        metrics.RECONCILE_ERRORS.labels(reason=reason[:64]).inc()
+        delay = self.queue.retry(key)
+        log.log(logging.INFO if expected else logging.WARNING, "%s/%s: again in %.1f s: %s", *key, delay, message)
+
+    async def _pass(self, key: Key) -> None:
+        job = self.store.job(key)
+        if job is None:
+            self._refusals.pop(key, None)
+            return
+        uid = job["metadata"]["uid"]
+        observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid), self._refusals.get(key, ""))
+        assert observed is not None
+        plan = reconcile(observed, self.settings)
+        await self._act(key, job, plan.actions)
+        for event in plan.events:
+            await self._tell(job, event, plan.status)
+        await self._write_status(key, job, plan)
+        if plan.requeue_at is not None:
+            self.queue.add_after(key, (plan.requeue_at - datetime.now(UTC)).total_seconds())
+
+    async def _act(self, key: Key, job: Object, actions: tuple[Action, ...]) -> None:
+        """Carry the actions out: shared objects first, then pods all at once."""
+        try:
+            for action in actions:
+                if isinstance(action, Apply):
+                    self.store.put_child(action.manifest["kind"], await self.cluster.apply(action.manifest))
+            rest = [self._one(job, action) for action in actions if not isinstance(action, Apply)]
+            for result in await asyncio.gather(*rest, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+        except APIError as failure:
+            if not failure.transient and self._refusals.get(key) != failure.message:
+                self._refusals[key] = failure.message
+                self.queue.add(key)  # say so in the status, then wait
+            raise
+        if actions:
+            self._refusals.pop(key, None)
+
+    async def _one(self, job: Object, action: Create | Delete) -> None:
+        namespace = job["metadata"]["namespace"]
+        if isinstance(action, Delete):
+            lingering = await self.cluster.delete(action.kind, namespace, action.name, action.uid)
+            if lingering is not None and action.kind != "FineTuneJob":
+                self.store.put_child(action.kind, lingering)
+            return
+        kind, meta = action.manifest["kind"], action.manifest["metadata"]
+        try:
+            made = await self.cluster.create(action.manifest)
+        except APIError as failure:
+            if not failure.conflict:
+                raise
+            made = await self.cluster.get(kind, namespace, meta["name"])
+            if owner_uid(made) != job["metadata"]["uid"]:
+                message = f"{kind} {meta['name']} exists and does not belong to this job; delete it or rename the job"
+                raise APIError(409, "NameTaken", message) from None
+        self.store.put_child(kind, made)
+        self.queue.add((namespace, job["metadata"]["name"]))
+
+    async def _tell(self, job: Object, event: Event, status: FineTuneJobStatus | None) -> None:
+        meta = job["metadata"]
+        attempt = status.attempt if status is not None else 0
+        digest = hashlib.sha256(f"{meta['uid']}\0{event.reason}\0{event.message}\0{attempt}".encode()).hexdigest()[:16]
+        manifest = event_manifest(job, event.type, event.reason, event.message, f"{names.base_name(meta['name'])}.{digest}")
+        log.info("%s/%s: %s: %s", meta["namespace"], meta["name"], event.reason, event.message)
+        try:
+            await self.cluster.create(manifest)
+        except APIError as failure:
+            if failure.transient:
+                raise
+            if not failure.conflict:  # an Event is for people: that it cannot be posted must not hold the job up
+                log.info("%s/%s: event %s refused: %s", meta["namespace"], meta["name"], event.reason, failure)
+
+    async def _write_status(self, key: Key, job: Object, plan: Plan) -> None:
+        if plan.status is None:
+            return
+        uid = job["metadata"]["uid"]
+        since = time.monotonic() - self._written.get(uid, float("-inf"))
+        if not plan.urgent and since < self.settings.status_interval_seconds:
+            self.queue.add_after(key, self.settings.status_interval_seconds - since)
+            return
+        wire = plan.status.to_wire()
+        if wire == job.get("status"):
+            return
+        try:
+            answer = await self.cluster.replace_status({**job, "status": wire})
+        except APIError as failure:
+            if failure.not_found:
+                return
+            if failure.conflict:  # somebody changed the job meanwhile: look again and derive anew
+                meta = job["metadata"]
+                with contextlib.suppress(APIError):
+                    self.store.put_job(await self.cluster.get("FineTuneJob", meta["namespace"], meta["name"]))
+            raise
+        self._written[uid] = time.monotonic()
+        self.store.put_job(answer)
+        self.queue.add(key)  # what was decided is on record: act on it
+
+    # events in
+
+    def job_event(self, raw: Object, *, deleted: bool) -> None:
+        """A FineTuneJob was seen, or is gone."""
+        if deleted:
+            uid = raw["metadata"]["uid"]
+            self.board.forget(uid)
+            self._written.pop(uid, None)
+            key = self.store.drop_job(raw)
+        else:
+            key = self.store.put_job(raw)
+        self.queue.add(key)
+
+    def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
+        """A child was seen, or is gone."""
+        key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        if key is not None:
+            self.queue.add(key)
+
+    # periodic LIST
+
+    async def resync(self) -> None:
+        """LIST everything, forget what is gone, and look at every job once."""
+        namespace = self.settings.watch_namespace
+        began = time.monotonic()
+        jobs = set()
+        async for raw in self.cluster.list("FineTuneJob", namespace):
+            self.store.put_job(raw)
+            jobs.add(raw["metadata"]["uid"])
+        self.store.prune_jobs(jobs)
+        for kind in CHILD_KINDS:
+            seen = set()
+            async for raw in self.cluster.list(kind, namespace, SELECTOR):
+                self.store.put_child(kind, raw)
+                seen.add(raw["metadata"]["uid"])
+            for key in self.store.prune(kind, seen, began):
+                self.queue.add(key)
+        for key in self.store.keys():
+            self.queue.add(key)
+        self._count_jobs()
+        self.last_resync = time.monotonic()
+
+    def _count_jobs(self) -> None:
+        phases: Counter[str] = Counter()
+        for key in self.store.keys():
+            job = self.store.job(key) or {}
+            phases[str((job.get("status") or {}).get("phase", "Pending"))[:32]] += 1
+        metrics.JOBS.clear()
+        for phase, count in phases.items():
+            metrics.JOBS.labels(phase=phase).set(count)
+
+    async def _resync_until_done(self) -> None:
+        delay = 1.0
+        while True:
+            try:
+                return await self.resync()
+            except APIError as failure:
+                log.warning("first LIST failed, again in %.0f s: %s", delay, failure)
+                await asyncio.sleep(delay)
+                delay = min(30.0, delay * 2)
+
+    async def _resync_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.resync_seconds)
+            try:
+                await self.resync()
+            except APIError as failure:
+                log.warning("resync failed: %s", failure)

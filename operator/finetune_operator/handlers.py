@@ -1,0 +1,92 @@
+"""kopf wiring: events in, keys queued. Nothing is decided and nothing is written here.
+
+Only `on.event` is used. kopf's change handlers keep their progress and a last-handled copy in annotations, add
+finalizers and run again after restarts: a level-triggered reconcile wants none of that (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kopf
+
+from finetune_api import GROUP, PLURAL, VERSION, names
+
+from .cluster.client import CHILD_KINDS, RESOURCES
+from .controller import SELECTOR, Controller
+from .settings import Settings
+
+
+class _NoDiffBase(kopf.DiffBaseStorage):
+    """Keeps nothing: every event would otherwise be copied for a diff that nobody reads."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+
+class _NoProgress(kopf.ProgressStorage):
+    """Keeps nothing: there are no handlers with progress."""
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+    def purge(self, **_: Any) -> None:
+        return None
+
+    def touch(self, **_: Any) -> None:
+        return None
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    """Settings that keep kopf's hands off the objects and its watches alive."""
+    settings = kopf.OperatorSettings()
+    settings.persistence.diffbase_storage = _NoDiffBase()
+    settings.persistence.progress_storage = _NoProgress()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.watching.server_timeout = 270
+    settings.watching.client_timeout = 300
+    settings.watching.connect_timeout = 15
+    settings.watching.chunk_size = 500
+    settings.networking.request_timeout = 30
+    settings.queueing.idle_timeout = 1
+    for kind in CHILD_KINDS:
+        resource = RESOURCES[kind]
+        settings.watching.label_selectors[resource.group, resource.plural] = SELECTOR
+    return settings
+
+
+def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings) -> None:
+    """Connect the watches of the job and of its children to the controller."""
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> Any:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def on_job(event: kopf.RawEvent, **_: Any) -> None:
+        controller.job_event(dict(event["object"]), deleted=event["type"] == "DELETED")
+
+    def watch(kind: str) -> None:
+        resource = RESOURCES[kind]
+
+        @kopf.on.event(resource.group, resource.version, resource.plural, registry=registry, id=f"on_{kind}")
+        async def on_child(event: kopf.RawEvent, **_: Any) -> None:
+            raw: dict[str, Any] = dict(event["object"])
+            if (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
+                controller.child_event(kind, raw, deleted=event["type"] == "DELETED")
+
+    for kind in CHILD_KINDS:
+        watch(kind)

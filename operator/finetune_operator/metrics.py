@@ -1,0 +1,14 @@
+"""Prometheus metrics of the operator. Labels are bounded: no object names."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+RECONCILE_SECONDS = Histogram(
+    "finetune_reconcile_duration_seconds", "Time of one reconcile pass, writes included", buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10)
+)
+RECONCILE_ERRORS = Counter("finetune_reconcile_errors_total", "Reconcile passes that failed and were put back", ["reason"])
+API_REQUESTS = Gauge("finetune_api_requests", "Requests to the API server since start", ["verb", "kind"])
+QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Jobs waiting for or in a reconcile pass")
+JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase", ["phase"])
+PROGRESS_REPORTS = Counter("finetune_progress_reports_total", "Progress reports by outcome", ["code"])

@@ -1,0 +1,1 @@
+"""The endpoint that training pods report to, and the memory behind it."""

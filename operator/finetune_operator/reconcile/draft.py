@@ -1,0 +1,94 @@
+"""A plan in the making: collects actions, conditions and events while the engine walks through the stages."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Literal
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
+
+from ..resources.common import JobRef
+from ..settings import Settings
+from .model import Action, Event, Observed, Plan, rfc3339
+
+MESSAGE_LIMIT = 4000
+
+
+class Draft:
+    """Mutable within one reconcile call, and nowhere else."""
+
+    def __init__(self, observed: Observed, settings: Settings, before: FineTuneJobStatus) -> None:
+        self.observed = observed
+        self.settings = settings
+        self.now = observed.now
+        self.before = before
+        self.status = before.model_copy(deep=True)
+        self.generation = int(observed.job["metadata"].get("generation", 0))
+        self.actions: list[Action] = []
+        self.events: list[Event] = []
+        self.requeue: list[datetime] = []
+
+    def job_ref(self, spec: FineTuneJobSpec) -> JobRef:
+        """Identity and spec for the builders of manifests."""
+        metadata = self.observed.job["metadata"]
+        return JobRef(metadata["name"], metadata["namespace"], metadata["uid"], spec)
+
+    def set(self, type_: ConditionType, status: Literal["True", "False", "Unknown"], reason: str, message: str = "") -> None:
+        """Set a condition; its transition time moves only when its status changes. A change of it is an Event."""
+        message = message[:MESSAGE_LIMIT]
+        old = self.status.condition(type_)
+        moved = old is None or old.status != status
+        if old is not None and not moved and (old.reason, old.message) == (reason, message):
+            return
+        new = Condition(
+            type=type_,
+            status=status,
+            reason=reason,
+            message=message,
+            last_transition_time=rfc3339(self.now) if moved or old is None else old.last_transition_time,
+            observed_generation=self.generation,
+        )
+        self.status.conditions = [new if c.type == type_ else c for c in self.status.conditions]
+        if old is None:
+            self.status.conditions.append(new)
+
+    def event(self, type_: Literal["Normal", "Warning"], reason: str, message: str) -> None:
+        """Tell the user; posted once however often this pass is repeated."""
+        self.events.append(Event(type_, reason, message[:1000]))
+
+    def wait(self, seconds: float) -> None:
+        """Look again after so many seconds, whatever happens."""
+        self.requeue.append(self.now + timedelta(seconds=max(1.0, seconds)))
+
+    def phase(self, phase: Phase) -> None:
+        """Set the summary for people."""
+        self.status.phase = phase
+
+    def fail(self, reason: str, message: str) -> None:
+        """End the job. A terminal state is terminal, whatever happens to the children later."""
+        self.set("Running", "False", reason, message)
+        self.set("Failed", "True", reason, message)
+        self.event("Warning", reason, message)
+        self.status.finished_at = rfc3339(self.now)
+        self.status.retry_after = None
+        self.phase("Failed")
+
+    def backoff(self, retries: int) -> float:
+        """Seconds before retry number `retries`, counted from 1: none before the first, then doubling."""
+        if retries <= 1:
+            return 0.0
+        return min(self.settings.backoff_limit_seconds, self.settings.backoff_base_seconds * 2.0 ** min(retries - 2, 30))
+
+    def plan(self) -> Plan:
+        """The finished plan; without a status when nothing changed."""
+        self.status.observed_generation = self.generation
+        changed = self.status != self.before
+        quiet = self.before.model_copy(update={"progress": self.status.progress, "checkpoint": self.status.checkpoint})
+        return Plan(
+            actions=tuple(self.actions),
+            events=tuple(self.events),
+            status=self.status if changed else None,
+            urgent=self.status != quiet,
+            requeue_at=min(self.requeue) if self.requeue else None,
+        )

@@ -1,0 +1,218 @@
+"""reconcile(): where a job stands and what comes next.
+
+Level-triggered: every call derives the next step from what is observed, so it may run twice, late, or after any
+crash. A decision that deletes evidence is put into the status first and acted on in the next pass.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from finetune_api import names
+from finetune_api.contract import StageResult
+from finetune_api.scalars import human_duration, seconds
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Artifact, CheckpointStatus, DatasetStatus, EvaluationStatus, FineTuneJobStatus, Progress
+from finetune_api.status import Plan as WorkPlan
+from finetune_api.status import read_status
+from finetune_api.validation import InvalidDocument, parse_spec
+
+from ..resources.shared import config_map, workspace
+from ..settings import Settings
+from .draft import Draft
+from .failures import Failure
+from .gang import next_attempt, release, run_gang, workers
+from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
+from .stages import run_stage
+
+
+def reconcile(observed: Observed, settings: Settings) -> Plan:
+    """Decide the next actions and the status of one job. Pure."""
+    metadata = observed.job["metadata"]
+    if metadata.get("deletionTimestamp"):
+        return Plan()  # the garbage collector takes everything that the job owns
+    draft = Draft(observed, settings, read_status(observed.job.get("status")))
+    if draft.status.finished:
+        return _after_the_end(draft)
+    draft.status.started_at = draft.status.started_at or rfc3339(observed.now)
+    try:
+        spec = parse_spec(observed.job.get("spec"), strict=False)
+    except InvalidDocument as failure:
+        draft.set("Accepted", "False", "InvalidSpec", str(failure))
+        draft.fail("InvalidSpec", str(failure))
+        release(draft)
+        return draft.plan()
+    draft.set("Accepted", "True", "Valid", "the spec is valid")
+    draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
+    if observed.refusal:
+        draft.set("Accepted", "True", "APIRefused", f"the API server refused: {observed.refusal}")
+    if not _past_deadline(draft, spec) and not _suspended(draft, spec):
+        _walk(draft, spec)
+    if draft.status.finished:
+        release(draft)
+    return draft.plan()
+
+
+def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
+    """Prepare, train, evaluate, publish: do the first that is not done."""
+    status = draft.status
+    _apply_shared(draft, spec)
+    if not status.is_true("DataReady"):
+        draft.phase("Preparing")
+        result = run_stage(draft, spec, "prepare", "DataReady")
+        if result is None:
+            return
+        if not _prepared(draft, result):
+            return
+    if not status.is_true("Admitted"):
+        draft.set("Admitted", "True", "NoQueue", "no FineTuneQueue: the scheduler alone decides")
+    if not status.is_true("Trained"):
+        result = run_gang(draft, spec)
+        if result is None:
+            return
+        _trained(draft, result)
+    if spec.evaluation is not None and not status.is_true("Evaluated"):
+        draft.phase("Evaluating")
+        result = run_stage(draft, spec, "evaluate", "Evaluated")
+        if result is None:
+            return
+        status.evaluation = EvaluationStatus.model_validate(result.result)
+        draft.set("Evaluated", "True", result.reason, result.message)
+        draft.event("Normal", "Evaluated", result.message)
+    if status.evaluation is not None and status.evaluation.gate == "NotPassed":
+        condition = status.condition("Evaluated")
+        message = f"training succeeded, but the gate did not pass: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
+        draft.set("Published", "False", "GateNotPassed", message)
+        draft.fail("GateNotPassed", message)
+        return
+    if spec.publish and not status.is_true("Published"):
+        draft.phase("Publishing")
+        result = run_stage(draft, spec, "publish", "Published")
+        if result is None:
+            return
+        status.artifacts = [Artifact.model_validate(item) for item in result.result.get("artifacts", [])]
+        draft.set("Published", "True", result.reason, result.message)
+        draft.event("Normal", "Published", result.message)
+    draft.set("Succeeded", "True", "Completed", _summary(status))
+    draft.event("Normal", "Succeeded", _summary(status))
+    status.finished_at = rfc3339(draft.now)
+    draft.phase("Succeeded")
+
+
+def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
+    job = draft.job_ref(spec)
+    for manifest in (config_map(job, draft.settings), workspace(job)):
+        if manifest is None:
+            continue
+        key = (manifest["kind"], manifest["metadata"]["name"])
+        seen = draft.observed.applied.get(key)
+        # a claim's spec cannot change once made: only a missing one is applied
+        if seen is None or (manifest["kind"] == "ConfigMap" and seen != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]):
+            draft.actions.append(Apply(manifest))
+
+
+def _prepared(draft: Draft, result: StageResult) -> bool:
+    try:
+        draft.status.dataset = DatasetStatus.model_validate(result.result.get("dataset"))
+        draft.status.plan = WorkPlan.model_validate(result.result.get("plan"))
+    except ValueError as failure:
+        draft.fail("PrepareFailed", f"prepare and operator are of different versions: {failure}")
+        return False
+    draft.set("DataReady", "True", result.reason, result.message)
+    draft.event("Normal", "DataReady", result.message)
+    return True
+
+
+def _trained(draft: Draft, result: StageResult) -> None:
+    status, final = draft.status, result.result
+    steps = int(final.get("steps", 0))
+    old = status.progress or Progress()
+    status.progress = old.model_copy(
+        update={
+            "step": steps,
+            "total_steps": steps,
+            "percent": 100,
+            "loss": final.get("loss", old.loss),
+            "epoch": float(final.get("epoch", old.epoch)),
+            "tokens_per_second": final.get("tokensPerSecond", old.tokens_per_second),
+            "eta": "0s",
+            "reported_at": rfc3339(draft.now),
+        }
+    )
+    if (saved := final.get("checkpointStep")) is not None:
+        status.checkpoint = CheckpointStatus(step=int(saved), saved_at=rfc3339(draft.now))
+    draft.set("Trained", "True", result.reason, result.message)
+    draft.event("Normal", "Trained", result.message)
+
+
+def _summary(status: FineTuneJobStatus) -> str:
+    parts = []
+    if status.evaluation is not None and status.evaluation.base:
+        metric = next(iter(status.evaluation.base))
+        parts.append(f"{metric} {status.evaluation.base[metric]:.4g} -> {status.evaluation.tuned.get(metric, float('nan')):.4g}")
+    if status.artifacts:
+        parts.append("published to " + ", ".join(a.uri for a in status.artifacts))
+    return "; ".join(parts) or "training completed; the result is in the workspace"
+
+
+def _past_deadline(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    created = parse_time(draft.observed.job["metadata"].get("creationTimestamp"))
+    if spec.run_policy.active_deadline is None or created is None:
+        return False
+    limit = seconds(spec.run_policy.active_deadline)
+    left = (created + timedelta(seconds=limit) - draft.now).total_seconds()
+    if left > 0:
+        draft.wait(left)
+        return False
+    draft.fail("DeadlineExceeded", f"not finished {human_duration(limit)} after its creation (runPolicy.activeDeadline)")
+    _stop_jobs(draft)
+    return True
+
+
+def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    if not spec.run_policy.suspend:
+        if draft.status.is_true("Suspended"):
+            draft.set("Suspended", "False", "Resumed", "runPolicy.suspend is false")
+            draft.event("Normal", "Resumed", "runPolicy.suspend is false")
+        return False
+    if not draft.status.is_true("Suspended"):
+        draft.set("Suspended", "True", "Suspended", "runPolicy.suspend is true")
+        draft.event("Normal", "Suspended", "runPolicy.suspend is true: pods are stopped, checkpoints kept")
+        if workers(draft) and not draft.status.is_true("Trained"):
+            next_attempt(draft, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""))
+            draft.status.retry_after = None
+    elif not draft.status.is_true("Trained"):
+        release(draft)
+    _stop_jobs(draft)
+    draft.phase("Suspended")
+    return True
+
+
+def _stop_jobs(draft: Draft) -> None:
+    """Delete child Jobs that still run. One whose pod has ended stays, with its log."""
+    ended = {p.job_uid for p in draft.observed.pods if p.phase in ("Succeeded", "Failed")}
+    for job in draft.observed.jobs:
+        if not (job.complete or job.failed or job.deleting or job.uid in ended):
+            draft.actions.append(Delete("Job", job.name, job.uid))
+
+
+def _after_the_end(draft: Draft) -> Plan:
+    """Give back what still runs, and delete the job after its TTL. The status never changes again."""
+    release(draft)
+    _stop_jobs(draft)
+    actions = list(draft.actions)
+    requeue = None
+    finished = parse_time(draft.status.finished_at)
+    policy = (draft.observed.job.get("spec") or {}).get("runPolicy") or {}
+    ttl = policy.get("ttlAfterFinished") if isinstance(policy, dict) else None
+    if isinstance(ttl, str) and finished is not None:
+        try:
+            due = finished + timedelta(seconds=seconds(ttl))
+        except ValueError:
+            return Plan(actions=tuple(actions))
+        if due <= draft.now:
+            metadata = draft.observed.job["metadata"]
+            actions.append(Delete("FineTuneJob", metadata["name"], metadata["uid"]))
+        else:
+            requeue = due
+    return Plan(actions=tuple(actions), requeue_at=requeue)

@@ -1,0 +1,135 @@
+"""What is observed and what is planned: plain values, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from finetune_api.contract import ProgressReport
+from finetune_api.status import FineTuneJobStatus
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodView:
+    """A pod of the job, whose ownership was checked by UID."""
+
+    name: str
+    uid: str
+    stage: str
+    attempt: int = 0
+    rank: int = 0
+    job_uid: str = ""
+    """UID of the child Job that owns it; empty for workers."""
+    phase: str = "Pending"
+    created: datetime
+    deleting: bool = False
+    running: bool = False
+    """The container has started."""
+    exit_code: int | None = None
+    finished: datetime | None = None
+    reason: str = ""
+    """The pod's or the container's reason: OOMKilled, Evicted, ..."""
+    message: str = ""
+    """The termination message, or the pod's own message."""
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    unschedulable: str = ""
+    """The scheduler's message while it finds no node."""
+    disrupted: bool = False
+    """The DisruptionTarget condition is set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildJobView:
+    """A child Job of a single-pod stage."""
+
+    name: str
+    uid: str
+    stage: str
+    created: datetime
+    complete: bool = False
+    failed: bool = False
+    message: str = ""
+    deleting: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Everything a decision may depend on."""
+
+    job: Object
+    pods: tuple[PodView, ...] = ()
+    jobs: tuple[ChildJobView, ...] = ()
+    applied: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
+    report: ProgressReport | None = None
+    reported_at: datetime | None = None
+    refusal: str = ""
+    """What the API server answered when it refused the last action for this job."""
+    now: datetime
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Server-side apply of a ConfigMap, Service or claim."""
+
+    manifest: Object
+
+
+@dataclass(frozen=True)
+class Create:
+    """Create a Pod or Job; when it is there already, nothing happens."""
+
+    manifest: Object
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Delete an object if it is still the one that was observed."""
+
+    kind: Literal["Pod", "Job", "FineTuneJob"]
+    name: str
+    uid: str
+
+
+Action = Apply | Create | Delete
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes Event on the job."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do. Actions come first, then events, then the status; `status` None means: leave it."""
+
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    status: FineTuneJobStatus | None = None
+    urgent: bool = True
+    """False when the status only carries progress, which may wait."""
+    requeue_at: datetime | None = None
+
+
+def rfc3339(moment: datetime) -> str:
+    """A time as the Kubernetes API writes it, whole seconds in UTC."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """A time from the Kubernetes API, or None when absent or unreadable."""
+    if not text:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

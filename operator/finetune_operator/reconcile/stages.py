@@ -1,0 +1,128 @@
+"""Single-pod stages: prepare, evaluate, publish."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from finetune_api.contract import Stage, StageResult, read_stage_result
+from finetune_api.scalars import human_duration, seconds
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ConditionType, StageRetry
+
+from ..resources.stage import stage_job
+from .draft import Draft
+from .failures import Failure, classify
+from .model import Create, Delete, PodView, parse_time, rfc3339
+
+#: a finished Job whose pod is not in sight for so long has lost it
+_POD_GRACE_SECONDS = 20
+
+
+def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType) -> StageResult | None:
+    """Bring a stage forward by one step. Returns its result when it is done, else None."""
+    retry = draft.status.stages.get(stage, StageRetry())
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.retries)
+    name = manifest["metadata"]["name"]
+    _drop_other_tries(draft, stage, name)
+    child = next((j for j in draft.observed.jobs if j.name == name), None)
+    if child is None or child.deleting:
+        if child is None:
+            _start(draft, stage, condition, retry, manifest)
+        return None
+
+    pods = [p for p in draft.observed.pods if p.job_uid == child.uid]
+    done = next((p for p in pods if p.phase == "Succeeded"), None)
+    if done is not None:
+        result = read_stage_result(done.message)
+        if result is not None:
+            return result
+        _retry(draft, spec, stage, condition, Failure("Infrastructure", "NoResult", f"pod {done.name} ended without a result", done.name))
+        return None
+    failed = next((p for p in pods if p.phase == "Failed"), None)
+    if failed is not None:
+        _retry(draft, spec, stage, condition, classify(failed))
+    elif child.complete or child.failed:
+        if (draft.now - child.created).total_seconds() < _POD_GRACE_SECONDS:
+            draft.wait(_POD_GRACE_SECONDS)
+        else:
+            message = child.message or f"the pod of Job {name} is gone"
+            _retry(draft, spec, stage, condition, Failure("Disruption", "PodDeleted", message, name))
+    else:
+        _watch_start(draft, spec, stage, condition, pods)
+    return None
+
+
+def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, manifest: dict[str, Any]) -> None:
+    after = parse_time(draft.status.retry_after)
+    if after is not None and after > draft.now:
+        draft.requeue.append(after)
+        return
+    draft.status.retry_after = None
+    draft.actions.append(Create(manifest))
+    draft.status.stages[stage] = retry.model_copy(update={"started_at": rfc3339(draft.now)})
+    if draft.status.condition(condition) is None:
+        draft.set(condition, "Unknown", "Started", f"{stage} was started")
+        draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {manifest['metadata']['name']}")
+
+
+def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
+    for job in draft.observed.jobs:
+        if job.stage == stage and job.name != current and not job.deleting and not (job.complete or job.failed):
+            draft.actions.append(Delete("Job", job.name, job.uid))
+
+
+def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, failure: Failure) -> None:
+    """Fail the job, or try the stage again under a new name."""
+    retry = draft.status.stages.get(stage, StageRetry())
+    again = failure.kind in ("Infrastructure", "Disruption", "Stopped") and retry.retries < draft.settings.stage_retries
+    if not again:
+        draft.set(condition, "False", failure.reason, failure.message)
+        reason = failure.reason if failure.kind == "UserError" else f"{stage.capitalize()}Failed"
+        draft.fail(reason, failure.message)
+        return
+    retries = retry.retries + 1
+    delay = draft.backoff(retries)
+    draft.status.stages[stage] = StageRetry(retries=retries)
+    draft.status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
+    draft.set(condition, "False", failure.reason, f"{stage} is tried again ({retries} of {draft.settings.stage_retries}): {failure.message}")
+    draft.event("Warning", f"{stage.capitalize()}Retried", f"retry {retries} of {draft.settings.stage_retries}: {failure.message}")
+    draft.wait(delay)
+
+
+def _watch_start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, pods: list[PodView]) -> None:
+    """Say why a pod does not start, and give its place back after gangTimeout."""
+    if any(p.running for p in pods):
+        old = draft.status.condition(condition)
+        if old is None or old.status == "Unknown" or old.reason in START_TROUBLE:
+            draft.set(condition, "Unknown", "Running", f"{stage} is running")
+        return
+    trouble = why_not_running(pods)
+    if trouble is not None:
+        draft.set(condition, "False", *trouble)
+    started = parse_time(draft.status.stages.get(stage, StageRetry()).started_at)
+    if started is None:
+        return
+    left = (started + timedelta(seconds=seconds(spec.run_policy.gang_timeout)) - draft.now).total_seconds()
+    if left > 0:
+        draft.wait(left)
+    else:
+        reason, message = trouble or ("StartTimeout", "no reason given")
+        waited = human_duration(seconds(spec.run_policy.gang_timeout))
+        _retry(draft, spec, stage, condition, Failure("Infrastructure", reason, f"not running after {waited}: {message}", ""))
+
+
+START_TROUBLE = frozenset({"ImagePullFailed", "Unschedulable", "ContainerNotStarted", "StartTimeout"})
+_HARMLESS = frozenset({"", "ContainerCreating", "PodInitializing"})
+
+
+def why_not_running(pods: list[PodView]) -> tuple[str, str] | None:
+    """(reason, message) of the first pod that is kept from starting, in the kubelet's or scheduler's own words."""
+    for pod in sorted(pods, key=lambda p: p.rank):
+        if pod.waiting_reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
+            return "ImagePullFailed", f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+        if pod.waiting_reason not in _HARMLESS:
+            return "ContainerNotStarted", f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+        if pod.unschedulable:
+            return "Unschedulable", f"pod {pod.name}: {pod.unschedulable}"
+    return None

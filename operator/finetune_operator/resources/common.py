@@ -1,0 +1,213 @@
+"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api import API_VERSION, KIND, names
+from finetune_api.contract import Env, JobFile, Mounts, Stage, progress_audience
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.uris import parse_uri
+
+from ..settings import Settings
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobRef:
+    """The identity of a job and its parsed spec."""
+
+    name: str
+    namespace: str
+    uid: str
+    spec: FineTuneJobSpec
+
+
+def metadata(job: JobRef, name: str, **labels: str) -> Manifest:
+    """Object metadata with the job's labels and a controlling owner reference."""
+    return {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": {
+            names.LABEL_MANAGED_BY: names.MANAGER,
+            names.LABEL_JOB: names.job_label(job.name),
+            names.LABEL_JOB_UID: job.uid,
+            **labels,
+        },
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": job.name,
+                "uid": job.uid,
+                "controller": True,
+                "blockOwnerDeletion": True,
+            }
+        ],
+    }
+
+
+def with_hash(manifest: Manifest) -> Manifest:
+    """Note a digest of the manifest in an annotation: what is applied already is not applied again."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    manifest["metadata"]["annotations"] = {**manifest["metadata"].get("annotations", {}), names.ANNOTATION_HASH: digest}
+    return manifest
+
+
+def sources(spec: FineTuneJobSpec) -> list[str]:
+    """Claims and ConfigMaps that stages read from, as `scheme://name`, in a stable order."""
+    uris = [spec.model.uri, spec.dataset.train.uri]
+    if spec.dataset.eval is not None and spec.dataset.eval.uri is not None:
+        uris.append(spec.dataset.eval.uri)
+    parsed = [parse_uri(uri) for uri in uris]
+    return sorted({f"{uri.scheme}://{uri.name}" for uri in parsed if uri.scheme in ("pvc", "configmap")})
+
+
+def targets(spec: FineTuneJobSpec) -> list[str]:
+    """Claims that results are published to, as `pvc://name`, in a stable order."""
+    return sorted({f"pvc://{uri.name}" for uri in map(parse_uri, (t.uri for t in spec.publish)) if uri.scheme == "pvc"})
+
+
+def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, str]]:
+    """Secrets that a stage needs: field -> (Secret name, key)."""
+    found = {}
+    if stage == "prepare":
+        for field, reference in (("model", spec.model.secret_ref), ("train", spec.dataset.train.secret_ref)):
+            if reference is not None:
+                found[field] = (reference.name, reference.key)
+    if stage == "publish":
+        for index, target in enumerate(spec.publish):
+            if target.secret_ref is not None:
+                found[f"publish-{index}"] = (target.secret_ref.name, target.secret_ref.key)
+    return found
+
+
+def _folder(root: str, reference: str) -> str:
+    scheme, name = reference.split("://")
+    return f"{root}/{scheme}/{name}"
+
+
+def job_file(job: JobRef) -> JobFile:
+    """job.json: the spec with where this cluster mounts what it refers to."""
+    spec = job.spec.model_copy(update={"run_policy": type(job.spec.run_policy)()})  # may change while the job runs
+    return JobFile(
+        name=job.name,
+        namespace=job.namespace,
+        uid=job.uid,
+        spec=spec,
+        sources={reference: _folder(Mounts.SOURCES, reference) for reference in sources(spec)},
+        targets={reference: _folder(Mounts.TARGETS, reference) for reference in targets(spec)},
+        secrets={
+            field: f"{Mounts.SECRETS}/{field}/token"
+            for stage in ("prepare", "publish")
+            for field in secrets(spec, stage)  # type: ignore[arg-type]
+        },
+    )
+
+
+def workspace_claim(job: JobRef) -> str:
+    """Name of the claim that holds the workspace: the user's, or the one the operator makes."""
+    own = job.spec.workspace.persistent_volume_claim
+    return own.claim_name if own is not None else names.workspace_name(job.name)
+
+
+def pod_spec(
+    job: JobRef,
+    settings: Settings,
+    stage: Stage,
+    *,
+    resources: Manifest,
+    env: dict[str, str],
+    shared_memory: str | None = None,
+) -> Manifest:
+    """The pod of a stage: non-root, read-only root file system, no service-account token for the API server."""
+    volumes: list[Manifest] = [
+        {"name": "job", "configMap": {"name": names.config_map_name(job.name)}},
+        {"name": "workspace", "persistentVolumeClaim": {"claimName": workspace_claim(job)}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[Manifest] = [
+        {"name": "job", "mountPath": Mounts.JOB, "readOnly": True},
+        {"name": "workspace", "mountPath": Mounts.WORKSPACE},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+
+    def mount(name: str, path: str, source: Manifest, *, read_only: bool) -> None:
+        volumes.append({"name": name, **source})
+        mounts.append({"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})})
+
+    for index, reference in enumerate(sources(job.spec)):
+        scheme, name = reference.split("://")
+        volume = (
+            {"persistentVolumeClaim": {"claimName": name, "readOnly": True}}
+            if scheme == "pvc"
+            else {"configMap": {"name": name}}
+        )
+        if scheme == "pvc" or stage == "prepare":  # a ConfigMap's rows are in the workspace after prepare
+            mount(f"source-{index}", _folder(Mounts.SOURCES, reference), volume, read_only=True)
+    if stage == "publish":
+        for index, reference in enumerate(targets(job.spec)):
+            claim = {"persistentVolumeClaim": {"claimName": reference.split("://")[1]}}
+            mount(f"target-{index}", _folder(Mounts.TARGETS, reference), claim, read_only=False)
+    for field, (secret, key) in secrets(job.spec, stage).items():
+        source = {"secret": {"secretName": secret, "items": [{"key": key, "path": "token"}]}}
+        mount(f"secret-{field}", f"{Mounts.SECRETS}/{field}", source, read_only=True)
+    if shared_memory is not None:
+        mount("shared-memory", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}, read_only=False)
+    if stage == "train" and settings.endpoint:
+        token = {
+            "audience": progress_audience(job.namespace, job.name),
+            "expirationSeconds": 3600,
+            "path": "token",
+        }
+        mount("progress", Mounts.TOKEN, {"projected": {"sources": [{"serviceAccountToken": token}]}}, read_only=True)
+
+    everything = {"HOME": "/tmp", **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}), **env}
+    scheduling = job.spec.scheduling
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": settings.run_as_user,
+            "runAsGroup": settings.run_as_user,
+            "fsGroup": settings.run_as_user,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": "trainer",
+                "image": settings.trainer_image,
+                "imagePullPolicy": settings.image_pull_policy,
+                "args": [stage, "--job", f"{Mounts.JOB}/job.json", "--workspace", Mounts.WORKSPACE],
+                "env": [
+                    {"name": Env.POD_NAME, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+                    *({"name": name, "value": value} for name, value in sorted(everything.items())),
+                ],
+                "resources": resources,
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+                "terminationMessagePath": Mounts.TERMINATION_LOG,
+                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "volumeMounts": mounts,
+            }
+        ],
+        "volumes": volumes,
+        **({"imagePullSecrets": [{"name": n} for n in settings.image_pull_secrets]} if settings.image_pull_secrets else {}),
+        **({"nodeSelector": scheduling.node_selector} if scheduling.node_selector and stage in ("train", "evaluate") else {}),
+        **(
+            {"tolerations": [{k: v for k, v in t.to_wire().items() if v} for t in scheduling.tolerations]}
+            if scheduling.tolerations and stage in ("train", "evaluate")
+            else {}
+        ),
+        **({"priorityClassName": scheduling.priority_class_name} if scheduling.priority_class_name and stage == "train" else {}),
+    }

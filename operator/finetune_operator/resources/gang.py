@@ -1,0 +1,71 @@
+"""The gang: worker pods with stable names behind a headless Service."""
+
+from __future__ import annotations
+
+import json
+
+from finetune_api import names
+from finetune_api.contract import Env
+from finetune_api.spec import ComputeResources
+from finetune_api.status import Plan
+
+from ..settings import Settings
+from .common import JobRef, Manifest, metadata, pod_spec, with_hash
+
+MAIN_PORT = 29500
+
+
+def service(job: JobRef) -> Manifest:
+    """Gives every worker a DNS name, also before it is ready: rank 0 is looked for while it starts."""
+    return with_hash(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata(job, names.service_name(job.name)),
+            "spec": {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,
+                "selector": {names.LABEL_JOB_UID: job.uid, names.LABEL_STAGE: "train"},
+                "ports": [{"name": "rendezvous", "port": MAIN_PORT, "protocol": "TCP", "targetPort": MAIN_PORT}],
+            },
+        }
+    )
+
+
+def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int) -> Manifest:
+    """The pod of one node rank in one attempt."""
+    name = names.worker_name(job.name, rank)
+    subdomain = names.service_name(job.name)
+    spec = pod_spec(
+        job,
+        settings,
+        "train",
+        resources=_resources(job),
+        env={
+            Env.RANK: str(rank),
+            Env.ATTEMPT: str(attempt),
+            Env.PLAN: json.dumps(plan.to_wire(), sort_keys=True),
+            Env.MAIN_ADDRESS: f"{names.worker_name(job.name, 0)}.{subdomain}.{job.namespace}.svc",
+            Env.MAIN_PORT: str(MAIN_PORT),
+            **({Env.PROGRESS_URL: settings.endpoint} if settings.endpoint else {}),
+        },
+        shared_memory=job.spec.resources.shared_memory,
+    )
+    spec.update(hostname=name, subdomain=subdomain, terminationGracePeriodSeconds=settings.termination_grace_seconds)
+    labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata(job, name, **labels), "spec": spec}
+
+
+def gpus(job: JobRef, count: int) -> dict[str, str]:
+    """The extended resource for so many GPUs; empty for none."""
+    return {job.spec.resources.gpu_resource_name: str(count)} if count else {}
+
+
+def _resources(job: JobRef) -> Manifest:
+    def amounts(of: ComputeResources) -> dict[str, str]:
+        return {key: value for key, value in (("cpu", of.cpu), ("memory", of.memory)) if value is not None}
+
+    extended = gpus(job, job.spec.distribution.gpus_per_node)
+    requests = {**amounts(job.spec.resources.requests), **extended}
+    limits = {**amounts(job.spec.resources.limits), **extended}
+    return {**({"requests": requests} if requests else {}), **({"limits": limits} if limits else {})}

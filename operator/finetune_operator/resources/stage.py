@@ -1,0 +1,36 @@
+"""Single-pod stages: a `batch/v1` Job that never retries by itself; the operator's own table decides about that."""
+
+from __future__ import annotations
+
+from finetune_api import names
+from finetune_api.contract import Stage
+
+from ..settings import Settings
+from .common import JobRef, Manifest, metadata, pod_spec
+from .gang import gpus
+
+
+def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int) -> Manifest:
+    """The Job of prepare, evaluate or publish. Only evaluate asks for a GPU, and only where training uses some."""
+    extended = gpus(job, min(1, job.spec.distribution.gpus_per_node)) if stage == "evaluate" else {}
+    requests = {"cpu": settings.stage_cpu, "memory": settings.stage_memory, **extended}
+    template = metadata(job, "", **{names.LABEL_STAGE: stage})
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata(job, names.stage_name(job.name, stage, retry), **{names.LABEL_STAGE: stage}),
+        "spec": {
+            "backoffLimit": 0,
+            "template": {
+                "metadata": {"labels": template["labels"]},
+                "spec": pod_spec(
+                    job,
+                    settings,
+                    stage,
+                    resources={"requests": requests, **({"limits": extended} if extended else {})},
+                    env={},
+                    shared_memory=job.spec.resources.shared_memory if extended else None,
+                ),
+            },
+        },
+    }

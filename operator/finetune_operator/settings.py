@@ -1,0 +1,88 @@
+"""What an administrator sets: read once at start-up from the environment, which the chart writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the operator. Every field can be set as FINETUNE_<NAME IN CAPITALS>."""
+
+    trainer_image: str = "finetune-trainer:latest"
+    """Image of all stages."""
+    image_pull_policy: str = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
+    namespace: str = "finetune-system"
+    """Namespace the operator runs in."""
+    watch_namespace: str = ""
+    """Only this namespace; empty means the whole cluster."""
+    service_name: str = "finetune-operator"
+    """Service in front of the progress endpoint."""
+    tls_secret: str = ""
+    """Secret that keeps the progress endpoint's certificate; empty keeps it in memory (outside the cluster)."""
+    progress_port: int = 8443
+    progress_url: str = ""
+    """URL that pods report to; empty derives it from the Service; `none` switches reports off."""
+    probe_port: int = 8080
+    """Plain HTTP for /healthz and /metrics."""
+    allow_cpu: bool = False
+    """Let pods that asked for GPUs train on CPU: for clusters with pretended GPUs, never for real ones."""
+    stage_retries: int = 3
+    """Retries of prepare, evaluate and publish after failures of the infrastructure."""
+    backoff_base_seconds: float = 10
+    """First back-off; doubles with each retry."""
+    backoff_limit_seconds: float = 360
+    status_interval_seconds: float = 5
+    """Least time between two status writes that only carry progress."""
+    resync_seconds: float = 300
+    """Time between two full LISTs that find what a dead watch hid."""
+    workers: int = 16
+    """Jobs reconciled at the same time."""
+    stage_cpu: str = "1"
+    """CPU request of prepare, evaluate and publish pods."""
+    stage_memory: str = "4Gi"
+    """Memory request of prepare, evaluate and publish pods."""
+    termination_grace_seconds: int = 120
+    """Grace period of worker pods."""
+    run_as_user: int = 1000
+    ca_bundle: str = field(default="", repr=False)
+    """PEM of the progress endpoint's certificate authority; filled in at start-up."""
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that pods report progress to, or empty."""
+        if self.progress_url:
+            return "" if self.progress_url == "none" else self.progress_url
+        return f"https://{self.service_name}.{self.namespace}.svc:{self.progress_port}"
+
+
+def from_environment(environ: Mapping[str, str]) -> Settings:
+    """Read FINETUNE_* variables. Raises ValueError that names the variable."""
+    values: dict[str, object] = {}
+    for item in fields(Settings):
+        variable = f"FINETUNE_{item.name.upper()}"
+        if variable not in environ:
+            continue
+        text = environ[variable]
+        try:
+            values[item.name] = _convert(text, item.default)
+        except ValueError as failure:
+            raise ValueError(f"{variable}={text!r}: {failure}") from None
+    return Settings(**values)  # type: ignore[arg-type]
+
+
+def _convert(text: str, default: object) -> object:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError("write true or false")
+        return text.lower() == "true"
+    if isinstance(default, int):
+        return int(text)
+    if isinstance(default, float):
+        return float(text)
+    if isinstance(default, tuple):
+        return tuple(json.loads(text)) if text.startswith("[") else tuple(filter(None, text.split(",")))
+    return text

@@ -1,0 +1,109 @@
+"""A keyed work queue: one key is never worked on twice at once, a failed key comes back later, none blocks another.
+
+The semantics are those of client-go's workqueue: keys added while they are being worked on are worked on again
+afterwards, however often they were added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+_BASE, _LIMIT = 0.5, 120.0
+
+
+class WorkQueue(Generic[K]):
+    """Keys waiting, being worked on, and due later."""
+
+    def __init__(self) -> None:
+        self._ready: deque[K] = deque()
+        self._queued: set[K] = set()
+        self._active: set[K] = set()
+        self._again: set[K] = set()
+        self._later: list[tuple[float, int, K]] = []
+        self._due: dict[K, float] = {}
+        self._failures: dict[K, int] = {}
+        self._wake = asyncio.Event()
+        self._count = 0
+        self.oldest_ready: float | None = None
+
+    def add(self, key: K) -> None:
+        """Work on the key as soon as a worker is free."""
+        if key in self._active:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
+            self._ready.append(key)
+            self._wake.set()
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """Work on the key in so many seconds, or earlier when something else asks for it."""
+        due = time.monotonic() + max(0.0, seconds)
+        if key in self._due and self._due[key] <= due:
+            return
+        self._due[key] = due
+        self._count += 1
+        heapq.heappush(self._later, (due, self._count, key))
+        self._wake.set()
+
+    def retry(self, key: K) -> float:
+        """Work on a failed key again after a back-off with jitter; returns the delay in seconds."""
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        delay: float = min(_LIMIT, _BASE * 2.0 ** min(failures - 1, 20)) * (0.5 + random.random())
+        self.add_after(key, delay)
+        return delay
+
+    def forget(self, key: K) -> None:
+        """The key was worked on successfully: its next failure starts at the first back-off."""
+        self._failures.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._active)
+
+    async def _next(self) -> K:
+        while True:
+            now = time.monotonic()
+            while self._later and self._later[0][0] <= now:
+                due, _, key = heapq.heappop(self._later)
+                if self._due.get(key) == due:
+                    del self._due[key]
+                    self.add(key)
+            if self._ready:
+                key = self._ready.popleft()
+                self._queued.discard(key)
+                self._active.add(key)
+                return key
+            self._wake.clear()
+            timeout = self._later[0][0] - now if self._later else None
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout)
+            except TimeoutError:
+                pass
+
+    def _done(self, key: K) -> None:
+        self._active.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    async def run(self, work: Callable[[K], Awaitable[None]], workers: int) -> None:
+        """Work until cancelled. `work` handles its own failures."""
+
+        async def worker() -> None:
+            while True:
+                key = await self._next()
+                self._wake.set()  # pass it on: several keys may have become ready at once
+                try:
+                    await work(key)
+                finally:
+                    self._done(key)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(worker())

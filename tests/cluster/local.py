@@ -1,0 +1,150 @@
+"""A cluster of plain processes: control plane, two nodes, DNS, volumes, images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from . import addons, binaries, control_plane, debian, images, nodes, processes
+from .control_plane import wait_for
+from .environment import site_packages
+from .shell import CACHE, REPO, CommandFailed, run, say, step
+
+GPUS_PER_NODE = 8
+_STORAGE_CLASS = {
+    "apiVersion": "storage.k8s.io/v1",
+    "kind": "StorageClass",
+    "metadata": {
+        "name": addons.STORAGE_CLASS,
+        "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
+    },
+    "provisioner": "finetune.dev/local",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalCluster:
+    """A cluster of this machine; `size` nodes, none for a bare control plane."""
+
+    name: str
+    size: int = 2
+
+    @property
+    def state(self) -> Path:
+        """Everything of the running cluster; gone when it is down."""
+        return CACHE / "clusters" / self.name
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's kubeconfig."""
+        return self.state / "pki" / "admin.kubeconfig"
+
+    @property
+    def volumes(self) -> Path:
+        """Folders behind the claims."""
+        return self.state / "volumes"
+
+    def kubectl(self, *words: str, input: str | None = None, check: bool = True) -> str:
+        """Run kubectl as the administrator."""
+        return run([kubectl(), "--kubeconfig", self.kubeconfig, *words], input=input, check=check)
+
+    def is_up(self) -> bool:
+        """Whether it runs and its nodes are ready."""
+        if not self.kubeconfig.exists() or not processes.of(self.name):
+            return False
+        try:
+            found = json.loads(self.kubectl("get", "nodes", "-o", "json", "--request-timeout=5s"))["items"]
+        except (CommandFailed, ValueError):
+            return False
+        ready = [n for n in found if any(c["type"] == "Ready" and c["status"] == "True" for c in n["status"]["conditions"])]
+        return len(ready) == self.size
+
+    def up(self, *, load: list[images.Image] | None = None) -> None:
+        """Bring it up, from whatever state a killed run left; keep it when it is up already."""
+        if self.is_up():
+            say(f"local cluster {self.name} is up")
+        else:
+            _check_machine()
+            debian.ensure(debian.RUNTIME)
+            built = binaries.ensure()
+            self.down(quiet=True)
+            with step(f"starting Kubernetes ({self.size} nodes)"):
+                self._start(built)
+        for image in load or []:
+            self.load(image)
+
+    def load(self, image: images.Image) -> None:
+        """Put an image on every node."""
+        for node in self._nodes():
+            images.load(image, node.root, node.ctr)
+
+    def _nodes(self) -> list[nodes.Node]:
+        return [nodes.Node(self.name, index, self.state) for index in range(1, self.size + 1)]
+
+    def _start(self, built: Path) -> None:
+        self.state.mkdir(parents=True)
+        self.volumes.mkdir()
+        address = "127.0.0.1"
+        if self.size:
+            address = nodes.HOST
+            run(["mount", "--make-rshared", "/"])
+            nodes.make_bridge()
+        authority, kubeconfig = control_plane.start(self.name, self.state, built, address)
+        if not self.size:
+            return
+        members = self._nodes()
+        for node in members:
+            node.connect(members)
+            node.start_runtime()
+            node.start_kubelet(built, authority, f"https://{address}:6443")
+        processes.start(
+            self.name,
+            "addons",
+            [sys.executable, "-m", "tests.cluster.addons", kubeconfig, address, self.volumes],
+            self.state / "logs",
+            env={"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])},
+        )
+        self.kubectl("apply", "--validate=false", "-f", "-", input=json.dumps(_STORAGE_CLASS))
+        wait_for("nodes", self.is_up, 120, self.state / "logs")
+        for node in members:
+            self._pretend_gpus(node.name)
+
+    def _pretend_gpus(self, node: str) -> None:
+        patch = [
+            {"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": str(GPUS_PER_NODE)},
+            {"op": "add", "path": "/status/allocatable/nvidia.com~1gpu", "value": str(GPUS_PER_NODE)},
+        ]
+        script = (
+            "import sys, json; from kubernetes import client, config; config.load_kube_config(sys.argv[1]);"
+            "client.CoreV1Api().patch_node_status(sys.argv[2], json.loads(sys.argv[3]))"
+        )
+        run([sys.executable, "-c", script, self.kubeconfig, node, json.dumps(patch)])
+
+    def down(self, *, quiet: bool = False) -> None:
+        """End everything that belongs to it, in whatever state it is. Images stay cached."""
+        if not quiet:
+            say(f"stopping local cluster {self.name}")
+        processes.end(lambda: processes.of(self.name))
+        if self.size:
+            for node in self._nodes():
+                node.remove()
+            nodes.remove_bridge()
+        processes.unmount_below(self.state)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def kubectl() -> Path:
+    """The kubectl binary of the environment."""
+    return site_packages("dev") / "bin" / "kubectl"
+
+
+def _check_machine() -> None:
+    if os.geteuid() != 0:
+        raise CommandFailed("the local cluster needs root (network namespaces, containerd); run it as root, or with Docker and kind")
+    if platform.machine() != "x86_64":
+        raise CommandFailed(f"the local cluster is made for x86_64, this is {platform.machine()}; use Docker and kind")

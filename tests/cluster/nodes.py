@@ -1,0 +1,205 @@
+"""Nodes: a network namespace, a containerd, a kubelet and a kube-proxy each, joined by a bridge on the host."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from . import images, processes
+from .certificates import Authority
+from .control_plane import wait_for
+from .shell import CACHE, run
+
+BRIDGE = "ftobr0"
+HOST = "172.30.0.1"
+POD_RANGE = "10.244"
+
+
+class Node:
+    """One node of the local cluster; index 1, 2, ..."""
+
+    def __init__(self, cluster: str, index: int, state: Path) -> None:
+        self.cluster, self.index, self.state = cluster, index, state / f"node-{index}"
+        self.name = f"node-{index}"
+        self.address = f"172.30.0.{10 + index}"
+        self.namespace = f"fto-node-{index}"
+        #: the images stay here between runs
+        self.root = CACHE / "nodes" / self.name
+        self.run_folder = Path(f"/run/finetune-local/{self.name}")
+        self.socket = self.run_folder / "containerd.sock"
+        self.ctr: list[str] = ["ctr", "--address", str(self.socket)]
+
+    def _inside(self, *command: str | Path) -> list[str | Path]:
+        # nsenter, not `ip netns exec`: the latter makes a mount namespace too, and a kubelet's mounts must be seen by containerd
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
+
+    def connect(self, nodes: list[Node]) -> None:
+        """Make the network namespace, its link to the bridge, and routes to the pods of the other nodes."""
+        link = f"fto{self.index}"
+        run(["ip", "netns", "add", self.namespace])
+        run(["ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace])
+        run(["ip", "link", "set", link, "master", BRIDGE, "up"])
+        run(self._inside("ip", "address", "add", f"{self.address}/24", "dev", "eth0"))
+        for device in ("lo", "eth0"):
+            run(self._inside("ip", "link", "set", device, "up"))
+        run(self._inside("ip", "route", "add", "default", "via", HOST))
+        for other in nodes:
+            if other is not self:
+                run(self._inside("ip", "route", "add", f"{POD_RANGE}.{other.index}.0/24", "via", other.address))
+        run(["ip", "route", "replace", f"{POD_RANGE}.{self.index}.0/24", "via", self.address])
+        run(self._inside("sysctl", "-qw", "net.ipv4.ip_forward=1"))
+        run(self._inside("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1"), check=False)
+
+    def start_runtime(self) -> None:
+        """Start containerd, empty it of what a killed run left, and load the pause image."""
+        for folder in (self.root, self.run_folder, self.state):
+            folder.mkdir(parents=True, exist_ok=True)
+        network = self.state / "net.d"
+        network.mkdir()
+        (network / "10-bridge.conflist").write_text(
+            json.dumps(
+                {
+                    "cniVersion": "0.3.1",
+                    "name": "pods",
+                    "plugins": [
+                        {
+                            "type": "bridge",
+                            "bridge": "cni0",
+                            "isGateway": True,
+                            "hairpinMode": True,
+                            "ipam": {
+                                "type": "host-local",
+                                "dataDir": str(self.state / "ipam"),
+                                "ranges": [[{"subnet": f"{POD_RANGE}.{self.index}.0/24"}]],
+                                "routes": [{"dst": "0.0.0.0/0"}],
+                            },
+                        },
+                        {"type": "portmap", "capabilities": {"portMappings": True}},
+                    ],
+                }
+            )
+        )
+        config = self.state / "containerd.toml"
+        config.write_text(
+            f"""version = 2
+root = "{self.root}/containerd"
+state = "{self.run_folder}/containerd"
+oom_score = 0
+[grpc]
+  address = "{self.socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{images.PAUSE}"
+  # lowering oom_score_adj is forbidden in many sandboxes, and every pod would fail with it
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{network}"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+"""
+        )
+        processes.start(self.cluster, f"{self.name}-containerd", self._inside("containerd", "--config", config), self.state.parent / "logs")
+        wait_for(f"{self.name}: containerd", lambda: "Server" in run([*self.ctr, "version"], check=False), 60, self.state.parent / "logs")
+        self._clear()
+        images.load(images.pause(), self.root, self.ctr)
+
+    def _clear(self) -> None:
+        tasks = run([*self.ctr, "-n", "k8s.io", "tasks", "ls", "-q"], check=False).split()
+        for task in tasks:
+            run([*self.ctr, "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", task], check=False)
+            run([*self.ctr, "-n", "k8s.io", "tasks", "delete", "-f", task], check=False)
+        for container in run([*self.ctr, "-n", "k8s.io", "containers", "ls", "-q"], check=False).split():
+            run([*self.ctr, "-n", "k8s.io", "containers", "rm", container], check=False)
+
+    def start_kubelet(self, binaries: Path, authority: Authority, server: str) -> None:
+        """Start the kubelet and kube-proxy."""
+        certificate, key = authority.issue(self.name, f"system:node:{self.name}", "system:nodes", hosts=[self.address, self.name])
+        kubeconfig = authority.kubeconfig(f"kubelet-{self.name}", server, f"system:node:{self.name}", "system:nodes")
+        # the pods' resolver: what the machine's own resolv.conf names is not reachable from the node's namespace
+        resolver = self.state / "resolv.conf"
+        resolver.write_text("")
+        config = self.state / "kubelet.json"
+        config.write_text(
+            json.dumps(
+                {
+                    "kind": "KubeletConfiguration",
+                    "apiVersion": "kubelet.config.k8s.io/v1beta1",
+                    "authentication": {"anonymous": {"enabled": False}, "x509": {"clientCAFile": str(authority.path)}, "webhook": {"enabled": True}},
+                    "authorization": {"mode": "Webhook"},
+                    "tlsCertFile": str(certificate),
+                    "tlsPrivateKeyFile": str(key),
+                    "cgroupDriver": "cgroupfs",
+                    "cgroupRoot": f"/{self.namespace}",
+                    "cgroupsPerQOS": False,
+                    "enforceNodeAllocatable": [],
+                    "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"},
+                    "imageGCHighThresholdPercent": 100,
+                    "clusterDNS": [HOST],
+                    "clusterDomain": "cluster.local",
+                    "resolvConf": str(resolver),
+                    "failSwapOn": False,
+                    "nodeStatusUpdateFrequency": "5s",
+                    "syncFrequency": "20s",
+                    "volumePluginDir": str(self.state / "plugins"),
+                    "registryPullQPS": 0,
+                    "serializeImagePulls": False,
+                    "maxPods": 110,
+                }
+            )
+        )
+        for part in (f"/{self.namespace}",):
+            for root in ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd", "hugetlb"):
+                if Path(f"/sys/fs/cgroup/{root}").is_dir():
+                    Path(f"/sys/fs/cgroup/{root}{part}").mkdir(exist_ok=True)
+        logs = self.state.parent / "logs"
+        processes.start(
+            self.cluster,
+            f"{self.name}-kubelet",
+            self._inside(
+                binaries / "kubelet", f"--config={config}", f"--kubeconfig={kubeconfig}", f"--hostname-override={self.name}",
+                "--container-runtime=remote", f"--container-runtime-endpoint=unix://{self.socket}", f"--node-ip={self.address}",
+                f"--root-dir={self.state}/kubelet", f"--cert-dir={self.state}/pki",
+            ),
+            logs,
+        )  # fmt: skip
+        proxy = authority.kubeconfig(f"proxy-{self.name}", server, f"proxy-{self.name}", "system:masters")
+        proxy_config = self.state / "proxy.json"
+        proxy_config.write_text(
+            json.dumps(
+                {
+                    "kind": "KubeProxyConfiguration",
+                    "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+                    "clientConnection": {"kubeconfig": str(proxy)},
+                    "mode": "iptables",
+                    "clusterCIDR": f"{POD_RANGE}.0.0/16",
+                    "hostnameOverride": self.name,
+                    "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+                }
+            )
+        )
+        command = self._inside(binaries / "kube-proxy", f"--config={proxy_config}")
+        processes.start(self.cluster, f"{self.name}-kube-proxy", command, logs)
+
+    def remove(self) -> None:
+        """End every container, and undo the network and the mounts. Safe to call at any time."""
+        processes.end(lambda: processes.in_cgroup(self.namespace), grace=1)
+        run(["ip", "netns", "delete", self.namespace], check=False)
+        run(["ip", "link", "delete", f"fto{self.index}"], check=False)
+        run(["ip", "route", "delete", f"{POD_RANGE}.{self.index}.0/24"], check=False)
+        for folder in (self.state, self.run_folder, self.root):
+            processes.unmount_below(folder)
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def make_bridge() -> None:
+    """The bridge that joins the host and all nodes."""
+    run(["ip", "link", "add", BRIDGE, "type", "bridge"])
+    run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE])
+    run(["ip", "link", "set", BRIDGE, "up"])
+
+
+def remove_bridge() -> None:
+    """Undo make_bridge."""
+    run(["ip", "link", "delete", BRIDGE], check=False)
