@@ -141,6 +141,8 @@ class Layout:
         self.reports = f"{self.job}/reports"
         self.train_rows = f"{self.data}/train.jsonl"
         self.eval_rows = f"{self.data}/eval.jsonl"
+        self.train_tokens = f"{self.data}/train.parquet"
+        self.eval_tokens = f"{self.data}/eval.parquet"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"
         self.model_reference = f"{self.data}/model.json"

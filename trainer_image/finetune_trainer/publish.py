@@ -1,0 +1,165 @@
+"""publish: write the result with its model card and lineage, verify it, and never overwrite another job's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_api.contract import StageResult
+from finetune_api.status import Artifact
+from finetune_api.uris import URI, parse_uri
+
+from .card import model_card
+from .context import Context
+from .errors import InfrastructureError, UserError
+
+log = logging.getLogger("finetune.publish")
+LINEAGE = "finetune.json"
+SUMS = "SHA256SUMS"
+_LEFT_OUT = {"training_args.bin"}
+"""Pickles: they may not leave the job."""
+
+
+def publish(context: Context) -> StageResult:
+    """Run the stage. Every target is tried; those that fail are named, those that succeeded stay."""
+    bundle = _bundle(context)
+    done, failed = [], []
+    for index, target in enumerate(context.spec.publish):
+        uri = parse_uri(target.uri)
+        try:
+            if uri.scheme == "pvc":
+                done.append(_to_volume(context, bundle, uri, target.uri))
+            else:
+                done.append(_to_hub(context, bundle, uri, target.uri, context.secret(f"publish-{index}")))
+        except (UserError, InfrastructureError) as failure:
+            failed.append((target.uri, failure))
+    if failed:
+        published = f"; published: {', '.join(a.uri for a in done)}" if done else ""
+        first = next((f for _, f in failed if isinstance(f, InfrastructureError)), failed[0][1])
+        raise type(first)(first.reason, "; ".join(f"{uri}: {f.message}" for uri, f in failed) + published)
+    where = ", ".join(a.uri for a in done)
+    return StageResult(reason="Published", message=f"published to {where}", result={"artifacts": [a.to_wire() for a in done]})
+
+
+def _bundle(context: Context) -> Path:
+    """The files to publish, made in the workspace: the same bytes for every target and every try."""
+    output, bundle = Path(context.layout.output), Path(context.layout.job, "publish")
+    shutil.rmtree(bundle, ignore_errors=True)
+    bundle.mkdir()
+    for file in sorted(output.iterdir()):
+        if file.is_file() and file.name not in _LEFT_OUT and file.suffix not in (".bin", ".pt", ".pth") and file.name != "README.md":
+            shutil.copyfile(file, bundle / file.name)
+    if not any(bundle.glob("*.safetensors")):
+        raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
+    _name_base(context, bundle)
+    evaluation = _optional(context, context.layout.evaluation_report)
+    dataset = context.read_json(context.layout.data_report)["dataset"]
+    base = context.read_json(context.layout.model_reference)
+    (bundle / "README.md").write_text(model_card(context.job, dataset, base, evaluation))
+    lineage = {
+        "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid},
+        "base": {"uri": base["uri"], "fingerprint": base["fingerprint"]},
+        "dataset": {"digest": dataset["digest"], "train": dataset["train"], "eval": dataset["eval"]},
+        "evaluation": {k: evaluation[k] for k in ("base", "tuned", "improvement", "gate") if k in evaluation} if evaluation else None,
+        "tuning": context.spec.tuning.to_wire(),
+    }
+    (bundle / LINEAGE).write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
+    (bundle / SUMS).write_text(_sums(bundle))
+    return bundle
+
+
+def _name_base(context: Context, bundle: Path) -> None:
+    """Name the base model by its URI, not by the folder it was mounted at."""
+    config = bundle / "adapter_config.json"
+    if config.exists():
+        uri = context.spec.model.uri
+        document = json.loads(config.read_text())
+        document["base_model_name_or_path"] = uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else uri
+        config.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def _optional(context: Context, path: str) -> dict[str, Any] | None:
+    return context.read_json(path) if Path(path).exists() else None
+
+
+def _sums(folder: Path) -> str:
+    lines = []
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
+    return "".join(lines)
+
+
+def _artifact(bundle: Path, uri: str) -> Artifact:
+    digest = hashlib.sha256((bundle / SUMS).read_bytes()).hexdigest()
+    size = sum(p.stat().st_size for p in bundle.iterdir() if p.is_file())
+    return Artifact(uri=uri, digest=f"sha256:{digest}", bytes=size)
+
+
+def _to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
+    """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
+    target = context.target(uri)
+    _refuse_foreign(target, context)
+    aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(bundle, aside, copy_function=shutil.copyfile)
+        if _sums(aside) != (bundle / SUMS).read_text():
+            raise InfrastructureError("VerificationFailed", "what was written differs from what was sent")
+        if target.exists():
+            if _sums(target) == (bundle / SUMS).read_text():
+                shutil.rmtree(aside)
+                return _artifact(bundle, shown)
+            old = target.with_name(f".{target.name}.{context.job.uid[:8]}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            aside.rename(target)
+    except OSError as failure:
+        raise InfrastructureError("TargetNotWritable", f"cannot write: {failure.strerror or failure}") from failure
+    return _artifact(bundle, shown)
+
+
+def _refuse_foreign(target: Path, context: Context) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        owner = json.loads((target / LINEAGE).read_text())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another path") from None
+    if owner.get("uid") != context.job.uid:
+        raise UserError("TargetTaken", f"the target holds the result of job {owner.get('namespace')}/{owner.get('name')} ({owner.get('uid')}); choose another path")
+
+
+def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
+    """One commit with all files; then read their digests back."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(uri.name, exist_ok=True, private=True)
+        if api.file_exists(uri.name, LINEAGE):
+            owner = json.loads(Path(api.hf_hub_download(uri.name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
+            if owner.get("uid") != context.job.uid:
+                raise UserError("TargetTaken", f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name")
+        api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
+        present = set(api.list_repo_files(uri.name))
+    except HfHubHTTPError as failure:
+        status = failure.response.status_code if failure.response is not None else 0
+        if status in (401, 403):
+            raise UserError("PublishRefused", f"the token may not write there ({status})") from failure
+        raise InfrastructureError("PublishFailed", f"the hub answered {status}") from failure
+    except OSError as failure:
+        raise InfrastructureError("PublishFailed", f"the hub cannot be reached: {failure}") from failure
+    missing = {p.name for p in bundle.iterdir()} - present
+    if missing:
+        raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")
+    return _artifact(bundle, shown)
