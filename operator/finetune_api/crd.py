@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition, generated from the pydantic models: `python -m finetune_api.crd`.
+"""The CustomResourceDefinition, generated from the pydantic models: `python -m finetune_api.crd ROOT`.
 
 pydantic's JSON Schema is turned into the structural subset that Kubernetes accepts; what has no equivalent
 there raises instead of being dropped.
@@ -71,6 +71,8 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str,
         node["x-kubernetes-preserve-unknown-fields"] = True
     if "items" in node:
         node["items"] = _convert(node["items"], definitions, seen)
+    if node.get("default") == "":  # says nothing, and servers of 1.20 turn it into null
+        del node["default"]
     for key in _DROPPED & set(node):
         del node[key]
     if isinstance(node.get("description"), str):
@@ -121,14 +123,17 @@ def crd() -> dict[str, Any]:
             "kind": {"type": "string", "description": "Kind of this object."},
             "metadata": {"type": "object"},
             "spec": structural_schema(FineTuneJobSpec),
-            "status": structural_schema(FineTuneJobStatus),
+            "status": _without(structural_schema(FineTuneJobStatus), "default"),  # the operator writes it in full
         },
     }
-    del schema["properties"]["status"]["properties"]["phase"]["default"]  # type: ignore[index]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}", "labels": {"app.kubernetes.io/part-of": "finetune-operator"}},
+        "metadata": {
+            "name": f"{PLURAL}.{GROUP}",
+            "labels": {"app.kubernetes.io/part-of": "finetune-operator"},
+            "annotations": {"helm.sh/resource-policy": "keep"},  # uninstalling the chart never deletes jobs
+        },
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
@@ -154,17 +159,33 @@ def crd() -> dict[str, Any]:
     }
 
 
-def render() -> str:
-    """The YAML text of crds/ and of the chart's copy."""
-    return HEADER + yaml.safe_dump(crd(), sort_keys=False, width=120)
+def render(*, cel: bool = True) -> str:
+    """The YAML text. Without CEL rules for servers before 1.25, whose clients refuse a schema that has them."""
+    document = crd()
+    return HEADER + yaml.safe_dump(document if cel else _without(document, "x-kubernetes-validations"), sort_keys=False, width=120)
+
+
+def _without(node: Any, keyword: str) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value, keyword) for key, value in node.items() if key != keyword}
+    return [_without(item, keyword) for item in node] if isinstance(node, list) else node
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """Every generated file below the root of the repository, with what it must hold."""
+    chart = root / "charts" / "finetune-operator" / "files"
+    return {
+        root / "crds" / "finetunejobs.yaml": render(),
+        chart / "finetunejobs.yaml": render(),
+        chart / "finetunejobs-before-1.25.yaml": render(cel=False),
+    }
 
 
 def main() -> None:
-    """Write the CRD to each path given, or to standard output."""
-    for path in sys.argv[1:]:
-        Path(path).write_text(render())
-    if len(sys.argv) == 1:
-        print(render(), end="")
+    """Write all generated files below the folder given."""
+    for path, text in generated(Path(sys.argv[1])).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

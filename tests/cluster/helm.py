@@ -1,0 +1,45 @@
+"""Install the chart through Helm itself, which comes as a library: no binary is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+
+from . import images
+from .shell import REPO, step
+
+CHART = REPO / "charts" / "finetune-operator"
+RELEASE, NAMESPACE = "finetune-operator", "finetune-system"
+
+
+def local_values() -> dict[str, Any]:
+    """Values for the local cluster: its images, pretended GPUs, short back-off."""
+
+    def image(reference: str) -> dict[str, str]:
+        repository, _, tag = reference.rpartition(":")
+        return {"repository": repository, "tag": tag}
+
+    return {
+        "image": image(images.OPERATOR),
+        "trainer": {"image": image(images.TRAINER), "allowCPU": True, "stageResources": {"cpu": "100m", "memory": "512Mi"}, "terminationGracePeriodSeconds": 10},
+        "settings": {"statusIntervalSeconds": 1, "backoffBaseSeconds": 2},
+    }
+
+
+def install(kubeconfig: Path, values: dict[str, Any] | None = None) -> None:
+    """Install or upgrade the release and wait until it is ready."""
+    with helm.Config(kubeconfig_path=kubeconfig, namespace=NAMESPACE) as config:
+        known = {release["name"] for release in config.list()}
+        with step("upgrading the chart" if RELEASE in known else "installing the chart"):
+            if RELEASE in known:
+                config.upgrade(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, wait="legacy", timeout=180)
+            else:
+                config.install(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, create_namespace=True, wait="legacy", timeout=180)
+
+
+def uninstall(kubeconfig: Path) -> None:
+    """Remove the release; the CustomResourceDefinition and all jobs stay."""
+    with helm.Config(kubeconfig_path=kubeconfig, namespace=NAMESPACE) as config:
+        config.uninstall(RELEASE, wait="legacy", timeout=120)
