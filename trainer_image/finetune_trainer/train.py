@@ -49,7 +49,7 @@ def train(context: Context) -> StageResult:
             Env.PLAN: json.dumps(plan.to_wire()),
             **({} if cuda and spec.gpus_per_node else _cpu_environment(local)),
         }
-        command = [*_launcher(plan, spec.nodes, rank, address, port, local), "-m", "finetune_trainer.worker"]
+        command = [*_launcher(plan, spec.nodes, rank, address, port), "-m", "finetune_trainer.worker"]
         command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
         log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, spec.nodes, local, plan.strategy, "GPU" if cuda else "CPU")
         code = _run(command, env)
@@ -89,7 +89,7 @@ def _cpu_environment(local: int) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str, local: int) -> list[str]:
+def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--num_machines", str(nodes), "--machine_rank", str(rank), "--num_processes", str(plan.world_size)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # both are TrainingArguments' business
@@ -97,7 +97,6 @@ def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str, local:
         # torch.distributed's launcher for every strategy: TrainingArguments sets DeepSpeed and FSDP up. On CPU,
         # `accelerate launch --cpu` would silently start a single process.
         command += ["--multi_gpu", "--main_process_ip", address, "--main_process_port", port, "--rdzv_backend", "static"]
-    del local
     return command
 
 

@@ -130,7 +130,7 @@ def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not cuda,
-        ddp_backend=None if cuda else "gloo",
+        ddp_backend=None if cuda or plan.world_size == 1 else "gloo",
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation) if plan.strategy.startswith("deepspeed") else None,
         fsdp="full_shard auto_wrap" if plan.strategy == "fsdp" else "",

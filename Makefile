@@ -1,0 +1,52 @@
+# make help lists what one can do
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.PHONY: help quickstart test setup up down unit component e2e bench lint format crds lock docs clean-cache
+
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+quickstart: setup  ## From nothing to a published adapter, on a Kubernetes of this machine
+	@$(VENV) -m tests.cluster.quickstart
+
+test: setup lint  ## Everything: linters, types, unit, component and end-to-end tests
+	$(VENV) -m pytest tests
+
+setup:  ## Python environments (cached outside the checkout)
+	@sh tests/cluster/bootstrap.sh $(PYTHON)
+
+up: setup  ## Start the local cluster with the operator's images
+	@$(VENV) -m tests.cluster up
+
+down: setup  ## Stop the local cluster and everything it started
+	@$(VENV) -m tests.cluster down
+
+unit: setup  ## Unit tests
+	$(VENV) -m pytest tests/unit
+
+component: setup  ## Tests against a real API server
+	$(VENV) -m pytest tests/component
+
+e2e: setup  ## Tests with real pods that really train
+	$(VENV) -m pytest tests/e2e
+
+bench: setup  ## Benchmarks with their baselines
+	$(VENV) -m tests.bench
+
+lint: setup  ## ruff, mypy, import contracts
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+	$(VENV) -m importlinter.cli lint
+
+format: setup  ## Format the code
+	$(VENV) -m ruff check --fix .
+	$(VENV) -m ruff format .
+
+crds: setup  ## Generate crds/, the chart's copy and the field reference
+	$(VENV) -m finetune_api.crd .
+	$(VENV) -m finetune_api.reference docs/reference.md
+
+lock: setup  ## Pin the newest versions that pyproject.toml allows
+	$(VENV) -m tests.cluster.lock

@@ -1,0 +1,1 @@
+"""`finetune`: validate a manifest, run it on this machine, watch it in a cluster."""

@@ -1,0 +1,49 @@
+"""Read FineTuneJob documents from YAML files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from finetune_api import KIND
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.validation import FieldError, InvalidDocument, parse_job
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: 2e-4 is a number, not a string; a key may stand once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = {str(key) for key in keys if keys.count(key) > 1}
+    if twice:
+        raise InvalidDocument([FieldError(", ".join(sorted(twice)), f"stands twice in one mapping (line {node.start_mark.line + 1})")])
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_jobs(path: Path) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
+    """All FineTuneJobs of a file, checked strictly. Raises InvalidDocument."""
+    try:
+        documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]  # noqa: S506 - a SafeLoader
+    except OSError as failure:
+        raise InvalidDocument([FieldError("", f"{path}: {failure.strerror}")]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as failure:
+        raise InvalidDocument([FieldError("", f"{path} is no YAML: {failure}")]) from None
+    jobs = [d for d in documents if not isinstance(d, dict) or d.get("kind") == KIND or str(d.get("kind", "")).lower().startswith("finetune")]
+    if not jobs:
+        raise InvalidDocument([FieldError("", f"{path} holds no {KIND}")])
+    return [parse_job(d) for d in jobs]

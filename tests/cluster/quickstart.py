@@ -1,0 +1,74 @@
+"""`make quickstart`: from nothing to a published adapter, on a Kubernetes of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import helm, images, loader
+from .__main__ import cluster
+from .shell import CACHE, REPO, CommandFailed, digest_of, run, say, step
+
+NAMESPACE = "default"
+JOB = "support-tickets"
+EXAMPLES = REPO / "examples"
+
+
+def model(script: str, name: str) -> Path:
+    """A model that a script of examples/models makes; made once per content of the script."""
+    source = EXAMPLES / "models" / script
+    folder = CACHE / "models" / digest_of(source) / name
+    if not (folder / "model.safetensors").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with step(f"making the model {name} (once)"):
+            run([sys.executable, source, folder])
+        for file in folder.iterdir():
+            file.chmod(0o644)
+    return folder
+
+
+def main() -> None:
+    """Entry point."""
+    started = time.monotonic()
+    target = cluster()
+    try:
+        smollm2 = model("smollm2.py", "SmolLM2-135M-Instruct")
+        target.up(load=[images.operator(), images.trainer()])
+        helm.install(target.kubeconfig)
+
+        def kubectl(*words: str, input: str | None = None) -> str:
+            return target.kubectl("-n", NAMESPACE, *words, input=input)
+
+        kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--wait")
+        kubectl("apply", "-f", str(EXAMPLES / "volumes.yaml"))
+        config_map = kubectl("create", "configmap", JOB, f"--from-file={EXAMPLES / 'data' / 'support-tickets.jsonl'}", "--dry-run=client", "-o", "yaml")
+        kubectl("apply", "-f", "-", input=config_map)
+        with step("copying the model into the claim models"):
+            loader.put(target, NAMESPACE, "models", smollm2)
+        with loader.mounted(target, NAMESPACE, "published") as pod:  # an earlier quickstart's result is another job's
+            kubectl("exec", pod, "--", "rm", "-rf", f"/volume/{JOB}")
+        say(f"set-up took {time.monotonic() - started:.0f} s")
+        print("$ kubectl apply -f examples/quickstart.yaml", flush=True)
+        print(kubectl("apply", "-f", str(EXAMPLES / "quickstart.yaml")), end="", flush=True)
+    except CommandFailed as failure:
+        sys.exit(f"quickstart: {failure}")
+    print(f"$ finetune watch {JOB}", flush=True)
+    applied = time.monotonic()
+    watch = [sys.executable, "-m", "finetune_cli", "watch", JOB, "-n", NAMESPACE, "--kubeconfig", str(target.kubeconfig)]
+    code = subprocess.run(watch, check=False).returncode
+    print("$ kubectl get finetunejobs", flush=True)
+    print(target.kubectl("-n", NAMESPACE, "get", "finetunejobs", check=False), end="")
+    if code == 0:
+        files = loader.listing(target, NAMESPACE, "published", JOB)
+        print(f"\nThe adapter is in the claim 'published', folder '{JOB}': {', '.join(files)}")
+        print(f"From apply to published: {time.monotonic() - applied:.0f} s; everything: {(time.monotonic() - started) / 60:.1f} minutes.")
+        print(f"Look around:  export KUBECONFIG={target.kubeconfig}\n              {os.path.relpath(REPO / '.venv/bin/kubectl')} describe finetunejob {JOB}")
+        print("Clean up:     make down")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
