@@ -35,14 +35,14 @@ bench: setup  ## Benchmarks with their baselines
 	$(VENV) -m tests.bench
 
 lint: setup  ## ruff, mypy, import contracts
-	$(VENV) -m ruff check .
-	$(VENV) -m ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	$(VENV) -m mypy
-	$(VENV) -m importlinter.cli lint
+	$(VENV) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 format: setup  ## Format the code
-	$(VENV) -m ruff check --fix .
-	$(VENV) -m ruff format .
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
 
 crds: setup  ## Generate crds/, the chart's copy and the field reference
 	$(VENV) -m finetune_api.crd .

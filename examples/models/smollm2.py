@@ -31,7 +31,17 @@ def main() -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [str(getattr(sys, "_base_executable", sys.executable)), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
+        pip = [
+            str(getattr(sys, "_base_executable", sys.executable)),
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            PACKAGE,
+        ]
         subprocess.run(pip, check=True)
         wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:

@@ -10,7 +10,26 @@ import shutil
 import sys
 from pathlib import Path
 
-WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three", "yes", "no", "colour", "animal", "number", "what", "is", "a", "the"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "one",
+    "two",
+    "three",
+    "yes",
+    "no",
+    "colour",
+    "animal",
+    "number",
+    "what",
+    "is",
+    "a",
+    "the",
+]
 TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"

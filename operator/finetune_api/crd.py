@@ -59,8 +59,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str,
     if "properties" in node:
         required = set(node.get("required", []))
         node["properties"] = {
-            name: _property(child, definitions, seen, optional=name not in required)
-            for name, child in node["properties"].items()
+            name: _property(child, definitions, seen, optional=name not in required) for name, child in node["properties"].items()
         }
         if node.get("additionalProperties") is False:
             del node["additionalProperties"]

@@ -335,9 +335,7 @@ class Gate(APIModel):
 class Evaluation(APIModel):
     """Comparison of base and tuned model on the held-out rows, with the same prompts and seed."""
 
-    metrics: Annotated[
-        list[Metric], Field(min_length=1, max_length=8, json_schema_extra={"x-kubernetes-list-type": "set"})
-    ] = ["loss"]
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=8, json_schema_extra={"x-kubernetes-list-type": "set"})] = ["loss"]
     """Metrics to compute: `loss` (mean negative log-likelihood per answer token), `exact-match` (greedy answers that are equal)."""
     gate: Gate | None = None
     """Publish only if this holds. Unset: publish always."""
@@ -434,9 +432,7 @@ class FineTuneJobSpec(APIModel):
             cel="!has(self.workspace.template) || self.workspace.template.accessMode == 'ReadWriteMany' || self.distribution.nodes == 1",
             message="workspace.template.accessMode ReadWriteOnce allows one node: set it to ReadWriteMany, or distribution.nodes to 1",
             holds=lambda m: (
-                m.workspace.template is None
-                or m.workspace.template.access_mode == "ReadWriteMany"
-                or m.distribution.nodes == 1
+                m.workspace.template is None or m.workspace.template.access_mode == "ReadWriteMany" or m.distribution.nodes == 1
             ),
         ),
     )

@@ -72,7 +72,9 @@ def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
     if not isinstance(name, str) or not name:
         errors.append(FieldError("metadata.name", "is required"))
     elif not re.fullmatch(DNS_SUBDOMAIN_PATTERN, name.rstrip("-")) or len(name) > 253:
-        errors.append(FieldError("metadata.name", f"{_shown(name)} is not a valid name; use at most 253 lower-case letters, digits, '-' and '.'"))
+        errors.append(
+            FieldError("metadata.name", f"{_shown(name)} is not a valid name; use at most 253 lower-case letters, digits, '-' and '.'")
+        )
     if errors:
         raise InvalidDocument(errors)
     return dict(metadata or {}), parse_spec(document.get("spec"), strict=True)

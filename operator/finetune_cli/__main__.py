@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from finetune_api.validation import InvalidDocument
 from rich.console import Console
+
+from finetune_api.validation import InvalidDocument
 
 from .documents import read_jobs
 

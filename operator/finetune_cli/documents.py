@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from finetune_api import KIND
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import FieldError, InvalidDocument, parse_job
@@ -38,12 +39,14 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def read_jobs(path: Path) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
     """All FineTuneJobs of a file, checked strictly. Raises InvalidDocument."""
     try:
-        documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]  # noqa: S506 - a SafeLoader
+        documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]
     except OSError as failure:
         raise InvalidDocument([FieldError("", f"{path}: {failure.strerror}")]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         raise InvalidDocument([FieldError("", f"{path} is no YAML: {failure}")]) from None
-    jobs = [d for d in documents if not isinstance(d, dict) or d.get("kind") == KIND or str(d.get("kind", "")).lower().startswith("finetune")]
+    jobs = [
+        d for d in documents if not isinstance(d, dict) or d.get("kind") == KIND or str(d.get("kind", "")).lower().startswith("finetune")
+    ]
     if not jobs:
         raise InvalidDocument([FieldError("", f"{path} holds no {KIND}")])
     return [parse_job(d) for d in jobs]

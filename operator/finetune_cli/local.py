@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from finetune_api.contract import Env, ExitCode, JobFile, Layout, ProgressReport, Stage, StageResult, read_stage_result
 from finetune_api.scalars import human_duration
 from finetune_api.spec import FineTuneJobSpec
@@ -30,7 +32,6 @@ from finetune_api.status import (
     Progress,
 )
 from finetune_api.uris import parse_uri
-from rich.console import Console
 
 from .view import JobView
 
@@ -41,7 +42,8 @@ class MissingVolume(ValueError):
 
 def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str, str]) -> JobFile:
     """job.json for this machine. `volumes`: claim or ConfigMap name -> folder. Raises MissingVolume."""
-    sources, targets = {}, {}
+    sources: dict[str, str] = {}
+    targets: dict[str, str] = {}
     uris = [spec.model.uri, spec.dataset.train.uri, *([spec.dataset.eval.uri] if spec.dataset.eval and spec.dataset.eval.uri else [])]
     for text, places in [*((u, sources) for u in uris), *((t.uri, targets) for t in spec.publish)]:
         uri = parse_uri(text)

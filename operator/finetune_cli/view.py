@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
 
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
@@ -24,7 +25,9 @@ def sparkline(values: list[float], width: int = 40) -> str:
         return ""
     if len(values) > width:
         size = len(values) / width
-        values = [sum(part) / len(part) for i in range(width) if (part := values[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)])]
+        values = [
+            sum(part) / len(part) for i in range(width) if (part := values[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)])
+        ]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(_BARS[min(7, int((value - low) / span * 8))] for value in values)

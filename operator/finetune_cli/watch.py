@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from finetune_api import GROUP, PLURAL, VERSION
-from finetune_api.status import FineTuneJobStatus, read_status
 from kubernetes import client, config
 from rich.console import Console
+
+from finetune_api import GROUP, PLURAL, VERSION
+from finetune_api.status import FineTuneJobStatus, read_status
 
 from .view import JobView
 

@@ -42,7 +42,7 @@ class Controller:
         """List everything once, then work until cancelled."""
         await self._resync_until_done()
         self.synced.set()
-        log.info("in sync: %d jobs", len(self.store.keys()))
+        log.info("in sync: %d jobs", len(self.store.job_keys()))
         async with asyncio.TaskGroup() as group:
             group.create_task(self.queue.run(self.process, self.settings.workers))
             group.create_task(self._resync_forever())
@@ -197,14 +197,14 @@ class Controller:
                 seen.add(raw["metadata"]["uid"])
             for key in self.store.prune(kind, seen, began):
                 self.queue.add(key)
-        for key in self.store.keys():
+        for key in self.store.job_keys():
             self.queue.add(key)
         self._count_jobs()
         self.last_resync = time.monotonic()
 
     def _count_jobs(self) -> None:
         phases: Counter[str] = Counter()
-        for key in self.store.keys():
+        for key in self.store.job_keys():
             job = self.store.job(key) or {}
             phases[str((job.get("status") or {}).get("phase", "Pending"))[:32]] += 1
         metrics.JOBS.clear()

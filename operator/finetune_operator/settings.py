@@ -32,12 +32,12 @@ class Settings:
     """Let pods that asked for GPUs train on CPU: for clusters with pretended GPUs, never for real ones."""
     stage_retries: int = 3
     """Retries of prepare, evaluate and publish after failures of the infrastructure."""
-    backoff_base_seconds: float = 10
+    backoff_base_seconds: float = 10.0
     """First back-off; doubles with each retry."""
-    backoff_limit_seconds: float = 360
-    status_interval_seconds: float = 5
+    backoff_limit_seconds: float = 360.0
+    status_interval_seconds: float = 5.0
     """Least time between two status writes that only carry progress."""
-    resync_seconds: float = 300
+    resync_seconds: float = 300.0
     """Time between two full LISTs that find what a dead watch hid."""
     workers: int = 16
     """Jobs reconciled at the same time."""

@@ -43,9 +43,7 @@ class Authority:
 
     def _save_key(self, name: str, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> Path:
         path = self.folder / f"{name}.key"
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        )
+        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as sink:
             sink.write(pem)
         return path
@@ -83,9 +81,7 @@ class Authority:
             "kind": "Config",
             "current-context": "local",
             "clusters": [{"name": "local", "cluster": {"server": server, "certificate-authority-data": inline(self.path)}}],
-            "users": [
-                {"name": name, "user": {"client-certificate-data": inline(certificate), "client-key-data": inline(key)}}
-            ],
+            "users": [{"name": name, "user": {"client-certificate-data": inline(certificate), "client-key-data": inline(key)}}],
             "contexts": [{"name": "local", "context": {"cluster": "local", "user": name}}],
         }
         path = self.folder / f"{name}.kubeconfig"

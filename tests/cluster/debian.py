@@ -58,9 +58,7 @@ def ensure(packages: dict[str, str]) -> None:
 
 def source_lists() -> list[tuple[str, str]]:
     """(URI, suite) of the machine's own Debian archives."""
-    out = run(
-        ["apt-get", "indextargets", "Created-By: Packages", "Origin: Debian", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"]
-    )
+    out = run(["apt-get", "indextargets", "Created-By: Packages", "Origin: Debian", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"])
     rows = [line.split() for line in out.splitlines() if line.strip()]
     return sorted({(uri, suite) for uri, suite, component in rows if component == "main"})
 
@@ -70,9 +68,7 @@ def fetch_source(package: str, into: Path) -> Path:
     state = into / "apt"
     for folder in ("lists/partial", "cache/archives/partial"):
         (state / folder).mkdir(parents=True)
-    lines = [
-        f"deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {uri} {suite} main" for uri, suite in source_lists()
-    ]
+    lines = [f"deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {uri} {suite} main" for uri, suite in source_lists()]
     (state / "sources.list").write_text("\n".join(lines) + "\n")
     own = [
         f"-oDir::Etc::SourceList={state}/sources.list",

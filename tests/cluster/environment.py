@@ -17,7 +17,8 @@ LOCKS = {
     "dev": REPO / "tests" / "requirements.lock",
 }
 #: what `.venv/bin` gets beside python
-COMMANDS = {"finetune": "finetune_cli", "pytest": "pytest", "ruff": "ruff", "mypy": "mypy"}
+COMMANDS = {"finetune": "finetune_cli", "pytest": "pytest", "mypy": "mypy"}
+BINARIES = ("kubectl", "ruff")
 
 
 def _pins(lock: Path) -> list[str]:
@@ -60,7 +61,8 @@ def virtual_environment() -> Path:
         script = venv / "bin" / command
         script.write_text(f"#!{python}\nimport runpy\nrunpy.run_module({module!r}, run_name='__main__')\n")
         script.chmod(0o755)
-    (venv / "bin" / "kubectl").symlink_to(site_packages("dev") / "bin" / "kubectl")
+    for binary in BINARIES:
+        (venv / "bin" / binary).symlink_to(site_packages("dev") / "bin" / binary)
     note.write_text(paths)
     return venv
 

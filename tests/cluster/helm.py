@@ -23,7 +23,12 @@ def local_values() -> dict[str, Any]:
 
     return {
         "image": image(images.OPERATOR),
-        "trainer": {"image": image(images.TRAINER), "allowCPU": True, "stageResources": {"cpu": "100m", "memory": "512Mi"}, "terminationGracePeriodSeconds": 10},
+        "trainer": {
+            "image": image(images.TRAINER),
+            "allowCPU": True,
+            "stageResources": {"cpu": "100m", "memory": "512Mi"},
+            "terminationGracePeriodSeconds": 10,
+        },
         "settings": {"statusIntervalSeconds": 1, "backoffBaseSeconds": 2},
     }
 
@@ -36,7 +41,9 @@ def install(kubeconfig: Path, values: dict[str, Any] | None = None) -> None:
             if RELEASE in known:
                 config.upgrade(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, wait="legacy", timeout=180)
             else:
-                config.install(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, create_namespace=True, wait="legacy", timeout=180)
+                config.install(
+                    str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, create_namespace=True, wait="legacy", timeout=180
+                )
 
 
 def uninstall(kubeconfig: Path) -> None:

@@ -85,9 +85,8 @@ def base_layer() -> Layer:
 
 def _packages_layer(name: str, source: Path, key: str) -> Layer:
     def build(folder: Path) -> None:
-        with step(f"packing the packages of the {name} image"):
-            with tarfile.open(folder / "packages.tar", "w") as tar:
-                tar.add(source, "opt/finetune/site-packages", filter=_plain)
+        with step(f"packing the packages of the {name} image"), tarfile.open(folder / "packages.tar", "w") as tar:
+            tar.add(source, "opt/finetune/site-packages", filter=_plain)
 
     return _layer(cached(f"image-{name}-packages", key, build) / "packages.tar")
 
@@ -114,10 +113,7 @@ def _archive(target: Path, reference: str, layers: list[Layer], config: dict[str
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": _digest(blob), "size": len(blob)},
-        "layers": [
-            {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer.digest, "size": layer.size}
-            for layer in layers
-        ],
+        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer.digest, "size": layer.size} for layer in layers],
     }
     manifest_blob = json.dumps(manifest, sort_keys=True).encode()
     index = {
@@ -236,4 +232,3 @@ def load(image: Image, node_root: Path, ctr: list[str]) -> None:
                 run([*ctr, "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", archive])
                 loaded.touch()
     marker.write_text(image.key)
-

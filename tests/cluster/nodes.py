@@ -125,7 +125,11 @@ oom_score = 0
                 {
                     "kind": "KubeletConfiguration",
                     "apiVersion": "kubelet.config.k8s.io/v1beta1",
-                    "authentication": {"anonymous": {"enabled": False}, "x509": {"clientCAFile": str(authority.path)}, "webhook": {"enabled": True}},
+                    "authentication": {
+                        "anonymous": {"enabled": False},
+                        "x509": {"clientCAFile": str(authority.path)},
+                        "webhook": {"enabled": True},
+                    },
                     "authorization": {"mode": "Webhook"},
                     "tlsCertFile": str(certificate),
                     "tlsPrivateKeyFile": str(key),
@@ -133,7 +137,12 @@ oom_score = 0
                     "cgroupRoot": f"/{self.namespace}",
                     "cgroupsPerQOS": False,
                     "enforceNodeAllocatable": [],
-                    "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"},
+                    "evictionHard": {
+                        "memory.available": "100Mi",
+                        "nodefs.available": "1%",
+                        "imagefs.available": "1%",
+                        "nodefs.inodesFree": "1%",
+                    },
                     "imageGCHighThresholdPercent": 100,
                     "clusterDNS": [HOST],
                     "clusterDomain": "cluster.local",

@@ -44,7 +44,9 @@ def main() -> None:
 
         kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--wait")
         kubectl("apply", "-f", str(EXAMPLES / "volumes.yaml"))
-        config_map = kubectl("create", "configmap", JOB, f"--from-file={EXAMPLES / 'data' / 'support-tickets.jsonl'}", "--dry-run=client", "-o", "yaml")
+        config_map = kubectl(
+            "create", "configmap", JOB, f"--from-file={EXAMPLES / 'data' / 'support-tickets.jsonl'}", "--dry-run=client", "-o", "yaml"
+        )
         kubectl("apply", "-f", "-", input=config_map)
         with step("copying the model into the claim models"):
             loader.put(target, NAMESPACE, "models", smollm2)
@@ -65,7 +67,9 @@ def main() -> None:
         files = loader.listing(target, NAMESPACE, "published", JOB)
         print(f"\nThe adapter is in the claim 'published', folder '{JOB}': {', '.join(files)}")
         print(f"From apply to published: {time.monotonic() - applied:.0f} s; everything: {(time.monotonic() - started) / 60:.1f} minutes.")
-        print(f"Look around:  export KUBECONFIG={target.kubeconfig}\n              {os.path.relpath(REPO / '.venv/bin/kubectl')} describe finetunejob {JOB}")
+        print(
+            f"Look around:  export KUBECONFIG={target.kubeconfig}\n              {os.path.relpath(REPO / '.venv/bin/kubectl')} describe finetunejob {JOB}"
+        )
         print("Clean up:     make down")
     sys.exit(code)
 

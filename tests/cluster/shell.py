@@ -51,7 +51,7 @@ def run(
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as sink:
-            result = subprocess.run(words, cwd=cwd, env=merged, stdout=sink, stderr=subprocess.STDOUT, timeout=timeout)
+            code = subprocess.run(words, cwd=cwd, env=merged, stdout=sink, stderr=subprocess.STDOUT, timeout=timeout).returncode
         output = log.read_text(errors="replace")
     else:
         completed = subprocess.run(
@@ -65,10 +65,10 @@ def run(
             stderr=subprocess.STDOUT,
             timeout=timeout,
         )
-        result, output = completed, completed.stdout
-    if check and result.returncode != 0:
+        code, output = completed.returncode, completed.stdout
+    if check and code != 0:
         tail = "\n".join(output.splitlines()[-30:])
-        raise CommandFailed(f"{' '.join(words[:6])} exited {result.returncode}:\n{tail}")
+        raise CommandFailed(f"{' '.join(words[:6])} exited {code}:\n{tail}")
     return output
 
 

@@ -62,7 +62,12 @@ def _scores(evaluation: dict[str, Any] | None) -> list[str]:
 
 def _usage(job: JobFile) -> list[str]:
     if job.spec.tuning.method == "full":
-        return ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")']
+        return [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        ]
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+
 from finetune_api.scalars import seconds
 from finetune_api.spec import Checkpoint
 from finetune_api.status import Plan
-from transformers import TrainerCallback
 
 from .context import write_text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from finetune_api.contract import StageResult
 from finetune_api.spec import Evaluation, Metric
 from finetune_api.status import EvaluationStatus
@@ -101,9 +102,7 @@ def _loss(model: Any, tokeniser: Tokeniser, rows: list[dict[str, Any]], device: 
         labels = torch.tensor([t["labels"] + [IGNORED] * (width - len(t["labels"])) for t in batch], device=device)
         mask = torch.tensor([[1] * len(t["input_ids"]) + [0] * (width - len(t["input_ids"])) for t in batch], device=device)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        total += float(
-            torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum")
-        )
+        total += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum"))
         count += int((labels[:, 1:] != IGNORED).sum())
     return total / max(1, count)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from finetune_api.uris import parse_uri
 
 from .context import Context
@@ -19,7 +20,9 @@ def resolve(context: Context, *, download: bool = False) -> str:
     if uri.scheme == "pvc":
         folder = context.mounted(uri)
         if not (folder / "config.json").is_file():
-            raise UserError("ModelNotFound", f"{context.spec.model.uri} holds no config.json; name the folder that from_pretrained would load")
+            raise UserError(
+                "ModelNotFound", f"{context.spec.model.uri} holds no config.json; name the folder that from_pretrained would load"
+            )
         _require_safetensors(folder)
         return str(folder)
     if not download:

@@ -41,5 +41,8 @@ def _strategy(spec: FineTuneJobSpec, world: int, parameters: int) -> tuple[str, 
     if spec.tuning.method != "full":
         return "ddp", "an adapter's gradients and optimizer state are small: plain data parallelism is fastest"
     if parameters > _SHARD_PARAMETERS:
-        return "deepspeed-zero3", f"full fine-tuning of {parameters / 1e9:.1f} B parameters: parameters, gradients and optimizer state are sharded"
+        return (
+            "deepspeed-zero3",
+            f"full fine-tuning of {parameters / 1e9:.1f} B parameters: parameters, gradients and optimizer state are sharded",
+        )
     return "deepspeed-zero2", f"full fine-tuning of {parameters / 1e6:.0f} M parameters: gradients and optimizer state are sharded"

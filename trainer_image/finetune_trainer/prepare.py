@@ -75,7 +75,9 @@ def prepare(context: Context) -> StageResult:
     problems, dropped = Problems(), Counter[str]()
     token = context.secret("train")
     train_uri = parse_uri(spec.dataset.train.uri)
-    train, format_, why = _read(context, tokeniser, rows(context, train_uri, spec.dataset.train.split, token), None, problems, dropped, "train row")
+    train, format_, why = _read(
+        context, tokeniser, rows(context, train_uri, spec.dataset.train.split, token), None, problems, dropped, "train row"
+    )
     log.info("format %s: %s", format_, why)
     train = _deduplicate(context, train, problems, dropped)
     held_out = _hold_out(context, tokeniser, train, format_, problems, dropped, token)
@@ -94,7 +96,9 @@ def prepare(context: Context) -> StageResult:
     }
     context.write_json(context.layout.data_report, report)
     gone = ", ".join(f"{count} {kind}" for kind, count in sorted(dropped.items()) if count)
-    message = f"{len(train)} rows to train on ({status.tokens} tokens, {format_}), {len(held_out)} held out" + (f"; left out: {gone}" if gone else "")
+    message = f"{len(train)} rows to train on ({status.tokens} tokens, {format_}), {len(held_out)} held out" + (
+        f"; left out: {gone}" if gone else ""
+    )
     return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
@@ -148,7 +152,10 @@ def _read(
                 raise UserError("InvalidRows", f"{problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
             dropped[kind] = problems.counts[kind]
     if problems.counts["tooLong"] and checks.too_long == "fail":
-        raise UserError("RowsTooLong", f"{problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop")
+        raise UserError(
+            "RowsTooLong",
+            f"{problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop",
+        )
     return found, wanted, why
 
 
@@ -178,7 +185,9 @@ def _hold_out(
     if source is None:
         return []
     if source.uri is not None:
-        found, _, _ = _read(context, tokeniser, rows(context, parse_uri(source.uri), source.split, token), format_, problems, dropped, "eval row")
+        found, _, _ = _read(
+            context, tokeniser, rows(context, parse_uri(source.uri), source.split, token), format_, problems, dropped, "eval row"
+        )
         return found
     assert source.split_fraction is not None
     seed = context.spec.tuning.hyperparameters.seed
@@ -204,7 +213,10 @@ def _check_leakage(
     if not problems.counts["leaked"] or policy == "ignore":
         return train
     if policy == "fail":
-        raise UserError("LeakedRows", f"held-out rows stand in the training rows: {problems.describe('leaked')}. Remove them, or set dataset.checks.leakage: drop")
+        raise UserError(
+            "LeakedRows",
+            f"held-out rows stand in the training rows: {problems.describe('leaked')}. Remove them, or set dataset.checks.leakage: drop",
+        )
     dropped["leaked"] = problems.counts["leaked"]
     return [e for e in train if e.digest not in secret]
 
@@ -214,7 +226,10 @@ def _check_enough(context: Context, train: list[Example], held_out: list[Example
     if len(train) < least:
         found = "; ".join(f"{kind}: {problems.describe(kind)}" for kind in problems.counts)
         detail = f" ({found})" if found else ""
-        raise UserError("TooFewExamples", f"{len(train)} usable training row(s), dataset.checks.minExamples is {least}{detail}. Add rows, or lower minExamples")
+        raise UserError(
+            "TooFewExamples",
+            f"{len(train)} usable training row(s), dataset.checks.minExamples is {least}{detail}. Add rows, or lower minExamples",
+        )
     if context.spec.dataset.eval is not None and not held_out:
         raise UserError("NoEvalRows", "no held-out row is left; raise dataset.eval.splitFraction or check dataset.eval.uri")
 

@@ -15,9 +15,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from finetune_api.contract import Env, Mounts, ProgressReport
 from finetune_api.status import Plan
-from transformers import TrainerCallback
 
 from .checkpoints import newest_step
 from .context import Context

@@ -135,7 +135,10 @@ def _refuse_foreign(target: Path, context: Context) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another path") from None
     if owner.get("uid") != context.job.uid:
-        raise UserError("TargetTaken", f"the target holds the result of job {owner.get('namespace')}/{owner.get('name')} ({owner.get('uid')}); choose another path")
+        raise UserError(
+            "TargetTaken",
+            f"the target holds the result of job {owner.get('namespace')}/{owner.get('name')} ({owner.get('uid')}); choose another path",
+        )
 
 
 def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
@@ -149,7 +152,10 @@ def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | N
         if api.file_exists(uri.name, LINEAGE):
             owner = json.loads(Path(api.hf_hub_download(uri.name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
             if owner.get("uid") != context.job.uid:
-                raise UserError("TargetTaken", f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name")
+                raise UserError(
+                    "TargetTaken",
+                    f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name",
+                )
         api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
         present = set(api.list_repo_files(uri.name))
     except HfHubHTTPError as failure:

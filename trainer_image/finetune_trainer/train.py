@@ -56,7 +56,9 @@ def train(context: Context) -> StageResult:
         if error.exists():
             raise _error(json.loads(error.read_text()))
         if code != 0:
-            raise InfrastructureError("ProcessDied", f"a training process ended without a word (launcher exit {code}); it was probably killed")
+            raise InfrastructureError(
+                "ProcessDied", f"a training process ended without a word (launcher exit {code}); it was probably killed"
+            )
         if result.exists():
             return StageResult.model_validate(json.loads(result.read_text()))
     return StageResult(reason="Trained", message=f"node {rank} is done")
@@ -81,7 +83,9 @@ def _check_devices(wanted: int, found: int) -> None:
     if found == 0 and os.environ.get(Env.ALLOW_CPU) == "1":
         log.warning("no GPU is found, training on CPU: %s is set", Env.ALLOW_CPU)
         return
-    raise InfrastructureError("DeviceMismatch", f"the job asked for {wanted} GPU(s) per node, this pod sees {found}; check the driver and the image's CUDA")
+    raise InfrastructureError(
+        "DeviceMismatch", f"the job asked for {wanted} GPU(s) per node, this pod sees {found}; check the driver and the image's CUDA"
+    )
 
 
 def _cpu_environment(local: int) -> dict[str, str]:
@@ -108,7 +112,9 @@ def _wait_for_address(address: str) -> None:
             return
         except OSError:
             if time.monotonic() > deadline:
-                raise InfrastructureError("MainNotFound", f"rank 0 ({address}) has no address after {_ADDRESS_TIMEOUT} s; does the cluster's DNS answer?") from None
+                raise InfrastructureError(
+                    "MainNotFound", f"rank 0 ({address}) has no address after {_ADDRESS_TIMEOUT} s; does the cluster's DNS answer?"
+                ) from None
             time.sleep(0.5)
 
 

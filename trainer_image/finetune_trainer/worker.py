@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
@@ -132,7 +133,9 @@ def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
         use_cpu=not cuda,
         ddp_backend=None if cuda or plan.world_size == 1 else "gloo",
         ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation) if plan.strategy.startswith("deepspeed") else None,
+        deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation)
+        if plan.strategy.startswith("deepspeed")
+        else None,
         fsdp="full_shard auto_wrap" if plan.strategy == "fsdp" else "",
         logging_steps=1,
         logging_first_step=True,
@@ -204,8 +207,9 @@ def build_trainer(context: Context, arguments: Any, cuda: bool) -> Any:
 
 def peft_config(context: Context) -> Any:
     """The adapter's configuration, or None for full fine-tuning."""
-    from finetune_api.spec import Lora
     from peft import LoraConfig
+
+    from finetune_api.spec import Lora
 
     if context.spec.tuning.method == "full":
         return None
@@ -237,7 +241,9 @@ def _save(context: Context, trainer: Any) -> None:
                 count += 1
                 nonzero += bool(tensors.get_tensor(name).any())
     if not files or not count or not nonzero:
-        raise UserError("EmptyResult", f"the saved result has {count} tensors, {nonzero} of them with a non-zero value; nothing was learned or saved")
+        raise UserError(
+            "EmptyResult", f"the saved result has {count} tensors, {nonzero} of them with a non-zero value; nothing was learned or saved"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from kubernetes.aio import client as kubernetes_client
@@ -22,6 +23,7 @@ Object = dict[str, Any]
 REQUEST_TIMEOUT = 30.0
 LIST_CHUNK = 500
 _TRANSIENT_TRIES = 4
+_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,14 @@ def _api_error(status: int, body: Any, headers: Any) -> APIError:
     return APIError(status, reason, message, float(after) if after and str(after).isdigit() else None)
 
 
+def _in_cluster() -> bool:
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and _TOKEN.exists()
+
+
 async def connect() -> KubernetesCluster:
     """Connect with the pod's service account, or with the kubeconfig outside a cluster."""
     configuration = kubernetes_client.Configuration()
-    if os.environ.get("KUBERNETES_SERVICE_HOST") and os.path.exists("/var/run/secrets/kubernetes.io/serviceaccount/token"):
+    if _in_cluster():
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
         await kubernetes_config.load_kube_config(client_configuration=configuration)

@@ -87,7 +87,7 @@ class Store:
         key = self._keys.get(uid)
         return self._jobs.get(key) if key is not None else None
 
-    def keys(self) -> list[Key]:
+    def job_keys(self) -> list[Key]:
         """Keys of all jobs."""
         return list(self._jobs)
 
@@ -196,7 +196,7 @@ def _keep(metadata: Object) -> Object:
 
 
 def _pod_status(status: Object) -> Object:
-    kept = {field: status[field] for field in ("phase", "reason", "message", "conditions") if field in status}
+    kept: Object = {field: status[field] for field in ("phase", "reason", "message", "conditions") if field in status}
     containers = status.get("containerStatuses") or ()
     if containers:
         kept["containerStatuses"] = [{"state": c.get("state") or {}} for c in containers[:1]]

@@ -12,9 +12,8 @@ from finetune_api import names
 from finetune_api.contract import StageResult
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, DatasetStatus, EvaluationStatus, FineTuneJobStatus, Progress
+from finetune_api.status import Artifact, CheckpointStatus, DatasetStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
 from finetune_api.status import Plan as WorkPlan
-from finetune_api.status import read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..resources.shared import config_map, workspace

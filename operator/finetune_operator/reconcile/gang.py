@@ -165,7 +165,9 @@ def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodVi
             started_at=rfc3339(min(p.created for p in by_rank.values())),
         )
         pods = "1 worker pod" if len(by_rank) == 1 else f"{len(by_rank)} worker pods"
-        draft.event("Normal", "GangCreated", f"attempt {status.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each")
+        draft.event(
+            "Normal", "GangCreated", f"attempt {status.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each"
+        )
 
 
 def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
@@ -224,7 +226,9 @@ def _report(draft: Draft) -> None:
 def _finish(draft: Draft, spec: FineTuneJobSpec, rank_zero: PodView) -> StageResult | None:
     result = read_stage_result(rank_zero.message)
     if result is None:
-        failure = Failure("Infrastructure", "NoResult", f"pod {rank_zero.name} ended without a result (exit {ExitCode.DONE})", rank_zero.name)
+        failure = Failure(
+            "Infrastructure", "NoResult", f"pod {rank_zero.name} ended without a result (exit {ExitCode.DONE})", rank_zero.name
+        )
         end_attempt(draft, spec, failure)
         return None
     _account(draft, spec)

@@ -85,7 +85,9 @@ def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Conditi
     delay = draft.backoff(retries)
     draft.status.stages[stage] = StageRetry(retries=retries)
     draft.status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
-    draft.set(condition, "False", failure.reason, f"{stage} is tried again ({retries} of {draft.settings.stage_retries}): {failure.message}")
+    draft.set(
+        condition, "False", failure.reason, f"{stage} is tried again ({retries} of {draft.settings.stage_retries}): {failure.message}"
+    )
     draft.event("Warning", f"{stage.capitalize()}Retried", f"retry {retries} of {draft.settings.stage_retries}: {failure.message}")
     draft.wait(delay)
 

@@ -142,11 +142,7 @@ def pod_spec(
 
     for index, reference in enumerate(sources(job.spec)):
         scheme, name = reference.split("://")
-        volume = (
-            {"persistentVolumeClaim": {"claimName": name, "readOnly": True}}
-            if scheme == "pvc"
-            else {"configMap": {"name": name}}
-        )
+        volume = {"persistentVolumeClaim": {"claimName": name, "readOnly": True}} if scheme == "pvc" else {"configMap": {"name": name}}
         if scheme == "pvc" or stage == "prepare":  # a ConfigMap's rows are in the workspace after prepare
             mount(f"source-{index}", _folder(Mounts.SOURCES, reference), volume, read_only=True)
     if stage == "publish":

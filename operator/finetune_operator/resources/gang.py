@@ -6,6 +6,7 @@ import json
 
 from finetune_api import names
 from finetune_api.contract import Env
+from finetune_api.scalars import quantity
 from finetune_api.spec import ComputeResources
 from finetune_api.status import Plan
 
@@ -48,12 +49,22 @@ def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int)
             Env.MAIN_ADDRESS: f"{names.worker_name(job.name, 0)}.{subdomain}.{job.namespace}.svc",
             Env.MAIN_PORT: str(MAIN_PORT),
             **({Env.PROGRESS_URL: settings.endpoint} if settings.endpoint else {}),
+            **_threads(job),
         },
         shared_memory=job.spec.resources.shared_memory,
     )
     spec.update(hostname=name, subdomain=subdomain, terminationGracePeriodSeconds=settings.termination_grace_seconds)
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata(job, name, **labels), "spec": spec}
+
+
+def _threads(job: JobRef) -> dict[str, str]:
+    """Threads per process from the pod's CPUs: torch would otherwise start one per core of the node, in every pod."""
+    wanted = job.spec.resources.limits.cpu or job.spec.resources.requests.cpu
+    if wanted is None:
+        return {}
+    share = quantity(wanted) / max(1, job.spec.distribution.gpus_per_node)
+    return {"OMP_NUM_THREADS": str(max(1, int(share)))}
 
 
 def gpus(job: JobRef, count: int) -> dict[str, str]:

@@ -45,7 +45,10 @@ def detect(sample: Iterable[dict[str, Any]]) -> tuple[str, str]:
     known = [name for name in seen if name is not None]
     if len(known) > 1:
         counts = ", ".join(f"{count} {name or 'unknown'}" for name, count in seen.items())
-        raise UserError("MixedFormats", f"the first rows are of several formats ({counts}); split the data set, or set dataset.format and checks.invalidRows: drop")
+        raise UserError(
+            "MixedFormats",
+            f"the first rows are of several formats ({counts}); split the data set, or set dataset.format and checks.invalidRows: drop",
+        )
     if not known:
         shapes = "; ".join(f"{name}: {_SHAPE[name]}" for name in FORMATS)
         found = ", ".join(sorted(columns)[:20]) or "none"

@@ -113,7 +113,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
     if not isinstance(document, list):
-        raise UserError("DatasetNotAList", f"{path.name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list")
+        raise UserError(
+            "DatasetNotAList", f"{path.name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list"
+        )
     for number, value in enumerate(document, start=1):
         yield _row(number, value)
 
@@ -128,7 +130,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 else:
                     yield Row(number, value=dict(value))
     except UnicodeDecodeError as failure:
-        raise UserError("DatasetNotUTF8", f"{path.name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv") from None
+        raise UserError(
+            "DatasetNotUTF8", f"{path.name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv"
+        ) from None
     except csv.Error as failure:
         raise UserError("DatasetNotCSV", f"{path.name}: {failure}") from None
 

@@ -1,0 +1,84 @@
+"""docs/reference.md, generated from the CRD: `python -m finetune_api.reference PATH`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .crd import crd
+
+_INTRO = """# FineTuneJob reference
+
+Generated from `operator/finetune_api` by `make crds`. `kubectl explain finetunejob.spec` shows the same.
+
+`apiVersion: finetune.dev/v1alpha1`, `kind: FineTuneJob`, short name `ftj`.
+"""
+
+
+def _fields(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    required = set(node.get("required", []))
+    for name, child in node.get("properties", {}).items():
+        here = f"{path}.{name}"
+        yield here, child, name in required
+        yield from _fields(child, here)
+        if "items" in child:
+            yield from _fields(child["items"], f"{here}[]")
+
+
+def _type(node: dict[str, Any]) -> str:
+    if "enum" in node:
+        return " \\| ".join(f"`{value}`" if value else '`""`' for value in node["enum"])
+    if node["type"] == "array":
+        return f"list of {_type(node['items'])}"
+    if node["type"] == "object" and "additionalProperties" in node:
+        return f"map to {_type(node['additionalProperties'])}"
+    bounds = []
+    for low, symbol in (("minimum", "≥"), ("maximum", "≤")):
+        if low in node:
+            strict = node.get(f"exclusive{low.capitalize()}")
+            bounds.append(f"{symbol if not strict else symbol.replace('≥', '>').replace('≤', '<')} {node[low]:g}")
+    return str(node["type"]) + (f" ({', '.join(bounds)})" if bounds else "")
+
+
+def _default(node: dict[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    value = node.get("default")
+    if value is None or value == {}:
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _rules(node: dict[str, Any]) -> Iterator[str]:
+    for rule in node.get("x-kubernetes-validations", []):
+        yield rule["message"]
+    for child in node.get("properties", {}).values():
+        yield from _rules(child)
+    if "items" in node:
+        yield from _rules(node["items"])
+
+
+def reference() -> str:
+    """The Markdown text."""
+    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    lines = [_INTRO]
+    for root in ("spec", "status"):
+        lines += [f"## {root}", "", "| Field | Type | Default | |", "|---|---|---|---|"]
+        for path, node, required in _fields(schema[root], root):
+            description = node["description"].replace("|", "\\|")
+            lines.append(f"| `{path}` | {_type(node)} | {_default(node, required)} | {description} |")
+        lines.append("")
+    lines += ["## Rules over several fields", ""]
+    lines += [f"- {message}" for message in _rules(schema["spec"])]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page to the path given."""
+    Path(sys.argv[1]).write_text(reference())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,594 @@
+"""The state machine: given what is observed, what is done and said. A table row per decision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_api.contract import ExitCode, ProgressReport, StageResult
+from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_operator.reconcile import Observed, Plan, reconcile
+from finetune_operator.reconcile.failures import classify, first_failure
+from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, PodView, parse_time
+from finetune_operator.settings import Settings
+
+from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
+
+SETTINGS = Settings(progress_url="none", backoff_base_seconds=10)
+TWO = merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0})
+EVALUATED = merged(
+    MINIMAL,
+    dataset={"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
+    evaluation={"gate": {"minImprovement": 0.1}},
+    publish=[{"uri": "pvc://published/support"}],
+)
+
+
+class World:
+    """A job, and the children that the plans made. Steps reconcile and the kubelet by hand; no I/O."""
+
+    def __init__(self, spec: dict[str, Any] | None = None, **meta: Any) -> None:
+        self.job = job(spec, **meta)
+        self.pods: dict[str, PodView] = {}
+        self.jobs: dict[str, ChildJobView] = {}
+        self.applied: dict[tuple[str, str], str] = {}
+        self.report: ProgressReport | None = None
+        self.refusal = ""
+        self.time = 0.0
+        self.events: list[str] = []
+        self.count = 0
+
+    @property
+    def status(self) -> FineTuneJobStatus:
+        return read_status(self.job.get("status"))
+
+    def observed(self) -> Observed:
+        return Observed(
+            job=self.job,
+            pods=tuple(self.pods.values()),
+            jobs=tuple(self.jobs.values()),
+            applied=dict(self.applied),
+            report=self.report,
+            refusal=self.refusal,
+            now=after(self.time),
+        )
+
+    def step(self) -> Plan:
+        plan = reconcile(self.observed(), SETTINGS)
+        for action in plan.actions:
+            self._carry_out(action)
+        self.events += [e.reason for e in plan.events]
+        if plan.status is not None:
+            self.job["status"] = plan.status.to_wire()
+        return plan
+
+    def settle(self, limit: int = 20) -> None:
+        """Reconcile until nothing changes."""
+        for _ in range(limit):
+            plan = self.step()
+            if not plan.actions and plan.status is None:
+                return
+        raise AssertionError(f"no rest after {limit} passes: {plan}")
+
+    def _carry_out(self, action: Any) -> None:
+        self.count += 1
+        if isinstance(action, Apply):
+            meta = action.manifest["metadata"]
+            self.applied[action.manifest["kind"], meta["name"]] = meta["annotations"][names.ANNOTATION_HASH]
+        elif isinstance(action, Delete):
+            self.pods = {k: p for k, p in self.pods.items() if p.uid != action.uid and p.job_uid != action.uid}
+            self.jobs = {k: j for k, j in self.jobs.items() if j.uid != action.uid}
+        else:
+            self._create(action.manifest)
+
+    def _create(self, manifest: dict[str, Any]) -> None:
+        meta = manifest["metadata"]
+        name, labels = meta["name"], meta["labels"]
+        if manifest["kind"] == "Job":
+            assert name not in self.jobs
+            uid = f"job-{self.count}"
+            self.jobs[name] = ChildJobView(name=name, uid=uid, stage=labels[names.LABEL_STAGE], created=after(self.time))
+            self.pods[f"{name}-x"] = PodView(name=f"{name}-x", uid=f"pod-{self.count}", stage="", job_uid=uid, created=after(self.time))
+            return
+        assert name not in self.pods, "never two pods of one rank"
+        self.pods[name] = PodView(
+            name=name,
+            uid=f"pod-{self.count}",
+            stage="train",
+            attempt=int(labels[names.LABEL_ATTEMPT]),
+            rank=int(labels[names.LABEL_RANK]),
+            created=after(self.time),
+        )
+
+    def pod(self, part: str) -> PodView:
+        return next(p for name, p in sorted(self.pods.items()) if part in name and p.phase != "Succeeded")
+
+    def set(self, pod: PodView, **changes: Any) -> None:
+        self.pods[pod.name] = dataclasses.replace(pod, **changes)
+
+    def succeed(self, part: str, result: StageResult | str) -> None:
+        words = result if isinstance(result, str) else result.dumps()
+        self.set(self.pod(part), phase="Succeeded", running=True, exit_code=0, message=words, finished=after(self.time))
+
+    def fail(self, part: str, code: int, message: str = "", **more: Any) -> None:
+        self.set(self.pod(part), phase="Failed", running=True, exit_code=code, message=message, finished=after(self.time), **more)
+
+    def run(self, part: str) -> None:
+        for pod in list(self.pods.values()):
+            if part in pod.name and pod.phase == "Pending":
+                self.set(pod, phase="Running", running=True)
+
+    def to_training(self) -> World:
+        self.settle()
+        self.succeed("prepare", PREPARED)
+        self.settle()
+        self.run("worker")
+        self.settle()
+        assert self.status.phase == "Training", self.status
+        return self
+
+
+def workers(world: World) -> list[tuple[int, int]]:
+    return sorted((p.rank, p.attempt) for p in world.pods.values() if p.stage == "train")
+
+
+def test_the_undisturbed_story() -> None:
+    world = World(EVALUATED)
+    world.settle()
+    assert world.status.phase == "Preparing"
+    assert ("ConfigMap", "support-job") in world.applied
+    assert ("PersistentVolumeClaim", "support-workspace") in world.applied
+    world.run("prepare")
+    world.settle()
+    assert world.status.condition("DataReady").reason == "Running"  # type: ignore[union-attr]
+    world.succeed("prepare", PREPARED)
+    world.settle()
+    assert world.status.phase == "Starting"
+    assert ("Service", "support-workers") in world.applied
+    world.run("worker")
+    world.settle()
+    assert (world.status.phase, world.status.attempt) == ("Training", 0)
+    world.succeed("worker", TRAINED)
+    world.settle()
+    assert world.status.phase == "Evaluating"
+    world.succeed("evaluate", COMPARED)
+    world.settle()
+    assert world.status.phase == "Publishing"
+    world.succeed("publish", PUBLISHED)
+    world.settle()
+    status = world.status
+    assert status.phase == "Succeeded"
+    assert status.artifacts[0].uri == "pvc://published/support"
+    assert status.evaluation is not None and status.evaluation.gate == "Passed"
+    assert status.progress is not None and status.progress.percent == 100
+    assert [c.type for c in status.conditions if c.status == "True"] == [
+        "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+    ]  # fmt: skip
+    assert world.events == [
+        "PrepareStarted", "DataReady", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
+        "Published", "Succeeded",
+    ]  # fmt: skip
+    assert all(c.observed_generation == 1 and parse_time(c.last_transition_time) for c in status.conditions)
+
+
+def test_without_evaluation_and_publish() -> None:
+    world = World().to_training()
+    world.succeed("worker", TRAINED)
+    world.settle()
+    assert world.status.phase == "Succeeded"
+    assert "in the workspace" in world.status.condition("Succeeded").message  # type: ignore[union-attr]
+
+
+def test_an_invalid_spec_fails_with_the_field_and_starts_nothing() -> None:
+    world = World(merged(MINIMAL, tuning={"method": "lorra"}))
+    world.settle()
+    assert world.status.condition("Failed").reason == "InvalidSpec"  # type: ignore[union-attr]
+    assert "did you mean 'lora'" in world.status.condition("Accepted").message  # type: ignore[union-attr]
+    assert not world.pods and not world.jobs
+
+
+def test_a_bad_dataset_fails_before_any_gpu() -> None:
+    world = World(TWO)
+    world.settle()
+    world.fail("prepare", ExitCode.USER_ERROR, StageResult(reason="InvalidRows", message="2 row(s): line 3").dumps())
+    world.settle()
+    assert world.status.phase == "Failed"
+    assert world.status.condition("Failed").reason == "InvalidRows"  # type: ignore[union-attr]
+    assert not workers(world)
+
+
+def test_a_stage_is_retried_after_infrastructure_failures_then_fails() -> None:
+    world = World()
+    for retry in range(SETTINGS.stage_retries):
+        world.settle()
+        assert f"support-prepare-{retry}" in world.jobs
+        world.fail(f"prepare-{retry}", 1, "Traceback ... boom")
+        world.settle()
+        world.time += 25
+    world.settle()
+    world.fail("prepare-3", 1, "boom")
+    world.settle()
+    assert world.status.condition("Failed").reason == "PrepareFailed"  # type: ignore[union-attr]
+    assert "boom" in world.status.condition("Failed").message  # type: ignore[union-attr]
+
+
+def test_retries_back_off() -> None:
+    world = World()
+    world.settle()
+    world.fail("prepare-0", 1)
+    world.settle()
+    assert "support-prepare-1" in world.jobs, "the first retry is at once"
+    world.fail("prepare-1", 1)
+    plan = world.step()
+    assert plan.requeue_at == after(10)
+    world.settle()
+    assert "support-prepare-2" not in world.jobs
+    world.time = 11
+    world.settle()
+    assert "support-prepare-2" in world.jobs
+
+
+def test_a_stage_without_words_is_tried_again() -> None:
+    world = World()
+    world.settle()
+    world.succeed("prepare", "no json")
+    world.settle()
+    assert "support-prepare-1" in world.jobs
+
+
+def test_prepare_of_another_version() -> None:
+    world = World()
+    world.settle()
+    world.succeed("prepare", StageResult(reason="DataReady", result={"dataset": {}, "plan": {}}))
+    world.settle()
+    assert "different versions" in world.status.condition("Failed").message  # type: ignore[union-attr]
+
+
+def test_f8_one_failing_worker_restarts_the_whole_gang() -> None:
+    world = World(TWO).to_training()
+    assert workers(world) == [(0, 0), (1, 0)]
+    world.fail("worker-1", 1, "NCCL error: connection reset")
+    plan = world.step()
+    assert not plan.actions, "the decision goes on record before the evidence is deleted"
+    assert world.status.attempt == 1
+    restart = world.status.restarts[0]
+    assert (restart.pod, restart.reason, restart.counted) == ("support-worker-1", "Infrastructure", True)
+    assert "NCCL error" in restart.message
+    world.settle()
+    assert workers(world) == [(0, 1), (1, 1)]
+    assert "GangRestarted" in world.events
+    world.run("worker")
+    world.settle()
+    world.succeed("worker-0", TRAINED)
+    world.succeed("worker-1", "")
+    world.settle()
+    assert world.status.phase == "Succeeded"
+
+
+def test_the_first_failing_pod_is_named() -> None:
+    world = World(TWO).to_training()
+    world.fail("worker-0", 1, "connection closed by peer")
+    world.time = 2
+    world.fail("worker-1", ExitCode.USER_ERROR, StageResult(reason="NonFiniteLoss", message="nan").dumps())
+    world.settle()
+    assert world.status.condition("Failed").reason == "NonFiniteLoss", "a user error explains more than what it broke"  # type: ignore[union-attr]
+
+
+def test_restarts_are_limited() -> None:
+    world = World(merged(MINIMAL, runPolicy={"maxRestarts": 2})).to_training()
+    for _ in range(3):
+        world.fail("worker", 1)
+        world.settle()
+        world.time += 1000
+        world.settle()
+        world.run("worker")
+        world.settle()
+    status = world.status
+    assert status.condition("Failed").reason == "TooManyRestarts"  # type: ignore[union-attr]
+    assert status.restarts_counted == 2
+
+
+def test_disruptions_do_not_count() -> None:
+    world = World(merged(MINIMAL, runPolicy={"maxRestarts": 0})).to_training()
+    world.fail("worker", 137, disrupted=True)
+    world.settle()
+    assert (world.status.attempt, world.status.restarts_counted) == (1, 0)
+    assert world.status.restarts[0].reason == "Disruption"
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_global_batch() -> None:
+    world = World().to_training()
+    for expected in ((2, 8), (1, 16)):
+        world.fail("worker", ExitCode.OUT_OF_MEMORY)
+        world.settle()
+        world.time += 1000
+        world.settle()
+        plan = world.status.plan
+        assert plan is not None and (plan.per_device_batch_size, plan.gradient_accumulation) == expected
+        world.run("worker")
+        world.settle()
+    world.fail("worker", 137, reason="OOMKilled")
+    world.settle()
+    assert world.status.condition("Failed").reason == "OutOfMemory"  # type: ignore[union-attr]
+    assert "gradientCheckpointing" in world.status.condition("Failed").message  # type: ignore[union-attr]
+
+
+def test_f21_a_deleted_worker_restarts_the_gang() -> None:
+    world = World(TWO).to_training()
+    del world.pods["support-worker-1"]
+    world.settle()
+    assert workers(world) == [(0, 1), (1, 1)]
+    assert world.status.restarts[0].reason == "PodDeleted"
+    assert world.status.restarts_counted == 0
+
+
+def test_f1_a_gang_that_was_half_created_is_completed_not_restarted() -> None:
+    world = World(TWO)
+    world.settle()
+    world.succeed("prepare", PREPARED)
+    world.step()  # DataReady is on record
+    world.step()  # both pods exist, their UIDs are not on record
+    world.job["status"].pop("gang", None)
+    del world.pods["support-worker-1"]
+    world.settle()
+    assert workers(world) == [(0, 0), (1, 0)]
+    assert world.status.attempt == 0 and not world.status.restarts
+
+
+def test_f21_deleted_shared_objects_come_back() -> None:
+    world = World(TWO).to_training()
+    world.applied.clear()
+    world.settle()
+    assert {kind for kind, _ in world.applied} == {"ConfigMap", "PersistentVolumeClaim", "Service"}
+    assert world.status.attempt == 0
+
+
+def test_f21_a_deleted_stage_job_comes_back() -> None:
+    world = World()
+    world.settle()
+    world.jobs.clear()
+    world.pods.clear()
+    world.settle()
+    assert "support-prepare-0" in world.jobs
+
+
+def test_a_job_whose_pod_was_deleted_is_retried() -> None:
+    world = World()
+    world.settle()
+    world.pods.clear()
+    name = "support-prepare-0"
+    world.jobs[name] = dataclasses.replace(world.jobs[name], failed=True, message="pod deleted")
+    plan = world.step()
+    assert plan.requeue_at is not None
+    world.time = 30
+    world.settle()
+    assert "support-prepare-1" in world.jobs
+
+
+def test_f14_image_pull_failure_is_said_and_resources_are_given_back() -> None:
+    world = World(merged(TWO, runPolicy={"gangTimeout": "2m"}))
+    world.settle()
+    world.succeed("prepare", PREPARED)
+    world.settle()
+    waiting = {"waiting_reason": "ImagePullBackOff", "waiting_message": 'Back-off pulling image "nope"'}
+    world.set(world.pods["support-worker-0"], **waiting)
+    world.settle()
+    running = world.status.condition("Running")
+    assert running is not None and running.reason == "ImagePullFailed" and 'Back-off pulling image "nope"' in running.message
+    world.time = 121
+    world.step()
+    assert world.status.attempt == 1
+    restart = world.status.restarts[0]
+    assert (restart.reason, restart.counted) == ("GangTimeout", False)
+    assert "gangTimeout" in restart.message
+    world.settle()
+    assert all(attempt == 1 for _, attempt in workers(world))
+
+
+def test_repeated_gang_timeouts_back_off() -> None:
+    world = World(merged(MINIMAL, runPolicy={"gangTimeout": "1m"}))
+    world.settle()
+    world.succeed("prepare", PREPARED)
+    world.settle()
+    for _ in range(2):
+        world.time += 61
+        world.settle()
+    assert world.status.retry_after is not None
+    assert world.status.phase == "Queued"
+    assert not workers(world)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("unschedulable", "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.", "Unschedulable"),
+        ("waiting_reason", "CreateContainerConfigError", "ContainerNotStarted"),
+        ("waiting_reason", "ErrImagePull", "ImagePullFailed"),
+    ],
+)
+def test_why_a_stage_does_not_start(field: str, value: str, reason: str) -> None:
+    world = World(merged(MINIMAL, runPolicy={"gangTimeout": "1m"}))
+    world.settle()
+    world.set(world.pod("prepare"), **{field: value})
+    world.settle()
+    condition = world.status.condition("DataReady")
+    assert condition is not None and (condition.status, condition.reason) == ("False", reason)
+    world.time = 61
+    world.settle()
+    assert "support-prepare-1" in world.jobs and "support-prepare-0" not in world.jobs
+
+
+def test_the_gate() -> None:
+    world = World(EVALUATED).to_training()
+    world.succeed("worker", TRAINED)
+    world.settle()
+    lost = COMPARED.model_copy(update={"result": {**COMPARED.result, "gate": "NotPassed"}})
+    world.succeed("evaluate", lost)
+    world.settle()
+    failed = world.status.condition("Failed")
+    assert failed is not None and failed.reason == "GateNotPassed"
+    assert "nothing was published" in failed.message
+    assert not any("publish" in name for name in world.jobs)
+
+
+def test_f22_nothing_is_done_for_a_job_that_is_being_deleted() -> None:
+    world = World(deletionTimestamp=stamp(NOW))
+    assert reconcile(world.observed(), SETTINGS) == Plan()
+
+
+def test_a_terminal_state_is_terminal() -> None:
+    world = World(EVALUATED).to_training()
+    for part, result in (("worker", TRAINED), ("evaluate", COMPARED), ("publish", PUBLISHED)):
+        world.succeed(part, result)
+        world.settle()
+    before = world.job["status"]
+    world.pods.clear()
+    world.jobs.clear()
+    world.applied.clear()
+    world.settle()
+    assert world.job["status"] == before
+    assert not world.pods and not world.jobs
+
+
+def test_a18_a_wiped_status_is_derived_again() -> None:
+    world = World(EVALUATED).to_training()
+    world.fail("worker", 1)
+    world.settle()
+    world.run("worker")
+    world.settle()
+    world.job["status"] = {"phase": "Succeeded", "conditions": "nonsense", "attempt": -5}
+    world.settle()
+    assert world.status.phase == "Training"
+    assert world.status.attempt == 1, "the pods know their attempt"
+    assert world.status.dataset is not None and world.status.dataset.train == 90
+
+
+def test_suspend_and_resume() -> None:
+    world = World(TWO).to_training()
+    world.job["spec"]["runPolicy"] = {"suspend": True}
+    world.settle()
+    assert world.status.phase == "Suspended" and not workers(world)
+    assert world.status.restarts[0].reason == "Suspended" and world.status.restarts_counted == 0
+    world.job["spec"]["runPolicy"] = {"suspend": False}
+    world.settle()
+    assert workers(world) == [(0, 1), (1, 1)]
+    assert world.status.condition("Suspended").status == "False"  # type: ignore[union-attr]
+
+
+def test_suspend_before_anything_started() -> None:
+    world = World(merged(MINIMAL, runPolicy={"suspend": True}))
+    world.settle()
+    assert world.status.phase == "Suspended" and not world.jobs
+
+
+def test_deadline_and_ttl() -> None:
+    world = World(merged(MINIMAL, runPolicy={"activeDeadline": "1h", "ttlAfterFinished": "1d"})).to_training()
+    assert world.step().requeue_at == after(3600)
+    world.time = 3601
+    world.settle()
+    assert world.status.condition("Failed").reason == "DeadlineExceeded"  # type: ignore[union-attr]
+    assert not workers(world)
+    plan = world.step()
+    assert plan.requeue_at == after(3601 + 86400)
+    world.time = 3602 + 86400
+    assert Delete("FineTuneJob", "support", UID) in world.step().actions
+
+
+def test_a_bad_ttl_in_a_finished_job_is_harmless() -> None:
+    world = World(merged(MINIMAL, runPolicy={"ttlAfterFinished": "soon"}))
+    world.settle()
+    assert world.status.phase == "Failed"
+    world.settle()
+
+
+def test_progress_is_taken_from_the_current_attempt_only() -> None:
+    world = World().to_training()
+    world.report = ProgressReport(attempt=0, step=5, total_steps=10, loss=1.23456, eta_seconds=61, checkpoint_step=4, tokens_per_second=9.99)
+    plan = world.step()
+    assert not plan.urgent, "progress alone may wait"
+    progress = world.status.progress
+    assert progress is not None
+    assert (progress.percent, progress.loss, progress.eta, progress.tokens_per_second) == (50, 1.2346, "1m1s", 10.0)
+    assert world.status.checkpoint is not None and world.status.checkpoint.step == 4
+    world.report = ProgressReport(attempt=0, step=3, total_steps=10)
+    world.settle()
+    assert world.status.progress.step == 5, "never back within an attempt"  # type: ignore[union-attr]
+    world.fail("worker", 1)
+    world.settle()
+    assert world.status.progress is None, "cleared on restart"
+    world.report = ProgressReport(attempt=0, step=9, total_steps=10)
+    world.run("worker")
+    world.settle()
+    assert world.status.progress is None, "a late report of the old attempt"
+
+
+def test_a_refusal_of_the_api_server_is_shown_and_taken_back() -> None:
+    world = World()
+    world.refusal = 'pods "x" is forbidden: exceeded quota'
+    world.settle()
+    assert "exceeded quota" in world.status.condition("Accepted").message  # type: ignore[union-attr]
+    world.refusal = ""
+    world.settle()
+    assert world.status.condition("Accepted").reason == "Valid"  # type: ignore[union-attr]
+
+
+def test_gpu_seconds_are_counted_by_attempt() -> None:
+    world = World(merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 4})).to_training()
+    world.time = 100
+    world.fail("worker-0", 1)
+    world.settle()
+    assert world.status.usage.gpu_seconds == 800
+    assert world.status.total_gpus == 8
+
+
+def test_foreign_attempt_labels_do_not_confuse() -> None:
+    world = World(TWO).to_training()
+    world.pods["extra"] = PodView(name="extra", uid="e", stage="train", rank=7, created=NOW, phase="Running", running=True)
+    world.settle()
+    assert "extra" not in world.pods
+
+
+@pytest.mark.parametrize(
+    ("pod", "kind", "message"),
+    [
+        ({"exit_code": 10, "message": StageResult(reason="InvalidRows", message="line 3").dumps()}, "UserError", "line 3"),
+        ({"exit_code": 11}, "OutOfMemory", "exited 11"),
+        ({"exit_code": 137, "reason": "OOMKilled"}, "OutOfMemory", "SIGKILL"),
+        ({"exit_code": 137, "disrupted": True}, "Disruption", "SIGKILL"),
+        ({"reason": "Evicted", "message": "The node was low on memory"}, "Disruption", "low on memory"),
+        ({"exit_code": 13}, "Stopped", "exited 13"),
+        ({"exit_code": 1, "message": "x" * 5000}, "Infrastructure", "last words: ..."),
+        ({"exit_code": 139, "message": "\x1b[31mred\x00"}, "Infrastructure", "?[31mred?"),
+    ],
+)
+def test_the_failure_table(pod: dict[str, Any], kind: str, message: str) -> None:
+    failure = classify(PodView(name="p", uid="u", stage="train", phase="Failed", created=NOW, **pod))
+    assert failure.kind == kind
+    assert message in failure.message
+    assert len(failure.message) < 2000
+
+
+def test_first_failure_by_time() -> None:
+    early = PodView(name="a", uid="1", stage="train", rank=1, phase="Failed", created=NOW, finished=after(1), exit_code=1)
+    late = PodView(name="b", uid="2", stage="train", rank=0, phase="Failed", created=NOW, finished=after(60), exit_code=10)
+    assert first_failure([late, early]).pod == "a"
+
+
+def test_a_second_pass_changes_nothing() -> None:
+    """Idempotence at every point of the undisturbed story."""
+    world = World(EVALUATED)
+    for part, result in (("", None), *RESULTS.items()):
+        if result is not None:
+            world.succeed("worker" if part == "train" else part, result)
+        world.settle()
+        before = world.count
+        world.settle()
+        assert world.count == before
+
+
+def test_every_action_is_of_a_known_kind() -> None:
+    world = World(EVALUATED)
+    plan = world.step()
+    assert all(isinstance(a, Apply | Create | Delete) for a in plan.actions)

@@ -1,0 +1,171 @@
+"""The manifests: golden files that a person can review, the restricted standard, old and new schemas."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from finetune_api import names
+from finetune_api.contract import JobFile
+from finetune_api.status import Plan
+from finetune_operator.resources.common import job_file
+from finetune_operator.resources.gang import service, worker
+from finetune_operator.resources.shared import config_map, workspace
+from finetune_operator.resources.stage import stage_job
+from finetune_operator.settings import Settings, from_environment
+
+from tests.factory import FULL, MINIMAL, PLAN, merged, ref
+
+GOLDEN = Path(__file__).parent / "golden"
+SETTINGS = Settings(trainer_image="registry.example/finetune-trainer:1", image_pull_secrets=("pull",))
+PARSED = Plan.model_validate(PLAN)
+
+
+def manifests(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    job = ref(spec)
+    found = [
+        config_map(job, SETTINGS),
+        workspace(job),
+        service(job),
+        worker(job, SETTINGS, PARSED, 1, 2),
+        *(stage_job(job, SETTINGS, stage, 0) for stage in ("prepare", "evaluate", "publish")),
+    ]
+    return [m for m in found if m is not None]
+
+
+@pytest.mark.parametrize(("name", "spec"), [("minimal", MINIMAL), ("full", FULL)])
+def test_golden(name: str, spec: dict[str, Any]) -> None:
+    text = yaml.safe_dump_all(manifests(spec), sort_keys=False, width=120)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, "run with UPDATE_GOLDEN=1 and review the difference"
+
+
+@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("spec", [MINIMAL, FULL])
+def test_manifests_are_valid(version: str, spec: dict[str, Any]) -> None:
+    for manifest in manifests(spec):
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for manifest in manifests(spec):
+        if manifest["kind"] == "Pod":
+            found.append(manifest["spec"])
+        elif manifest["kind"] == "Job":
+            found.append(manifest["spec"]["template"]["spec"])
+    return found
+
+
+@pytest.mark.parametrize("spec", [MINIMAL, FULL])
+def test_pods_satisfy_the_restricted_standard(spec: dict[str, Any]) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+    for pod in pods(spec):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName", "nodeName"} & set(pod)
+        for volume in pod["volumes"]:
+            assert set(volume) - {"name"} <= allowed
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "privileged" not in context
+
+
+def test_gpus_are_asked_for_only_where_they_are_used() -> None:
+    by_stage = {}
+    for manifest in manifests(FULL):
+        stage = manifest["metadata"]["labels"].get(names.LABEL_STAGE)
+        if manifest["kind"] in ("Pod", "Job") and stage:
+            pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
+            by_stage[stage] = pod["containers"][0]["resources"].get("limits", {}).get("nvidia.com/gpu")
+    assert by_stage == {"prepare": None, "train": "4", "evaluate": "1", "publish": None}
+
+
+def test_secrets_reach_only_the_stage_that_needs_them() -> None:
+    found = {}
+    for manifest in manifests(FULL):
+        if manifest["kind"] in ("Pod", "Job"):
+            pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
+            found[manifest["metadata"]["labels"][names.LABEL_STAGE]] = {
+                (v["secret"]["secretName"], v["secret"]["items"][0]["key"]) for v in pod["volumes"] if "secret" in v
+            }
+    assert found == {"prepare": {("hf-token", "token")}, "train": set(), "evaluate": set(), "publish": {("hf-write", "token")}}
+
+
+def test_sources_are_read_only_and_targets_only_in_publish() -> None:
+    spec = merged(MINIMAL, publish=[{"uri": "pvc://models/out"}])
+    for manifest in manifests(spec):
+        if manifest["kind"] not in ("Pod", "Job"):
+            continue
+        pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
+        for mount in pod["containers"][0]["volumeMounts"]:
+            if mount["name"].startswith("source-"):
+                assert mount["readOnly"] is True
+            if mount["name"].startswith("target-"):
+                assert manifest["metadata"]["labels"][names.LABEL_STAGE] == "publish"
+
+
+def test_job_json_is_stable_and_free_of_what_may_change() -> None:
+    job = ref(FULL)
+    changed = ref(merged(FULL, runPolicy={"suspend": True, "maxRestarts": 9}))
+    assert job_file(job).dumps() == job_file(changed).dumps()
+    assert JobFile.model_validate(json.loads(job_file(job).dumps())).spec.model.uri == "hf://org/model@main"
+
+
+def test_threads_follow_the_pods_cpus() -> None:
+    def threads(spec: dict[str, Any]) -> str | None:
+        env = worker(ref(spec), SETTINGS, PARSED, 0, 0)["spec"]["containers"][0]["env"]
+        return next((e["value"] for e in env if e["name"] == "OMP_NUM_THREADS"), None)
+
+    assert threads(MINIMAL) is None
+    assert threads(FULL) == "4"
+    assert threads(merged(MINIMAL, resources={"requests": {"cpu": "500m"}})) == "1"
+
+
+LONG = "a" * 250
+
+
+@pytest.mark.parametrize("name", ["a", "a.b.c", "9lives", "x" * 63, LONG, f"{LONG}b", "trailing-dot.x", "a" * 42 + "-b"])
+def test_a3_derived_names_are_valid(name: str) -> None:
+    import re
+
+    derived = [
+        names.config_map_name(name),
+        names.service_name(name),
+        names.workspace_name(name),
+        names.worker_name(name, 511),
+        *(names.stage_name(name, stage, 9999) for stage in ("prepare", "evaluate", "publish")),
+    ]
+    for text in derived:
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", text) and len(text) <= 63, text
+    assert len(names.job_label(name)) <= 63
+    assert len(derived) == len(set(derived))
+
+
+def test_a3_long_names_that_begin_alike_stay_apart() -> None:
+    assert names.base_name(LONG) != names.base_name(f"{LONG}b")
+    assert names.base_name("a.b") != names.base_name("a-b")
+
+
+def test_settings_come_from_the_environment() -> None:
+    settings = from_environment(
+        {"FINETUNE_ALLOW_CPU": "true", "FINETUNE_WORKERS": "3", "FINETUNE_IMAGE_PULL_SECRETS": "a,b", "FINETUNE_STATUS_INTERVAL_SECONDS": "0.5"}
+    )
+    assert (settings.allow_cpu, settings.workers, settings.image_pull_secrets, settings.status_interval_seconds) == (True, 3, ("a", "b"), 0.5)
+    assert settings.endpoint == "https://finetune-operator.finetune-system.svc:8443"
+    assert from_environment({"FINETUNE_PROGRESS_URL": "none"}).endpoint == ""
+    for variable, value in (("FINETUNE_WORKERS", "many"), ("FINETUNE_ALLOW_CPU", "maybe")):
+        with pytest.raises(ValueError, match=variable):
+            from_environment({variable: value})

@@ -1,0 +1,162 @@
+"""The memory of the cluster and the work queue."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from finetune_api import names
+from finetune_operator.cluster.store import Store
+from finetune_operator.workqueue import WorkQueue
+
+from tests.factory import NOW, UID, container_status, job, stamp
+
+KEY = ("team-a", "support")
+
+
+def child(kind: str, name: str, uid: str, owner: str, version: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": "team-a",
+            "uid": uid,
+            "resourceVersion": str(version),
+            "creationTimestamp": stamp(NOW),
+            "labels": {names.LABEL_JOB_UID: UID, names.LABEL_STAGE: "train", names.LABEL_RANK: "0", names.LABEL_ATTEMPT: "0"},
+            "ownerReferences": [{"uid": owner, "controller": True}],
+        },
+        **more,
+    }
+
+
+def test_children_are_found_by_owner_uid_through_child_jobs() -> None:
+    store = Store()
+    store.put_job(job())
+    store.put_child("Job", child("Job", "support-prepare-0", "j1", UID))
+    store.put_child("Pod", child("Pod", "prepare-pod", "p1", "j1", status={"containerStatuses": container_status({"running": {}})}))
+    store.put_child("Pod", child("Pod", "support-worker-0", "p2", UID))
+    seen = store.observe(KEY, NOW, None, "")
+    assert seen is not None
+    assert [(p.name, p.job_uid, p.running) for p in seen.pods] == [("prepare-pod", "j1", True), ("support-worker-0", "", False)]
+
+
+def test_a18_foreign_pods_with_our_labels_are_not_adopted() -> None:
+    store = Store()
+    store.put_job(job())
+    assert store.put_child("Pod", child("Pod", "support-worker-0", "evil", "somebody-else")) == KEY, "it may wake the job"
+    seen = store.observe(KEY, NOW, None, "")
+    assert seen is not None and not seen.pods, "but it is none of its pods"
+
+
+def test_f5_an_older_event_does_not_undo_a_newer_state() -> None:
+    store = Store()
+    store.put_job(job(resourceVersion="7"))
+    store.put_job(job(resourceVersion="3", generation=99))
+    assert store.job(KEY)["metadata"]["generation"] == 1  # type: ignore[index]
+    store.put_child("Pod", child("Pod", "w", "p", UID, version=9, status={"phase": "Running"}))
+    store.put_child("Pod", child("Pod", "w", "p", UID, version=2, status={"phase": "Pending"}))
+    seen = store.observe(KEY, NOW, None, "")
+    assert seen is not None and seen.pods[0].phase == "Running"
+
+
+def test_a_late_event_does_not_raise_the_dead() -> None:
+    store = Store()
+    store.put_job(job())
+    pod = child("Pod", "w", "p", UID)
+    store.put_child("Pod", pod)
+    assert store.drop_child("Pod", pod) == KEY
+    store.put_child("Pod", pod)
+    seen = store.observe(KEY, NOW, None, "")
+    assert seen is not None and not seen.pods
+    store.drop_job(job())
+    store.put_job(job())
+    assert store.observe(KEY, NOW, None, "") is None
+
+
+def test_a_job_made_anew_under_the_same_name_is_another_job() -> None:
+    store = Store()
+    store.put_job(job(resourceVersion="9"))
+    store.put_job(job(uid="new", resourceVersion="4"))
+    assert store.job(KEY)["metadata"]["uid"] == "new"  # type: ignore[index]
+    assert store.job_of_uid(UID) is None and store.job_of_uid("new") is not None
+
+
+def test_f4_a_list_prunes_what_a_dead_watch_hid() -> None:
+    store = Store()
+    store.put_job(job())
+    store.put_child("Pod", child("Pod", "w", "p", UID))
+    assert store.prune("Pod", set(), float("inf")) == {KEY}
+    seen = store.observe(KEY, NOW, None, "")
+    assert seen is not None and not seen.pods
+    store.prune_jobs(set())
+    assert store.job_keys() == []
+
+
+def test_a_list_does_not_prune_what_came_after_it_began() -> None:
+    store = Store()
+    store.put_job(job())
+    store.put_child("Pod", child("Pod", "w", "p", UID))
+    assert store.prune("Pod", set(), 0.0) == set()
+
+
+async def _run(queue: WorkQueue[str], work: Any, seconds: float, workers: int = 4) -> None:
+    task = asyncio.create_task(queue.run(work, workers))
+    await asyncio.sleep(seconds)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_one_key_is_never_worked_on_twice_at_once_and_no_wake_up_is_lost() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    active: set[str] = set()
+    counts: dict[str, int] = {}
+
+    async def work(key: str) -> None:
+        assert key not in active
+        active.add(key)
+        await asyncio.sleep(0.01)
+        active.discard(key)
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] == 1:
+            for _ in range(5):
+                queue.add(key)
+
+    for key in "abcabcabc":
+        queue.add(key)
+    await _run(queue, work, 0.3)
+    assert counts == {"a": 2, "b": 2, "c": 2}
+    assert len(queue) == 0
+
+
+async def test_a_slow_key_does_not_hold_the_others_up() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        if key == "slow":
+            await asyncio.sleep(5)
+        done.append(key)
+
+    for key in ("slow", "a", "b", "c"):
+        queue.add(key)
+    await _run(queue, work, 0.2, workers=2)
+    assert sorted(done) == ["a", "b", "c"]
+
+
+async def test_delays_and_back_off() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        done.append(key)
+
+    queue.add_after("later", 0.1)
+    queue.add_after("later", 30)
+    queue.add_after("never", 30)
+    await _run(queue, work, 0.3)
+    assert done == ["later"], "the earlier of two times counts"
+    delays = [queue.retry("bad") for _ in range(12)]
+    assert delays[0] < 1 and max(delays) <= 180 and delays[-1] > 50
+    queue.forget("bad")
+    assert queue.retry("bad") < 1

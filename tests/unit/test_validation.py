@@ -1,0 +1,141 @@
+"""Bad input is refused with the path, the value and the fix (cases A1, A2, A6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.scalars import human_duration, quantity, seconds
+from finetune_api.uris import parse_uri
+from finetune_api.validation import InvalidDocument, parse_job, parse_spec
+from finetune_cli.documents import read_jobs
+
+from tests.factory import FULL, MINIMAL, merged
+
+EVAL = {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}}
+HUGE = 10**12
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("unknown field", {"tunning": {}}, "spec.tunning: unknown field; did you mean 'tuning'?"),
+    ("snake case", {"tuning": {"hyperparameters": {"learning_rate": 1e-4}}}, "did you mean 'learningRate'?"),
+    ("wrong type", {"distribution": {"nodes": "two"}}, "spec.distribution.nodes: 'two'"),
+    ("number as a string", {"tuning": {"hyperparameters": {"learningRate": "2e-4"}}}, "spec.tuning.hyperparameters.learningRate: '2e-4'"),
+    ("misspelt enum", {"tuning": {"method": "lorra"}}, "'lorra' is not one of full, lora, qlora; did you mean 'lora'?"),
+    ("negative", {"distribution": {"nodes": -1}}, "spec.distribution.nodes: -1: input should be greater than or equal to 1"),
+    ("huge", {"tuning": {"hyperparameters": {"globalBatchSize": HUGE}}}, "less than or equal to 1000000"),
+    ("NaN", {"tuning": {"hyperparameters": {"learningRate": float("nan")}}}, "finite number"),
+    ("infinity", {"tuning": {"hyperparameters": {"epochs": float("inf")}}}, "finite number"),
+    ("bool as a number", {"distribution": {"nodes": True}}, "spec.distribution.nodes: True"),
+    ("missing", {"model": {}}, "spec.model.uri: is required"),
+    ("file scheme", {"model": {"uri": "file:///etc/passwd"}}, "expected hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH"),
+    ("path traversal", {"model": {"uri": "pvc://models/../secret"}}, "spec.model.uri"),
+    ("shell characters", {"model": {"uri": "hf://org/$(id)"}}, "spec.model.uri"),
+    ("credentials in a uri", {"dataset": {"train": {"uri": "hf://user:pass@host/x"}}}, "spec.dataset.train.uri"),
+    ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH or hf://ORG/MODEL"),
+    ("duration", {"checkpoint": {"every": "10 minutes"}}, "expected a duration such as 90s, 10m"),
+    ("full with lora settings", {"tuning": {"method": "full", "lora": {"rank": 8}}}, "remove tuning.lora or set method to lora"),
+    (
+        "qlora with sharding",
+        {"tuning": {"method": "qlora"}, "distribution": {"strategy": "deepspeed-zero3"}},
+        "tuning.method qlora does not shard",
+    ),
+    ("gate on a metric that is not computed", {"dataset": EVAL, "evaluation": {"gate": {"metric": "exact-match"}}}, "add it there or gate on"),
+    ("minImprovement over 1", {"dataset": EVAL, "evaluation": {"gate": {"minImprovement": 1.5}}}, "less than or equal to 1"),
+    ("evaluation without held-out rows", {"evaluation": {}}, "set dataset.eval.splitFraction"),
+    ("two ways to hold out", {"dataset": {**EVAL, "eval": {"splitFraction": 0.1, "uri": "pvc://a/b"}}}, "exactly one of splitFraction and uri"),
+    ("fsdp on CPU", {"distribution": {"gpusPerNode": 0, "strategy": "fsdp"}}, "fsdp needs GPUs"),
+    ("offload without DeepSpeed", {"distribution": {"offload": "optimizer"}}, "offload needs distribution.strategy"),
+    ("offload of parameters", {"distribution": {"offload": "parameters", "strategy": "deepspeed-zero2"}}, "needs distribution.strategy deepspeed-zero3"),
+    ("batch over processes", {"distribution": {"nodes": 3, "gpusPerNode": 0}}, "must be a multiple of the number of processes"),
+    ("batch over device batch", {"distribution": {"gpusPerNode": 0, "perDeviceBatchSize": 3}}, "multiple of distribution.perDeviceBatchSize"),
+    ("secret without hub", {"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "model.secretRef is only used with an hf:// uri"),
+    ("hub target without secret", {"publish": [{"uri": "hf://org/m"}]}, "needs secretRef with a write token"),
+    ("secret of another namespace", {"model": {"uri": "hf://a/b", "secretRef": {"name": "s", "namespace": "x"}}}, "namespace: unknown field"),
+    ("all-linear beside names", {"tuning": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, "'all-linear' stands alone"),
+    ("metric twice", {"dataset": EVAL, "evaluation": {"metrics": ["loss", "loss"]}}, "lists a metric twice"),
+    ("both workspaces", {"workspace": {"persistentVolumeClaim": {"claimName": "w"}, "template": {}}}, "not both; remove one"),
+    (
+        "one-node volume for two nodes",
+        {"distribution": {"nodes": 2, "gpusPerNode": 0}, "workspace": {"template": {"accessMode": "ReadWriteOnce"}}},
+        "ReadWriteOnce allows one node",
+    ),
+    ("10,000 tolerations", {"scheduling": {"tolerations": [{}] * 10_000}}, "at most 32 items"),
+    ("long string", {"scheduling": {"queue": "q" * 1_000_000}}, "spec.scheduling.queue"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), BAD, ids=[row[0] for row in BAD])
+def test_a1_a2_refused_with_path_value_and_fix(name: str, change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InvalidDocument) as refused:
+        parse_spec(merged(MINIMAL, **change))
+    assert expected in str(refused.value)
+    assert len(str(refused.value)) < 2000
+
+
+@pytest.mark.parametrize("spec", [MINIMAL, FULL])
+def test_valid_specs_round_trip(spec: dict[str, Any]) -> None:
+    parsed = parse_spec(spec)
+    assert parse_spec(parsed.to_wire()) == parsed
+
+
+def test_every_example_is_valid() -> None:
+    examples = [p for p in Path("examples").glob("*.yaml") if "kind: FineTuneJob" in p.read_text()]
+    assert examples
+    for path in examples:
+        assert read_jobs(path)
+
+
+def test_yaml_numbers_are_read_as_kubectl_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(Path("examples/tiny.yaml").read_text().replace("1.0e-2", "2e-4"))
+    ((_, spec),) = read_jobs(path)
+    assert spec.tuning.hyperparameters.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "is no YAML"),
+        ("kind: Pod", "holds no FineTuneJob"),
+        ("kind: FineTuneJob\nkind: FineTuneJob", "stands twice"),
+        ("apiVersion: v1\nkind: FineTuneJob\nmetadata: {name: x}\nspec: {}", "write finetune.dev/v1alpha1"),
+        ("apiVersion: finetune.dev/v1alpha1\nkind: FineTunejob\nmetadata: {name: x}\nspec: {}", "write FineTuneJob"),
+        ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {}\nspec: {}", "metadata.name: is required"),
+        ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: A_b}\nspec: {}", "is not a valid name"),
+        ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nspecs: {}\nmetadata: {name: x}", "specs: unknown field; did you mean 'spec'?"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidDocument) as refused:
+        read_jobs(path)
+    assert expected in str(refused.value)
+
+
+def test_a_document_that_is_no_mapping() -> None:
+    with pytest.raises(InvalidDocument, match="expected a FineTuneJob document, got list"):
+        parse_job([])
+
+
+def test_an_old_operator_survives_a_newer_object() -> None:
+    assert parse_spec(merged(MINIMAL, fromTheFuture={"x": 1}), strict=False) == parse_spec(MINIMAL)
+
+
+def test_durations_and_quantities() -> None:
+    assert [seconds(t) for t in ("90s", "10m", "1h30m", "7d")] == [90, 600, 5400, 604800]
+    assert [int(quantity(t)) for t in ("4", "2Ki", "1k", "1500m")] == [4, 2048, 1000, 1]
+    assert [human_duration(s) for s in (0, 42, 190, 7500, 273_600)] == ["0s", "42s", "3m10s", "2h5m", "3d4h"]
+    for bad in ("", "10", "m", "-5m"):
+        with pytest.raises(ValueError, match="is not a duration"):
+            seconds(bad)
+    with pytest.raises(ValueError, match="is not a quantity"):
+        quantity("lots")
+
+
+def test_uris() -> None:
+    assert parse_uri("hf://org/m@v1").revision == "v1"
+    assert (parse_uri("pvc://c/a/b").name, parse_uri("pvc://c/a/b").path) == ("c", "a/b")
+    with pytest.raises(ValueError, match="not a supported URI"):
+        parse_uri("http://169.254.169.254/")
