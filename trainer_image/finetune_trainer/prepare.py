@@ -112,7 +112,7 @@ def _read(
     label: str,
 ) -> tuple[list[Example], str, str]:
     """Usable rows of a source. Raises UserError as `checks` says."""
-    checks = context.spec.dataset.checks
+    checks, length = context.spec.dataset.checks, context.spec.tuning.hyperparameters.max_length
     iterator = iter(source)
     head = list(islice(iterator, _SAMPLE))
     wanted = format_ or context.spec.dataset.format
@@ -136,15 +136,16 @@ def _read(
             if forged is not None:
                 raise BadRow(f"the text holds {forged!r}, a special token of the model")
             tokens = tokeniser(shape)
+            if tokens.truncated:
+                problems.add("tooLong", label, row.number, f"longer than maxLength {length}")
+                if checks.too_long == "drop":
+                    dropped["tooLong"] += 1
+                    continue
+            if not tokens.learnable and not (tokens.truncated and checks.too_long == "fail"):
+                raise BadRow(f"no answer token is left within maxLength {length}" if tokens.truncated else "there is no answer token")
         except BadRow as failure:
             problems.add("invalid", label, row.number, str(failure))
             continue
-        if tokens.truncated:
-            length = context.spec.tuning.hyperparameters.max_length
-            problems.add("tooLong", label, row.number, f"longer than maxLength {length}")
-            if checks.too_long == "drop":
-                dropped["tooLong"] += 1
-                continue
         found.append(Example(row.number, shape, _digest(shape), tokens))
     for kind in ("unreadable", "invalid"):
         if problems.counts[kind]:

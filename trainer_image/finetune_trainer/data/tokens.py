@@ -21,6 +21,11 @@ class Tokens(dict[str, list[int]]):
 
     truncated = False
 
+    @property
+    def learnable(self) -> bool:
+        """Whether any token is left to learn; the first has no prediction."""
+        return any(label != IGNORED for label in self["labels"][1:])
+
 
 class Tokeniser:
     """Turns rows into tokens with the model's tokenizer and chat template."""
@@ -43,7 +48,7 @@ class Tokeniser:
         return next((token for text in texts for token in self._special if token in text), None)
 
     def __call__(self, row: dict[str, Any]) -> Tokens:
-        """Tokens and labels, cut to max_length. Raises BadRow when nothing is left to learn."""
+        """Tokens and labels, cut to max_length."""
         if "messages" in row:
             ids, labels = self._chat(row["messages"])
         elif "prompt" in row:
@@ -53,8 +58,6 @@ class Tokeniser:
             labels = list(ids)
         tokens = Tokens(input_ids=ids[: self.max_length], labels=labels[: self.max_length])
         tokens.truncated = len(ids) > self.max_length
-        if all(label == IGNORED for label in tokens["labels"][1:]):
-            raise BadRow(f"no answer token is left within maxLength {self.max_length}" if tokens.truncated else "there is no answer token")
         return tokens
 
     def _encode(self, text: str) -> list[int]:

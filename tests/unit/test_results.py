@@ -1,0 +1,183 @@
+"""Checkpoints, evaluation and publishing: nothing half-written counts, nothing of others is overwritten."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.contract import JobFile
+from finetune_api.status import Plan
+from finetune_api.validation import parse_spec
+from finetune_trainer import checkpoints
+from finetune_trainer.context import Context
+from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.evaluate import improvement
+from finetune_trainer.plan import make_plan
+from finetune_trainer.publish import publish
+
+from tests.factory import MINIMAL, PLAN, merged
+
+
+def checkpoint(root: Path, step: int, *, seal: bool = True, world: int = 1) -> Path:
+    folder = root / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights" * step)
+    (folder / "global_step" / "optim.pt").write_bytes(b"state")
+    if seal:
+        checkpoints.seal(folder, world)
+    return folder
+
+
+def newest(root: Path, **plan: Any) -> str | None:
+    found = checkpoints.newest(str(root), Plan.model_validate({**PLAN, **plan}))
+    return Path(found).name if found else None
+
+
+def test_f18_f19_only_complete_and_undamaged_checkpoints_count(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    checkpoint(tmp_path, 5)
+    good = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 15, seal=False)
+    (tmp_path / "checkpoint-junk").mkdir()
+    assert newest(tmp_path) == "checkpoint-10", "15 was killed while it was written"
+    (good / "global_step" / "optim.pt").write_bytes(b"STATE")
+    assert newest(tmp_path) == "checkpoint-5", "10 is damaged"
+    (tmp_path / "checkpoint-5" / "adapter_model.safetensors").unlink()
+    assert newest(tmp_path) is None
+    (tmp_path / "checkpoint-5" / checkpoints.MANIFEST).write_text("{")
+    assert newest(tmp_path) is None
+
+
+def test_deepspeed_resumes_in_its_own_world_size_only(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 5, world=2)
+    assert newest(tmp_path, worldSize=1, strategy="deepspeed-zero2") is None
+    assert newest(tmp_path, worldSize=2, strategy="deepspeed-zero2") == "checkpoint-5"
+    assert newest(tmp_path, worldSize=1, strategy="ddp") == "checkpoint-5"
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    class State:
+        is_world_process_zero = True
+        global_step = 0
+
+    class Arguments:
+        world_size = 1
+
+    keeper = checkpoints.Keeper(parse_spec(merged(MINIMAL, checkpoint={"keep": 2})).checkpoint, str(tmp_path))
+    for step in (1, 2, 3, 4):
+        checkpoint(tmp_path, step, seal=False)
+        State.global_step = step
+        keeper.on_save(Arguments(), State(), None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoints.newest_step(str(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "tuned", "expected"),
+    [("loss", 2.0, 1.0, 0.5), ("loss", 1.0, 2.0, -1.0), ("exact-match", 0.25, 0.75, 0.5), ("loss", 2.0, math.nan, -1e9), ("loss", math.nan, 1.0, 0.0)],
+)
+def test_improvement(metric: Any, base: float, tuned: float, expected: float) -> None:
+    assert improvement(metric, base, tuned) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters", "expected"),
+    [
+        ({}, 10**8, ("ddp", 8, 2)),
+        ({"distribution": {"nodes": 2, "gpusPerNode": 8}, "tuning": {"hyperparameters": {"globalBatchSize": 64}}}, 10**8, ("ddp", 4, 1)),
+        ({"distribution": {"nodes": 2, "gpusPerNode": 1}, "tuning": {"method": "full"}}, 10**8, ("deepspeed-zero2", 8, 1)),
+        ({"distribution": {"nodes": 2, "gpusPerNode": 1}, "tuning": {"method": "full"}}, 10**10, ("deepspeed-zero3", 8, 1)),
+        ({"distribution": {"gpusPerNode": 0, "strategy": "deepspeed-zero1", "perDeviceBatchSize": 2}}, 10**8, ("deepspeed-zero1", 2, 8)),
+        ({"tuning": {"hyperparameters": {"globalBatchSize": 22}}, "distribution": {"nodes": 2, "gpusPerNode": 1}}, 1, ("ddp", 1, 11)),
+    ],
+)
+def test_the_plan_keeps_the_global_batch(changes: dict[str, Any], parameters: int, expected: tuple[str, int, int]) -> None:
+    spec = parse_spec(merged(MINIMAL, **changes))
+    plan = make_plan(spec, 1000, parameters)
+    assert (plan.strategy, plan.per_device_batch_size, plan.gradient_accumulation) == expected
+    assert plan.world_size * plan.per_device_batch_size * plan.gradient_accumulation == spec.tuning.hyperparameters.global_batch_size
+
+
+class Shelf:
+    """A finished job that wants to publish."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "published").mkdir()
+
+    def context(self, uid: str = "11111111-a", path: str = "team/model") -> Context:
+        spec = parse_spec(merged(MINIMAL, publish=[{"uri": f"pvc://published/{path}"}]))
+        job = JobFile(name="j", namespace="n", uid=uid, spec=spec, targets={"pvc://published": str(self.folder / "published")})
+        context = Context(job, str(self.folder / "workspace"))
+        output = Path(context.layout.output)
+        (output / "adapter_model.safetensors").write_bytes(b"weights")
+        (output / "adapter_config.json").write_text('{"base_model_name_or_path": "/sources/pvc/models/tiny"}')
+        (output / "training_args.bin").write_bytes(b"pickle")
+        context.write_json(context.layout.data_report, {"dataset": {"train": 9, "eval": 1, "tokens": 99, "format": "text", "digest": "sha256:0"}})
+        context.write_json(context.layout.model_reference, {"uri": "pvc://models/tiny", "fingerprint": "sha256:1", "path": "/x"})
+        return context
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def test_what_is_published(shelf: Shelf) -> None:
+    result = publish(shelf.context())
+    target = shelf.folder / "published" / "team" / "model"
+    assert sorted(p.name for p in target.iterdir()) == ["README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "finetune.json"]
+    assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "pvc://models/tiny"
+    assert "Not evaluated" in (target / "README.md").read_text()
+    assert json.loads((target / "finetune.json").read_text())["job"]["uid"] == "11111111-a"
+    assert result.result["artifacts"][0]["uri"] == "pvc://published/team/model"
+    assert [p.name for p in target.parent.iterdir()] == ["model"], "nothing half-written is left beside it"
+
+
+def test_publishing_twice_is_publishing_once(shelf: Shelf) -> None:
+    assert publish(shelf.context()) == publish(shelf.context())
+    target = shelf.folder / "published" / "team" / "model"
+    (target / "adapter_model.safetensors").write_bytes(b"damaged")
+    publish(shelf.context())
+    assert (target / "adapter_model.safetensors").read_bytes() == b"weights", "its own damaged result is mended"
+
+
+def test_a21_the_result_of_others_is_never_overwritten(shelf: Shelf) -> None:
+    publish(shelf.context())
+    with pytest.raises(UserError, match=r"holds the result of job n/j \(11111111-a\)"):
+        publish(shelf.context(uid="22222222-b"))
+    foreign = shelf.folder / "published" / "data"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="something that no FineTuneJob published"):
+        publish(shelf.context(path="data"))
+    assert (foreign / "thesis.tex").exists()
+
+
+def test_a21_a_link_out_of_the_volume_is_refused(shelf: Shelf) -> None:
+    outside = shelf.folder / "outside"
+    outside.mkdir()
+    (shelf.folder / "published" / "team").symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of the volume"):
+        publish(shelf.context())
+    assert not list(outside.iterdir())
+
+
+def test_an_interrupted_publish_is_taken_up_again(shelf: Shelf) -> None:
+    aside = shelf.folder / "published" / "team" / ".model.11111111.partial"
+    aside.mkdir(parents=True)
+    (aside / "half").write_text("x")
+    publish(shelf.context())
+    assert not aside.exists()
+
+
+def test_nothing_to_publish(shelf: Shelf) -> None:
+    context = shelf.context()
+    shutil.rmtree(context.layout.output)
+    Path(context.layout.output).mkdir()
+    with pytest.raises(InfrastructureError, match="no .safetensors file"):
+        publish(context)
