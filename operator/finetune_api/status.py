@@ -242,10 +242,21 @@ class FineTuneJobStatus(APIModel):
         found = self.condition(type_)
         return found is not None and found.status == "True"
 
+    def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
+        """As plain JSON types. Empty strings are left out: servers of 1.20 turn them into null and then refuse them."""
+        wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
+        return wire
+
     @property
     def finished(self) -> bool:
         """Whether the job has ended; an ended job never changes again."""
         return self.is_true("Succeeded") or self.is_true("Failed")
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_empty(item) for key, item in value.items() if item != ""}
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
-import signal
 import sys
 import time
 
@@ -72,9 +70,6 @@ async def run(settings: Settings) -> None:
     registry = kopf.OperatorRegistry()
     handlers.register(registry, controller, settings)
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     watches = kopf.operator(
         registry=registry,
         settings=handlers.kopf_settings(),
@@ -84,19 +79,17 @@ async def run(settings: Settings) -> None:
         stop_flag=stop,
     )
     tasks = [asyncio.create_task(watches, name="kopf"), asyncio.create_task(controller.run(), name="controller")]
-    stopping = asyncio.create_task(stop.wait(), name="stop")
-    done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+    # kopf handles SIGTERM and SIGINT: it ends without an error, and takes younger tasks with it
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    failed = [(task.get_name(), error) for task in done if not task.cancelled() and (error := task.exception()) is not None]
     stop.set()
     tasks[1].cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
     for runner in runners:
         await runner.cleanup()
     await cluster.close()
-    if stopping not in done:
-        for task in done:
-            error = task.exception() if not task.cancelled() else None
-            raise RuntimeError(f"{task.get_name()} ended: {error}") from error
+    for name, error in failed:
+        raise RuntimeError(f"{name} ended: {error}") from error
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from . import metrics
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, event_manifest
 from .cluster.store import Key, Store
 from .progress.board import ProgressBoard
-from .reconcile import Plan, reconcile
+from .reconcile import Plan, reconcile, refused
 from .reconcile.model import Action, Apply, Create, Delete, Event
 from .reconcile.observe import owner_uid
 from .settings import Settings
@@ -33,7 +33,6 @@ class Controller:
     def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings) -> None:
         self.cluster, self.store, self.board, self.settings = cluster, store, board, settings
         self.queue: WorkQueue[Key] = WorkQueue()
-        self._refusals: dict[Key, str] = {}
         self._written: dict[str, float] = {}
         self.synced = asyncio.Event()
         self.last_resync = time.monotonic()
@@ -70,36 +69,35 @@ class Controller:
     async def _pass(self, key: Key) -> None:
         job = self.store.job(key)
         if job is None:
-            self._refusals.pop(key, None)
             return
         uid = job["metadata"]["uid"]
-        observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid), self._refusals.get(key, ""))
+        observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid))
         assert observed is not None
         plan = reconcile(observed, self.settings)
-        await self._act(key, job, plan.actions)
-        for event in plan.events:
-            await self._tell(job, event, plan.status)
-        await self._write_status(key, job, plan)
+        try:
+            await self._act(job, plan.actions)
+        except APIError as failure:
+            if not failure.transient:
+                await self._say(key, job, refused(observed, self.settings, failure.message))
+            raise
+        await self._say(key, job, plan)
         if plan.requeue_at is not None:
             self.queue.add_after(key, (plan.requeue_at - datetime.now(UTC)).total_seconds())
 
-    async def _act(self, key: Key, job: Object, actions: tuple[Action, ...]) -> None:
+    async def _say(self, key: Key, job: Object, plan: Plan) -> None:
+        for event in plan.events:
+            await self._tell(job, event, plan.status)
+        await self._write_status(key, job, plan)
+
+    async def _act(self, job: Object, actions: tuple[Action, ...]) -> None:
         """Carry the actions out: shared objects first, then pods all at once."""
-        try:
-            for action in actions:
-                if isinstance(action, Apply):
-                    self.store.put_child(action.manifest["kind"], await self.cluster.apply(action.manifest))
-            rest = [self._one(job, action) for action in actions if not isinstance(action, Apply)]
-            for result in await asyncio.gather(*rest, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    raise result
-        except APIError as failure:
-            if not failure.transient and self._refusals.get(key) != failure.message:
-                self._refusals[key] = failure.message
-                self.queue.add(key)  # say so in the status, then wait
-            raise
-        if actions:
-            self._refusals.pop(key, None)
+        for action in actions:
+            if isinstance(action, Apply):
+                self.store.put_child(action.manifest["kind"], await self.cluster.apply(action.manifest))
+        rest = [self._one(job, action) for action in actions if not isinstance(action, Apply)]
+        for result in await asyncio.gather(*rest, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def _one(self, job: Object, action: Create | Delete) -> None:
         namespace = job["metadata"]["namespace"]

@@ -11,14 +11,14 @@ import celpy
 import jsonschema
 import kubernetes_validate
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from finetune_api.base import APIModel
 from finetune_api.crd import crd, generated, structural_schema
 from finetune_api.reference import reference
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import InvalidDocument, parse_spec
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from tests.factory import FULL, MINIMAL
 
 REPO = Path(__file__).parents[2]
@@ -168,7 +168,19 @@ def _values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
     elif kind == "boolean":
         good = st.booleans()
     elif kind == "string":
-        samples = ["", "x", "a-b", "10m", "4Gi", "hf://org/model", "pvc://claim/path", "configmap://name/key", "pvc://x/../y", "q" * 600, "UPPER"]
+        samples = [
+            "",
+            "x",
+            "a-b",
+            "10m",
+            "4Gi",
+            "hf://org/model",
+            "pvc://claim/path",
+            "configmap://name/key",
+            "pvc://x/../y",
+            "q" * 600,
+            "UPPER",
+        ]
         good = st.sampled_from(samples)
     elif kind == "array":
         good = st.lists(_values(node["items"]), max_size=3)

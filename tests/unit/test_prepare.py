@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from finetune_api.contract import JobFile, StageResult
 from finetune_api.validation import parse_spec
 from finetune_trainer.context import Context
 from finetune_trainer.data import reading
 from finetune_trainer.errors import StageError, UserError
 from finetune_trainer.prepare import prepare
-
 from tests.factory import merged
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three"]
@@ -46,7 +46,11 @@ class Desk:
         base = {"model": {"uri": "pvc://models/tiny"}, "distribution": {"gpusPerNode": 0}}
         spec = parse_spec(merged(base, dataset=dataset, **changes))
         job = JobFile(
-            name="j", namespace="n", uid="12345678", spec=spec, sources={"pvc://rows": str(self.folder / "rows"), "pvc://models": str(self.model.parent)}
+            name="j",
+            namespace="n",
+            uid="12345678",
+            spec=spec,
+            sources={"pvc://rows": str(self.folder / "rows"), "pvc://models": str(self.model.parent)},
         )
         return Context(job, str(self.folder / "workspace"))
 
@@ -85,7 +89,15 @@ def test_good_rows(desk: Desk) -> None:
         ("train.csv", ("prompt,completion\n" + "".join(f"what {i},yes\n" for i in range(10))).encode()),
         ("train.csv", ("\ufeffprompt,completion\r\n" + "".join(f'"a, {i}","line\nbreak"\r\n' for i in range(10))).encode()),
         ("train.jsonl", lines([{"text": f"the cat {i}"} for i in range(10)])),
-        ("train.jsonl", lines([{"prompt": [{"role": "user", "content": f"a {i}"}], "completion": [{"role": "assistant", "content": "b"}]} for i in range(10)])),
+        (
+            "train.jsonl",
+            lines(
+                [
+                    {"prompt": [{"role": "user", "content": f"a {i}"}], "completion": [{"role": "assistant", "content": "b"}]}
+                    for i in range(10)
+                ]
+            ),
+        ),
     ],
     ids=["BOM", "CRLF", "blank lines", "JSON list", "JSON object", "CSV", "CSV with BOM", "text", "conversational pairs"],
 )
@@ -111,7 +123,12 @@ BAD: list[tuple[str, bytes, str, list[str]]] = [
     ("empty answer", lines([*rows(9), chat("a", "  ")]), "InvalidRows", ["messages[1].content is empty"]),
     ("no answer", lines([*rows(9), {"messages": [{"role": "user", "content": "x"}]}]), "InvalidRows", ["there is no answer to learn"]),
     ("role order", lines([*rows(9), {"messages": [{"role": "assistant", "content": "x"}]}]), "InvalidRows", ["must alternate"]),
-    ("late system turn", lines([*rows(9), {"messages": [*chat("a")["messages"], {"role": "system", "content": "x"}]}]), "InvalidRows", ["a system turn"]),
+    (
+        "late system turn",
+        lines([*rows(9), {"messages": [*chat("a")["messages"], {"role": "system", "content": "x"}]}]),
+        "InvalidRows",
+        ["a system turn"],
+    ),
     ("content of another type", lines([*rows(9), chat("a", 5)]), "InvalidRows", ["content is int, expected a string"]),  # type: ignore[arg-type]
     ("messages of another type", lines([*rows(9), {"messages": "hello"}]), "InvalidRows", ["no list of turns"]),
     ("a turn of another type", lines([*rows(9), {"messages": ["hello"]}]), "InvalidRows", ["messages[0] is str"]),
@@ -181,7 +198,10 @@ LONG = chat("what is " + "cat dog bird " * 5, "yes")
 @pytest.mark.parametrize(("policy", "expected"), [("drop", 10), ("fail", "RowsTooLong"), ("truncate", "InvalidRows")])
 def test_a4_rows_over_max_length(desk: Desk, policy: str, expected: int | str) -> None:
     """Truncating a row until no answer is left is no help: the row is reported."""
-    changes: dict[str, Any] = {"dataset": {"checks": {"minExamples": 5, "tooLong": policy}}, "tuning": {"hyperparameters": {"maxLength": 16}}}
+    changes: dict[str, Any] = {
+        "dataset": {"checks": {"minExamples": 5, "tooLong": policy}},
+        "tuning": {"hyperparameters": {"maxLength": 16}},
+    }
     data = lines([*(chat(f"{w} {i}") for i, w in enumerate(WORDS)), chat("x"), chat("cat " * 30, "no")])
     if isinstance(expected, int):
         assert desk.run(data, **changes).result["dataset"]["train"] == expected
@@ -244,8 +264,9 @@ def test_a_model_without_chat_template(desk: Desk) -> None:
 
 
 def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
-    from finetune_trainer.data.tokens import IGNORED, Tokeniser
     from transformers import AutoTokenizer
+
+    from finetune_trainer.data.tokens import IGNORED, Tokeniser
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     row = {
@@ -267,8 +288,9 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
 
 
 def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
-    from finetune_trainer.data.tokens import Tokeniser
     from transformers import AutoTokenizer
+
+    from finetune_trainer.data.tokens import Tokeniser
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+
 from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, StageResult, progress_audience, read_stage_result
 from finetune_operator.cluster.client import APIError
@@ -16,7 +17,6 @@ from finetune_operator.progress import server as progress_server
 from finetune_operator.progress.board import ProgressBoard
 from finetune_operator.progress.server import ProgressServer
 from finetune_operator.settings import Settings
-
 from tests.factory import UID, job
 from tests.unit.test_store_and_queue import KEY, child
 
@@ -61,7 +61,7 @@ async def endpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 async def post(client: Any, token: str | None = "token-rank-0", body: Any = REPORT, path: str = PATH, **kwargs: Any) -> int:
     headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-    response = await client.post(path, headers=headers, **({"json": body} if not kwargs else kwargs))
+    response = await client.post(path, headers=headers, **(kwargs or {"json": body}))
     return int(response.status)
 
 

@@ -6,14 +6,14 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.status import FineTuneJobStatus, read_status
-from finetune_operator.reconcile import Observed, Plan, reconcile
+from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
 from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, PodView, parse_time
 from finetune_operator.settings import Settings
-
 from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
 SETTINGS = Settings(progress_url="none", backoff_base_seconds=10)
@@ -35,7 +35,6 @@ class World:
         self.jobs: dict[str, ChildJobView] = {}
         self.applied: dict[tuple[str, str], str] = {}
         self.report: ProgressReport | None = None
-        self.refusal = ""
         self.time = 0.0
         self.events: list[str] = []
         self.count = 0
@@ -51,7 +50,6 @@ class World:
             jobs=tuple(self.jobs.values()),
             applied=dict(self.applied),
             report=self.report,
-            refusal=self.refusal,
             now=after(self.time),
         )
 
@@ -505,7 +503,9 @@ def test_a_bad_ttl_in_a_finished_job_is_harmless() -> None:
 
 def test_progress_is_taken_from_the_current_attempt_only() -> None:
     world = World().to_training()
-    world.report = ProgressReport(attempt=0, step=5, total_steps=10, loss=1.23456, eta_seconds=61, checkpoint_step=4, tokens_per_second=9.99)
+    world.report = ProgressReport(
+        attempt=0, step=5, total_steps=10, loss=1.23456, eta_seconds=61, checkpoint_step=4, tokens_per_second=9.99
+    )
     plan = world.step()
     assert not plan.urgent, "progress alone may wait"
     progress = world.status.progress
@@ -524,12 +524,16 @@ def test_progress_is_taken_from_the_current_attempt_only() -> None:
     assert world.status.progress is None, "a late report of the old attempt"
 
 
-def test_a_refusal_of_the_api_server_is_shown_and_taken_back() -> None:
+def test_f35_a_refusal_of_the_api_server_is_shown_and_taken_back() -> None:
     world = World()
-    world.refusal = 'pods "x" is forbidden: exceeded quota'
     world.settle()
+    plan = refused(world.observed(), SETTINGS, 'pods "x" is forbidden: exceeded quota')
+    assert plan.status is not None and plan.actions == ()
+    assert [e.reason for e in plan.events] == ["APIRefused"]
+    world.job["status"] = plan.status.to_wire()
     assert "exceeded quota" in world.status.condition("Accepted").message  # type: ignore[union-attr]
-    world.refusal = ""
+    again = refused(world.observed(), SETTINGS, 'pods "x" is forbidden: exceeded quota')
+    assert (again.status, again.events) == (None, ()), "said once"
     world.settle()
     assert world.status.condition("Accepted").reason == "Valid"  # type: ignore[union-attr]
 

@@ -10,6 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+
 from finetune_api import names
 from finetune_api.contract import JobFile
 from finetune_api.status import Plan
@@ -18,7 +19,6 @@ from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, workspace
 from finetune_operator.resources.stage import stage_job
 from finetune_operator.settings import Settings, from_environment
-
 from tests.factory import FULL, MINIMAL, PLAN, merged, ref
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -161,9 +161,19 @@ def test_a3_long_names_that_begin_alike_stay_apart() -> None:
 
 def test_settings_come_from_the_environment() -> None:
     settings = from_environment(
-        {"FINETUNE_ALLOW_CPU": "true", "FINETUNE_WORKERS": "3", "FINETUNE_IMAGE_PULL_SECRETS": "a,b", "FINETUNE_STATUS_INTERVAL_SECONDS": "0.5"}
+        {
+            "FINETUNE_ALLOW_CPU": "true",
+            "FINETUNE_WORKERS": "3",
+            "FINETUNE_IMAGE_PULL_SECRETS": "a,b",
+            "FINETUNE_STATUS_INTERVAL_SECONDS": "0.5",
+        }
     )
-    assert (settings.allow_cpu, settings.workers, settings.image_pull_secrets, settings.status_interval_seconds) == (True, 3, ("a", "b"), 0.5)
+    assert (settings.allow_cpu, settings.workers, settings.image_pull_secrets, settings.status_interval_seconds) == (
+        True,
+        3,
+        ("a", "b"),
+        0.5,
+    )
     assert settings.endpoint == "https://finetune-operator.finetune-system.svc:8443"
     assert from_environment({"FINETUNE_PROGRESS_URL": "none"}).endpoint == ""
     for variable, value in (("FINETUNE_WORKERS", "many"), ("FINETUNE_ALLOW_CPU", "maybe")):

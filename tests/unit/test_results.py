@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from finetune_api.contract import JobFile
 from finetune_api.status import Plan
 from finetune_api.validation import parse_spec
@@ -18,7 +19,6 @@ from finetune_trainer.errors import InfrastructureError, UserError
 from finetune_trainer.evaluate import improvement
 from finetune_trainer.plan import make_plan
 from finetune_trainer.publish import publish
-
 from tests.factory import MINIMAL, PLAN, merged
 
 
@@ -78,7 +78,13 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metric", "base", "tuned", "expected"),
-    [("loss", 2.0, 1.0, 0.5), ("loss", 1.0, 2.0, -1.0), ("exact-match", 0.25, 0.75, 0.5), ("loss", 2.0, math.nan, -1e9), ("loss", math.nan, 1.0, 0.0)],
+    [
+        ("loss", 2.0, 1.0, 0.5),
+        ("loss", 1.0, 2.0, -1.0),
+        ("exact-match", 0.25, 0.75, 0.5),
+        ("loss", 2.0, math.nan, -1e9),
+        ("loss", math.nan, 1.0, 0.0),
+    ],
 )
 def test_improvement(metric: Any, base: float, tuned: float, expected: float) -> None:
     assert improvement(metric, base, tuned) == expected
@@ -117,7 +123,9 @@ class Shelf:
         (output / "adapter_model.safetensors").write_bytes(b"weights")
         (output / "adapter_config.json").write_text('{"base_model_name_or_path": "/sources/pvc/models/tiny"}')
         (output / "training_args.bin").write_bytes(b"pickle")
-        context.write_json(context.layout.data_report, {"dataset": {"train": 9, "eval": 1, "tokens": 99, "format": "text", "digest": "sha256:0"}})
+        context.write_json(
+            context.layout.data_report, {"dataset": {"train": 9, "eval": 1, "tokens": 99, "format": "text", "digest": "sha256:0"}}
+        )
         context.write_json(context.layout.model_reference, {"uri": "pvc://models/tiny", "fingerprint": "sha256:1", "path": "/x"})
         return context
 
@@ -130,7 +138,13 @@ def shelf(tmp_path: Path) -> Shelf:
 def test_what_is_published(shelf: Shelf) -> None:
     result = publish(shelf.context())
     target = shelf.folder / "published" / "team" / "model"
-    assert sorted(p.name for p in target.iterdir()) == ["README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "finetune.json"]
+    assert sorted(p.name for p in target.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "finetune.json",
+    ]
     assert json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"] == "pvc://models/tiny"
     assert "Not evaluated" in (target / "README.md").read_text()
     assert json.loads((target / "finetune.json").read_text())["job"]["uid"] == "11111111-a"

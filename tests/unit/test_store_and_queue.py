@@ -8,7 +8,6 @@ from typing import Any
 from finetune_api import names
 from finetune_operator.cluster.store import Store
 from finetune_operator.workqueue import WorkQueue
-
 from tests.factory import NOW, UID, container_status, job, stamp
 
 KEY = ("team-a", "support")
@@ -36,7 +35,7 @@ def test_children_are_found_by_owner_uid_through_child_jobs() -> None:
     store.put_child("Job", child("Job", "support-prepare-0", "j1", UID))
     store.put_child("Pod", child("Pod", "prepare-pod", "p1", "j1", status={"containerStatuses": container_status({"running": {}})}))
     store.put_child("Pod", child("Pod", "support-worker-0", "p2", UID))
-    seen = store.observe(KEY, NOW, None, "")
+    seen = store.observe(KEY, NOW, None)
     assert seen is not None
     assert [(p.name, p.job_uid, p.running) for p in seen.pods] == [("prepare-pod", "j1", True), ("support-worker-0", "", False)]
 
@@ -45,7 +44,7 @@ def test_a18_foreign_pods_with_our_labels_are_not_adopted() -> None:
     store = Store()
     store.put_job(job())
     assert store.put_child("Pod", child("Pod", "support-worker-0", "evil", "somebody-else")) == KEY, "it may wake the job"
-    seen = store.observe(KEY, NOW, None, "")
+    seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods, "but it is none of its pods"
 
 
@@ -56,7 +55,7 @@ def test_f5_an_older_event_does_not_undo_a_newer_state() -> None:
     assert store.job(KEY)["metadata"]["generation"] == 1  # type: ignore[index]
     store.put_child("Pod", child("Pod", "w", "p", UID, version=9, status={"phase": "Running"}))
     store.put_child("Pod", child("Pod", "w", "p", UID, version=2, status={"phase": "Pending"}))
-    seen = store.observe(KEY, NOW, None, "")
+    seen = store.observe(KEY, NOW, None)
     assert seen is not None and seen.pods[0].phase == "Running"
 
 
@@ -67,11 +66,11 @@ def test_a_late_event_does_not_raise_the_dead() -> None:
     store.put_child("Pod", pod)
     assert store.drop_child("Pod", pod) == KEY
     store.put_child("Pod", pod)
-    seen = store.observe(KEY, NOW, None, "")
+    seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods
     store.drop_job(job())
     store.put_job(job())
-    assert store.observe(KEY, NOW, None, "") is None
+    assert store.observe(KEY, NOW, None) is None
 
 
 def test_a_job_made_anew_under_the_same_name_is_another_job() -> None:
@@ -87,7 +86,7 @@ def test_f4_a_list_prunes_what_a_dead_watch_hid() -> None:
     store.put_job(job())
     store.put_child("Pod", child("Pod", "w", "p", UID))
     assert store.prune("Pod", set(), float("inf")) == {KEY}
-    seen = store.observe(KEY, NOW, None, "")
+    seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods
     store.prune_jobs(set())
     assert store.job_keys() == []

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from finetune_api.scalars import human_duration, quantity, seconds
 from finetune_api.uris import parse_uri
 from finetune_api.validation import InvalidDocument, parse_job, parse_spec
 from finetune_cli.documents import read_jobs
-
 from tests.factory import FULL, MINIMAL, merged
 
 EVAL = {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}}
@@ -40,18 +40,38 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"tuning": {"method": "qlora"}, "distribution": {"strategy": "deepspeed-zero3"}},
         "tuning.method qlora does not shard",
     ),
-    ("gate on a metric that is not computed", {"dataset": EVAL, "evaluation": {"gate": {"metric": "exact-match"}}}, "add it there or gate on"),
+    (
+        "gate on a metric that is not computed",
+        {"dataset": EVAL, "evaluation": {"gate": {"metric": "exact-match"}}},
+        "add it there or gate on",
+    ),
     ("minImprovement over 1", {"dataset": EVAL, "evaluation": {"gate": {"minImprovement": 1.5}}}, "less than or equal to 1"),
     ("evaluation without held-out rows", {"evaluation": {}}, "set dataset.eval.splitFraction"),
-    ("two ways to hold out", {"dataset": {**EVAL, "eval": {"splitFraction": 0.1, "uri": "pvc://a/b"}}}, "exactly one of splitFraction and uri"),
+    (
+        "two ways to hold out",
+        {"dataset": {**EVAL, "eval": {"splitFraction": 0.1, "uri": "pvc://a/b"}}},
+        "exactly one of splitFraction and uri",
+    ),
     ("fsdp on CPU", {"distribution": {"gpusPerNode": 0, "strategy": "fsdp"}}, "fsdp needs GPUs"),
     ("offload without DeepSpeed", {"distribution": {"offload": "optimizer"}}, "offload needs distribution.strategy"),
-    ("offload of parameters", {"distribution": {"offload": "parameters", "strategy": "deepspeed-zero2"}}, "needs distribution.strategy deepspeed-zero3"),
+    (
+        "offload of parameters",
+        {"distribution": {"offload": "parameters", "strategy": "deepspeed-zero2"}},
+        "needs distribution.strategy deepspeed-zero3",
+    ),
     ("batch over processes", {"distribution": {"nodes": 3, "gpusPerNode": 0}}, "must be a multiple of the number of processes"),
-    ("batch over device batch", {"distribution": {"gpusPerNode": 0, "perDeviceBatchSize": 3}}, "multiple of distribution.perDeviceBatchSize"),
+    (
+        "batch over device batch",
+        {"distribution": {"gpusPerNode": 0, "perDeviceBatchSize": 3}},
+        "multiple of distribution.perDeviceBatchSize",
+    ),
     ("secret without hub", {"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "model.secretRef is only used with an hf:// uri"),
     ("hub target without secret", {"publish": [{"uri": "hf://org/m"}]}, "needs secretRef with a write token"),
-    ("secret of another namespace", {"model": {"uri": "hf://a/b", "secretRef": {"name": "s", "namespace": "x"}}}, "namespace: unknown field"),
+    (
+        "secret of another namespace",
+        {"model": {"uri": "hf://a/b", "secretRef": {"name": "s", "namespace": "x"}}},
+        "namespace: unknown field",
+    ),
     ("all-linear beside names", {"tuning": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, "'all-linear' stands alone"),
     ("metric twice", {"dataset": EVAL, "evaluation": {"metrics": ["loss", "loss"]}}, "lists a metric twice"),
     ("both workspaces", {"workspace": {"persistentVolumeClaim": {"claimName": "w"}, "template": {}}}, "not both; remove one"),
@@ -103,7 +123,10 @@ def test_yaml_numbers_are_read_as_kubectl_reads_them(tmp_path: Path) -> None:
         ("apiVersion: finetune.dev/v1alpha1\nkind: FineTunejob\nmetadata: {name: x}\nspec: {}", "write FineTuneJob"),
         ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {}\nspec: {}", "metadata.name: is required"),
         ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: A_b}\nspec: {}", "is not a valid name"),
-        ("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nspecs: {}\nmetadata: {name: x}", "specs: unknown field; did you mean 'spec'?"),
+        (
+            "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nspecs: {}\nmetadata: {name: x}",
+            "specs: unknown field; did you mean 'spec'?",
+        ),
     ],
 )
 def test_bad_files_are_explained(tmp_path: Path, text: str, expected: str) -> None:

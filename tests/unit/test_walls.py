@@ -15,7 +15,10 @@ REPO = Path(__file__).parents[2]
     ("modules", "forbidden"),
     [
         ("finetune_operator.__main__, finetune_operator.handlers", ["torch", "transformers", "finetune_trainer"]),
-        ("finetune_trainer.__main__, finetune_trainer.train, finetune_trainer.worker, finetune_trainer.prepare", ["kopf", "kubernetes", "finetune_operator"]),
+        (
+            "finetune_trainer.__main__, finetune_trainer.train, finetune_trainer.worker, finetune_trainer.prepare",
+            ["kopf", "kubernetes", "finetune_operator"],
+        ),
         ("finetune_api.crd, finetune_api.contract", ["kopf", "kubernetes", "torch", "finetune_operator", "finetune_trainer"]),
         ("finetune_operator.reconcile, finetune_operator.resources.gang", ["kopf", "kubernetes", "aiohttp"]),
     ],

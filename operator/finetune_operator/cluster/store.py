@@ -152,7 +152,7 @@ class Store:
 
     # observation
 
-    def observe(self, key: Key, now: datetime, report: tuple[ProgressReport, datetime] | None, refusal: str) -> Observed | None:
+    def observe(self, key: Key, now: datetime, report: tuple[ProgressReport, datetime] | None) -> Observed | None:
         """Everything known about a job and what it owns, by UID."""
         job = self._jobs.get(key)
         if job is None:
@@ -180,7 +180,6 @@ class Store:
             applied=applied,
             report=report[0] if report else None,
             reported_at=report[1] if report else None,
-            refusal=refusal,
             now=now,
         )
 

@@ -43,12 +43,23 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         return draft.plan()
     draft.set("Accepted", "True", "Valid", "the spec is valid")
     draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
-    if observed.refusal:
-        draft.set("Accepted", "True", "APIRefused", f"the API server refused: {observed.refusal}")
     if not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
     if draft.status.finished:
         release(draft)
+    return draft.plan()
+
+
+def refused(observed: Observed, settings: Settings, message: str) -> Plan:
+    """Say that the API server refused an action (quota, admission, a name that is taken). Nothing else is decided."""
+    draft = Draft(observed, settings, read_status(observed.job.get("status")))
+    if draft.status.finished:
+        return Plan()
+    known = draft.status.condition("Accepted")
+    text = f"the API server refused, tried again with back-off: {message}"
+    draft.set("Accepted", "True", "APIRefused", text)
+    if known is None or known.message != text:
+        draft.event("Warning", "APIRefused", message)
     return draft.plan()
 
 

@@ -67,8 +67,6 @@ class Observed:
     """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
     report: ProgressReport | None = None
     reported_at: datetime | None = None
-    refusal: str = ""
-    """What the API server answered when it refused the last action for this job."""
     now: datetime
 
 

@@ -1,0 +1,250 @@
+"""A real control plane without nodes; the test plays kubelet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client, config
+
+from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api.contract import StageResult
+from tests.cluster.control_plane import free_port
+from tests.cluster.local import LocalCluster
+from tests.cluster.shell import REPO
+from tests.factory import RESULTS, container_status, ended
+
+SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
+CRD = REPO / "charts" / "finetune-operator" / "files" / "finetunejobs-before-1.25.yaml"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    """etcd, API server, controller manager, scheduler; no nodes."""
+    target = LocalCluster("component", size=0)
+    target.down(quiet=True)
+    target.up()
+    target.kubectl("apply", "-f", str(CRD))
+    target.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=60s")
+    yield target
+    target.down(quiet=True)
+
+
+class Api:
+    """The API as a user and as a kubelet, in one namespace."""
+
+    def __init__(self, cluster: LocalCluster, namespace: str) -> None:
+        self.cluster, self.namespace = cluster, namespace
+        connection = config.new_client_from_config(str(cluster.kubeconfig))
+        self.core, self.batch, self.custom = (
+            client.CoreV1Api(connection),
+            client.BatchV1Api(connection),
+            client.CustomObjectsApi(connection),
+        )
+
+    def create_job(self, spec: dict[str, Any], name: str = "support") -> dict[str, Any]:
+        body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+        made: dict[str, Any] = self.custom.create_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, body)
+        return made
+
+    def job(self, name: str = "support") -> dict[str, Any]:
+        found: dict[str, Any] = self.custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+        return found
+
+    def status(self, name: str = "support") -> dict[str, Any]:
+        return dict(self.job(name).get("status") or {})
+
+    def condition(self, type_: str, name: str = "support") -> dict[str, Any]:
+        return next((c for c in self.status(name).get("conditions", []) if c["type"] == type_), {})
+
+    def patch_job(self, body: dict[str, Any], name: str = "support") -> None:
+        self.custom.patch_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name, body)
+
+    def delete_job(self, name: str = "support") -> None:
+        self.custom.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+
+    def pods(self) -> list[Any]:
+        return list(self.core.list_namespaced_pod(self.namespace, label_selector=SELECTOR).items)
+
+    def workers(self) -> list[tuple[str, str]]:
+        """(name, attempt) of the worker pods."""
+        found = [p for p in self.pods() if p.metadata.labels.get(names.LABEL_STAGE) == "train"]
+        return sorted((p.metadata.name, p.metadata.labels[names.LABEL_ATTEMPT]) for p in found)
+
+    def events(self) -> list[str]:
+        items = self.core.list_namespaced_event(self.namespace).items
+        return [
+            e.reason
+            for e in sorted(items, key=lambda e: (e.metadata.creation_timestamp, e.metadata.resource_version))
+            if e.source.component == names.MANAGER
+        ]
+
+    def owned(self) -> list[str]:
+        """Everything of ours in the namespace, besides jobs."""
+        found = [f"Pod/{p.metadata.name}" for p in self.pods()]
+        found += [f"Job/{j.metadata.name}" for j in self.batch.list_namespaced_job(self.namespace, label_selector=SELECTOR).items]
+        found += [
+            f"ConfigMap/{c.metadata.name}" for c in self.core.list_namespaced_config_map(self.namespace, label_selector=SELECTOR).items
+        ]
+        found += [f"Service/{s.metadata.name}" for s in self.core.list_namespaced_service(self.namespace, label_selector=SELECTOR).items]
+        claims = self.core.list_namespaced_persistent_volume_claim(self.namespace, label_selector=SELECTOR).items
+        return sorted([*found, *(f"PersistentVolumeClaim/{c.metadata.name}" for c in claims)])
+
+    def set_pod(self, name: str, status: dict[str, Any]) -> None:
+        """Write a pod's status, as its kubelet would."""
+        self.core.patch_namespaced_pod_status(name, self.namespace, {"status": status})
+
+
+@pytest.fixture
+def api(cluster: LocalCluster) -> Iterator[Api]:
+    """A namespace of its own."""
+    name = f"t-{uuid.uuid4().hex[:8]}"
+    target = Api(cluster, name)
+    target.core.create_namespace({"metadata": {"name": name}})
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # pods need the namespace's default service account
+        with contextlib.suppress(client.ApiException):
+            if target.core.read_namespaced_service_account("default", name).secrets:
+                break
+        time.sleep(0.1)
+    yield target
+    with contextlib.suppress(client.ApiException):
+        for job in target.custom.list_namespaced_custom_object(GROUP, VERSION, name, PLURAL)["items"]:
+            target.delete_job(job["metadata"]["name"])
+    with contextlib.suppress(client.ApiException):
+        target.core.delete_namespace(name)
+
+
+Behaviour = Callable[[Any], dict[str, Any] | None]
+
+
+class Kubelet:
+    """Moves pods through their phases in a thread. `behaviour(pod)` gives a status to write, or None to wait."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.hold: set[str] = set()
+        """Stages whose pods run and do not end."""
+        self.results: dict[str, StageResult] = dict(RESULTS)
+        self.override: Behaviour | None = None
+        self.live: dict[str, set[str]] = {}
+        self.broken: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            with contextlib.suppress(client.ApiException):
+                pods = self.api.pods()
+                self._check(pods)
+                for pod in pods:
+                    status = self._next(pod)
+                    if status is not None:
+                        with contextlib.suppress(client.ApiException):
+                            self.api.set_pod(pod.metadata.name, status)
+
+    def _check(self, pods: list[Any]) -> None:
+        """Invariant: never two pods of one stage try, or of one rank."""
+        seen: set[tuple[str, str]] = set()
+        for pod in pods:
+            labels = pod.metadata.labels
+            key = (labels[names.LABEL_JOB_UID], labels[names.LABEL_STAGE] + labels.get(names.LABEL_RANK, ""))
+            if pod.metadata.deletion_timestamp is None and pod.status.phase in ("Pending", "Running"):
+                if key in seen:
+                    self.broken.append(f"two live pods of {key}")
+                seen.add(key)
+
+    def _next(self, pod: Any) -> dict[str, Any] | None:
+        if pod.status.phase in ("Succeeded", "Failed") or pod.metadata.deletion_timestamp is not None:
+            return None
+        if self.override is not None and (status := self.override(pod)) is not None:
+            return status
+        if pod.status.phase == "Pending":
+            running = {"phase": "Running", "containerStatuses": container_status({"running": {"startedAt": "2026-11-21T12:00:00Z"}})}
+            return running
+        stage = pod.metadata.labels[names.LABEL_STAGE]
+        return None if stage in self.hold else ended(0, self.results[stage].dumps())
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        assert not self.broken, self.broken[0]
+
+
+@pytest.fixture
+def kubelet(api: Api) -> Iterator[Kubelet]:
+    played = Kubelet(api)
+    yield played
+    played.stop()
+
+
+class Operator:
+    """The real operator as a process outside the cluster, for one namespace."""
+
+    def __init__(self, api: Api, logs: Path) -> None:
+        self.api, self.logs = api, logs
+        self.process: subprocess.Popen[bytes] | None = None
+        self.probes = free_port()
+
+    def start(self, **settings: str) -> None:
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{REPO}/operator",
+            "KUBECONFIG": str(self.api.cluster.kubeconfig),
+            "FINETUNE_WATCH_NAMESPACE": self.api.namespace,
+            "FINETUNE_PROGRESS_URL": "none",
+            "FINETUNE_PROGRESS_PORT": str(free_port()),
+            "FINETUNE_PROBE_PORT": str(self.probes),
+            "FINETUNE_STATUS_INTERVAL_SECONDS": "0",
+            "FINETUNE_BACKOFF_BASE_SECONDS": "0.5",
+            **settings,
+        }
+        with self.logs.open("ab") as sink:
+            self.process = subprocess.Popen([sys.executable, "-m", "finetune_operator"], env=env, stdout=sink, stderr=subprocess.STDOUT)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def operator(api: Api, tmp_path: Path) -> Iterator[Operator]:
+    target = Operator(api, tmp_path / "operator.log")
+    target.start()
+    yield target
+    if target.process is not None and target.process.poll() is None:
+        target.kill()
+    print(target.logs.read_text()[-6000:])
+
+
+def until(what: str, check: Callable[[], Any], seconds: float = 40) -> Any:
+    """Poll until `check()` is truthy; returns its value."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(client.ApiException):
+            if value := check():
+                return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.1)
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True)

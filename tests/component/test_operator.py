@@ -1,0 +1,273 @@
+"""The operator against a real API server. The test plays kubelet: pods run and end as it says."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.request
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client
+
+from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api.contract import ExitCode, StageResult
+from tests.component.conftest import Api, Kubelet, Operator, until
+from tests.factory import MINIMAL, container_status, ended, merged
+
+TWO = merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0})
+WHOLE = merged(
+    TWO,
+    dataset={"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
+    evaluation={"gate": {"minImprovement": 0.1}},
+    publish=[{"uri": "pvc://published/support"}],
+)
+
+
+def phase(api: Api, wanted: str, seconds: float = 60) -> dict[str, Any]:
+    until(f"phase {wanted}", lambda: api.status().get("phase") == wanted, seconds)
+    return api.status()
+
+
+def test_a_whole_job(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    api.create_job(WHOLE)
+    status = phase(api, "Succeeded")
+    assert [c["type"] for c in status["conditions"] if c["status"] == "True"] == [
+        "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+    ]  # fmt: skip
+    assert status["attempt"] == 0 and status["restarts"] == []
+    assert api.events()[-1] == "Succeeded" and len(api.events()) == len(set(api.events()))
+    job = api.job()
+    assert "finalizers" not in job["metadata"] and "annotations" not in job["metadata"], "kopf keeps its hands off the object"
+    assert status["observedGeneration"] == job["metadata"]["generation"]
+    table = api.cluster.kubectl("-n", api.namespace, "get", "ftj")
+    assert table.split()[:7] == ["NAME", "PHASE", "PROGRESS", "LOSS", "QUEUE", "GPUS", "RESTARTS"]
+    assert "Succeeded" in table and "100" in table
+    described = api.cluster.kubectl("-n", api.namespace, "describe", "finetunejob", "support")
+    assert "published to" in described or "Published" in described
+    with urllib.request.urlopen(f"http://127.0.0.1:{operator.probes}/metrics") as response:
+        metrics = response.read().decode()
+    assert "finetune_reconcile_duration_seconds_count" in metrics and 'finetune_api_requests{kind="Pod",verb="create"} 2.0' in metrics
+    assert operator.terminate() == 0, "a clean shutdown"
+
+
+def test_f2_the_operator_is_away_while_pods_train(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"train"}
+    api.create_job(WHOLE)
+    phase(api, "Training")
+    operator.kill()
+    kubelet.hold = set()
+    until("workers have ended", lambda: all(p.status.phase == "Succeeded" for p in api.pods()))
+    assert api.status()["phase"] == "Training"
+    operator.start()
+    status = phase(api, "Succeeded")
+    assert status["attempt"] == 0
+
+
+def test_f8_one_failing_worker(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"train"}
+    api.create_job(TWO)
+    phase(api, "Training")
+    api.set_pod("support-worker-1", ended(1, "NCCL error: connection reset by peer"))
+    until("attempt 1", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")])
+    restart = api.status()["restarts"][0]
+    assert restart["pod"] == "support-worker-1" and "NCCL error" in restart["message"]
+    kubelet.hold = set()
+    assert phase(api, "Succeeded")["attempt"] == 1
+    assert "GangRestarted" in api.events()
+
+
+def test_f14_an_image_that_cannot_be_pulled(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    message = 'Back-off pulling image "nope:1"'
+
+    def cannot_pull(pod: Any) -> dict[str, Any] | None:
+        if pod.metadata.labels.get(names.LABEL_ATTEMPT) != "0":
+            return None
+        if pod.status.container_statuses:
+            return {}
+        return {"phase": "Pending", "containerStatuses": container_status({"waiting": {"reason": "ImagePullBackOff", "message": message}})}
+
+    kubelet.override = cannot_pull
+    api.create_job(merged(TWO, runPolicy={"gangTimeout": "4s"}))
+    until("the kubelet's message", lambda: message in api.condition("Running").get("message", ""), 60)
+    assert api.condition("Running")["reason"] == "ImagePullFailed"
+    status = phase(api, "Succeeded")
+    assert status["restarts"][0]["reason"] == "GangTimeout" and status["restartsCounted"] == 0
+
+
+def test_f21_children_deleted_by_hand(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"train"}
+    api.create_job(TWO)
+    phase(api, "Training")
+    api.cluster.kubectl("-n", api.namespace, "delete", "service", "support-workers")
+    api.core.delete_namespaced_config_map("support-job", api.namespace)
+    until("service is back", lambda: api.core.read_namespaced_service("support-workers", api.namespace))
+    until("config map is back", lambda: api.core.read_namespaced_config_map("support-job", api.namespace))
+    assert api.status()["attempt"] == 0
+    api.core.delete_namespaced_pod("support-worker-1", api.namespace, grace_period_seconds=0)
+    until("the gang restarts", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")])
+    assert api.status()["restarts"][0]["reason"] == "PodDeleted"
+    kubelet.hold = set()
+    phase(api, "Succeeded")
+
+
+def test_f21_a_stage_job_deleted_by_hand(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"prepare"}
+    api.create_job(MINIMAL)
+    until("prepare runs", lambda: api.condition("DataReady").get("reason") == "Running")
+    api.batch.delete_namespaced_job("support-prepare-0", api.namespace, propagation_policy="Background")
+    kubelet.hold = set()
+    phase(api, "Succeeded")
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "publish"])
+def test_f22_deletion_in_any_phase(api: Api, kubelet: Kubelet, operator: Operator, stage: str) -> None:
+    kubelet.hold = {stage}
+    api.create_job(WHOLE)
+    wanted = {"prepare": "Preparing", "train": "Training", "evaluate": "Evaluating", "publish": "Publishing"}[stage]
+    phase(api, wanted)
+    until("its pod runs", lambda: any(p.metadata.labels[names.LABEL_STAGE] == stage for p in api.pods()))
+    api.delete_job()
+    # no kubelet unmounts the claim here, so its protection finalizer holds it; everything else must go
+    until("everything owned is gone", lambda: [o for o in api.owned() if not o.startswith("PersistentVolumeClaim")] == [])
+    time.sleep(2)
+    assert [o for o in api.owned() if not o.startswith("PersistentVolumeClaim")] == [], "nothing is made again"
+
+
+def test_a18_a_user_edits_status_labels_and_owners(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"train"}
+    api.create_job(TWO)
+    phase(api, "Training")
+    done = {"type": "Succeeded", "status": "Unknown", "reason": "Me", "message": "x", "lastTransitionTime": "2026-11-21T12:00:00Z"}
+    forged = {"status": {"phase": "Succeeded", "conditions": [done], "gang": None, "dataset": None, "plan": None, "attempt": 0}}
+    api.custom.patch_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, "support", forged)
+    status = until("derived again", lambda: (s := api.status()).get("dataset") and s["phase"] == "Training" and s)
+    assert status["attempt"] == 0 and status["plan"]["worldSize"] == 1
+    uid = api.job()["metadata"]["uid"]
+    labels = {
+        names.LABEL_MANAGED_BY: names.MANAGER, names.LABEL_JOB_UID: uid, names.LABEL_STAGE: "train",
+        names.LABEL_RANK: "0", names.LABEL_ATTEMPT: "99",
+    }  # fmt: skip
+    kubelet.broken.clear()
+    pod = {"metadata": {"name": "impostor", "labels": labels}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    kubelet.override = lambda p: {} if p.metadata.name == "impostor" else None
+    api.core.create_namespaced_pod(api.namespace, pod)
+    time.sleep(2)
+    assert api.status()["attempt"] == 0 and api.core.read_namespaced_pod("impostor", api.namespace)
+    api.core.delete_namespaced_pod("impostor", api.namespace, grace_period_seconds=0)
+    kubelet.broken.clear()
+    kubelet.hold = set()
+    phase(api, "Succeeded")
+
+
+def test_a_name_that_is_taken_by_somebody_else(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    api.core.create_namespaced_pod(
+        api.namespace, {"metadata": {"name": "support-worker-0"}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    )
+    api.create_job(MINIMAL)
+    until("it is said", lambda: "does not belong to this job" in api.condition("Accepted").get("message", ""))
+    api.core.delete_namespaced_pod("support-worker-0", api.namespace, grace_period_seconds=0)
+    phase(api, "Succeeded")
+
+
+def test_f35_a_refusal_of_quota_is_said_and_tried_again(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+    api.core.create_namespaced_resource_quota(api.namespace, quota)
+    until("the quota is in force", lambda: api.core.read_namespaced_resource_quota("none", api.namespace).status.hard)
+    api.create_job(MINIMAL)
+    until("the refusal is said", lambda: "exceeded quota" in api.condition("Accepted").get("message", ""))
+    assert "APIRefused" in api.events()
+    api.core.delete_namespaced_resource_quota("none", api.namespace)
+    phase(api, "Succeeded", 90)
+
+
+def test_a_bad_dataset_is_refused_in_prepare(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    words = StageResult(reason="InvalidRows", message="1 row(s): train row 7: not JSON").dumps()
+    kubelet.override = lambda pod: ended(ExitCode.USER_ERROR, words) if pod.status.phase == "Running" else None
+    api.create_job(WHOLE)
+    phase(api, "Failed")
+    assert api.condition("Failed")["reason"] == "InvalidRows"
+    assert "train row 7" in api.condition("Failed")["message"]
+    assert api.workers() == []
+
+
+def test_a3_a_name_of_253_characters(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    name = "a" + ".b-9" * 63
+    api.create_job(TWO, name=name)
+    until("it succeeds", lambda: api.status(name).get("phase") == "Succeeded", 60)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"tuning": {"method": "lorra"}}, "spec.tuning.method: Unsupported value"),
+        ({"distribution": {"nodes": "two"}}, "spec.distribution.nodes"),
+        ({"distribution": {"nodes": -1}}, "should be greater than or equal to 1"),
+        ({"model": {"uri": "file:///etc/passwd"}}, "spec.model.uri"),
+        ({"model": {}}, "spec.model.uri: Required value"),
+        ({"tuning": {"hyperparameters": {"epochs": 10**9}}}, "should be less than or equal to 1000"),
+    ],
+)
+def test_a1_the_schema_refuses_at_apply(api: Api, change: dict[str, Any], part: str) -> None:
+    with pytest.raises(client.ApiException) as refused:
+        api.create_job(merged(MINIMAL, **change))
+    assert refused.value.status == 422
+    assert part in json.loads(refused.value.body)["message"]
+
+
+def test_a1_kubectl_refuses_unknown_fields(api: Api) -> None:
+    body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": merged(MINIMAL, tunning={})}
+    until("kubectl knows the schema", lambda: "tuning" in api.cluster.kubectl("explain", "finetunejob.spec", check=False))
+    said = api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=yaml.safe_dump(body), check=False)
+    assert 'unknown field "spec.tunning"' in said or 'unknown field "tunning"' in said, said
+
+
+def test_a2_contradictions_are_refused_by_the_operator_where_the_server_has_no_cel(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    api.create_job(merged(MINIMAL, tuning={"method": "full", "lora": {"rank": 8}}))
+    phase(api, "Failed")
+    assert "remove tuning.lora or set method" in api.condition("Failed")["message"]
+    assert api.owned() == []
+
+
+def test_defaults_do_not_fight_apply(api: Api) -> None:
+    """Applying the same file twice changes nothing: GitOps diffs stay empty."""
+    body = {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "support"},
+        "spec": merged(MINIMAL, runPolicy={"suspend": True}),
+    }
+    text = yaml.safe_dump(body)
+    api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=text)
+    before = api.job()["metadata"]["generation"]
+    assert "unchanged" in api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=text)
+    assert api.job()["metadata"]["generation"] == before
+
+
+def test_clean_start_with_existing_objects_and_clean_stop(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    operator.kill()
+    for index in range(5):
+        api.create_job(MINIMAL, name=f"early-{index}")
+    operator.start()
+    for index in range(5):
+        until(f"early-{index}", lambda i=index: api.status(f"early-{i}").get("phase") == "Succeeded", 60)
+    assert operator.process is not None
+    operator.process.send_signal(signal.SIGINT)
+    assert operator.process.wait(timeout=30) == 0
+
+
+def test_manifests_are_valid_for_this_server(api: Api) -> None:
+    """The oldest supported server takes every manifest as it is: nothing is dropped or changed by its schema."""
+    from tests.factory import FULL
+    from tests.unit.test_resources import manifests
+
+    for spec in (MINIMAL, FULL):
+        for manifest in manifests(spec):
+            manifest["metadata"]["namespace"] = api.namespace
+            manifest["metadata"].pop("ownerReferences")
+            pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest.get("spec", {}).get("template", {}).get("spec", {})
+            pod.pop("priorityClassName", None)
+            said = api.cluster.kubectl("create", "--dry-run=server", "--validate=true", "-f", "-", input=json.dumps(manifest))
+            assert "created" in said
