@@ -31,6 +31,8 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
             _start(draft, stage, condition, retry, manifest)
         return None
 
+    if retry.started_at is None:  # made by an operator that died before it could say so
+        _note_start(draft, stage, condition, retry, name, rfc3339(child.created))
     pods = [p for p in draft.observed.pods if p.job_uid == child.uid]
     done = next((p for p in pods if p.phase == "Succeeded"), None)
     if done is not None:
@@ -60,10 +62,14 @@ def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRet
         return
     draft.status.retry_after = None
     draft.actions.append(Create(manifest))
-    draft.status.stages[stage] = retry.model_copy(update={"started_at": rfc3339(draft.now)})
+    _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now))
+
+
+def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, name: str, started_at: str) -> None:
+    draft.status.stages[stage] = retry.model_copy(update={"started_at": started_at})
     if draft.status.condition(condition) is None:
         draft.set(condition, "Unknown", "Started", f"{stage} was started")
-        draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {manifest['metadata']['name']}")
+        draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
 
 
 def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
