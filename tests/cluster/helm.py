@@ -22,9 +22,9 @@ def local_values() -> dict[str, Any]:
         return {"repository": repository, "tag": tag}
 
     return {
-        "image": image(images.OPERATOR),
+        "image": image(images.operator().reference),
         "trainer": {
-            "image": image(images.TRAINER),
+            "image": image(images.trainer().reference),
             "allowCPU": True,
             "stageResources": {"cpu": "100m", "memory": "512Mi"},
             "terminationGracePeriodSeconds": 10,

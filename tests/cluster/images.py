@@ -18,8 +18,8 @@ from . import debian
 from .environment import site_packages
 from .shell import REPO, cached, digest_of, run, step
 
-TRAINER = "docker.io/library/finetune-trainer:dev"
-OPERATOR = "docker.io/library/finetune-operator:dev"
+TRAINER = "docker.io/library/finetune-trainer"
+OPERATOR = "docker.io/library/finetune-operator"
 PAUSE = "docker.io/library/pause:dev"
 USER = "1000:1000"
 _BASE_COMMAND = (
@@ -164,11 +164,10 @@ def _config(module: str, environment: dict[str, str]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Image:
-    """Archives to import, in order, and the key that tells whether a node has them."""
+    """A reference, whose tag tells its content, and the archives to import, in order."""
 
     reference: str
     archives: list[Path]
-    key: str
 
 
 def pause() -> Image:
@@ -184,10 +183,10 @@ def pause() -> Image:
         _archive(folder / "image.tar", PAUSE, [layer], {"Entrypoint": ["/pause"], "User": "65535:65535"}, [layer])
 
     key = digest_of(_PAUSE_SOURCE)
-    return Image(PAUSE, [cached("image-pause", key, build) / "image.tar"], key)
+    return Image(PAUSE, [cached("image-pause", key, build) / "image.tar"])
 
 
-def _image(name: str, reference: str, source: Path, lock: Path, folders: list[Path], environment: dict[str, str]) -> Image:
+def _image(name: str, repository: str, source: Path, lock: Path, folders: list[Path], environment: dict[str, str]) -> Image:
     base = base_layer()
     packages = _packages_layer(name, source, digest_of(lock, base.digest, sys.version[:4]))
     code = _code_layer(name, folders)
@@ -199,11 +198,12 @@ def _image(name: str, reference: str, source: Path, lock: Path, folders: list[Pa
 
     lower = cached(f"image-{name}-lower", lower_key, build_lower) / "image.tar"
     key = digest_of(lower_key, code.digest, json.dumps(config))
+    reference = f"{repository}:{key}"  # a tag per content: pods of an older one are replaced by `helm upgrade`
 
     def build(folder: Path) -> None:
         _archive(folder / "image.tar", reference, [base, packages, code], config, [code])
 
-    return Image(reference, [lower, cached(f"image-{name}", key, build, keep=3) / "image.tar"], key)
+    return Image(reference, [lower, cached(f"image-{name}", key, build, keep=3) / "image.tar"])
 
 
 def trainer() -> Image:
@@ -221,8 +221,8 @@ def operator() -> Image:
 
 def load(image: Image, node_root: Path, ctr: list[str]) -> None:
     """Import an image into a node's containerd, unless the node has it already."""
-    marker = node_root / "images" / image.reference.replace("/", "_").replace(":", "_")
-    if marker.exists() and marker.read_text() == image.key:
+    marker = node_root / "images" / image.archives[-1].parent.name
+    if marker.exists():
         return
     marker.parent.mkdir(parents=True, exist_ok=True)
     with step(f"loading {image.reference.rsplit('/', 1)[1]} into {node_root.name}"):
@@ -231,4 +231,4 @@ def load(image: Image, node_root: Path, ctr: list[str]) -> None:
             if not loaded.exists():
                 run([*ctr, "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", archive])
                 loaded.touch()
-    marker.write_text(image.key)
+    marker.touch()

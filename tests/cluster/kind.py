@@ -63,7 +63,7 @@ class KindCluster:
 
     def load(self, image: images.Image) -> None:
         """Build an image from its Dockerfile and load it into the nodes."""
-        dockerfile = REPO / ("trainer_image" if image.reference == images.TRAINER else "operator") / "Dockerfile"
+        dockerfile = REPO / ("trainer_image" if image.reference.startswith(f"{images.TRAINER}:") else "operator") / "Dockerfile"
         tag = image.reference.removeprefix("docker.io/library/")
         with step(f"building {tag}"):
             run(["docker", "build", "--build-arg", "DEVICE=cpu", "-t", tag, "-f", dockerfile, REPO])

@@ -34,7 +34,7 @@ def mounted(cluster: Kubectl, namespace: str, claim: str) -> Iterator[str]:
             "containers": [
                 {
                     "name": "loader",
-                    "image": images.TRAINER,
+                    "image": images.trainer().reference,
                     "imagePullPolicy": "IfNotPresent",
                     "command": ["sleep", "3600"],
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},

@@ -47,7 +47,7 @@ def train(context: Context) -> StageResult:
             ERROR_FILE: str(error),
             RESULT_FILE: str(result),
             Env.PLAN: json.dumps(plan.to_wire()),
-            **({} if cuda and spec.gpus_per_node else _cpu_environment(local)),
+            **({} if cuda and spec.gpus_per_node else _cpu_environment(plan.strategy, local)),
         }
         command = [*_launcher(plan, spec.nodes, rank, address, port), "-m", "finetune_trainer.worker"]
         command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
@@ -88,9 +88,11 @@ def _check_devices(wanted: int, found: int) -> None:
     )
 
 
-def _cpu_environment(local: int) -> dict[str, str]:
+def _cpu_environment(strategy: str, local: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // max(1, local))
-    return {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "CUDA_VISIBLE_DEVICES": ""}
+    # accelerate leaves DeepSpeed out in silence and runs DDP when it is told to use the CPU; without a GPU it does so anyway
+    return {**env, "DS_ACCELERATOR": "cpu"} if strategy.startswith("deepspeed") else {**env, "ACCELERATE_USE_CPU": "true"}
 
 
 def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> list[str]:

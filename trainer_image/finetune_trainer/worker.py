@@ -62,9 +62,12 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     cuda = torch.cuda.is_available() and context.spec.distribution.gpus_per_node > 0
     if plan.strategy.startswith("deepspeed"):
         _prefer_plain_collectives()
+        if not cuda:
+            _start_deepspeed_on_cpu()
     arguments = training_arguments(context, plan, cuda)  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
     trainer = build_trainer(context, arguments, cuda)
+    _check_strategy(trainer, plan)
     reporter = ProgressReporter(context, plan)
     trainer.add_callback(reporter)
     trainer.add_callback(checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints))
@@ -102,12 +105,24 @@ def _prefer_plain_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _start_deepspeed_on_cpu() -> None:
+    """Start the process group for DeepSpeed over gloo.
+
+    TrainingArguments names no backend for DeepSpeed, and without a GPU accelerate then sees a world of one process;
+    told to use the CPU it leaves DeepSpeed out. A state that is configured beforehand is taken as it is.
+    """
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+
+
 def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
     """SFTConfig: every setting whose default surprises is set here by name."""
     from trl import SFTConfig
 
     spec, hyper = context.spec, context.spec.tuning.hyperparameters
-    dtype = models.compute_dtype(cuda)
+    dtype, sharded = models.compute_dtype(cuda), plan.strategy.startswith("deepspeed")
     return SFTConfig(
         output_dir=context.layout.checkpoints,
         per_device_train_batch_size=plan.per_device_batch_size,
@@ -130,12 +145,11 @@ def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
         gradient_checkpointing=hyper.gradient_checkpointing,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu=not cuda,
-        ddp_backend=None if cuda or plan.world_size == 1 else "gloo",
+        use_cpu=not cuda and not sharded,  # accelerate would run DDP instead of DeepSpeed
+        ddp_backend=None if cuda or sharded or plan.world_size == 1 else "gloo",
         ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation)
-        if plan.strategy.startswith("deepspeed")
-        else None,
+        deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation) if sharded else None,
+        accelerator_config={"use_configured_state": sharded and not cuda},
         fsdp="full_shard auto_wrap" if plan.strategy == "fsdp" else "",
         logging_steps=1,
         logging_first_step=True,
@@ -177,6 +191,14 @@ def _check_world(arguments: Any, plan: Plan) -> None:
     found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if found != plan.world_size or arguments.world_size != plan.world_size:
         raise InfrastructureError("WorldMismatch", f"the job asked for {plan.world_size} processes, this world has {found}")
+
+
+def _check_strategy(trainer: Any, plan: Plan) -> None:
+    """Refuse to train with another strategy than the plan's: accelerate falls back to DDP in silence."""
+    kind = trainer.accelerator.distributed_type.value
+    wanted = "DEEPSPEED" if plan.strategy.startswith("deepspeed") else "FSDP" if plan.strategy == "fsdp" else None
+    if ((wanted or "DEEPSPEED") != kind and wanted is not None) or (wanted is None and kind in ("DEEPSPEED", "FSDP")):
+        raise InfrastructureError("StrategyMismatch", f"the plan says {plan.strategy}, accelerate would run {kind}")
 
 
 def build_trainer(context: Context, arguments: Any, cuda: bool) -> Any:

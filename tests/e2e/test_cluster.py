@@ -1,0 +1,145 @@
+"""Real pods on real kubelets really train."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import yaml
+
+from finetune_api import names
+from tests.cluster import loader
+from tests.cluster.shell import REPO
+from tests.e2e.conftest import User
+
+
+def manifest(name: str, **spec: Any) -> dict[str, Any]:
+    """examples/tiny.yaml under another name, with top-level blocks replaced."""
+    document: dict[str, Any] = yaml.safe_load((REPO / "examples" / "tiny.yaml").read_text())
+    document["metadata"]["name"] = name
+    document["spec"].update(spec)
+    document["spec"]["publish"] = [{"uri": f"pvc://published/{name}"}]
+    return document
+
+
+def gang(name: str, steps: int, **more: Any) -> dict[str, Any]:
+    """Two pods that pretend to have a GPU each and train together with DeepSpeed ZeRO-2."""
+    document = manifest(
+        name,
+        distribution={"nodes": 2, "gpusPerNode": 1, "strategy": "deepspeed-zero2"},
+        resources={"requests": {"cpu": "1"}},
+        checkpoint={"everySteps": 20},
+        **more,
+    )
+    hyper = document["spec"]["tuning"]["hyperparameters"]
+    hyper.update(maxSteps=steps, learningRate=2e-3)
+    return document
+
+
+def test_a_single_pod(user: User) -> None:
+    user.apply(manifest("single"))
+    status = user.ended("single")
+    assert status["phase"] == "Succeeded", user.story()
+    evaluation = status["evaluation"]
+    assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"]
+    assert evaluation["gate"] == "Passed"
+    assert status["artifacts"][0]["uri"] == "pvc://published/single"
+    files = loader.listing(user.cluster, user.namespace, "published", "single")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json", "SHA256SUMS"} <= set(files)
+    described = user.kubectl("describe", "finetunejob", "single")
+    for reason in ("PrepareStarted", "DataReady", "GangCreated", "GangRunning", "Trained", "Evaluated", "Published", "Succeeded"):
+        assert reason in described, described
+    for pod in user.pods():
+        assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) -> None:
+    user.apply(gang("gang", steps=240))
+    status = user.until(
+        "a checkpoint is reported", lambda: (s := user.status("gang")).get("checkpoint", {}).get("step", 0) >= 20 and s, 240
+    )
+    assert status["phase"] == "Training" and status["totalGpus"] == 2
+    assert status["plan"] == {**status["plan"], "worldSize": 2, "strategy": "deepspeed-zero2"}
+    progress = status["progress"]
+    assert progress["totalSteps"] == 240 and 0 < progress["step"] <= 240 and progress["loss"] > 0 and progress["tokensPerSecond"] > 0
+    user.kubectl("exec", "gang-worker-1", "--", "pkill", "-9", "-f", "finetune_trainer.worker")
+    status = user.until("the gang restarts", lambda: (s := user.status("gang")).get("attempt") == 1 and s, 60)
+    restart = status["restarts"][0]
+    assert restart["reason"] == "Infrastructure" and restart["counted"] is True
+    assert restart["pod"] == "gang-worker-1", status["restarts"]
+    status = user.ended("gang")
+    assert status["phase"] == "Succeeded", user.story()
+    assert status["attempt"] == 1
+    log = user.kubectl("logs", "gang-worker-0")
+    assert "resuming from" in log, log[-3000:]
+    resumed = int(log.split("resuming from")[1].split("checkpoint-")[1].split()[0])
+    assert 20 <= resumed < 240
+    assert status["usage"]["gpuSeconds"] > 0
+
+
+def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:
+    rows = [json.dumps({"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "a"}]}) for i in range(30)]
+    rows[6] = '{"messages": [{"role": "user", "content": "no answer"}]}'
+    rows[20] = "{not json"
+    user.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "bad"}, "data": {"rows.jsonl": "\n".join(rows)}})
+    user.apply(gang("bad-data", 10, dataset={"train": {"uri": "configmap://bad/rows.jsonl"}, "eval": {"splitFraction": 0.2}}))
+    status = user.ended("bad-data")
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert (status["phase"], failed["reason"]) == ("Failed", "InvalidRows")
+    assert "train row 21: not JSON" in failed["message"] and "{not json" in failed["message"]
+    assert not [p for p in user.pods() if p["metadata"]["labels"][names.LABEL_STAGE] == "train"], "no GPU was ever asked for"
+    assert status.get("attempt") == 0
+
+
+def test_f22_deletion_in_mid_training(user: User) -> None:
+    user.apply(gang("doomed", steps=100_000))
+    user.until("it trains", lambda: user.status("doomed").get("progress", {}).get("step", 0) > 0, 240)
+    started = time.monotonic()
+    user.kubectl("delete", "finetunejob", "doomed", "--wait=true", "--timeout=60s")
+    user.until("its pods are gone", lambda: not user.pods(), 60)
+    took = time.monotonic() - started
+    owned = "pods,jobs,services,configmaps,persistentvolumeclaims"
+    user.until("everything owned is gone", lambda: "doomed" not in user.kubectl("get", owned, "-o", "name"), 60)
+    time.sleep(3)
+    assert "doomed" not in user.kubectl("get", owned, "-o", "name"), "nothing is made again"
+    assert took < 45
+
+
+def test_f36_training_does_not_need_the_operator(user: User) -> None:
+    """F2 with real pods: the operator is away while the pods train, and picks the result up on return."""
+    operator = ("-n", "finetune-system", "scale", "deployment", "finetune-operator")
+    user.apply(
+        manifest("alone", tuning={"hyperparameters": {"maxSteps": 300, "learningRate": 1e-3, "globalBatchSize": 8, "maxLength": 64}})
+    )
+    user.until("it trains", lambda: user.status("alone").get("phase") == "Training", 240)
+    user.cluster.kubectl(*operator, "--replicas=0")
+    try:
+        user.until(
+            "the worker has ended",
+            lambda: user.kubectl("get", "pod", "alone-worker-0", "-o", "jsonpath={.status.phase}") == "Succeeded",
+            240,
+        )
+        assert user.status("alone")["phase"] == "Training"
+    finally:
+        user.cluster.kubectl(*operator, "--replicas=1")
+    assert user.ended("alone")["phase"] == "Succeeded", user.story()
+
+
+def test_a11_a20_the_operator_holds_no_more_than_it_says(user: User) -> None:
+    """RBAC as installed: no secrets but its own, no writes to nodes, no pods/exec."""
+    account = "system:serviceaccount:finetune-system:finetune-operator"
+    for verb, resource in (
+        ("get", "secrets"),
+        ("list", "secrets"),
+        ("create", "pods/exec"),
+        ("patch", "nodes"),
+        ("update", "finetunejobs"),
+        ("patch", "pods"),
+    ):
+        said = user.kubectl("auth", "can-i", verb, resource, f"--as={account}", check=False)
+        assert said.strip().splitlines()[-1] == "no", (verb, resource)
+    for verb, resource in (("create", "pods"), ("list", "finetunejobs"), ("update", "finetunejobs/status")):
+        assert user.kubectl(
+            "auth", "can-i", verb, resource, f"--as={account}", "--subresource=" + ("status" if "/" in resource else ""), check=False
+        )

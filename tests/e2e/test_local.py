@@ -1,0 +1,209 @@
+"""`finetune run --local`: every method, strategy and format of this release trains, and the loss falls."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from finetune_api.status import FineTuneJobStatus
+from finetune_api.validation import parse_job
+from finetune_cli.local import LocalRun, MissingVolume, _free_port, job_file
+from finetune_cli.view import JobView, sparkline
+from tests.cluster.shell import REPO
+
+TINY: dict[str, Any] = yaml.safe_load((REPO / "examples" / "tiny.yaml").read_text())
+HYPER = {"maxSteps": 24, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
+GANG = {"nodes": 2, "gpusPerNode": 0}
+
+
+def run(folder: Path, model: Path, name: str, data: Path | None = None, **spec: Any) -> tuple[FineTuneJobStatus, LocalRun]:
+    """Run a variant of examples/tiny.yaml here."""
+    document = copy.deepcopy(TINY)
+    document["metadata"]["name"] = name
+    document["spec"].update(spec)
+    metadata, parsed = parse_job(document)
+    volumes = {"models": str(model.parent), "colours": str(data or REPO / "examples" / "data"), "published": str(folder / "published")}
+    local = LocalRun(job_file(metadata, parsed, volumes), folder / "workspace")
+    local.run()
+    return local.read(), local
+
+
+def tuning(**changes: Any) -> dict[str, Any]:
+    return {"lora": {"rank": 8, "alpha": 16, "dropout": 0}, "hyperparameters": HYPER, **changes}
+
+
+FULL = {"method": "full", "hyperparameters": {**HYPER, "learningRate": 3e-3}}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"tuning": tuning()}),
+    ("qlora", {"tuning": tuning(method="qlora")}),
+    ("full", {"tuning": FULL}),
+    ("packing", {"tuning": tuning(hyperparameters={**HYPER, "packing": True, "maxSteps": 12})}),
+    ("checkpointing", {"tuning": tuning(hyperparameters={**HYPER, "gradientCheckpointing": True})}),
+    ("lora-ddp", {"tuning": tuning(), "distribution": {**GANG, "strategy": "ddp"}}),
+    ("full-zero1", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero1"}}),
+    ("lora-zero2", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero2"}}),
+    ("lora-zero3", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
+    ("full-zero3", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "spec"), CASES, ids=[name for name, _ in CASES])
+def test_every_method_and_strategy_learns(tmp_path: Path, tiny_model: Path, name: str, spec: dict[str, Any]) -> None:
+    status, local = run(tmp_path, tiny_model, name, **spec)
+    log = local.logs / "train-0.log"
+    assert status.phase == "Succeeded", f"{status.conditions[-1].message}\n{log.read_text()[-4000:] if log.exists() else ''}"
+    assert status.evaluation is not None and status.plan is not None
+    assert status.evaluation.tuned["loss"] < 0.9 * status.evaluation.base["loss"], status.evaluation
+    nodes = spec.get("distribution", {}).get("nodes", 1)
+    assert status.plan.world_size == nodes
+    files = {p.name for p in (tmp_path / "published" / "tiny").iterdir()}
+    assert ("model.safetensors" if spec["tuning"].get("method") == "full" else "adapter_model.safetensors") in files
+
+
+@pytest.mark.parametrize("format_", ["prompt-completion", "text"])
+def test_the_other_formats(tmp_path: Path, tiny_model: Path, format_: str) -> None:
+    rows = [json.loads(line)["messages"] for line in (REPO / "examples" / "data" / "colours.jsonl").read_text().splitlines()]
+    shaped = [
+        {"prompt": q["content"], "completion": a["content"]}
+        if format_ == "prompt-completion"
+        else {"text": f"{q['content']} {a['content']}"}
+        for q, a in rows
+    ]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shaped))
+    status, _ = run(tmp_path, tiny_model, "formats", data, tuning=tuning(), evaluation={"metrics": ["loss"]})
+    assert status.phase == "Succeeded", status.conditions[-1].message
+    assert status.dataset is not None and status.dataset.format == format_
+    assert status.evaluation is not None and status.evaluation.tuned["loss"] < status.evaluation.base["loss"]
+
+
+def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(tmp_path: Path, tiny_model: Path) -> None:
+    """The loss of every step after the resume is that of the undisturbed run."""
+
+    def losses(local: LocalRun) -> dict[int, float]:
+        history = [json.loads(line) for line in Path(local.layout.history).read_text().splitlines()]
+        return {entry["step"]: round(entry["loss"], 4) for entry in history if entry.get("loss") is not None}
+
+    spec = {"tuning": tuning(), "checkpoint": {"everySteps": 8}, "evaluation": None}
+    del spec["evaluation"]
+    _, calm = run(tmp_path / "calm", tiny_model, "calm", **spec)
+    expected = losses(calm)
+    assert set(expected) == set(range(1, 25))
+    checkpoints = Path(calm.layout.checkpoints)
+    kept = sorted(p.name for p in checkpoints.glob("checkpoint-*"))
+    assert kept == ["checkpoint-16", "checkpoint-24"]
+    import shutil
+
+    shutil.rmtree(checkpoints / "checkpoint-24")  # as if the run had died at step 23
+    calm._stage("train", "Trained", "Training")
+    again = [json.loads(line) for line in Path(calm.layout.history).read_text().splitlines()][len(expected) + 1 :]
+    resumed = {e["step"]: round(e["loss"], 4) for e in again if e.get("loss") is not None}
+    assert set(resumed) == set(range(17, 25)), "it went on from step 16"
+    assert resumed == {step: expected[step] for step in resumed}
+
+
+def test_f30_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path: Path, tiny_model: Path) -> None:
+    """Weights that overflow: the first logged loss is NaN."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken" / "tiny"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    status, _ = run(tmp_path, broken, "broken", tuning=tuning())
+    assert status.phase == "Failed"
+    assert status.conditions[-1].reason == "NonFiniteLoss", status.conditions[-1]
+    assert "learningRate" in status.conditions[-1].message and "at step 1" in status.conditions[-1].message
+
+
+def test_the_gate_holds_back_what_is_not_better(tmp_path: Path, tiny_model: Path) -> None:
+    lazy = tuning(hyperparameters={**HYPER, "maxSteps": 1, "learningRate": 1e-9})
+    status, _ = run(tmp_path, tiny_model, "lazy", tuning=lazy, evaluation={"metrics": ["loss"], "gate": {"minImprovement": 0.5}})
+    assert status.phase == "Failed" and status.conditions[-1].reason == "GateNotPassed"
+    assert not (tmp_path / "published" / "tiny").exists()
+
+
+def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+    """A worker that is started alone, of a gang of two, does not train alone in silence."""
+    _, local = run(tmp_path, tiny_model, "world", tuning=tuning(hyperparameters={**HYPER, "maxSteps": 1}))
+    plan = json.loads(Path(local.layout.plan).read_text())
+    env = {
+        **__import__("os").environ,
+        "FINETUNE_PLAN": json.dumps({**plan, "worldSize": 2}),
+        "FINETUNE_ERROR_FILE": str(tmp_path / "error.json"),
+        "FINETUNE_RESULT_FILE": str(tmp_path / "result.json"),
+        "ACCELERATE_USE_CPU": "true",
+        **{
+            "LOCAL_RANK": "0",
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        },
+    }
+    command = [sys.executable, "-m", "finetune_trainer.worker", "--job", str(local.job_json), "--workspace", str(local.workspace)]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert json.loads((tmp_path / "error.json").read_text())["reason"] == "WorldMismatch"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_bad_dataset_names_the_rows(tmp_path: Path, tiny_model: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "colours.jsonl").write_text('{"messages": []}\n' * 30)
+    status, local = run(tmp_path, tiny_model, "bad", data)
+    assert status.conditions[-1].reason == "InvalidRows"
+    assert "train row 1" in status.conditions[-1].message
+    assert not (local.logs / "train-0.log").exists()
+
+
+def test_the_command_line(tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "finetune_cli"]
+    valid = subprocess.run(
+        [*command, "validate", "examples/tiny.yaml", "examples/quickstart.yaml"], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert valid.returncode == 0 and "is valid" in valid.stdout
+    bad = tmp_path / "bad.yaml"
+    bad.write_text((REPO / "examples" / "tiny.yaml").read_text().replace("learningRate", "learning_rate"))
+    refused = subprocess.run([*command, "validate", str(bad)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "did you mean 'learningRate'?" in refused.stderr
+    lost = subprocess.run([*command, "run", "--local", "examples/tiny.yaml"], cwd=REPO, capture_output=True, text=True, check=False)
+    assert lost.returncode == 2 and "--volume models=FOLDER" in lost.stderr
+    with pytest.raises(MissingVolume, match="no such folder"):
+        metadata, spec = parse_job(TINY)
+        job_file(metadata, spec, {"models": "/nowhere", "colours": "/nowhere", "published": str(tmp_path)})
+
+
+def test_the_view_draws_a_terminal_and_prints_to_a_pipe() -> None:
+    status = FineTuneJobStatus.model_validate(
+        {
+            "phase": "Training",
+            "progress": {"step": 5, "totalSteps": 10, "percent": 50, "loss": 1.25, "eta": "3s", "tokensPerSecond": 10.0},
+            "attempt": 1,
+        }
+    )
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    view = JobView(console, "team-a/job")
+    view.update(status)
+    console.print(view.render(status))
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "50%" in drawn and "1.2500" in drawn and "restarts 1" in drawn
+    assert view.plain(status) == "team-a/job: Training 50% (step 5/10, loss 1.2500, ETA 3s)"
+    assert view.plain(status) is None
+    assert sparkline([3, 2, 1]) == "█▅▁" and sparkline([]) == "" and len(sparkline(list(range(500)))) == 40
