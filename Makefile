@@ -11,7 +11,7 @@ quickstart: setup  ## From nothing to a published adapter, on a Kubernetes of th
 	@$(VENV) -m tests.cluster.quickstart
 
 test: setup lint  ## Everything: linters, types, unit, component and end-to-end tests
-	$(VENV) -m pytest tests
+	$(VENV) -m pytest tests --cov --cov-report=term
 
 setup:  ## Python environments (cached outside the checkout)
 	@sh tests/cluster/bootstrap.sh $(PYTHON)

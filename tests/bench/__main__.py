@@ -1,0 +1,25 @@
+"""`make bench`: what the operator and the trainer cost, beside a baseline in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from . import operator, trainer
+
+
+def main() -> None:
+    """Run the benchmarks and print one JSON document."""
+    parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
+    parser.add_argument("which", nargs="*", choices=["operator", "trainer", []], default=[])
+    which = parser.parse_args().which or ["operator", "trainer"]
+    results = {}
+    if "operator" in which:
+        results["operator"] = operator.bench()
+    if "trainer" in which:
+        results["trainer"] = trainer.bench()
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
