@@ -37,6 +37,10 @@ class ExitCode(enum.IntEnum):
     """Stopped on request with a checkpoint saved: not counted as a restart."""
 
 
+PEER_LOST = "PeerLost"
+"""Reason of a worker that ended because another one did: its pod is not the one to blame."""
+
+
 class Mounts:
     """Where things are inside a stage's container."""
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finetune_api import GROUP, PLURAL, VERSION, names
 from kubernetes import client, config
 
+from finetune_api import GROUP, PLURAL, VERSION, names
 from tests.cluster import binaries, control_plane, debian, processes
 from tests.cluster.shell import CACHE, REPO
 from tests.factory import MINIMAL, PREPARED, container_status, ended, merged
@@ -66,7 +66,9 @@ def bench() -> dict[str, Any]:
             "FINETUNE_PROBE_PORT": str(control_plane.free_port()),
         }
         time.sleep(3)
-        operator = subprocess.Popen([sys.executable, "-m", "finetune_operator"], env=env, stdout=(state / "operator.log").open("wb"), stderr=subprocess.STDOUT)
+        operator = subprocess.Popen(
+            [sys.executable, "-m", "finetune_operator"], env=env, stdout=(state / "operator.log").open("wb"), stderr=subprocess.STDOUT
+        )
         time.sleep(4)
         ours, theirs = [], []
         for index in range(ROUNDS + 1):  # the first round warms both up and is not counted
@@ -110,12 +112,16 @@ def _finetune_job(core: client.CoreV1Api, custom: client.CustomObjectsApi, audit
     running = {"phase": "Running", "containerStatuses": container_status({"running": {"startedAt": "2026-11-21T12:00:00Z"}})}
     for worker in workers:
         core.patch_namespaced_pod_status(worker.metadata.name, name, {"status": running})
-    _until(lambda: (custom.get_namespaced_custom_object(GROUP, VERSION, name, PLURAL, "job").get("status") or {}).get("phase") == "Training")
+    _until(
+        lambda: (custom.get_namespaced_custom_object(GROUP, VERSION, name, PLURAL, "job").get("status") or {}).get("phase") == "Training"
+    )
     time.sleep(1)
     events = _events(audit, name)
     applied = _time(next(e for e in events if e["objectRef"]["resource"] == PLURAL and e["verb"] == "create"))
     done = _time(next(e for e in events if e["objectRef"].get("name") == prepared and e["objectRef"].get("subresource") == "status"))
-    created = [_time(e) for e in events if e["user"]["username"] == OPERATOR and e["objectRef"]["resource"] == "pods" and e["verb"] == "create"]
+    created = [
+        _time(e) for e in events if e["user"]["username"] == OPERATOR and e["objectRef"]["resource"] == "pods" and e["verb"] == "create"
+    ]
     assert len(created) == PODS
     writes = [e for e in events if e["user"]["username"] == OPERATOR]
     return {"writes": len(writes), "seconds": max(created) - applied, "gang_seconds": max(created) - done}
@@ -151,7 +157,11 @@ def _until(check: Any) -> None:
 
 def _events(audit: Path, namespace: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in audit.read_text().splitlines()]
-    return [e for e in found if (e.get("objectRef") or {}).get("namespace") == namespace and e["verb"] in _WRITES and e["responseStatus"]["code"] < 400]
+    return [
+        e
+        for e in found
+        if (e.get("objectRef") or {}).get("namespace") == namespace and e["verb"] in _WRITES and e["responseStatus"]["code"] < 400
+    ]
 
 
 def _time(event: dict[str, Any]) -> float:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from finetune_api.validation import parse_job
 from finetune_cli.local import LocalRun, job_file
-
 from tests.cluster.quickstart import model
 from tests.cluster.shell import REPO
 

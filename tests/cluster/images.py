@@ -18,9 +18,10 @@ from . import debian
 from .environment import site_packages
 from .shell import REPO, cached, digest_of, run, step
 
-TRAINER = "docker.io/library/finetune-trainer"
-OPERATOR = "docker.io/library/finetune-operator"
-PAUSE = "docker.io/library/pause:dev"
+#: a registry that answers nothing: a missing image fails at once instead of being looked for elsewhere
+TRAINER = "localhost/finetune-trainer"
+OPERATOR = "localhost/finetune-operator"
+PAUSE = "localhost/pause:1"
 USER = "1000:1000"
 _BASE_COMMAND = (
     "mmdebstrap",
@@ -182,7 +183,7 @@ def pause() -> Image:
         layer = _layer(folder / "pause.tar")
         _archive(folder / "image.tar", PAUSE, [layer], {"Entrypoint": ["/pause"], "User": "65535:65535"}, [layer])
 
-    key = digest_of(_PAUSE_SOURCE)
+    key = digest_of(_PAUSE_SOURCE, PAUSE)
     return Image(PAUSE, [cached("image-pause", key, build) / "image.tar"])
 
 
@@ -191,13 +192,13 @@ def _image(name: str, repository: str, source: Path, lock: Path, folders: list[P
     packages = _packages_layer(name, source, digest_of(lock, base.digest, sys.version[:4]))
     code = _code_layer(name, folders)
     config = _config(f"finetune_{name}", environment)
-    lower_key = digest_of(base.digest, packages.digest)
+    lower_key = digest_of(base.digest, packages.digest, repository)
 
     def build_lower(folder: Path) -> None:
-        _archive(folder / "image.tar", f"docker.io/library/finetune-{name}-packages:dev", [base, packages], {}, [base, packages])
+        _archive(folder / "image.tar", f"localhost/finetune-{name}-packages:{lower_key}", [base, packages], {}, [base, packages])
 
     lower = cached(f"image-{name}-lower", lower_key, build_lower) / "image.tar"
-    key = digest_of(lower_key, code.digest, json.dumps(config))
+    key = digest_of(lower_key, code.digest, json.dumps(config), repository)
     reference = f"{repository}:{key}"  # a tag per content: pods of an older one are replaced by `helm upgrade`
 
     def build(folder: Path) -> None:

@@ -64,10 +64,9 @@ class KindCluster:
     def load(self, image: images.Image) -> None:
         """Build an image from its Dockerfile and load it into the nodes."""
         dockerfile = REPO / ("trainer_image" if image.reference.startswith(f"{images.TRAINER}:") else "operator") / "Dockerfile"
-        tag = image.reference.removeprefix("docker.io/library/")
-        with step(f"building {tag}"):
-            run(["docker", "build", "--build-arg", "DEVICE=cpu", "-t", tag, "-f", dockerfile, REPO])
-            run(["kind", "load", "docker-image", "--name", self.name, tag])
+        with step(f"building {image.reference}"):
+            run(["docker", "build", "--build-arg", "DEVICE=cpu", "-t", image.reference, "-f", dockerfile, REPO])
+            run(["kind", "load", "docker-image", "--name", self.name, image.reference])
 
     def down(self) -> None:
         """Delete it."""

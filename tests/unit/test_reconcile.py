@@ -274,6 +274,27 @@ def test_the_first_failing_pod_is_named() -> None:
     assert world.status.condition("Failed").reason == "NonFiniteLoss", "a user error explains more than what it broke"  # type: ignore[union-attr]
 
 
+def test_f8_the_worker_that_was_lost_is_named_not_the_one_that_lost_it() -> None:
+    world = World(TWO).to_training()
+    lost = StageResult(reason="PeerLost", message="Connection reset by peer").dumps()
+    world.fail("worker-0", ExitCode.INFRASTRUCTURE, lost)
+    assert world.step().requeue_at is not None
+    assert world.status.attempt == 0, "a moment for the other's last words"
+    world.time = 2
+    world.fail("worker-1", 137)
+    world.settle()
+    assert world.status.restarts[0].pod == "support-worker-1"
+
+
+def test_f8_a_lost_peer_that_stays_silent_is_not_waited_for() -> None:
+    world = World(TWO).to_training()
+    world.fail("worker-0", ExitCode.INFRASTRUCTURE, StageResult(reason="PeerLost", message="x").dumps())
+    world.step()
+    world.time = 16
+    world.step()
+    assert world.status.attempt == 1 and world.status.restarts[0].pod == "support-worker-0"
+
+
 def test_restarts_are_limited() -> None:
     world = World(merged(MINIMAL, runPolicy={"maxRestarts": 2})).to_training()
     for _ in range(3):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from finetune_api.contract import ExitCode, StageResult
+from finetune_api.contract import PEER_LOST, ExitCode, StageResult
 
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16}|eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_.-]+)")
 
@@ -47,6 +47,10 @@ class Stopped(StageError):
     code = ExitCode.STOPPED
 
 
+_PEER = re.compile(
+    r"connection (reset|closed|refused)|broken pipe|ncclRemoteError|ncclSystemError|gloo.*(timeout|timed out)|remote worker", re.I
+)
+
 BY_CODE = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Stopped)}
 
 
@@ -67,6 +71,8 @@ def classify(failure: BaseException) -> StageError:
         return OutOfMemory("OutOfMemory", text)
     if isinstance(failure, OSError) and failure.errno == 28:
         return InfrastructureError("NoSpaceLeft", f"the workspace is full: {failure}")
+    if _PEER.search(text):
+        return InfrastructureError(PEER_LOST, f"another worker went away: {text}")
     name = type(failure).__name__
     if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "DatasetNotFoundError"):
         return UserError("SourceNotFound", f"{failure}; check the uri, and secretRef if it is gated or private")

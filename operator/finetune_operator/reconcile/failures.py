@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune_api.contract import ExitCode, read_stage_result
+from finetune_api.contract import PEER_LOST, ExitCode, read_stage_result
 
 from .model import PodView
 
@@ -73,4 +73,5 @@ def first_failure(pods: list[PodView]) -> Failure:
     first = ordered[0].finished or ordered[0].created
     near = [classify(p) for p in ordered if ((p.finished or p.created) - first).total_seconds() <= 15]
     telling = [f for f in near if f.kind in ("UserError", "OutOfMemory")]
-    return (telling or near)[0]
+    own = [f for f in near if f.reason != PEER_LOST]
+    return (telling or own or near)[0]

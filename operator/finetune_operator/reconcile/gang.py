@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from finetune_api import names
-from finetune_api.contract import ExitCode, StageResult, read_stage_result
+from finetune_api.contract import PEER_LOST, ExitCode, StageResult, read_stage_result
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, Gang, Progress, Restart
@@ -17,6 +17,7 @@ from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
 from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
+_PEER_GRACE_SECONDS = 15
 
 
 def workers(draft: Draft) -> list[PodView]:
@@ -64,7 +65,12 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
 def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
     failed = [p for p in by_rank.values() if p.phase == "Failed"]
     if failed:
-        return first_failure(failed)
+        failure = first_failure(failed)
+        age = (draft.now - max(p.finished or p.created for p in failed)).total_seconds()
+        if failure.reason != PEER_LOST or len(failed) == len(by_rank) or age >= _PEER_GRACE_SECONDS:
+            return failure
+        draft.wait(_PEER_GRACE_SECONDS - age)  # the one that was lost has not had its last word yet
+        return None
     gang = draft.status.gang
     known = gang.pod_uids if gang is not None and gang.attempt == draft.status.attempt else []
     for rank, uid in enumerate(known):
