@@ -16,6 +16,8 @@ from finetune_api.status import FineTuneJobStatus
 
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
+#: reasons of a False condition that are waited for
+_PASSING = frozenset({"Starting", "Completed", "Resumed", "Unschedulable", "ContainerNotStarted", "ImagePullFailed"})
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -57,9 +59,9 @@ class JobView:
             if self._seen.get(condition.type) != state:
                 self._seen[condition.type] = state
                 mark = {"True": "✓", "False": "✗", "Unknown": "…"}[condition.status]
-                if condition.type in ("Failed",):
+                if condition.type == "Failed":
                     mark = "✗"
-                elif condition.status == "False" and condition.reason in ("Starting", "Completed", "Resumed"):
+                elif condition.status == "False" and condition.reason in _PASSING:
                     mark = "…"
                 news.append(f"{mark} {condition.type}: {condition.message or condition.reason}")
         return news
