@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True)
     try:
         result = fit(Context.load(arguments.job, arguments.workspace), Plan.model_validate_json(os.environ[Env.PLAN]))
     except Exception as failure:
@@ -72,7 +72,8 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     trainer.add_callback(reporter)
     trainer.add_callback(checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints))
     resume = checkpoints.newest(context.layout.checkpoints, plan)
-    log.info("resuming from %s", resume) if resume else log.info("starting from the base model")
+    begun = int(Path(resume).name.removeprefix("checkpoint-")) if resume else 0
+    log.info("starting from %s", resume or "the base model")
     output = trainer.train(resume_from_checkpoint=resume)
     state = trainer.state
     if state.global_step < state.max_steps:
@@ -84,9 +85,10 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return StageResult(
         reason="Trained",
-        message=f"{state.global_step} steps, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}",
+        message=f"{state.global_step} steps{f' (from the checkpoint at step {begun})' if begun else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}",
         result={
             "steps": state.global_step,
+            "resumedFrom": begun,
             "loss": round(losses[-1] if losses else loss, 4),
             "epoch": round(state.epoch or 0.0, 3),
             "tokensPerSecond": reporter.tokens_per_second,
