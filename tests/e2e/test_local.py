@@ -48,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("full", {"tuning": FULL}),
     ("packing", {"tuning": tuning(hyperparameters={**HYPER, "packing": True, "maxSteps": 12})}),
     ("checkpointing", {"tuning": tuning(hyperparameters={**HYPER, "gradientCheckpointing": True})}),
+    ("lora-zero2-alone", {"tuning": tuning(), "distribution": {"gpusPerNode": 0, "strategy": "deepspeed-zero2"}}),
     ("lora-ddp", {"tuning": tuning(), "distribution": {**GANG, "strategy": "ddp"}}),
     ("full-zero1", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero1"}}),
     ("lora-zero2", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero2"}}),

@@ -98,6 +98,7 @@ def test_improvement(metric: Any, base: float, tuned: float, expected: float) ->
         ({"distribution": {"nodes": 2, "gpusPerNode": 1}, "tuning": {"method": "full"}}, 10**8, ("deepspeed-zero2", 8, 1)),
         ({"distribution": {"nodes": 2, "gpusPerNode": 1}, "tuning": {"method": "full"}}, 10**10, ("deepspeed-zero3", 8, 1)),
         ({"distribution": {"gpusPerNode": 0, "strategy": "deepspeed-zero1", "perDeviceBatchSize": 2}}, 10**8, ("deepspeed-zero1", 2, 8)),
+        ({"distribution": {"gpusPerNode": 1, "strategy": "fsdp"}}, 10**8, ("ddp", 8, 2)),
         ({"tuning": {"hyperparameters": {"globalBatchSize": 22}}, "distribution": {"nodes": 2, "gpusPerNode": 1}}, 1, ("ddp", 1, 11)),
     ],
 )

@@ -34,6 +34,8 @@ def make_plan(spec: FineTuneJobSpec, rows: int, parameters: int) -> Plan:
 
 def _strategy(spec: FineTuneJobSpec, world: int, parameters: int) -> tuple[str, str]:
     wanted = spec.distribution.strategy
+    if wanted == "fsdp" and world == 1:
+        return "ddp", "one process has nothing to shard: fsdp would be ddp"
     if wanted != "auto":
         return wanted, f"strategy {wanted} as asked for"
     if world == 1:

@@ -96,12 +96,17 @@ def _cpu_environment(strategy: str, local: int) -> dict[str, str]:
 
 
 def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> list[str]:
+    """The command that starts this pod's processes.
+
+    More than one process: torch.distributed's launcher, through accelerate, for every strategy; TrainingArguments
+    sets DeepSpeed and FSDP up. On CPU, `accelerate launch --cpu` would silently start a single process.
+    """
+    if plan.world_size == 1 and plan.strategy.startswith("deepspeed"):  # accelerate refuses a group of one
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_addr", address, "--master_port", port]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--num_machines", str(nodes), "--machine_rank", str(rank), "--num_processes", str(plan.world_size)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # both are TrainingArguments' business
-    if plan.world_size > 1 or plan.strategy.startswith("deepspeed"):
-        # torch.distributed's launcher for every strategy: TrainingArguments sets DeepSpeed and FSDP up. On CPU,
-        # `accelerate launch --cpu` would silently start a single process.
+    if plan.world_size > 1:
         command += ["--multi_gpu", "--main_process_ip", address, "--main_process_port", port, "--rdzv_backend", "static"]
     return command
 

@@ -152,7 +152,7 @@ def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation) if sharded else None,
         accelerator_config={"use_configured_state": sharded and not cuda},
-        fsdp="full_shard auto_wrap" if plan.strategy == "fsdp" else "",
+        fsdp=True if plan.strategy == "fsdp" else None,
         logging_steps=1,
         logging_first_step=True,
         logging_nan_inf_filter=False,
