@@ -82,7 +82,8 @@ class WorkQueue(Generic[K]):
             self._wake.clear()
             timeout = self._later[0][0] - now if self._later else None
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 may swallow a cancellation
+                    await self._wake.wait()
             except TimeoutError:
                 pass
 

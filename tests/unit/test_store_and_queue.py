@@ -159,3 +159,18 @@ async def test_delays_and_back_off() -> None:
     assert delays[0] < 1 and max(delays) <= 180 and delays[-1] > 50
     queue.forget("bad")
     assert queue.retry("bad") < 1
+
+
+async def test_workers_end_when_cancelled_in_the_very_moment_of_a_wake_up() -> None:
+    async def work(key: str) -> None:
+        await asyncio.sleep(0)
+
+    for _ in range(50):
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add_after("later", 30)
+        task = asyncio.create_task(queue.run(work, 8))
+        await asyncio.sleep(0.001)
+        queue.add("now")
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=2)
+        assert done, "a worker swallowed its cancellation"
