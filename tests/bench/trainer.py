@@ -73,7 +73,7 @@ def _trl(folder: Path, base: Path, data: Path) -> float:
         "--max_steps", STEPS, "--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", 1, "--max_length", LENGTH,
         "--learning_rate", 2e-4, "--lr_scheduler_type", "cosine", "--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0,
         "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--logging_steps", 1,
-        "--include_num_input_tokens_seen", "non_padding", "--save_strategy", "no", "--report_to", "none", "--dtype", "float32",
+        "--save_strategy", "no", "--report_to", "none", "--dtype", "float32",
         "--attn_implementation", "sdpa", "--eval_strategy", "no", "--dataset_train_split", "train",
     ]  # fmt: skip
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -81,7 +81,7 @@ def _trl(folder: Path, base: Path, data: Path) -> float:
     done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr[-3000:])
-    tokens = re.findall(r"'num_input_tokens_seen': '?(\d+)", done.stdout + done.stderr)
+    tokens = re.findall(r"'num_tokens': '?([0-9.e+]+)", done.stdout + done.stderr)
     seconds = re.findall(r"'train_runtime': '?([0-9.]+)", done.stdout + done.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     return float(tokens[-1]) / float(seconds[-1])
