@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,20 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
-    """Announce a step and, when it ends, how long it took."""
+    """Announce a step, say every minute that it goes on, and when it ends, how long it took."""
     say(f"{title} ...")
     started = time.monotonic()
-    yield
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(60):
+            say(f"{title}: {(time.monotonic() - started) / 60:.0f} min so far")
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
     say(f"{title}: done in {time.monotonic() - started:.0f} s")
 
 
