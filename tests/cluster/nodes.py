@@ -92,6 +92,8 @@ oom_score = 0
   sandbox_image = "{images.PAUSE}"
   # lowering oom_score_adj is forbidden in many sandboxes, and every pod would fail with it
   restrict_oom_score_adj = true
+  # the pods' network namespaces lie where `down` finds them
+  netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{network}"
