@@ -23,7 +23,7 @@ from finetune_cli.local import LocalRun, job_file
 from tests.cluster.quickstart import model
 from tests.cluster.shell import REPO
 
-ROUNDS, STEPS, BATCH, LENGTH = 3, 12, 8, 128
+ROUNDS, STEPS, BATCH, LENGTH = 5, 8, 8, 128
 
 
 def bench() -> dict[str, Any]:
