@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
+from .scalars import human_duration
 from .spec import FineTuneJobSpec
-from .status import Plan
+from .status import Progress
 
 Stage = Literal["prepare", "train", "evaluate", "publish"]
 
@@ -128,6 +129,22 @@ class ProgressReport(APIModel):
     checkpoint_step: Annotated[int, Field(ge=0)] | None = None
 
 
+def progress_of(report: ProgressReport, reported_at: str | None = None) -> Progress:
+    """The status field that a report becomes, rounded for people."""
+    total = report.total_steps
+    return Progress(
+        step=report.step,
+        total_steps=total,
+        epoch=round(report.epoch, 3),
+        percent=min(100, report.step * 100 // total) if total else 0,
+        loss=None if report.loss is None else round(report.loss, 4),
+        learning_rate=report.learning_rate,
+        tokens_per_second=None if report.tokens_per_second is None else round(report.tokens_per_second, 1),
+        eta=None if report.eta_seconds is None else human_duration(report.eta_seconds),
+        reported_at=reported_at,
+    )
+
+
 def progress_audience(namespace: str, name: str) -> str:
     """Audience of the token that a job's pods report progress with: good for that job alone."""
     return f"https://finetune.dev/namespaces/{namespace}/finetunejobs/{name}/progress"
@@ -152,18 +169,3 @@ class Layout:
         self.model_reference = f"{self.data}/model.json"
         self.evaluation_report = f"{self.reports}/evaluation.json"
         self.history = f"{self.reports}/history.jsonl"
-
-
-__all__ = [
-    "Env",
-    "ExitCode",
-    "JobFile",
-    "Layout",
-    "Mounts",
-    "Plan",
-    "ProgressReport",
-    "Stage",
-    "StageResult",
-    "progress_audience",
-    "read_stage_result",
-]

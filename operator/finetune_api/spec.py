@@ -441,3 +441,9 @@ class FineTuneJobSpec(APIModel):
     def world_size(self) -> int:
         """Training processes over all worker pods: one per GPU, or one per pod on CPU."""
         return self.distribution.nodes * max(1, self.distribution.gpus_per_node)
+
+    @property
+    def source_uris(self) -> list[str]:
+        """Where the job reads from: the model, the training rows, the held-out rows that have a source of their own."""
+        held_out = self.dataset.eval.uri if self.dataset.eval is not None else None
+        return [self.model.uri, self.dataset.train.uri, *([held_out] if held_out is not None else [])]

@@ -17,8 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune_api.contract import Env, ExitCode, JobFile, Layout, ProgressReport, Stage, StageResult, read_stage_result
-from finetune_api.scalars import human_duration
+from finetune_api.contract import Env, ExitCode, JobFile, Layout, ProgressReport, Stage, StageResult, progress_of, read_stage_result
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
     Artifact,
@@ -29,7 +28,6 @@ from finetune_api.status import (
     EvaluationStatus,
     FineTuneJobStatus,
     Plan,
-    Progress,
 )
 from finetune_api.uris import parse_uri
 
@@ -44,8 +42,7 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
     """job.json for this machine. `volumes`: claim or ConfigMap name -> folder. Raises MissingVolume."""
     sources: dict[str, str] = {}
     targets: dict[str, str] = {}
-    uris = [spec.model.uri, spec.dataset.train.uri, *([spec.dataset.eval.uri] if spec.dataset.eval and spec.dataset.eval.uri else [])]
-    for text, places in [*((u, sources) for u in uris), *((t.uri, targets) for t in spec.publish)]:
+    for text, places in [*((u, sources) for u in spec.source_uris), *((t.uri, targets) for t in spec.publish)]:
         uri = parse_uri(text)
         if uri.scheme == "hf":
             continue
@@ -159,17 +156,7 @@ class LocalRun:
             report = ProgressReport.model_validate(json.loads(last))
         except (OSError, IndexError, ValueError):
             return
-        total = report.total_steps
-        self.status.progress = Progress(
-            step=report.step,
-            total_steps=total,
-            epoch=report.epoch,
-            percent=report.step * 100 // total if total else 0,
-            loss=report.loss,
-            learning_rate=report.learning_rate,
-            tokens_per_second=report.tokens_per_second,
-            eta=human_duration(report.eta_seconds) if report.eta_seconds is not None else None,
-        )
+        self.status.progress = progress_of(report)
         if report.checkpoint_step is not None:
             self.status.checkpoint = CheckpointStatus(step=report.checkpoint_step)
 

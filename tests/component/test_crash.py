@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from kubernetes.aio import client as aio_client
@@ -103,7 +104,7 @@ def _clear(api: Api, name: str) -> None:
     deadline = 200
     while [o for o in api.owned() if not o.startswith("PersistentVolumeClaim")] and deadline:
         deadline -= 1
-        __import__("time").sleep(0.1)
+        time.sleep(0.1)
     for claim in api.core.list_namespaced_persistent_volume_claim(api.namespace).items:
         api.core.patch_namespaced_persistent_volume_claim(claim.metadata.name, api.namespace, {"metadata": {"finalizers": None}})
     api.core.delete_collection_namespaced_event(api.namespace)

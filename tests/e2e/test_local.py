@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.console import Console
 
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.validation import parse_job
-from finetune_cli.local import LocalRun, MissingVolume, _free_port, job_file
+from finetune_cli.local import LocalRun, MissingVolume, job_file
 from finetune_cli.view import JobView, sparkline
+from tests.cluster.control_plane import free_port
 from tests.cluster.shell import REPO
 
 TINY: dict[str, Any] = yaml.safe_load((REPO / "examples" / "tiny.yaml").read_text())
@@ -143,7 +145,7 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
     _, local = run(tmp_path, tiny_model, "world", tuning=tuning(hyperparameters={**HYPER, "maxSteps": 1}))
     plan = json.loads(Path(local.layout.plan).read_text())
     env = {
-        **__import__("os").environ,
+        **os.environ,
         "FINETUNE_PLAN": json.dumps({**plan, "worldSize": 2}),
         "FINETUNE_ERROR_FILE": str(tmp_path / "error.json"),
         "FINETUNE_RESULT_FILE": str(tmp_path / "result.json"),
@@ -154,7 +156,7 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
             "WORLD_SIZE": "1",
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
         },
     }
     command = [sys.executable, "-m", "finetune_trainer.worker", "--job", str(local.job_json), "--workspace", str(local.workspace)]

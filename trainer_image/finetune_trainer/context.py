@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.contract import JobFile, Layout
-from finetune_api.uris import URI, parse_uri
+from finetune_api.uris import URI
 
 from .errors import UserError
 
@@ -71,8 +71,3 @@ def write_text(path: str | Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def parse(uri: str) -> URI:
-    """Parse a URI that the API has accepted."""
-    return parse_uri(uri)

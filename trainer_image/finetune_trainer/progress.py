@@ -18,7 +18,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from finetune_api.contract import Env, Mounts, ProgressReport
-from finetune_api.status import Plan
 
 from .checkpoints import newest_step
 from .context import Context
@@ -31,12 +30,11 @@ _INTERVAL = 1.0
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
     """Writes history.jsonl and sends the newest state, at most once a second, from a thread of its own."""
 
-    def __init__(self, context: Context, plan: Plan) -> None:
-        self._context, self._plan = context, plan
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._attempt = int(os.environ.get(Env.ATTEMPT, "0"))
         self._started = time.monotonic()
         self._first_step = self._first_tokens = 0
-        self._tokens = 0
         self.tokens_per_second: float | None = None
         self._outbox: queue.Queue[ProgressReport] = queue.Queue(maxsize=1)
         self._sender: threading.Thread | None = None
@@ -69,9 +67,9 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
     def _report(self, state: Any, logs: dict[str, Any]) -> None:
         elapsed = time.monotonic() - self._started
         steps = state.global_step - self._first_step
-        self._tokens = int(state.num_input_tokens_seen or 0) - self._first_tokens
+        tokens = int(state.num_input_tokens_seen or 0) - self._first_tokens
         if steps > 0 and elapsed > 0:
-            self.tokens_per_second = round(self._tokens / elapsed, 1)
+            self.tokens_per_second = round(tokens / elapsed, 1)
         report = ProgressReport(
             attempt=self._attempt,
             step=state.global_step,

@@ -68,7 +68,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     _check_world(arguments, plan)
     trainer = build_trainer(context, arguments, cuda)
     _check_strategy(trainer, plan)
-    reporter = ProgressReporter(context, plan)
+    reporter = ProgressReporter(context)
     trainer.add_callback(reporter)
     trainer.add_callback(checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints))
     resume = checkpoints.newest(context.layout.checkpoints, plan)
@@ -199,7 +199,8 @@ def _check_strategy(trainer: Any, plan: Plan) -> None:
     """Refuse to train with another strategy than the plan's: accelerate falls back to DDP in silence."""
     kind = trainer.accelerator.distributed_type.value
     wanted = "DEEPSPEED" if plan.strategy.startswith("deepspeed") else "FSDP" if plan.strategy == "fsdp" else None
-    if ((wanted or "DEEPSPEED") != kind and wanted is not None) or (wanted is None and kind in ("DEEPSPEED", "FSDP")):
+    sharded = kind if kind in ("DEEPSPEED", "FSDP") else None
+    if sharded != wanted:
         raise InfrastructureError("StrategyMismatch", f"the plan says {plan.strategy}, accelerate would run {kind}")
 
 

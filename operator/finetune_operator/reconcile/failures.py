@@ -39,6 +39,8 @@ _TABLE: tuple[tuple[Callable[[PodView], bool], FailureClass], ...] = (
     (lambda p: p.exit_code == ExitCode.OUT_OF_MEMORY or p.reason == "OOMKilled", "OutOfMemory"),
     (lambda p: True, "Infrastructure"),
 )
+NEAR_SECONDS = 15
+"""Failures of a gang within so many seconds belong together: most of them follow from the one that tells most."""
 _SIGNALS = {137: "SIGKILL", 139: "SIGSEGV", 143: "SIGTERM", 134: "SIGABRT"}
 
 
@@ -71,7 +73,7 @@ def first_failure(pods: list[PodView]) -> Failure:
     """
     ordered = sorted(pods, key=lambda p: (p.finished or p.created, p.rank))
     first = ordered[0].finished or ordered[0].created
-    near = [classify(p) for p in ordered if ((p.finished or p.created) - first).total_seconds() <= 15]
+    near = [classify(p) for p in ordered if ((p.finished or p.created) - first).total_seconds() <= NEAR_SECONDS]
     telling = [f for f in near if f.kind in ("UserError", "OutOfMemory")]
     own = [f for f in near if f.reason != PEER_LOST]
     return (telling or own or near)[0]

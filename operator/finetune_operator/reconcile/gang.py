@@ -5,19 +5,18 @@ from __future__ import annotations
 from datetime import timedelta
 
 from finetune_api import names
-from finetune_api.contract import PEER_LOST, ExitCode, StageResult, read_stage_result
+from finetune_api.contract import PEER_LOST, ExitCode, StageResult, progress_of, read_stage_result
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import CheckpointStatus, Gang, Progress, Restart
+from finetune_api.status import CheckpointStatus, Gang, Restart
 
 from ..resources.gang import service, worker
 from .draft import Draft
-from .failures import Failure, first_failure
+from .failures import NEAR_SECONDS, Failure, first_failure
 from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
 from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
-_PEER_GRACE_SECONDS = 15
 
 
 def workers(draft: Draft) -> list[PodView]:
@@ -67,9 +66,9 @@ def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
     if failed:
         failure = first_failure(failed)
         age = (draft.now - max(p.finished or p.created for p in failed)).total_seconds()
-        if failure.reason != PEER_LOST or len(failed) == len(by_rank) or age >= _PEER_GRACE_SECONDS:
+        if failure.reason != PEER_LOST or len(failed) == len(by_rank) or age >= NEAR_SECONDS:
             return failure
-        draft.wait(_PEER_GRACE_SECONDS - age)  # the one that was lost has not had its last word yet
+        draft.wait(NEAR_SECONDS - age)  # the one that was lost has not had its last word yet
         return None
     gang = draft.status.gang
     known = gang.pod_uids if gang is not None and gang.attempt == draft.status.attempt else []
@@ -212,18 +211,7 @@ def _report(draft: Draft) -> None:
     old = draft.status.progress
     if old is not None and report.step < old.step:
         return
-    total = report.total_steps
-    draft.status.progress = Progress(
-        step=report.step,
-        total_steps=total,
-        epoch=round(report.epoch, 3),
-        percent=min(100, report.step * 100 // total) if total else 0,
-        loss=None if report.loss is None else round(report.loss, 4),
-        learning_rate=report.learning_rate,
-        tokens_per_second=None if report.tokens_per_second is None else round(report.tokens_per_second, 1),
-        eta=None if report.eta_seconds is None else human_duration(report.eta_seconds),
-        reported_at=rfc3339(draft.observed.reported_at or draft.now),
-    )
+    draft.status.progress = progress_of(report, rfc3339(draft.observed.reported_at or draft.now))
     known = draft.status.checkpoint.step if draft.status.checkpoint else -1
     if report.checkpoint_step is not None and report.checkpoint_step > known:
         draft.status.checkpoint = CheckpointStatus(step=report.checkpoint_step, saved_at=rfc3339(draft.now))

@@ -60,10 +60,7 @@ def with_hash(manifest: Manifest) -> Manifest:
 
 def sources(spec: FineTuneJobSpec) -> list[str]:
     """Claims and ConfigMaps that stages read from, as `scheme://name`, in a stable order."""
-    uris = [spec.model.uri, spec.dataset.train.uri]
-    if spec.dataset.eval is not None and spec.dataset.eval.uri is not None:
-        uris.append(spec.dataset.eval.uri)
-    parsed = [parse_uri(uri) for uri in uris]
+    parsed = [parse_uri(uri) for uri in spec.source_uris]
     return sorted({f"{uri.scheme}://{uri.name}" for uri in parsed if uri.scheme in ("pvc", "configmap")})
 
 
