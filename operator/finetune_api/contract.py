@@ -64,6 +64,8 @@ class Env:
     MAIN_PORT = "FINETUNE_MAIN_PORT"
     PROGRESS_URL = "FINETUNE_PROGRESS_URL"
     ALLOW_CPU = "FINETUNE_ALLOW_CPU"
+    ALLOWED_HOSTS = "FINETUNE_ALLOWED_HOSTS"
+    """Hosts, separated by commas, that data may be fetched from although their addresses are not public."""
     POD_NAME = "FINETUNE_POD_NAME"
 
 
@@ -79,7 +81,7 @@ class JobFile(APIModel):
     targets: dict[str, str] = Field(default_factory=dict)
     """Folder of each claim that results are published to, by `pvc://name`."""
     secrets: dict[str, str] = Field(default_factory=dict)
-    """File that holds each secret, by field: model, train, publish-0 and so on."""
+    """Folder that holds each secret's files (`token`, or the keys of an s3:// source), by field: model, train, mix-0, publish-0 and so on."""
 
     def dumps(self) -> str:
         """Deterministic JSON: the same job gives the same bytes."""
@@ -123,6 +125,7 @@ class ProgressReport(APIModel):
     total_steps: Annotated[int, Field(ge=0)]
     epoch: Annotated[float, Field(ge=0)] = 0
     loss: float | None = None
+    eval_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     eta_seconds: Annotated[float, Field(ge=0)] | None = None
@@ -138,6 +141,7 @@ def progress_of(report: ProgressReport, reported_at: str | None = None) -> Progr
         epoch=round(report.epoch, 3),
         percent=min(100, report.step * 100 // total) if total else 0,
         loss=None if report.loss is None else round(report.loss, 4),
+        eval_loss=None if report.eval_loss is None else round(report.eval_loss, 4),
         learning_rate=report.learning_rate,
         tokens_per_second=None if report.tokens_per_second is None else round(report.tokens_per_second, 1),
         eta=None if report.eta_seconds is None else human_duration(report.eta_seconds),
@@ -160,12 +164,18 @@ class Layout:
         self.checkpoints = f"{self.job}/checkpoints"
         self.output = f"{self.job}/output"
         self.reports = f"{self.job}/reports"
-        self.train_rows = f"{self.data}/train.jsonl"
-        self.eval_rows = f"{self.data}/eval.jsonl"
-        self.train_tokens = f"{self.data}/train.parquet"
-        self.eval_tokens = f"{self.data}/eval.parquet"
+        self.train_rows = f"{self.data}/train.parquet"
+        self.eval_rows = f"{self.data}/eval.parquet"
+        self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"
-        self.model_reference = f"{self.data}/model.json"
+        self.data_page = f"{self.reports}/data.html"
+        self.evaluation_page = f"{self.reports}/evaluation.html"
+        self.history_plot = f"{self.reports}/history.svg"
+        self.tensorboard = f"{self.reports}/tensorboard"
         self.evaluation_report = f"{self.reports}/evaluation.json"
         self.history = f"{self.reports}/history.jsonl"
+
+    def reference(self, name: str) -> str:
+        """Where prepare notes the folder, URI and fingerprint of a model: model, teacher or adapter."""
+        return f"{self.data}/{name}.json"

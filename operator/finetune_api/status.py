@@ -65,6 +65,8 @@ class Progress(APIModel):
     """Share of the steps done."""
     loss: float | None = None
     """Training loss of the last logged step."""
+    eval_loss: float | None = None
+    """Loss on the held-out rows at the last evaluation during training."""
     learning_rate: float | None = None
     """Learning rate of the last logged step."""
     tokens_per_second: float | None = None
@@ -88,6 +90,8 @@ class DatasetStatus(APIModel):
     """Format of the rows."""
     dropped: dict[str, int] = Field(default_factory=dict)
     """Rows left out, by cause."""
+    warnings: dict[str, int] = Field(default_factory=dict)
+    """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
     digest: str = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
 
@@ -103,6 +107,12 @@ class Plan(APIModel):
     """Forward passes per optimizer step."""
     strategy: str
     """The parallel strategy in use."""
+    offload: str = "none"
+    """What is kept in host memory: none, optimizer or parameters."""
+    gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass."""
+    estimated_memory_per_gpu: str = Field(default="", alias="estimatedMemoryPerGPU")
+    """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
     total_steps: int = 0
     """Optimizer steps in all."""
     reason: str = ""
@@ -128,7 +138,9 @@ class EvaluationStatus(APIModel):
     examples: int = 0
     """Held-out rows compared on."""
     improvement: float | None = None
-    """Improvement of the gate's metric (of the first metric without a gate): relative for loss, absolute for exact-match."""
+    """Improvement of the gate's metric (of the first metric without a gate): relative for loss and perplexity, absolute for the others."""
+    interval: Annotated[list[float], Field(max_length=2)] = Field(default_factory=list)
+    """Bootstrap confidence interval of that improvement."""
     gate: Literal["Passed", "NotPassed", "None"] = "None"
     """Whether the gate held."""
 

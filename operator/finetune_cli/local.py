@@ -44,7 +44,7 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
     targets: dict[str, str] = {}
     for text, places in [*((u, sources) for u in spec.source_uris), *((t.uri, targets) for t in spec.publish)]:
         uri = parse_uri(text)
-        if uri.scheme == "hf":
+        if uri.scheme not in ("pvc", "configmap"):
             continue
         folder = volumes.get(uri.name)
         if folder is None:

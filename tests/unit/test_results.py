@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_trainer.evaluate import improvement
 
 from finetune_api.contract import JobFile
 from finetune_api.status import Plan
@@ -16,7 +17,6 @@ from finetune_api.validation import parse_spec
 from finetune_trainer import checkpoints
 from finetune_trainer.context import Context
 from finetune_trainer.errors import InfrastructureError, UserError
-from finetune_trainer.evaluate import improvement
 from finetune_trainer.plan import make_plan
 from finetune_trainer.publish import publish
 from tests.factory import MINIMAL, PLAN, merged

@@ -66,7 +66,7 @@ def _run(stage: str, context: Context) -> StageResult:
     elif stage == "train":
         from .train import train as run
     elif stage == "evaluate":
-        from .evaluate import evaluate as run
+        from .evaluation.stage import evaluate as run
     else:
         from .publish import publish as run
     return run(context)

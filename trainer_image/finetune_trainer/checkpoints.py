@@ -115,6 +115,9 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             return
         seal(self._root / f"checkpoint-{state.global_step}", args.world_size)
         sealed = [folder for _, folder in _folders(str(self._root)) if (folder / MANIFEST).exists()]
+        best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
         for old in sealed[self._keep :]:
+            if old.name == best:
+                continue
             (old / MANIFEST).unlink(missing_ok=True)  # first what makes it count
             shutil.rmtree(old, ignore_errors=True)

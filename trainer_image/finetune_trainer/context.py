@@ -41,12 +41,12 @@ class Context:
             raise UserError("TargetNotMounted", f"{uri.scheme}://{uri.name} is not mounted here")
         return _inside(root, uri)
 
-    def secret(self, field: str) -> str | None:
+    def secret(self, field: str, key: str = "token") -> str | None:
         """The secret of a field, or None when it has none or is not mounted in this stage."""
-        path = self.job.secrets.get(field)
-        if path is None or not os.path.exists(path):
+        folder = self.job.secrets.get(field)
+        if folder is None or not os.path.exists(f"{folder}/{key}"):
             return None
-        return Path(path).read_text().strip()
+        return Path(folder, key).read_text().strip()
 
     def write_json(self, path: str, value: Any) -> None:
         """Write a report so that a reader sees the old or the new one, never half of it."""
@@ -71,3 +71,11 @@ def write_text(path: str | Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page for people; everything that comes from data is escaped (case A16)."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(loader=PackageLoader("finetune_trainer"), autoescape=True, undefined=StrictUndefined)
+    return pages.get_template(template).render(**values)

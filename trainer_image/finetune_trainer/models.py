@@ -1,98 +1,205 @@
-"""Load tokenizers and models: safetensors only, remote code only when asked for."""
+"""Find, load and describe models and tokenizers: safetensors only, remote code only when asked for and allowed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.uris import parse_uri
 
 from .context import Context
 from .errors import UserError
+from .memory import ModelShape
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+_TEMPLATE_LIMIT = 256 * 1024
+_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
 
-def resolve(context: Context, *, download: bool = False) -> str:
-    """The folder that holds the base model. Only prepare downloads; later stages read what it left."""
-    uri = parse_uri(context.spec.model.uri)
-    if uri.scheme == "pvc":
-        folder = context.mounted(uri)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                "ModelNotFound", f"{context.spec.model.uri} holds no config.json; name the folder that from_pretrained would load"
-            )
-        _require_safetensors(folder)
-        return str(folder)
-    if not download:
-        return str(context.read_json(context.layout.model_reference)["path"])
+def locate(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
+    """The folder of a model or adapter (`name`: model, teacher, adapter). Only prepare downloads; later stages read what it noted."""
+    parsed = parse_uri(uri)
+    if parsed.scheme == "pvc":
+        folder = context.mounted(parsed)
+        if not (folder / config).is_file():
+            raise UserError("ModelNotFound", f"{uri} holds no {config}; name the folder that from_pretrained would load")
+    else:
+        noted = Path(context.layout.reference(name))
+        if noted.exists():
+            return str(context.read_json(str(noted))["path"])
+        folder = _download(context, name, parsed.name, parsed.revision, remote_code)
+    _require_safetensors(folder)
+    if not remote_code:
+        _refuse_code(folder, uri)
+    context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
+    return str(folder)
+
+
+def base_folder(context: Context) -> str:
+    """The folder of the base model."""
+    model = context.spec.model
+    return locate(context, "model", model.uri, remote_code=model.trust_remote_code)
+
+
+def _download(context: Context, name: str, repository: str, revision: str, remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if context.spec.model.trust_remote_code else [])]
-    folder = snapshot_download(
-        uri.name,
-        revision=uri.revision or None,
-        token=context.secret("model"),
-        allow_patterns=patterns,
-        cache_dir=f"{context.layout.cache}/models",
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if remote_code else [])]
+    secret = context.secret("teacher" if name == "teacher" else "model")
+    return Path(
+        snapshot_download(
+            repository, revision=revision or None, token=secret, allow_patterns=patterns, cache_dir=f"{context.layout.cache}/models"
+        )
     )
-    _require_safetensors(Path(folder))
-    return str(folder)
 
 
 def _require_safetensors(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
-    found = f"it has {', '.join(sorted(others)[:3])}, which can run code when loaded" if others else "it has none"
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    found = f"it has {', '.join(others[:3])}, which can run code when loaded" if others else "it has none"
     raise UserError("NoSafetensors", f"the model's weights must be .safetensors files; {found}. Convert it with save_pretrained")
 
 
-def fingerprint(folder: str) -> str:
+def _refuse_code(folder: Path, uri: str) -> None:
+    """A model that names code of its own is refused before any library reads its configuration (case A7)."""
+    for name in _CONFIGS:
+        try:
+            document = json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError):
+            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON") from None
+        if isinstance(document, dict) and document.get("auto_map"):
+            raise UserError(
+                "RemoteCode",
+                f"{uri} brings Python code ({name}: auto_map). Read that code, then set model.trustRemoteCode: true; an administrator must allow it for the namespace",
+            )
+
+
+def fingerprint(folder: Path, config: str = "config.json") -> str:
     """A digest of the model's configuration and of its files' names and sizes: tells one base from another."""
-    digest = hashlib.sha256()
-    root = Path(folder)
-    digest.update((root / "config.json").read_bytes())
-    for file in sorted(root.glob("*.safetensors")):
+    digest = hashlib.sha256((folder / config).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
 def load_tokenizer(context: Context, folder: str) -> Any:
-    """The fast tokenizer, with a padding token."""
+    """The fast tokenizer, with a padding token, and with tuning.chatTemplate where that is set."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as failure:
+        raise UserError("TokenizerNotReadable", f"the model's tokenizer cannot be loaded: {str(failure)[:500]}") from failure
     if not tokenizer.is_fast:
         raise UserError("SlowTokenizer", "the model has no fast tokenizer (tokenizer.json), which the loss mask needs")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if context.spec.tuning.chat_template is not None:
+        tokenizer.chat_template = context.spec.tuning.chat_template
+    if len(str(tokenizer.chat_template or "")) > _TEMPLATE_LIMIT:
+        raise UserError("ChatTemplateTooLarge", f"the model's chat template is over {_TEMPLATE_LIMIT // 1024} KiB; set tuning.chatTemplate")
     return tokenizer
 
 
-def compute_dtype(cuda: bool) -> torch.dtype:
-    """bfloat16 where the GPU has it, float16 on older GPUs, float32 on CPU."""
+def compute_dtype(cuda: bool, precision: str = "auto") -> torch.dtype:
+    """bfloat16 where the GPU has it, float16 on older GPUs, float32 on CPU; or as `hyperparameters.precision` says."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision in named:
+        return named[precision]
     if not cuda:
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_model(context: Context, folder: str, *, dtype: torch.dtype, quantised: bool = False, device: str | None = None) -> Any:
-    """The causal language model; NF4 with double quantisation for QLoRA (https://arxiv.org/abs/2305.14314)."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def attention(wanted: str, cuda: bool, dtype: torch.dtype) -> str:
+    """The attention implementation by its transformers name."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if wanted == "auto":
+        return "flash_attention_2" if cuda and dtype != torch.float32 and is_flash_attn_2_available() else "sdpa"
+    return {"flash-attention-2": "flash_attention_2"}.get(wanted, wanted)
+
+
+def load_model(
+    context: Context,
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    quantised: bool = False,
+    device: str | None = None,
+    reward: bool = False,
+    cuda: bool = False,
+) -> Any:
+    """The causal language model, or the reward model over it; NF4 with double quantisation for qlora (https://arxiv.org/abs/2305.14314)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     options: dict[str, Any] = {}
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
         )
         options["device_map"] = {"": device or "cpu"}
-    return AutoModelForCausalLM.from_pretrained(
+    if reward:
+        options["num_labels"] = 1
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    return kind.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
-        attn_implementation="sdpa",
+        attn_implementation=attention(context.spec.tuning.hyperparameters.attention, cuda, dtype),
         trust_remote_code=context.spec.model.trust_remote_code,
         **options,
+    )
+
+
+def describe(context: Context, folder: str) -> ModelShape:
+    """The model's sizes from its configuration alone: it is built without memory on the meta device, with its adapter."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from .methods import METHODS
+
+    spec, trust = context.spec, context.spec.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        kind = AutoModelForSequenceClassification if spec.tuning.objective == "reward" else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=trust)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as failure:
+        raise UserError("ModelNotReadable", f"the model's config.json is not understood: {str(failure)[:500]}") from failure
+    return shape_of(spec, config.get_text_config(), model, METHODS[spec.tuning.method].trainable(spec.tuning, model))
+
+
+def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> ModelShape:
+    """The sizes of a loaded or meta model."""
+    hidden = int(config.hidden_size)
+    heads = int(config.num_attention_heads)
+    head = int(getattr(config, "head_dim", None) or hidden // heads)
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden)
+    output = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output and m.out_features > 1)
+    virtual = spec.tuning.method in ("prompt", "prefix", "p-tuning", "llama-adapter")
+    tokens = spec.tuning.virtual_tokens.count if spec.tuning.virtual_tokens is not None else 20
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=trainable,
+        linear=linear,
+        hidden=hidden,
+        layers=int(config.num_hidden_layers),
+        attention=heads * head,
+        intermediate=experts * width,
+        vocabulary=int(config.vocab_size) if output is not None else 0,
+        position=tokens if virtual else 0,
     )

@@ -1,31 +1,136 @@
-"""prepare: fetch the model, check and tokenise the data, fix the plan. CPU only; the last chance to refuse bad input."""
+"""prepare: fetch the models, check and tokenise the data, fix the plan. CPU only; the last chance to refuse bad input."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from finetune_api.contract import StageResult
-from finetune_api.status import DatasetStatus
-from finetune_api.uris import parse_uri
+from finetune_api.spec import FORMATS_OF, DatasetSource
+from finetune_api.status import DatasetStatus, Plan
 
-from . import models
-from .context import Context, write_text
-from .data.formats import BadRow, detect, normalise, strings
+from . import exports, models, teacher
+from .context import Context
+from .data.fetch import forget_downloads
+from .data.formats import detect
 from .data.reading import Row, rows
+from .data.report import languages, samples, write_report
+from .data.scan import Scan, Scanned, scan_rows
+from .data.store import HELD_OUT, Store
 from .data.tokens import Tokeniser
 from .errors import UserError
 from .plan import make_plan
 
 log = logging.getLogger("finetune.prepare")
-_SHOWN = 5
-_SAMPLE = 50
+_SHOWN, _SAMPLE = 5, 50
+_CONVERSATIONS = ("messages", "sharegpt", "alpaca")
+
+
+def prepare(context: Context) -> StageResult:
+    """Run the stage."""
+    spec = context.spec
+    _check_settings(context)
+    folder = models.base_folder(context)
+    tokeniser = Tokeniser(
+        models.load_tokenizer(context, folder),
+        objective=spec.tuning.objective,
+        max_length=spec.tuning.hyperparameters.max_length,
+        assistant_only=spec.tuning.assistant_only_loss,
+    )
+    teacher.check(context, tokeniser.tokenizer)
+    shape = models.describe(context, folder)
+    exports.check(context, folder)
+    if spec.tuning.continue_from is not None:
+        _check_adapter(context)
+    store = Store(context.layout.data)
+    try:
+        desk = Desk(context, tokeniser, store)
+        desk.read_all()
+        desk.compare()
+        desk.check_enough()
+        plan = make_plan(spec, desk.rows_per_epoch, shape, teacher=teacher.parameters(context))
+        status = desk.write()
+        context.write_json(context.layout.plan, plan.to_wire())
+        write_report(context, desk.report(status, plan), samples(store, tokeniser.tokenizer))
+    finally:
+        store.close()
+    forget_downloads(context)
+    return StageResult(reason="DataReady", message=_message(status), result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+
+
+def _message(status: DatasetStatus) -> str:
+    gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
+    odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
+    return (
+        f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
+        + (f"; left out: {gone}" if gone else "")
+        + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
+    )
+
+
+def _check_settings(context: Context) -> None:
+    """What the schema cannot see, before anything is downloaded."""
+    spec = context.spec
+    grpo = spec.tuning.grpo.rewards if spec.tuning.grpo is not None else []
+    schemas = [("tuning.grpo.rewards.jsonSchema", r.json_schema) for r in grpo]
+    patterns = [("tuning.grpo.rewards.pattern", r.pattern) for r in grpo]
+    if spec.evaluation is not None:
+        schemas.append(("evaluation.jsonSchema", spec.evaluation.json_schema))
+        patterns.append(("evaluation.regex", spec.evaluation.regex))
+    for place, text in schemas:
+        if text is not None:
+            _check_schema(place, text)
+    for place, text in patterns:
+        try:
+            re.compile(text or "")
+        except re.error as failure:
+            raise UserError("BadRegex", f"{place} is no regular expression: {failure}") from None
+    if spec.tuning.hyperparameters.attention == "flash-attention-2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "NoFlashAttention", "hyperparameters.attention is flash-attention-2, which this image does not have; set it to auto or sdpa"
+        )
+
+
+def _check_schema(place: str, text: str) -> None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        schema = json.loads(text)
+        validator_for(schema).check_schema(schema)
+    except (ValueError, TypeError, RecursionError, SchemaError) as failure:
+        raise UserError("BadJSONSchema", f"{place} is no JSON Schema: {str(failure).splitlines()[0][:300]}") from None
+
+
+def _check_adapter(context: Context) -> None:
+    """The adapter of `continueFrom` is of the method asked for."""
+    uri = str(context.spec.tuning.continue_from)
+    folder = models.locate(context, "adapter", uri, config="adapter_config.json")
+    try:
+        kind = context.read_json(f"{folder}/adapter_config.json")
+        found = {
+            "LORA": "dora" if kind.get("use_dora") else "rslora" if kind.get("use_rslora") else "lora",
+            "IA3": "ia3",
+            "PROMPT_TUNING": "prompt",
+        }
+        found |= {"PREFIX_TUNING": "prefix", "P_TUNING": "p-tuning", "ADAPTION_PROMPT": "llama-adapter"}
+        method = found.get(str(kind.get("peft_type")), "another method")
+    except (OSError, ValueError, AttributeError):
+        raise UserError("AdapterNotReadable", f"tuning.continueFrom: {uri} has no readable adapter_config.json") from None
+    wanted = "lora" if context.spec.tuning.method == "qlora" else context.spec.tuning.method
+    if method != wanted:
+        raise UserError(
+            "WrongAdapter",
+            f"tuning.continueFrom: {uri} is an adapter of {method}, tuning.method is {context.spec.tuning.method}; set method to {method}",
+        )
 
 
 @dataclass
@@ -35,12 +140,12 @@ class Problems:
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, kind: str, source: str, number: int, detail: str, excerpt: str = "") -> None:
-        """Note one row."""
-        self.counts[kind] += 1
+    def add(self, kind: str, place: str, detail: str, excerpt: str = "", count: int = 1) -> None:
+        """Note a row, or several with one place shown."""
+        self.counts[kind] += count
         shown = self.places.setdefault(kind, [])
         if len(shown) < _SHOWN:
-            shown.append(f"{source} {number}: {detail}" + (f" [{excerpt}]" if excerpt else ""))
+            shown.append(f"{place}: {detail}" + (f" [{excerpt}]" if excerpt else ""))
 
     def describe(self, kind: str) -> str:
         """Count and first places, for a message."""
@@ -49,223 +154,193 @@ class Problems:
 
 
 @dataclass
-class Example:
-    """A usable row."""
+class SourceReport:
+    """One source of rows as it was read."""
 
-    number: int
-    row: dict[str, Any]
-    digest: str
-    tokens: dict[str, list[int]]
+    uri: str
+    format: str = ""
+    reason: str = ""
+    rows: int = 0
 
-
-def _digest(row: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def prepare(context: Context) -> StageResult:
-    """Run the stage."""
-    spec = context.spec
-    folder = models.resolve(context, download=True)
-    context.write_json(context.layout.model_reference, {"path": folder, "uri": spec.model.uri, "fingerprint": models.fingerprint(folder)})
-    tokeniser = Tokeniser(
-        models.load_tokenizer(context, folder),
-        max_length=spec.tuning.hyperparameters.max_length,
-        assistant_only=spec.tuning.assistant_only_loss,
-    )
-    problems, dropped = Problems(), Counter[str]()
-    token = context.secret("train")
-    train_uri = parse_uri(spec.dataset.train.uri)
-    train, format_, why = _read(
-        context, tokeniser, rows(context, train_uri, spec.dataset.train.split, token), None, problems, dropped, "train row"
-    )
-    log.info("format %s: %s", format_, why)
-    train = _deduplicate(context, train, problems, dropped)
-    held_out = _hold_out(context, tokeniser, train, format_, problems, dropped, token)
-    if held_out:
-        train = _check_leakage(context, train, held_out, problems, dropped)
-    _check_enough(context, train, held_out, problems)
-    status = _write(context, train, held_out, format_, dropped)
-    parameters = _parameters(context, folder)
-    plan = make_plan(spec, len(train), parameters)
-    context.write_json(context.layout.plan, plan.to_wire())
-    report = {
-        "format": {"name": format_, "reason": why},
-        "problems": {kind: {"rows": n, "first": problems.places[kind]} for kind, n in problems.counts.items()},
-        "dataset": status.to_wire(),
-        "longest": max(len(e.tokens["input_ids"]) for e in train),
-    }
-    context.write_json(context.layout.data_report, report)
-    gone = ", ".join(f"{count} {kind}" for kind, count in sorted(dropped.items()) if count)
-    message = f"{len(train)} rows to train on ({status.tokens} tokens, {format_}), {len(held_out)} held out" + (
-        f"; left out: {gone}" if gone else ""
-    )
-    return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+    def wire(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"uri": self.uri, "format": self.format, "reason": self.reason, "rows": self.rows}
 
 
-def _read(
-    context: Context,
-    tokeniser: Tokeniser,
-    source: Iterable[Row],
-    format_: str | None,
-    problems: Problems,
-    dropped: Counter[str],
-    label: str,
-) -> tuple[list[Example], str, str]:
-    """Usable rows of a source. Raises UserError as `checks` says."""
-    checks, length = context.spec.dataset.checks, context.spec.tuning.hyperparameters.max_length
-    iterator = iter(source)
-    head = list(islice(iterator, _SAMPLE))
-    wanted = format_ or context.spec.dataset.format
-    why = "as dataset.format says"
-    if wanted == "auto":
+class Desk:
+    """Where the rows of one job are looked through. The methods are called in the order they stand here."""
+
+    def __init__(self, context: Context, tokeniser: Tokeniser, store: Store) -> None:
+        self.context, self.tokeniser, self.store = context, tokeniser, store
+        dataset = context.spec.dataset
+        self.checks = dataset.checks
+        self.sources = [dataset.train, *dataset.mix]
+        self.fields = ["train", *(f"mix-{index}" for index in range(len(dataset.mix)))]
+        self.problems, self.dropped, self.warnings = Problems(), Counter[str](), Counter[str]()
+        self.reports = {origin: SourceReport(source.uri) for origin, source in enumerate(self.sources)}
+
+    def read_all(self) -> None:
+        """Every source, row by row. Raises UserError as `checks` says."""
+        for origin, (source, name) in enumerate(zip(self.sources, self.fields, strict=True)):
+            self._read(origin, source, name)
+        held_out = self.context.spec.dataset.eval
+        if held_out is not None and held_out.uri is not None:
+            train = self.sources[0]
+            source = DatasetSource(uri=held_out.uri, split=held_out.split)
+            source = source.model_copy(update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint})
+            self.reports[HELD_OUT] = SourceReport(held_out.uri)
+            self._read(HELD_OUT, source, "train")
+        for kind in ("unreadable", "invalid"):
+            if self.problems.counts[kind]:
+                if self.checks.invalid_rows == "fail":
+                    raise UserError("InvalidRows", f"{self.problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
+                self.dropped[kind] = self.problems.counts[kind]
+        if self.problems.counts["tooLong"] and self.checks.too_long == "fail":
+            raise UserError(
+                "RowsTooLong",
+                f"{self.problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop",
+            )
+
+    def _place(self, origin: int, number: int) -> str:
+        name = "eval" if origin == HELD_OUT else "train" if origin == 0 else self.fields[origin]
+        return f"{name} row {number}"
+
+    def _read(self, origin: int, source: DatasetSource, name: str) -> None:
+        report = self.reports[origin]
+        iterator = rows(self.context, source, name)
+        head = [row.parsed() for row in islice(iterator, _SAMPLE)]
+        report.format, report.reason = self._format(head, origin)
+        log.info("%s: format %s: %s", source.uri, report.format, report.reason)
+        if report.format in _CONVERSATIONS:
+            self.tokeniser.require_chat_template()
+        similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
+        scan = Scan(self.tokeniser, report.format, similar)
+        if teacher.writes_answers(self.context):
+            again = rows(self.context, source, name)
+            scan = Scan(self.tokeniser, report.format, similar, teacher.answers(self.context, self.tokeniser, again, report.format))
+        for chunk in scan_rows(scan, chain(head, iterator)):
+            report.rows += len(chunk)
+            self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
+
+    def _format(self, head: list[Row], origin: int) -> tuple[str, str]:
+        wanted = self.context.spec.dataset.format
+        if wanted != "auto" and origin <= 0:
+            return wanted, "as dataset.format says"
         good = [row.value for row in head if row.value is not None]
         if not good:
-            first = f"; {label} {head[0].number}: {head[0].problem} [{head[0].excerpt}]" if head else ""
+            first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
             raise UserError("EmptyDataset", f"the data set has no readable row{first}")
-        wanted, why = detect(good)
-    if wanted == "messages":
-        tokeniser.require_chat_template()
-    found = []
-    for row in (*head, *iterator):
-        if row.value is None:
-            problems.add("unreadable", label, row.number, row.problem, row.excerpt)
-            continue
-        try:
-            shape = normalise(row.value, wanted)
-            forged = tokeniser.special_tokens_in(strings(shape))
-            if forged is not None:
-                raise BadRow(f"the text holds {forged!r}, a special token of the model")
-            tokens = tokeniser(shape)
-            if tokens.truncated:
-                problems.add("tooLong", label, row.number, f"longer than maxLength {length}")
-                if checks.too_long == "drop":
-                    dropped["tooLong"] += 1
+        return detect(good, FORMATS_OF[self.context.spec.tuning.objective])
+
+    def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
+        for row in chunk:
+            place = self._place(origin, row.number)
+            if row.problem:
+                long = row.problem.startswith(("no answer token is left", "the prompt has")) and self.checks.too_long != "truncate"
+                kind = "unreadable" if row.unreadable else "tooLong" if long else "invalid"
+                self.problems.add(kind, place, row.problem, row.excerpt)
+                if long and self.checks.too_long == "drop":
+                    self.dropped["tooLong"] += 1
+                continue
+            if row.truncated:
+                self.problems.add("tooLong", place, f"longer than maxLength {self.tokeniser.max_length}")
+                if self.checks.too_long == "drop":
+                    self.dropped["tooLong"] += 1
                     continue
-            if not tokens.learnable and not (tokens.truncated and checks.too_long == "fail"):
-                raise BadRow(f"no answer token is left within maxLength {length}" if tokens.truncated else "there is no answer token")
-        except BadRow as failure:
-            problems.add("invalid", label, row.number, str(failure))
-            continue
-        found.append(Example(row.number, shape, _digest(shape), tokens))
-    for kind in ("unreadable", "invalid"):
-        if problems.counts[kind]:
-            if checks.invalid_rows == "fail":
-                raise UserError("InvalidRows", f"{problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
-            dropped[kind] = problems.counts[kind]
-    if problems.counts["tooLong"] and checks.too_long == "fail":
-        raise UserError(
-            "RowsTooLong",
-            f"{problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop",
-        )
-    return found, wanted, why
+                self.warnings["truncated"] += 1
+            for kind in row.sensitive:
+                self.problems.add(kind, place, "looks like it", "")
+                self.warnings["sensitive"] += 1
+            yield row
 
-
-def _deduplicate(context: Context, train: list[Example], problems: Problems, dropped: Counter[str]) -> list[Example]:
-    policy = context.spec.dataset.checks.duplicates
-    first: dict[str, int] = {}
-    unique = []
-    for example in train:
-        if example.digest in first:
-            problems.add("duplicate", "train row", example.number, f"same as row {first[example.digest]}")
+    def compare(self) -> None:
+        """Duplicates, split, leakage, mixture: what needs all rows at once."""
+        if not self.store.has_rows:
+            return
+        self.store.begin()
+        self._apply("duplicate", self.store.duplicates, self.checks.duplicates, "DuplicateRows", "same as", "duplicates")
+        held_out, seed = self.context.spec.dataset.eval, self.context.spec.tuning.hyperparameters.seed
+        if self.checks.near_duplicates != "ignore":
+            look = lambda: self.store.near("nearDuplicate", self.checks.similarity, with_held_out=False)  # noqa: E731
+            self._apply("nearDuplicate", look, self.checks.near_duplicates, "NearDuplicateRows", "nearly the same as", "nearDuplicates")
+        if held_out is None:
+            return
+        if held_out.split_fraction is not None:
+            self.store.hold_out(held_out.split_fraction, seed)
         else:
-            first[example.digest] = example.number
-            unique.append(example)
-    if not problems.counts["duplicate"] or policy == "keep":
-        return train
-    if policy == "fail":
-        raise UserError("DuplicateRows", f"{problems.describe('duplicate')}. Remove them, or set dataset.checks.duplicates: drop")
-    dropped["duplicate"] = problems.counts["duplicate"]
-    return unique
+            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", "is also", "leakage")
+        if self.checks.near_leakage != "ignore":
+            look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
+            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
 
+    def _apply(self, kind: str, look: Callable[[], int], policy: str, reason: str, relation: str, setting: str) -> None:
+        """Look for a kind of pair of rows, and keep, report, drop or refuse them."""
+        count = look()
+        if not count or policy in ("ignore", "keep"):
+            return
+        for index, (origin, number, other, partner) in enumerate(self.store.places(kind, _SHOWN)):
+            place, same = self._place(origin, number), self._place(other, partner)
+            self.problems.add(kind, place, f"{relation} {same}", count=count - min(count, _SHOWN) + 1 if index == 0 else 1)
+        if policy == "fail":
+            held = "held-out rows stand in the training rows: " if "eak" in kind else ""
+            raise UserError(reason, f"{held}{self.problems.describe(kind)}. Remove them, or set dataset.checks.{setting}: drop")
+        if policy == "drop":
+            self.store.drop(kind)
+            self.dropped[kind] = count
+        else:
+            self.warnings[kind] = count
 
-def _hold_out(
-    context: Context, tokeniser: Tokeniser, train: list[Example], format_: str, problems: Problems, dropped: Counter[str], token: str | None
-) -> list[Example]:
-    """The held-out rows; with splitFraction they are taken out of `train`."""
-    source = context.spec.dataset.eval
-    if source is None:
-        return []
-    if source.uri is not None:
-        found, _, _ = _read(
-            context, tokeniser, rows(context, parse_uri(source.uri), source.split, token), format_, problems, dropped, "eval row"
+    def check_enough(self) -> None:
+        """Raise UserError when too few rows are left."""
+        least = self.checks.min_examples
+        found = self.store.count(held_out=False) if self.store.has_rows else 0
+        if found < least:
+            detail = "; ".join(f"{kind}: {self.problems.describe(kind)}" for kind in self.problems.counts)
+            raise UserError(
+                "TooFewExamples",
+                f"{found} usable training row(s), dataset.checks.minExamples is {least}{f' ({detail})' if detail else ''}. Add rows, or lower minExamples",
+            )
+        if self.context.spec.dataset.eval is not None and not self.store.count(held_out=True):
+            raise UserError("NoEvalRows", "no held-out row is left; raise dataset.eval.splitFraction or check dataset.eval.uri")
+        self.store.weigh([source.weight for source in self.sources], self.context.spec.tuning.hyperparameters.seed)
+        self.rows_per_epoch, self.tokens = self.store.totals()
+        if not self.rows_per_epoch:
+            raise UserError("TooFewExamples", "the weights of the sources leave no training row; raise dataset.train.weight")
+
+    def write(self) -> DatasetStatus:
+        """The prepared rows; what is written is what trains and evaluates."""
+        digests = [self.store.write(self.context.layout.train_rows, held_out=False)]
+        if self.context.spec.dataset.eval is not None:
+            digests.append(self.store.write(self.context.layout.eval_rows, held_out=True))
+        self.lengths = self.store.lengths()
+        self.systems = self.store.system_prompts()
+        self.languages = languages(self.store)
+        if self.lengths["outliers"]:
+            self.warnings["lengthOutlier"] = self.lengths["outliers"]
+        if len(self.systems) > 1:
+            self.warnings["otherSystemPrompt"] = sum(count for _, count in self.systems[1:])
+        certain = {name: n for name, n in self.languages.items() if name != "unsure"}
+        if sum(sorted(certain.values())[:-1]) > 0.02 * sum(self.languages.values()):
+            self.warnings["otherLanguageInSample"] = sum(sorted(certain.values())[:-1])
+        return DatasetStatus(
+            train=self.rows_per_epoch,
+            eval=self.store.count(held_out=True),
+            tokens=self.tokens,
+            format=self.reports[0].format,
+            dropped={kind: count for kind, count in self.dropped.items() if count},
+            warnings=dict(self.warnings),
+            digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
-        return found
-    assert source.split_fraction is not None
-    seed = context.spec.tuning.hyperparameters.seed
 
-    def rank(digest: str) -> str:  # by content, so that equal rows fall on the same side whatever their order
-        return hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
-
-    ordered = sorted({e.digest for e in train}, key=rank)
-    chosen = set(ordered[: max(1, round(len(ordered) * source.split_fraction))])
-    held_out = [e for e in train if e.digest in chosen]
-    train[:] = [e for e in train if e.digest not in chosen]
-    return held_out
-
-
-def _check_leakage(
-    context: Context, train: list[Example], held_out: list[Example], problems: Problems, dropped: Counter[str]
-) -> list[Example]:
-    policy = context.spec.dataset.checks.leakage
-    secret = {e.digest: e.number for e in held_out}
-    for example in train:
-        if example.digest in secret:
-            problems.add("leaked", "train row", example.number, f"is also eval row {secret[example.digest]}")
-    if not problems.counts["leaked"] or policy == "ignore":
-        return train
-    if policy == "fail":
-        raise UserError(
-            "LeakedRows",
-            f"held-out rows stand in the training rows: {problems.describe('leaked')}. Remove them, or set dataset.checks.leakage: drop",
-        )
-    dropped["leaked"] = problems.counts["leaked"]
-    return [e for e in train if e.digest not in secret]
-
-
-def _check_enough(context: Context, train: list[Example], held_out: list[Example], problems: Problems) -> None:
-    least = context.spec.dataset.checks.min_examples
-    if len(train) < least:
-        found = "; ".join(f"{kind}: {problems.describe(kind)}" for kind in problems.counts)
-        detail = f" ({found})" if found else ""
-        raise UserError(
-            "TooFewExamples",
-            f"{len(train)} usable training row(s), dataset.checks.minExamples is {least}{detail}. Add rows, or lower minExamples",
-        )
-    if context.spec.dataset.eval is not None and not held_out:
-        raise UserError("NoEvalRows", "no held-out row is left; raise dataset.eval.splitFraction or check dataset.eval.uri")
-
-
-def _write(context: Context, train: list[Example], held_out: list[Example], format_: str, dropped: Counter[str]) -> DatasetStatus:
-    from datasets import Dataset
-
-    digest = hashlib.sha256()
-    for path, tokens_path, examples in (
-        (context.layout.train_rows, context.layout.train_tokens, train),
-        (context.layout.eval_rows, context.layout.eval_tokens, held_out),
-    ):
-        text = "".join(json.dumps(e.row, ensure_ascii=False) + "\n" for e in examples)
-        digest.update(hashlib.sha256(text.encode()).digest())
-        write_text(path, text)
-        if examples:
-            columns = {column: [e.tokens[column] for e in examples] for column in ("input_ids", "labels")}
-            Dataset.from_dict(columns).to_parquet(tokens_path)
-    return DatasetStatus(
-        train=len(train),
-        eval=len(held_out),
-        tokens=sum(len(e.tokens["input_ids"]) for e in train),
-        format=format_,
-        dropped={kind: count for kind, count in dropped.items() if count},
-        digest=f"sha256:{digest.hexdigest()}",
-    )
-
-
-def _parameters(context: Context, folder: str) -> int:
-    """Parameters of the model, from its configuration alone: the weights stay on disk."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trust = context.spec.model.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    return int(sum(p.numel() for p in model.parameters()))
+    def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
+        """What goes into reports/data.json."""
+        return {
+            "dataset": {**status.to_wire(), "dropped": status.dropped},
+            "sources": [report.wire() for report in self.reports.values()],
+            "problems": {kind: {"rows": n, "first": self.problems.places[kind]} for kind, n in self.problems.counts.items()},
+            "lengths": self.lengths,
+            "languages": self.languages,
+            "systemPrompts": [[text, count] for text, count in self.systems],
+            "maxLength": self.tokeniser.max_length,
+            "plan": plan.to_wire(),
+        }

@@ -36,6 +36,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         self._started = time.monotonic()
         self._first_step = self._first_tokens = 0
         self.tokens_per_second: float | None = None
+        self._eval_loss: float | None = None
         self._outbox: queue.Queue[ProgressReport] = queue.Queue(maxsize=1)
         self._sender: threading.Thread | None = None
 
@@ -52,13 +53,16 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Take a logged step. A loss that is no number stops the run: more steps only make it worse."""
         logs = logs or {}
+        if "eval_loss" in logs:
+            self._eval_loss = float(logs["eval_loss"])
         if "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
             raise UserError(
                 "NonFiniteLoss",
-                f"the loss is {loss} at step {state.global_step}; lower hyperparameters.learningRate or maxGradNorm, and look at the rows of that step. "
+                f"{what} at step {state.global_step}; lower hyperparameters.learningRate or maxGradNorm, and look at the rows of that step. "
                 f"The last good checkpoint is of step {newest_step(self._context.layout.checkpoints) or 0}",
             )
         if state.is_world_process_zero:
@@ -76,12 +80,14 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             total_steps=state.max_steps,
             epoch=round(float(state.epoch or 0), 4),
             loss=float(logs["loss"]) if "loss" in logs else None,
+            eval_loss=self._eval_loss,
             learning_rate=float(logs["learning_rate"]) if "learning_rate" in logs else None,
             tokens_per_second=self.tokens_per_second,
             eta_seconds=round((state.max_steps - state.global_step) * elapsed / steps, 1) if steps > 0 else None,
             checkpoint_step=newest_step(self._context.layout.checkpoints),
         )
-        line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2)}
+        more = {k: v for k, v in logs.items() if k not in ("loss", "learning_rate", "grad_norm", "epoch") and isinstance(v, int | float)}
+        line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "metrics": more}
         with Path(self._context.layout.history).open("a") as sink:
             sink.write(json.dumps(line) + "\n")
         if self._sender is not None:
@@ -113,3 +119,30 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
                     detail = failure.read(200).decode(errors="replace") if isinstance(failure, urllib.error.HTTPError) else ""
                     log.warning("progress report %d not delivered: %s %s", failures, failure, detail)
             time.sleep(min(30.0, _INTERVAL * (1 + failures)))
+
+
+def plot_history(history: str, target: str) -> None:
+    """Draw loss, held-out loss and learning rate over the steps, as SVG. A plot that fails is no reason to fail."""
+    try:
+        import matplotlib
+
+        matplotlib.use("svg")
+        from matplotlib import pyplot
+
+        entries = [json.loads(line) for line in Path(history).read_text().splitlines()]
+        figure, axis = pyplot.subplots(figsize=(8, 4))
+        for key, label in (("loss", "loss"), ("evalLoss", "held-out loss")):
+            points = [(e["step"], e[key]) for e in entries if e.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set_xlabel("step")
+        axis.legend(loc="upper right")
+        rates = [(e["step"], e["learningRate"]) for e in entries if e.get("learningRate") is not None]
+        if rates:
+            other = axis.twinx()
+            other.plot(*zip(*rates, strict=True), color="gray", linewidth=0.8, linestyle=":")
+            other.set_ylabel("learning rate")
+        figure.savefig(target, bbox_inches="tight")
+        pyplot.close(figure)
+    except Exception as failure:  # matplotlib raises anything
+        log.warning("no plot: %s", failure)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from finetune_api.contract import StageResult
 from finetune_api.status import Artifact
 from finetune_api.uris import URI, parse_uri
 
-from .card import model_card
+from .card import Facts, model_card
 from .context import Context
 from .errors import InfrastructureError, UserError
+from .exports import export
 
 log = logging.getLogger("finetune.publish")
 LINEAGE = "finetune.json"
 SUMS = "SHA256SUMS"
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
+_MOST_PARENTS = 20
 _LEFT_OUT = {"training_args.bin"}
 """Pickles: they may not leave the job."""
 
@@ -56,20 +60,39 @@ def _bundle(context: Context) -> Path:
     if not any(bundle.glob("*.safetensors")):
         raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
     _name_base(context, bundle)
+    export(context, bundle)
     evaluation = _optional(context, context.layout.evaluation_report)
     dataset = context.read_json(context.layout.data_report)["dataset"]
-    base = context.read_json(context.layout.model_reference)
-    (bundle / "README.md").write_text(model_card(context.job, dataset, base, evaluation))
+    base = context.read_json(context.layout.reference("model"))
+    parents = _parents(context)
+    versions = {name: version(name) for name in _LIBRARIES}
+    facts = Facts(context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan))
+    (bundle / "README.md").write_text(model_card(facts))
     lineage = {
         "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid},
         "base": {"uri": base["uri"], "fingerprint": base["fingerprint"]},
         "dataset": {"digest": dataset["digest"], "train": dataset["train"], "eval": dataset["eval"]},
-        "evaluation": {k: evaluation[k] for k in ("base", "tuned", "improvement", "gate") if k in evaluation} if evaluation else None,
+        "evaluation": {k: v for k, v in evaluation.items() if k != "samples"} if evaluation else None,
+        "parents": parents,
+        "libraries": versions,
         "tuning": context.spec.tuning.to_wire(),
     }
     (bundle / LINEAGE).write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
     (bundle / SUMS).write_text(_sums(bundle))
     return bundle
+
+
+def _parents(context: Context) -> list[dict[str, Any]]:
+    """The adapters that this one goes on from, the nearest first; each names the job, the data and the base it came from."""
+    if context.spec.tuning.continue_from is None:
+        return []
+    noted = context.read_json(context.layout.reference("adapter"))
+    parent: dict[str, Any] = {"uri": noted["uri"], "fingerprint": noted["fingerprint"]}
+    try:
+        told = json.loads((Path(noted["path"]) / LINEAGE).read_text())
+        return [{**parent, "job": told["job"], "dataset": told["dataset"]}, *told.get("parents", [])][:_MOST_PARENTS]
+    except (OSError, ValueError, KeyError, TypeError):  # not one of ours
+        return [parent]
 
 
 def _name_base(context: Context, bundle: Path) -> None:
@@ -88,15 +111,20 @@ def _optional(context: Context, path: str) -> dict[str, Any] | None:
 
 def _sums(folder: Path) -> str:
     lines = []
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS):
+    for file in _files(folder):
         with file.open("rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(folder)}\n")
     return "".join(lines)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files but the list of digests itself, in a stable order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
 
 
 def _artifact(bundle: Path, uri: str) -> Artifact:
     digest = hashlib.sha256((bundle / SUMS).read_bytes()).hexdigest()
-    size = sum(p.stat().st_size for p in bundle.iterdir() if p.is_file())
+    size = sum(p.stat().st_size for p in [*_files(bundle), bundle / SUMS])
     return Artifact(uri=uri, digest=f"sha256:{digest}", bytes=size)
 
 
@@ -165,7 +193,7 @@ def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | N
         raise InfrastructureError("PublishFailed", f"the hub answered {status}") from failure
     except OSError as failure:
         raise InfrastructureError("PublishFailed", f"the hub cannot be reached: {failure}") from failure
-    missing = {p.name for p in bundle.iterdir()} - present
+    missing = {str(p.relative_to(bundle)) for p in _files(bundle)} - present
     if missing:
         raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")
     return _artifact(bundle, shown)

@@ -1,4 +1,4 @@
-"""One training process: TRL's SFTTrainer over the prepared tokens. Started by `train` through accelerate.
+"""One training process: the objective's trainer of TRL over the prepared tokens. Started by `train` through accelerate.
 
 It writes no training loop of its own. What it adds: the check that the world is the one the job asked for,
 checkpoints that are complete or absent, progress reports, and errors with a class.
@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import EarlyStoppingCallback
 
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
-from . import checkpoints, models
+from . import checkpoints, methods, models
+from .arguments import common
 from .context import Context
 from .errors import InfrastructureError, UserError, classify
-from .progress import ProgressReporter
+from .objectives import OBJECTIVES, Setup
+from .progress import ProgressReporter, plot_history
 from .train import ERROR_FILE, RESULT_FILE
 
 log = logging.getLogger("finetune.worker")
@@ -64,28 +67,32 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
         _prefer_plain_collectives()
         if not cuda:
             _start_deepspeed_on_cpu()
-    arguments = training_arguments(context, plan, cuda)  # starts the process group, and DeepSpeed's configuration
+    kind = OBJECTIVES[context.spec.tuning.objective]
+    arguments = kind.arguments(context, common(context, plan, cuda))  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
-    trainer = build_trainer(context, arguments, cuda)
-    _check_strategy(trainer, plan)
     reporter = ProgressReporter(context)
-    trainer.add_callback(reporter)
-    trainer.add_callback(checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints))
+    keeper = checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints)
+    trainer = build_trainer(context, plan, arguments, cuda, [reporter, keeper])
+    _check_strategy(trainer, plan)
     resume = checkpoints.newest(context.layout.checkpoints, plan)
     begun = int(Path(resume).name.removeprefix("checkpoint-")) if resume else 0
     log.info("starting from %s", resume or "the base model")
     output = trainer.train(resume_from_checkpoint=resume)
     state = trainer.state
-    if state.global_step < state.max_steps:
+    stopped = state.global_step < state.max_steps
+    if stopped and not _stopped_on_purpose(trainer):
         raise InfrastructureError("StoppedEarly", f"training ended at step {state.global_step} of {state.max_steps}")
     _save(context, trainer)
     if not trainer.is_world_process_zero():
         return None
+    plot_history(context.layout.history, context.layout.history_plot)
+    best = f", best held-out loss {state.best_metric:.4g} at step {state.best_global_step}" if state.best_metric is not None else ""
+    early = f" of {state.max_steps}, stopped early" if stopped else ""
     loss = output.training_loss
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return StageResult(
         reason="Trained",
-        message=f"{state.global_step} steps{f' (from the checkpoint at step {begun})' if begun else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}",
+        message=f"{state.global_step} steps{early}{f' (from the checkpoint at step {begun})' if begun else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}{best}",
         result={
             "steps": state.global_step,
             "resumedFrom": begun,
@@ -95,6 +102,12 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
             "checkpointStep": checkpoints.newest_step(context.layout.checkpoints),
         },
     )
+
+
+def _stopped_on_purpose(trainer: Any) -> bool:
+    """Whether early stopping ended the run: its patience is used up."""
+    found = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+    return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
 
 
 def _prefer_plain_collectives() -> None:
@@ -119,75 +132,6 @@ def _start_deepspeed_on_cpu() -> None:
     PartialState(backend="gloo")
 
 
-def training_arguments(context: Context, plan: Plan, cuda: bool) -> Any:
-    """SFTConfig: every setting whose default surprises is set here by name."""
-    from trl import SFTConfig
-
-    spec, hyper = context.spec, context.spec.tuning.hyperparameters
-    dtype, sharded = models.compute_dtype(cuda), plan.strategy.startswith("deepspeed")
-    return SFTConfig(
-        output_dir=context.layout.checkpoints,
-        per_device_train_batch_size=plan.per_device_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation,
-        num_train_epochs=hyper.epochs,
-        max_steps=hyper.max_steps or -1,
-        learning_rate=hyper.learning_rate,
-        lr_scheduler_type=hyper.lr_scheduler_type,
-        warmup_steps=hyper.warmup_ratio,
-        weight_decay=hyper.weight_decay,
-        max_grad_norm=hyper.max_grad_norm,
-        seed=hyper.seed,
-        data_seed=hyper.seed,
-        max_length=hyper.max_length,
-        packing=hyper.packing,
-        packing_strategy="bfd",
-        padding_free=False,
-        completion_only_loss=False,
-        assistant_only_loss=False,
-        gradient_checkpointing=hyper.gradient_checkpointing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not cuda and not sharded,  # accelerate would run DDP instead of DeepSpeed
-        ddp_backend=None if cuda or sharded or plan.world_size == 1 else "gloo",
-        ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(spec.distribution.offload, plan.strategy, plan.gradient_accumulation) if sharded else None,
-        accelerator_config={"use_configured_state": sharded and not cuda},
-        fsdp=True if plan.strategy == "fsdp" else None,
-        logging_steps=1,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        save_strategy="no",  # checkpoints.Keeper decides, and publishes them atomically
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_drop_last=False,
-        dataloader_pin_memory=cuda,
-        remove_unused_columns=True,
-    )
-
-
-def deepspeed_config(offload: str, strategy: str, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/); `auto` is filled in by transformers."""
-    stage = int(strategy.removeprefix("deepspeed-zero"))
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
-    if offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return {
-        "zero_optimization": zero,
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
 def _check_world(arguments: Any, plan: Plan) -> None:
     """Refuse to train in a world that is not the one the job asked for: it would be slow, or wrong, in silence."""
     found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -204,48 +148,34 @@ def _check_strategy(trainer: Any, plan: Plan) -> None:
         raise InfrastructureError("StrategyMismatch", f"the plan says {plan.strategy}, accelerate would run {kind}")
 
 
-def build_trainer(context: Context, arguments: Any, cuda: bool) -> Any:
-    """TRL's trainer over the tokens that prepare wrote."""
+def build_trainer(context: Context, plan: Plan, arguments: Any, cuda: bool, callbacks: list[Any]) -> Any:
+    """TRL's trainer for the objective, over the tokens that prepare wrote."""
+    tuning, kind = context.spec.tuning, OBJECTIVES[context.spec.tuning.objective]
+    folder = models.base_folder(context)
+    tokenizer = models.load_tokenizer(context, folder)
+    model = methods.tuned_model(context, plan, folder, arguments, reward=kind.reward_model, cuda=cuda)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    stopping = tuning.hyperparameters.early_stopping
+    if stopping is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(stopping.patience, stopping.min_delta)]
+    return kind.trainer(
+        Setup(
+            context=context,
+            arguments=arguments,
+            model=model,
+            tokenizer=tokenizer,
+            train=_dataset(context.layout.train_rows, kind.columns),
+            held_out=_dataset(context.layout.eval_rows, kind.columns) if stopping is not None else None,
+            callbacks=callbacks,
+            optimizers=(methods.loraplus_optimizer(tuning, arguments, model), None),
+        )
+    )
+
+
+def _dataset(path: str, columns: tuple[str, ...]) -> Any:
     from datasets import Dataset
-    from peft import prepare_model_for_kbit_training
-    from trl import SFTTrainer
 
-    spec = context.spec
-    folder = models.resolve(context)
-    dataset = Dataset.from_parquet(context.layout.train_tokens, cache_dir=f"/tmp/datasets-{os.getpid()}")
-    dtype = models.compute_dtype(cuda)
-    device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
-    quantised = spec.tuning.method == "qlora"
-    load = dtype if spec.tuning.method != "full" else torch.float32  # the optimizer needs full-precision weights
-    model = models.load_model(context, folder, dtype=load, quantised=quantised, device=device)
-    model.config.use_cache = False
-    if quantised:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=models.load_tokenizer(context, folder),
-        peft_config=peft_config(context),
-    )
-
-
-def peft_config(context: Context) -> Any:
-    """The adapter's configuration, or None for full fine-tuning."""
-    from peft import LoraConfig
-
-    from finetune_api.spec import Lora
-
-    if context.spec.tuning.method == "full":
-        return None
-    lora = context.spec.tuning.lora or Lora()
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    return Dataset.from_parquet(path, columns=list(columns), cache_dir=f"/tmp/datasets-{os.getpid()}")
 
 
 def _save(context: Context, trainer: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from finetune_api import API_VERSION, KIND, names
 from finetune_api.contract import Env, JobFile, Mounts, Stage, progress_audience
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, SecretReference
 from finetune_api.uris import parse_uri
 
 from ..settings import Settings
@@ -69,17 +69,35 @@ def targets(spec: FineTuneJobSpec) -> list[str]:
     return sorted({f"pvc://{uri.name}" for uri in map(parse_uri, (t.uri for t in spec.publish)) if uri.scheme == "pvc"})
 
 
-def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, str]]:
-    """Secrets that a stage needs: field -> (Secret name, key)."""
-    found = {}
+def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[str, str]]]:
+    """Secrets that a stage needs: field -> (Secret name, its keys and the files they become)."""
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+
+    def need(field: str, reference: SecretReference | None) -> None:
+        if reference is not None:
+            found[field] = (reference.name, {reference.key: "token"})
+
     if stage == "prepare":
-        for field, reference in (("model", spec.model.secret_ref), ("train", spec.dataset.train.secret_ref)):
-            if reference is not None:
-                found[field] = (reference.name, reference.key)
+        distillation = spec.tuning.distillation
+        need("model", spec.model.secret_ref)
+        if distillation is not None:
+            need("teacher", distillation.teacher.secret_ref if distillation.teacher is not None else None)
+            need("endpoint", distillation.endpoint.secret_ref if distillation.endpoint is not None else None)
+        for index, source in enumerate([spec.dataset.train, *spec.dataset.mix]):
+            field = "train" if index == 0 else f"mix-{index - 1}"
+            if source.secret_ref is not None and source.uri.startswith("s3://"):
+                found[field] = (source.secret_ref.name, {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")})
+            else:
+                need(field, source.secret_ref)
+    if stage == "train":
+        tracking = spec.tuning.tracking
+        need("mlflow", tracking.mlflow.secret_ref if tracking.mlflow is not None else None)
+        need("wandb", tracking.wandb.secret_ref if tracking.wandb is not None else None)
+    if stage == "evaluate" and spec.evaluation is not None and spec.evaluation.judge is not None:
+        need("judge", spec.evaluation.judge.secret_ref)
     if stage == "publish":
         for index, target in enumerate(spec.publish):
-            if target.secret_ref is not None:
-                found[f"publish-{index}"] = (target.secret_ref.name, target.secret_ref.key)
+            need(f"publish-{index}", target.secret_ref)
     return found
 
 
@@ -98,11 +116,7 @@ def job_file(job: JobRef) -> JobFile:
         spec=spec,
         sources={reference: _folder(Mounts.SOURCES, reference) for reference in sources(spec)},
         targets={reference: _folder(Mounts.TARGETS, reference) for reference in targets(spec)},
-        secrets={
-            field: f"{Mounts.SECRETS}/{field}/token"
-            for stage in ("prepare", "publish")
-            for field in secrets(spec, stage)  # type: ignore[arg-type]
-        },
+        secrets={field: f"{Mounts.SECRETS}/{field}" for stage in get_args(Stage) for field in secrets(spec, stage)},
     )
 
 
@@ -146,8 +160,8 @@ def pod_spec(
         for index, reference in enumerate(targets(job.spec)):
             claim = {"persistentVolumeClaim": {"claimName": reference.split("://")[1]}}
             mount(f"target-{index}", _folder(Mounts.TARGETS, reference), claim, read_only=False)
-    for field, (secret, key) in secrets(job.spec, stage).items():
-        source = {"secret": {"secretName": secret, "items": [{"key": key, "path": "token"}]}}
+    for field, (secret, keys) in secrets(job.spec, stage).items():
+        source = {"secret": {"secretName": secret, "items": [{"key": key, "path": path} for key, path in keys.items()]}}
         mount(f"secret-{field}", f"{Mounts.SECRETS}/{field}", source, read_only=True)
     if shared_memory is not None:
         mount("shared-memory", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}, read_only=False)

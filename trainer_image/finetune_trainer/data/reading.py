@@ -1,55 +1,141 @@
-"""Rows of a source with their line numbers; broken ones as problems, never as a stack trace."""
+"""Rows of a source with their line numbers; broken ones as problems, never as a stack trace. Memory is constant."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from finetune_api.uris import URI
+from finetune_api.spec import DatasetSource
+from finetune_api.uris import parse_uri
 
 from ..context import Context
 from ..errors import UserError
+from .fetch import fetch
 
 LINE_LIMIT = 16 * 1024 * 1024
 """Bytes of one row; a longer one is a mistake, and would fill the memory."""
+JSON_LIMIT = 256 * 1024 * 1024
+"""Bytes of a .json file, which is read at once."""
 DEPTH_LIMIT = 32
+FILES_LIMIT = 10_000
+"""Files of a folder."""
+EXPANSION_LIMIT = 200
+"""How many times larger than its file a gzipped data set may be (beyond the first 64 MiB): real text stays below 30."""
 _BOM = b"\xef\xbb\xbf"
+_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: a value, or what is wrong with it."""
+    """One row of a source: a value, or bytes that are still to be parsed, or what is wrong with it."""
 
     number: int
     """Line number from 1 in JSONL, row number from 1 elsewhere."""
     value: dict[str, Any] | None = None
     problem: str = ""
     excerpt: str = ""
+    raw: bytes | None = None
+
+    def parsed(self) -> Row:
+        """The row with its JSON parsed."""
+        return self if self.raw is None else _parse(self.number, self.raw)
 
 
-def rows(context: Context, uri: URI, split: str, token: str | None) -> Iterator[Row]:
-    """All rows of a source. Raises UserError when the source itself cannot be read."""
+def rows(context: Context, source: DatasetSource, field: str) -> Iterator[Row]:
+    """All rows of a source; `field` names its secret. Raises UserError when the source itself cannot be read."""
+    uri = parse_uri(source.uri)
     if uri.scheme == "hf":
-        yield from _hub_rows(uri, split, token)
+        yield from _hub_rows(uri.name, uri.revision, source.split, context.secret(field))
         return
-    path = context.mounted(uri)
+    path = fetch(context, source, field) if uri.scheme in ("https", "s3") else context.mounted(uri)
     if not path.exists():
-        raise UserError("DatasetNotFound", f"{uri.scheme}://{uri.name}/{uri.path} does not exist")
-    if path.is_dir():
-        raise UserError("DatasetNotAFile", f"{uri.scheme}://{uri.name}/{uri.path} is a folder; name a .jsonl, .json or .csv file in it")
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        yield from _csv_rows(path)
-    elif suffix == ".json":
-        yield from _json_rows(path)
-    elif suffix in (".jsonl", ".ndjson"):
-        yield from _jsonl_rows(path)
-    else:
-        raise UserError("DatasetType", f"{path.name}: files of type {suffix or '(none)'} are not supported; use .jsonl, .json or .csv")
+        raise UserError("DatasetNotFound", f"{source.uri} does not exist")
+    number = 0
+    for file in _files(path, source.uri):
+        for row in file_rows(file):
+            number += 1
+            yield row if path.is_file() else Row(number, row.value, row.problem, row.excerpt, row.raw)
+
+
+def _files(path: Path, shown: str) -> list[Path]:
+    """The file, or those of a folder: all of one type, in the order of their names."""
+    if path.is_file():
+        return [path]
+    inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _type(p) is not None)
+    if not inside or len(inside) > FILES_LIMIT:
+        found = "no" if not inside else f"over {FILES_LIMIT}"
+        raise UserError("DatasetNotAFile", f"{shown} is a folder with {found} {', '.join(_TYPES)} files; name a file in it")
+    if len({_type(p) for p in inside}) > 1:
+        raise UserError(
+            "DatasetNotAFile", f"{shown} is a folder with files of several types; name one of {', '.join(p.name for p in inside[:5])}"
+        )
+    root = path.resolve()
+    if any(root not in p.resolve().parents for p in inside):
+        raise UserError("PathLeavesVolume", f"{shown} holds a link that leads out of it")
+    return inside
+
+
+def _type(path: Path) -> str | None:
+    suffix = path.suffix.lower() if path.suffix.lower() != ".gz" else Path(path.stem).suffix.lower()
+    return suffix if suffix in _TYPES else None
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """All rows of one file."""
+    kind = _type(path)
+    if kind is None:
+        if path.suffix.lower() in _ARCHIVES or Path(path.stem).suffix.lower() == ".tar":
+            raise UserError("DatasetType", f"{path.name} is an archive, which is not unpacked; give the files themselves (.gz is fine)")
+        raise UserError(
+            "DatasetType", f"{path.name}: files of type {path.suffix or '(none)'} are not supported; use {', '.join(_TYPES)}, also with .gz"
+        )
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    with _open(path) as stream:
+        try:
+            yield from {".csv": _csv_rows, ".json": _json_rows}.get(kind, _jsonl_rows)(stream, path.name)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as failure:
+            raise UserError("DatasetNotGzip", f"{path.name} is no intact gzip file: {_excerpt(str(failure), 200)}") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix.lower() != ".gz":
+        return path.open("rb")
+    return io.BufferedReader(_Bounded(path))  # type: ignore[return-value]
+
+
+class _Bounded(gzip.GzipFile):
+    """A gzip file that refuses to grow without end: a decompression bomb (case A5)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._most, self._path, self._grown = 64 * 2**20 + EXPANSION_LIMIT * path.stat().st_size, path, 0
+
+    def _count(self, size: int) -> None:
+        self._grown += size
+        if self._grown > self._most:
+            raise UserError(
+                "DecompressionBomb", f"{self._path.name} grows to more than {EXPANSION_LIMIT} times its size; give it uncompressed"
+            )
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(min(size, 1 << 20) if size is not None and size >= 0 else 1 << 20)
+        self._count(len(data))
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _excerpt(text: str, limit: int = 60) -> str:
@@ -86,60 +172,71 @@ def _row(number: int, value: Any) -> Row:
     return Row(number, value=value)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LINE_LIMIT + 1):
-            number += 1
-            if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
-                excerpt = _excerpt(line[:200].decode("utf-8", "replace"))
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(LINE_LIMIT)
-                yield Row(number, problem=f"longer than {LINE_LIMIT // 2**20} MiB", excerpt=excerpt)
-                continue
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                yield _parse(number, line.strip())
+def _jsonl_rows(stream: BinaryIO, _: str) -> Iterator[Row]:
+    number = 0
+    while line := stream.readline(LINE_LIMIT + 1):
+        number += 1
+        if len(line) > LINE_LIMIT and not line.endswith(b"\n"):
+            excerpt = _excerpt(line[:200].decode("utf-8", "replace"))
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LINE_LIMIT)
+            yield Row(number, problem=f"longer than {LINE_LIMIT // 2**20} MiB", excerpt=excerpt)
+            continue
+        line = line.removeprefix(_BOM) if number == 1 else line
+        if stripped := line.strip():
+            yield Row(number, raw=stripped)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    if path.stat().st_size > 64 * LINE_LIMIT:
-        raise UserError("DatasetTooLarge", f"{path.name} is over 1 GiB; a .json file is read at once, use .jsonl")
+def _json_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
+    data = b"".join(iter(lambda: stream.read(1 << 20) if stream.tell() <= JSON_LIMIT else b"", b""))
+    if len(data) > JSON_LIMIT:
+        raise UserError("DatasetTooLarge", f"{name} is over {JSON_LIMIT // 2**20} MiB; a .json file is read at once, use .jsonl")
     try:
-        document = json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8"))
+        document = json.loads(data.removeprefix(_BOM).decode("utf-8"))
     except (ValueError, RecursionError) as failure:
-        raise UserError("DatasetNotJSON", f"{path.name} is no JSON document in UTF-8: {_excerpt(str(failure), 200)}") from None
+        raise UserError("DatasetNotJSON", f"{name} is no JSON document in UTF-8: {_excerpt(str(failure), 200)}") from None
     if isinstance(document, dict):
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
     if not isinstance(document, list):
-        raise UserError(
-            "DatasetNotAList", f"{path.name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list"
-        )
+        raise UserError("DatasetNotAList", f"{name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list")
     for number, value in enumerate(document, start=1):
         yield _row(number, value)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            for number, value in enumerate(csv.DictReader(stream, strict=True), start=1):
-                if None in value or None in value.values():
-                    yield Row(number, problem="has another number of columns than the header", excerpt=_excerpt(str(list(value.values()))))
-                else:
-                    yield Row(number, value=dict(value))
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        for number, value in enumerate(csv.DictReader(text, strict=True), start=1):
+            if None in value or None in value.values():
+                yield Row(number, problem="has another number of columns than the header", excerpt=_excerpt(str(list(value.values()))))
+            else:
+                yield Row(number, value=dict(value))
     except UnicodeDecodeError as failure:
-        raise UserError(
-            "DatasetNotUTF8", f"{path.name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv"
-        ) from None
+        raise UserError("DatasetNotUTF8", f"{name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv") from None
     except csv.Error as failure:
-        raise UserError("DatasetNotCSV", f"{path.name}: {failure}") from None
+        raise UserError("DatasetNotCSV", f"{name}: {failure}") from None
 
 
-def _hub_rows(uri: URI, split: str, token: str | None) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield _row(number, {k: v for k, v in value.items() if v is not None})
+    except (pa.ArrowException, OSError) as failure:
+        raise UserError("DatasetNotParquet", f"{path.name}, after row {number}: {_excerpt(str(failure), 200)}") from None
+
+
+def _hub_rows(name: str, revision: str, split: str, token: str | None) -> Iterator[Row]:
     from datasets import load_dataset
 
-    loaded = load_dataset(uri.name, revision=uri.revision or None, split=split, token=token)
+    loaded = load_dataset(name, revision=revision or None, split=split, token=token, streaming=True)
     for number, value in enumerate(loaded, start=1):
-        yield _row(number, dict(value))
+        yield _row(number, {k: v for k, v in dict(value).items() if v is not None})

@@ -7,108 +7,196 @@ template, and comparing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from finetune_api.spec import Objective
+
 from ..errors import UserError
-from .formats import BadRow
+from ..limits import time_limit
+from .formats import BadRow, Shape
 
 IGNORED = -100
 """Label of a token that is not learned; torch.nn.CrossEntropyLoss ignores it."""
-
-
-class Tokens(dict[str, list[int]]):
-    """{"input_ids": [...], "labels": [...]} of one row; `truncated` when it was cut."""
-
-    truncated = False
-
-    @property
-    def learnable(self) -> bool:
-        """Whether any token is left to learn; the first has no prediction."""
-        return any(label != IGNORED for label in self["labels"][1:])
+_RENDER_SECONDS, _RENDER_GROWTH = 10.0, 1 << 20
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""What is proposed to users whose model has no chat template."""
 
 
 class Tokeniser:
-    """Turns rows into tokens with the model's tokenizer and chat template."""
+    """Turns rows into tokens with the model's tokenizer and chat template.
 
-    def __init__(self, tokenizer: Any, *, max_length: int, assistant_only: bool) -> None:
-        self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only
+    `encode` gives {"input_ids", "labels"}: the prompt and the answer that is learned or, for pairs, preferred.
+    `pairs` gives what the objective's trainer reads beside or instead of it.
+    """
+
+    def __init__(self, tokenizer: Any, *, objective: Objective = "sft", max_length: int, assistant_only: bool) -> None:
+        self.tokenizer, self.objective, self.max_length, self.assistant_only = tokenizer, objective, max_length, assistant_only
         self._special = {t for t in tokenizer.all_special_tokens if len(t) > 2}
+        self._fast = tokenizer.backend_tokenizer
+        self._fast.no_truncation()
+        self._fast.no_padding()
 
     def require_chat_template(self) -> None:
         """Raises UserError when the model has no chat template."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 "NoChatTemplate",
-                "the rows are messages, but the model's tokenizer has no chat template. Use the instruct variant of the model, "
-                "add a chat_template.jinja to its folder, or give the data as prompt-completion",
+                "the rows are conversations, but the model's tokenizer has no chat template. Use the instruct variant of the model, or set "
+                f"tuning.chatTemplate, for example to ChatML: {CHATML} - or give the data as prompt-completion",
             )
 
-    def special_tokens_in(self, texts: list[str]) -> str | None:
+    def special_token_in(self, texts: Sequence[str]) -> str | None:
         """A special token of the model that stands in the data, where it would forge a turn's end."""
         return next((token for text in texts for token in self._special if token in text), None)
 
-    def __call__(self, row: dict[str, Any]) -> Tokens:
-        """Tokens and labels, cut to max_length."""
-        if "messages" in row:
-            ids, labels = self._chat(row["messages"])
-        elif "prompt" in row:
-            ids, labels = self._pair(row["prompt"], row["completion"])
+    def __call__(self, row: Shape) -> tuple[dict[str, Any], bool]:
+        """(columns of the row, whether it was cut to max_length). Raises BadRow when no answer token is left."""
+        if self.objective == "grpo":
+            prompt, answer = self.prompt_and_answer(row)
+            length = len(self._encode(prompt))
+            if length >= self.max_length:
+                raise BadRow(f"the prompt has {length} tokens, maxLength is {self.max_length}")
+            return {**self._answer_columns(row, answer), "prompt": prompt, "answer": answer}, False
+        if "chosen" in row:
+            prompt, chosen, rejected = self._pair_texts(row)
+            columns, cut = self._preference(prompt, chosen, rejected)
+        elif "label" in row:
+            prompt, answer = self.prompt_and_answer(row, end=True)
+            head, body = self._encode(prompt), self._encode(answer)
+            kept = self._cut(head, body)
+            columns, cut = {**_joined(head, kept), "prompt_ids": head, "completion_ids": kept, "label": row["label"]}, len(kept) < len(body)
         else:
+            columns, cut = self._learned(row)
+        if not any(label != IGNORED for label in columns["labels"][1:]):
+            raise BadRow(f"no answer token is left within maxLength {self.max_length}" if cut else "there is no answer token")
+        return columns, cut
+
+    def _answer_columns(self, row: Shape, answer: str) -> dict[str, Any]:
+        if not answer:  # a prompt alone
+            ids = self._encode(self.prompt_and_answer(row)[0])
+            return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+        return self._learned(row)[0]
+
+    def _learned(self, row: Shape) -> tuple[dict[str, Any], bool]:
+        if "messages" in row:
+            ids, labels = self._chat(row)
+        elif "completion" in row:
+            head, answer = self._encode(row["prompt"]), [*self._encode(row["completion"]), *self._end()]
+            ids, labels = head + answer, ([IGNORED] * len(head) if self.assistant_only else head) + answer
+        elif "text" in row:
             ids = [*self._encode(row["text"]), *self._end()]
             labels = list(ids)
-        tokens = Tokens(input_ids=ids[: self.max_length], labels=labels[: self.max_length])
-        tokens.truncated = len(ids) > self.max_length
-        return tokens
+        else:
+            raise BadRow("the row has a prompt and no answer to learn")
+        cut = len(ids) > self.max_length
+        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}, cut
+
+    def _preference(self, prompt: str, chosen: str, rejected: str) -> tuple[dict[str, Any], bool]:
+        head, good, bad = self._encode(prompt), self._encode(chosen), self._encode(rejected)
+        kept = [self._cut(head, answer) for answer in (good, bad)]
+        columns: dict[str, Any] = _joined(head, kept[0])
+        if self.objective == "reward":  # whole sequences, of which the last token is scored
+            columns |= {"chosen_ids": head + kept[0], "rejected_ids": head + kept[1]}
+        else:
+            columns |= {"prompt_ids": head, "chosen_ids": kept[0], "rejected_ids": kept[1]}
+        return columns, len(kept[0]) < len(good) or len(kept[1]) < len(bad)
+
+    def _cut(self, head: list[int], answer: list[int]) -> list[int]:
+        left = self.max_length - len(head)
+        if left < 1:
+            raise BadRow(f"no answer token is left within maxLength {self.max_length}: the prompt has {len(head)}")
+        return answer[:left]
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
 
     def _end(self) -> list[int]:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [int(end)]
 
-    def _pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        head, answer = self._encode(prompt), [*self._encode(completion), *self._end()]
-        kept = [IGNORED] * len(head) if self.assistant_only else head
-        return head + answer, kept + answer
+    def _render(self, messages: list[Shape], tools: list[Shape] | None = None, *, prompt: bool = False) -> str:
+        try:
+            with time_limit(_RENDER_SECONDS, "ChatTemplateTooSlow", f"the chat template takes over {_RENDER_SECONDS:.0f} s for one row"):
+                text = str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
+        except (UserError, MemoryError):
+            raise
+        except RecursionError:
+            raise UserError("ChatTemplateFailed", "the chat template calls itself without end") from None
+        except Exception as failure:  # whatever a template raises
+            raise BadRow(f"the model's chat template refuses the row: {type(failure).__name__}: {str(failure)[:200]}") from None
+        if len(text) > _RENDER_GROWTH + 100 * sum(len(str(m)) for m in messages):
+            raise UserError("ChatTemplateTooLarge", f"the chat template makes {len(text)} characters of one row")
+        return text
 
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-    def prompt_text(self, row: dict[str, Any]) -> tuple[str, str]:
-        """(prompt, expected answer) of a row, for generation."""
+    def prompt_and_answer(self, row: Shape, *, end: bool = False) -> tuple[str, str]:
+        """(prompt, answer) of a row as text, for generation; with `end` the answer closes as the template or tokenizer does."""
+        if "chosen" in row:
+            prompt, chosen, _ = self._pair_texts(row)
+            if end:
+                return prompt, chosen
+            return prompt, row["chosen"][-1]["content"] if isinstance(row["chosen"], list) else row["chosen"]
         if "messages" in row:
-            return self._render(row["messages"][:-1], prompt=True), row["messages"][-1]["content"]
+            messages, tools = row["messages"], row.get("tools")
+            if messages[-1]["role"] != "assistant":
+                return self._render(messages, tools, prompt=True), ""
+            head = self._render(messages[:-1], tools, prompt=True)
+            return head, self._rest(head, messages, tools) if end else messages[-1]["content"]
         if "prompt" in row:
-            return row["prompt"], row["completion"]
+            answer = row.get("completion", "")
+            return row["prompt"], answer + (self.tokenizer.eos_token or "") if end else answer
         raise BadRow("plain text has no answer to generate")
 
-    def _chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        text = self._render(messages)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
+    def _pair_texts(self, row: Shape) -> tuple[str, str, str]:
+        if isinstance(row["prompt"], str):
+            end = self.tokenizer.eos_token or ""
+            return row["prompt"], row["chosen"] + end, row["rejected"] + end
+        head = self._render(row["prompt"], prompt=True)
+        return head, *(self._rest(head, [*row["prompt"], *row[side]], None) for side in ("chosen", "rejected"))  # type: ignore[return-value]
+
+    def _rest(self, head: str, messages: list[Shape], tools: list[Shape] | None) -> str:
+        text = self._render(messages, tools)
+        if not text.startswith(head):
+            raise UserError("UnstableChatTemplate", _UNSTABLE)
+        return text[len(head) :].rstrip("\n")
+
+    def _chat(self, row: Shape) -> tuple[list[int], list[int]]:
+        messages, tools = row["messages"], row.get("tools")
+        text = self._render(messages, tools)
+        encoded = self._fast.encode(text, add_special_tokens=False)
+        ids = list(encoded.ids)
         if not self.assistant_only:
             return ids, list(ids)
-        spans = self._answer_spans(messages, text)
-        labels = [
-            token if any(start < last and first < end for first, last in spans) else IGNORED
-            for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
-        ]
+        labels, spans, place = [], self._answer_spans(messages, tools, text), 0
+        for token, (start, stop) in zip(ids, encoded.offsets, strict=True):
+            while place < len(spans) and spans[place][1] <= start:
+                place += 1
+            inside = place < len(spans) and start < spans[place][1] and spans[place][0] < stop
+            labels.append(token if inside else IGNORED)
         return ids, labels
 
-    def _answer_spans(self, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+    def _answer_spans(self, messages: list[Shape], tools: list[Shape] | None, text: str) -> list[tuple[int, int]]:
         """Character ranges of the assistant's turns, each with its end-of-turn token."""
         spans = []
         for index, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
-            before = self._render(messages[:index], prompt=True)
-            upto = self._render(messages[: index + 1])
+            before = self._render(messages[:index], tools, prompt=True)
+            upto = text if index == len(messages) - 1 else self._render(messages[: index + 1], tools)
             if not upto.startswith(before) or not text.startswith(upto.rstrip()):
-                raise UserError(
-                    "UnstableChatTemplate",
-                    "the model's chat template renders a turn differently once others follow, so the assistant's tokens cannot be told apart; "
-                    "set tuning.assistantOnlyLoss: false, or give the data as prompt-completion",
-                )
+                raise UserError("UnstableChatTemplate", _UNSTABLE)
             spans.append((len(before), len(upto.rstrip())))
         return spans
+
+
+_UNSTABLE = (
+    "the model's chat template renders a turn differently once others follow, so the assistant's tokens cannot be told apart; "
+    "set tuning.assistantOnlyLoss: false or another tuning.chatTemplate, or give the data as prompt-completion"
+)
+
+
+def _joined(head: list[int], answer: list[int]) -> dict[str, Any]:
+    return {"input_ids": head + answer, "labels": [IGNORED] * len(head) + answer}

@@ -1,0 +1,149 @@
+"""What is measured, when it is good enough, and where the result goes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..base import APIModel, Rule
+from ..uris import DatasetURI, PublishURI
+from .common import SecretReference
+from .model import Endpoint
+
+Metric = Literal[
+    "loss",
+    "perplexity",
+    "token-accuracy",
+    "exact-match",
+    "f1",
+    "rouge-l",
+    "valid-json",
+    "json-schema",
+    "regex",
+    "preference-accuracy",
+    "judge-win-rate",
+]
+ANSWER_METRICS: tuple[Metric, ...] = ("exact-match", "f1", "rouge-l", "valid-json", "json-schema", "regex", "judge-win-rate")
+"""Metrics of generated answers."""
+
+
+class Gate(APIModel):
+    """The condition under which the tuned model is published."""
+
+    metric: Metric = "loss"
+    """Metric compared between base and tuned model; lower is better for loss and perplexity, higher for the others."""
+    min_improvement: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest improvement: relative to the base model's value for loss and perplexity, absolute for the others."""
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95
+    """The improvement must be measurable: zero must lie outside this bootstrap interval of it."""
+
+
+class Forgetting(APIModel):
+    """Whether the model lost general ability: its loss on a general text, before and after."""
+
+    uri: DatasetURI | None = None
+    """Rows of format text, by pvc:// or configmap://. Unset: a small built-in English text."""
+    max_increase: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Largest relative increase of the loss on that text; more and the gate does not pass. Unset: report only."""
+
+    RULES = (
+        Rule(
+            cel="!has(self.uri) || self.uri.startsWith('pvc://') || self.uri.startsWith('configmap://')",
+            message="evaluation.forgetting.uri takes a pvc:// or configmap:// uri",
+            holds=lambda m: m.uri is None or m.uri.startswith(("pvc://", "configmap://")),
+        ),
+    )
+
+
+class Evaluation(APIModel):
+    """Comparison of base and tuned model on the held-out rows, with the same prompts and greedy decoding."""
+
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "set"})] = ["loss"]
+    """Metrics to compute; docs/evaluation.md defines each."""
+    gate: Gate | None = None
+    """Publish only if this holds. Unset: publish always."""
+    max_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    """Most held-out rows to use."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 128
+    """Longest generated answer in tokens."""
+    json_schema: Annotated[str, Field(min_length=2, max_length=32_768)] | None = None
+    """JSON Schema, as JSON text, that answers must satisfy for metric json-schema."""
+    regex: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    """Regular expression that a whole answer must match for metric regex."""
+    judge: Endpoint | None = None
+    """Model that compares the two answers, in both orders, for metric judge-win-rate."""
+    forgetting: Forgetting | None = None
+    """Check the loss on a general text before and after."""
+    harness_tasks: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]], Field(max_length=16)
+    ] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness to run on both models, by name, for example `arc_easy`; their data comes from the Hugging Face hub."""
+    harness_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Most examples per harness task. Unset: all."""
+
+    RULES = (
+        Rule(
+            cel="self.metrics.all(m, self.metrics.exists_one(n, n == m))",
+            message="evaluation.metrics lists a metric twice; remove one",
+            holds=lambda m: len(set(m.metrics)) == len(m.metrics),
+        ),
+        Rule(
+            cel="!has(self.gate) || self.gate.metric in self.metrics",
+            message="evaluation.gate.metric is not among evaluation.metrics; add it there or gate on another metric",
+            holds=lambda m: m.gate is None or m.gate.metric in m.metrics,
+        ),
+        Rule(
+            cel="('json-schema' in self.metrics) == has(self.jsonSchema)",
+            message="evaluation: metric json-schema and field jsonSchema belong together; set both or neither",
+            holds=lambda m: ("json-schema" in m.metrics) == (m.json_schema is not None),
+        ),
+        Rule(
+            cel="('regex' in self.metrics) == has(self.regex)",
+            message="evaluation: metric regex and field regex belong together; set both or neither",
+            holds=lambda m: ("regex" in m.metrics) == (m.regex is not None),
+        ),
+        Rule(
+            cel="('judge-win-rate' in self.metrics) == has(self.judge)",
+            message="evaluation: metric judge-win-rate and field judge belong together; set both or neither",
+            holds=lambda m: ("judge-win-rate" in m.metrics) == (m.judge is not None),
+        ),
+    )
+
+
+class Output(APIModel):
+    """What is made of the result beside the adapter (or, for full and partial, the model)."""
+
+    merged: bool = False
+    """Also publish the base with the adapter merged into it, in folder `merged`, in 16 bit."""
+    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"})] = Field(
+        default_factory=list
+    )
+    """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile."""
+    gguf_adapter: bool = False
+    """Also publish the LoRA adapter as GGUF, for llama.cpp's --lora and Ollama's ADAPTER."""
+
+    RULES = (
+        Rule(
+            cel="self.gguf.all(m, self.gguf.exists_one(n, n == m))",
+            message="output.gguf lists a type twice; remove one",
+            holds=lambda m: len(set(m.gguf)) == len(m.gguf),
+        ),
+    )
+
+
+class PublishTarget(APIModel):
+    """A place that receives the adapter (or the model, for method full) with its model card."""
+
+    uri: PublishURI
+    """`pvc://CLAIM/PATH` or `hf://ORG/MODEL`."""
+    secret_ref: SecretReference | None = None
+    """Secret with a token that may write to an hf:// target."""
+
+    RULES = (
+        Rule(
+            cel="has(self.secretRef) == self.uri.startsWith('hf://')",
+            message="publish: an hf:// target needs secretRef with a write token, and a pvc:// target takes none",
+            holds=lambda m: (m.secret_ref is not None) == m.uri.startswith("hf://"),
+        ),
+    )

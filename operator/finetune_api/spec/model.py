@@ -1,0 +1,46 @@
+"""The models that a job reads: the base, a teacher, an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ..base import APIModel, Rule
+from ..uris import ModelURI
+from .common import SecretReference
+
+EndpointURL = Annotated[
+    str,
+    Field(pattern=r"^https?://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{1,5})?(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$", max_length=512),
+]
+
+
+class Model(APIModel):
+    """The base model."""
+
+    uri: ModelURI
+    """Where the base model is: `hf://ORG/MODEL[@REVISION]` or `pvc://CLAIM/PATH` (a folder that `from_pretrained` loads)."""
+    secret_ref: SecretReference | None = None
+    """Secret with a Hugging Face token for gated or private models."""
+    trust_remote_code: bool = False
+    """Run Python code that the model repository ships. An administrator must allow it for the namespace too."""
+
+    RULES = (
+        Rule(
+            cel="!has(self.secretRef) || self.uri.startsWith('hf://')",
+            message="model.secretRef is only used with an hf:// uri; remove it or change model.uri",
+            holds=lambda m: m.secret_ref is None or m.uri.startswith("hf://"),
+        ),
+    )
+
+
+class Endpoint(APIModel):
+    """An OpenAI-compatible server of chat completions, such as vLLM's or Ollama's."""
+
+    url: EndpointURL
+    """Base address with the version, for example `http://vllm.models.svc:8000/v1`."""
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    """Name of the model at that server."""
+    secret_ref: SecretReference | None = None
+    """Secret with the server's API key."""

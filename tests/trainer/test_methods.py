@@ -1,0 +1,89 @@
+"""Every method with every objective that is not refused at apply: trained on the tiny model, and better for it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from finetune_api.spec import LORA_METHODS, Method, Objective
+from finetune_api.validation import InvalidDocument, parse_spec
+from tests.factory import MINIMAL
+from tests.trainer.conftest import ROWS, Bench, history
+
+ROWS_OF = {
+    "sft": "messages",
+    "pretrain": "text",
+    "dpo": "preference",
+    "orpo": "preference",
+    "reward": "preference",
+    "kto": "unpaired-preference",
+    "grpo": "messages",
+    "distill": "messages",
+}
+METRIC = {"dpo": "preference-accuracy", "orpo": "preference-accuracy", "reward": "preference-accuracy", "grpo": "regex"}
+RATES = {"full": 3e-3, "partial": 5e-3, "ia3": 5e-2, "prompt": 0.1, "prefix": 0.1, "p-tuning": 2e-2, "llama-adapter": 0.1}
+WORKING = {
+    "regex": ".*(cat|dog|bird).*",
+}
+
+
+def tuning(objective: str, method: str, **hyper: Any) -> dict[str, Any]:
+    """Settings that learn in a few seconds."""
+    steps = {"grpo": 15, "dpo": 30, "kto": 30}.get(objective, 24)
+    rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 0.5, "grpo": 0.3}.get(objective, 1.0)
+    made: dict[str, Any] = {
+        "objective": objective,
+        "method": method,
+        "hyperparameters": {"maxSteps": steps, "learningRate": rate, "globalBatchSize": 16, "maxLength": 64, **hyper},
+    }
+    if method in LORA_METHODS:
+        made["lora"] = {"rank": 8, "alpha": 16, "dropout": 0}
+    if objective == "grpo":
+        made["grpo"] = {"rewards": [{"type": "regex", "pattern": WORKING["regex"]}], "generations": 8, "maxNewTokens": 6}
+    if objective == "distill":
+        made["distillation"] = {"teacher": {"uri": "pvc://models/tiny"}, "alpha": 0.9}
+    return made
+
+
+def accepted(objective: str, method: str) -> bool:
+    try:
+        parse_spec({**MINIMAL, "tuning": tuning(objective, method)})
+    except InvalidDocument:
+        return False
+    return True
+
+
+COMBINATIONS = [(o, m) for o in get_args(Objective) for m in get_args(Method)]
+ACCEPTED = [pair for pair in COMBINATIONS if accepted(*pair)]
+
+
+@pytest.mark.parametrize(("objective", "method"), ACCEPTED, ids=[f"{o}-{m}" for o, m in ACCEPTED])
+def test_every_combination_learns(bench: Bench, objective: str, method: str) -> None:
+    metric = METRIC.get(objective, "loss")
+    evaluation: dict[str, Any] = {"metrics": [metric], "maxNewTokens": 6}
+    if metric == "regex":
+        evaluation["regex"] = WORKING["regex"]
+    base, tuned, context = bench.run(ROWS[ROWS_OF[objective]], tuning=tuning(objective, method), evaluation=evaluation)
+    if metric == "loss":
+        assert tuned["loss"] < 0.9 * base["loss"], (base, tuned)
+    elif objective == "reward":
+        assert tuned[metric] >= 0.8, (base, tuned)  # the base has no head worth the name
+    else:
+        assert tuned[metric] > base[metric] or tuned[metric] == 1.0, (base, tuned)
+    steps = [e for e in history(context) if e.get("loss") is not None]
+    if objective == "grpo":
+        rewards = [e["metrics"]["reward"] for e in steps]
+        assert sum(rewards[-5:]) > sum(rewards[:5]), rewards
+    else:
+        first, last = (sum(e["loss"] for e in part) for part in (steps[:4], steps[-4:]))
+        assert last < first, [e["loss"] for e in steps]
+
+
+REFUSED = [pair for pair in COMBINATIONS if pair not in ACCEPTED]
+
+
+@pytest.mark.parametrize(("objective", "method"), REFUSED, ids=[f"{o}-{m}" for o, m in REFUSED])
+def test_what_does_not_work_is_refused_at_apply(objective: str, method: str) -> None:
+    with pytest.raises(InvalidDocument, match="set method to lora"):
+        parse_spec({**MINIMAL, "tuning": tuning(objective, method)})

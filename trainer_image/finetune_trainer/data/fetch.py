@@ -1,0 +1,158 @@
+"""Fetch rows from https:// and s3:// into the job's folder, once: what was fetched is what trains (case F34).
+
+A data set's host must have public addresses, at every redirect (case A6): metadata services and cluster addresses
+are out of reach unless an administrator names the host. The connection goes to the address that was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from finetune_api.contract import Env
+from finetune_api.spec import DatasetSource
+from finetune_api.uris import URI, parse_uri
+
+from ..context import Context
+from ..errors import InfrastructureError, UserError
+
+log = logging.getLogger("finetune.fetch")
+SIZE_LIMIT = 200 * 2**30
+"""Bytes of one file."""
+_REDIRECTS, _TIMEOUT, _CHUNK = 5, 60, 1 << 20
+
+
+def fetch(context: Context, source: DatasetSource, field: str) -> Path:
+    """The file of an https:// or s3:// source, downloaded when it is not there yet."""
+    uri = parse_uri(source.uri)
+    folder = Path(context.layout.data, "downloads", hashlib.sha256(source.uri.encode()).hexdigest()[:16])
+    target = folder / Path(uri.path).name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if uri.scheme == "s3":
+            _from_s3(context, source, uri, field, partial)
+        else:
+            _from_https(source.uri, context.secret(field), partial)
+    except OSError as failure:
+        raise InfrastructureError("DownloadFailed", f"{source.uri}: {failure}") from failure
+    partial.rename(target)
+    return target
+
+
+def allowed_addresses(host: str, port: int) -> list[str]:
+    """Addresses of a host that may be connected to. Raises UserError when it has one that is not public."""
+    try:
+        found = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except OSError as failure:
+        raise InfrastructureError("HostNotFound", f"{host} has no address: {failure}") from failure
+    if host in os.environ.get(Env.ALLOWED_HOSTS, "").split(","):
+        return found
+    hidden = [address for address in found if not ipaddress.ip_address(address.partition("%")[0]).is_global]
+    if hidden:
+        raise UserError(
+            "AddressNotAllowed",
+            f"{host} has the address {hidden[0]}, which is not public; put the data on a volume, or ask an administrator to allow the host",
+        )
+    return found
+
+
+class _Pinned(http.client.HTTPSConnection):
+    """Connects to an address that was checked, whatever the name means a moment later."""
+
+    def __init__(self, host: str, port: int, address: str) -> None:
+        self._context = ssl.create_default_context()
+        super().__init__(host, port, timeout=_TIMEOUT, context=self._context)
+        self._address = address
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self._address, self.port), _TIMEOUT)
+        self.sock = self._context.wrap_socket(plain, server_hostname=self.host)
+
+
+def _from_https(url: str, token: str | None, target: Path) -> None:
+    first = urlsplit(url).hostname
+    for _ in range(_REDIRECTS):
+        parts = urlsplit(url)
+        if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
+            raise UserError(
+                "RedirectRefused", f"the data set's address leads to {parts.scheme}://{parts.hostname}; only https:// is followed"
+            )
+        port = parts.port or 443
+        connection = _Pinned(parts.hostname, port, allowed_addresses(parts.hostname, port)[0])
+        headers = {"User-Agent": "finetune-operator", "Accept-Encoding": "identity"}
+        if token and parts.hostname == first:  # never to another host
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""), headers=headers)
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308):
+                url = urljoin(url, answer.headers.get("Location", ""))
+                continue
+            if answer.status in (401, 403, 404, 410):
+                raise UserError(
+                    "DatasetNotFound", f"https://{parts.hostname}{parts.path} answers {answer.status}; check the uri and secretRef"
+                )
+            if answer.status != 200:
+                raise InfrastructureError("DownloadFailed", f"https://{parts.hostname}{parts.path} answers {answer.status}")
+            _save(answer, target, answer.headers.get("Content-Length"))
+            return
+        except http.client.HTTPException as failure:
+            raise InfrastructureError("DownloadFailed", f"https://{parts.hostname}{parts.path}: {failure!r}") from failure
+        finally:
+            connection.close()
+    raise UserError("TooManyRedirects", f"the data set's address redirects more than {_REDIRECTS} times")
+
+
+def _save(stream: Any, target: Path, announced: str | None) -> None:
+    size = 0
+    with target.open("wb") as sink:
+        while chunk := stream.read(_CHUNK):
+            size += len(chunk)
+            if size > SIZE_LIMIT:
+                raise UserError("DatasetTooLarge", f"the file is over {SIZE_LIMIT // 2**30} GiB")
+            sink.write(chunk)
+    if announced is not None and announced.isdigit() and int(announced) != size:
+        raise InfrastructureError("DownloadIncomplete", f"{size} of {announced} bytes arrived")
+
+
+def _from_s3(context: Context, source: DatasetSource, uri: URI, field: str, target: Path) -> None:
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if source.s3_endpoint is not None:
+        parts = urlsplit(source.s3_endpoint)
+        allowed_addresses(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
+    key, secret = (context.secret(field, name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    settings = Config(
+        connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT, retries={"max_attempts": 5}, signature_version=None if key else UNSIGNED
+    )
+    client = boto3.client("s3", endpoint_url=source.s3_endpoint, aws_access_key_id=key, aws_secret_access_key=secret, config=settings)
+    try:
+        answer = client.get_object(Bucket=uri.name, Key=uri.path)
+        _save(answer["Body"], target, str(answer["ContentLength"]))
+    except ClientError as failure:
+        code = str(failure.response.get("Error", {}).get("Code", ""))
+        if code in ("NoSuchKey", "NoSuchBucket", "AccessDenied", "403", "404", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+            raise UserError("DatasetNotFound", f"{source.uri}: {code}; check the uri and secretRef") from None
+        raise InfrastructureError("DownloadFailed", f"{source.uri}: {code}") from failure
+    except BotoCoreError as failure:
+        raise InfrastructureError("DownloadFailed", f"{source.uri}: {failure}") from failure
+
+
+def forget_downloads(context: Context) -> None:
+    """Remove what was fetched: the prepared rows are in the workspace."""
+    shutil.rmtree(Path(context.layout.data, "downloads"), ignore_errors=True)

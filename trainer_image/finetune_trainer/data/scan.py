@@ -1,0 +1,210 @@
+"""One pass over a source: every row checked, tokenised and fingerprinted, in all processes of the machine, in order.
+
+Memory does not grow with the data: rows travel in chunks, of which a few are under way at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from rensa import RMinHash
+
+from .formats import FORMATS, BadRow, Shape, strings, system_prompt
+from .reading import Row
+from .sensitive import findings
+from .tokens import IGNORED, Tokeniser
+
+CHUNK = 512
+_INLINE_CHUNKS = 4
+PERMUTATIONS = 64
+
+
+@dataclass
+class Scanned:
+    """What became of one row."""
+
+    number: int
+    problem: str = ""
+    excerpt: str = ""
+    unreadable: bool = False
+    row: str = ""
+    """The row in its common shape, as JSON with sorted keys."""
+    digest: int = 0
+    """128 bits of the row's BLAKE2 digest."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    truncated: bool = False
+    length: int = 0
+    learned: int = 0
+    """Tokens that are learned."""
+    signature: list[int] = field(default_factory=list)
+    """MinHash of the row's word triples; empty when near duplicates are not looked for."""
+    system: str = ""
+    sensitive: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How the rows of a source are read: the worker processes inherit it."""
+
+    tokeniser: Tokeniser
+    format: str
+    similar: bool
+    """Whether signatures for near duplicates are wanted."""
+    answers: dict[str, str] | None = None
+    """Answers of a teacher by prompt digest, which replace the rows' own."""
+
+    def one(self, row: Row) -> Scanned:
+        """Look at one row."""
+        row = row.parsed()
+        if row.value is None:
+            return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
+        try:
+            shape = FORMATS[self.format].normalise(row.value)
+            if self.answers is not None:
+                shape = with_answer(shape, self.answers)
+            texts = strings(shape)
+            forged = self.tokeniser.special_token_in(texts)
+            if forged is not None:
+                raise BadRow(f"the text holds {forged!r}, a special token of the model")
+            columns, truncated = self.tokeniser(shape)
+        except BadRow as failure:
+            return Scanned(row.number, str(failure))
+        except RecursionError:
+            return Scanned(row.number, "nested too deeply")
+        text = json.dumps(shape, sort_keys=True, ensure_ascii=False)
+        system = system_prompt(shape)
+        return Scanned(
+            row.number,
+            row=text,
+            digest=digest_of(text),
+            columns=columns,
+            truncated=truncated,
+            length=len(columns["input_ids"]),
+            learned=sum(label != IGNORED for label in columns["labels"]),
+            signature=signature([t for t in texts if t != system]) if self.similar else [],
+            system=system,
+            sensitive=findings(texts),
+        )
+
+    def chunk(self, rows: list[Row]) -> list[Scanned]:
+        """Look at several rows."""
+        return [self.one(row) for row in rows]
+
+
+def digest_of(text: str) -> int:
+    """128 bits that tell one text from another."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
+
+
+def prompt_digest(shape: Shape) -> str:
+    """What a teacher's answer is filed under: the row without its own answer."""
+    return f"{digest_of(json.dumps(without_answer(shape), sort_keys=True, ensure_ascii=False)):032x}"
+
+
+def without_answer(shape: Shape) -> Shape:
+    """The prompt of a row."""
+    if "messages" in shape:
+        messages = shape["messages"]
+        return {**shape, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+    return {key: value for key, value in shape.items() if key != "completion"}
+
+
+def with_answer(shape: Shape, answers: dict[str, str]) -> Shape:
+    """The row with the teacher's answer instead of its own. Raises BadRow when the teacher gave none."""
+    answer = answers.get(prompt_digest(shape), "")
+    if not answer.strip():
+        raise BadRow("the teacher gave no answer")
+    prompt = without_answer(shape)
+    if "messages" in prompt:
+        return {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
+    return {**prompt, "completion": answer}
+
+
+_WORD = re.compile(r"\w+")
+
+
+def signature(texts: list[str]) -> list[int]:
+    """MinHash over word triples, lower case; over single words and characters where there are too few."""
+    words = _WORD.findall(" ".join(texts).lower())
+    pieces = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
+    if len(pieces) < 3:
+        joined = " ".join(words)
+        pieces = [joined[i : i + 5] for i in range(max(1, len(joined) - 4))]
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
+    sketch.update(pieces)
+    return list(sketch.digest())
+
+
+def bands(signatures: np.ndarray[Any, Any], similarity: float) -> np.ndarray[Any, Any]:
+    """Keys for locality-sensitive hashing: uint64 of shape (rows, bands). Rows that share one are candidates.
+
+    The split of the 64 values is the one whose threshold (1/b)^(1/r) lies closest below the similarity
+    (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4).
+    """
+    choices = [(PERMUTATIONS // r, r) for r in (2, 4, 8, 16, 32)]
+    count, width = min(choices, key=lambda c: abs((1 / c[0]) ** (1 / c[1]) - (similarity - 0.08)))
+    grouped = signatures.astype(np.uint64).reshape(len(signatures), count, width)
+    keys = np.full(grouped.shape[:2], 0xCBF29CE484222325, dtype=np.uint64) + np.arange(count, dtype=np.uint64)
+    for index in range(width):  # FNV-1a over 32-bit values
+        keys = (keys ^ grouped[:, :, index]) * np.uint64(0x100000001B3)
+    return np.asarray(keys)
+
+
+_worker: Scan
+
+
+def _begin(scan: Scan) -> None:
+    global _worker
+    _worker = scan
+
+
+def _work(rows: list[Row]) -> list[Scanned]:
+    return _worker.chunk(rows)
+
+
+def scan_rows(scan: Scan, rows: Iterable[Row], processes: int | None = None) -> Iterator[list[Scanned]]:
+    """Chunks of scanned rows, in order. Small data is looked at here, the rest in as many processes as there are cores."""
+    iterator = iter(rows)
+    take: Callable[[], list[Row]] = lambda: list(islice(iterator, CHUNK))  # noqa: E731
+    for _ in range(_INLINE_CHUNKS):
+        chunk = take()
+        if not chunk:
+            return
+        yield scan.chunk(chunk)
+    processes = processes or len(os.sched_getaffinity(0))
+    first = take()
+    if processes < 2 or not first:
+        while first:
+            yield scan.chunk(first)
+            first = take()
+        return
+    room = threading.Semaphore(4 * processes)  # imap would read the whole source ahead
+    failure: list[BaseException] = []
+
+    def feed() -> Iterator[list[Row]]:
+        chunk = first
+        try:
+            while chunk:
+                room.acquire()
+                yield chunk
+                chunk = take()
+        except BaseException as problem:  # raised in the pool's own thread, where nobody would see it
+            failure.append(problem)
+
+    with multiprocessing.get_context("fork").Pool(processes, _begin, (scan,)) as pool:
+        for done in pool.imap(_work, feed()):
+            room.release()
+            yield done
+    if failure:
+        raise failure[0]

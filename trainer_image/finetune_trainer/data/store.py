@@ -1,0 +1,246 @@
+"""The scanned rows in a database on the workspace: duplicates, leakage, split and mixture are queries over it.
+
+DuckDB sorts and joins on disk when its share of memory is used up, so a data set of any size can be prepared.
+Table `rows`: one line per usable row. `origin` is the number of the training source, -1 for the held-out source.
+Table `gone`: rows that are left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from .scan import Scanned, bands
+
+HELD_OUT = -1
+_TOKENS = pa.list_(pa.int32())
+_COLUMNS: dict[str, pa.DataType] = {
+    "input_ids": _TOKENS,
+    "labels": _TOKENS,
+    "prompt_ids": _TOKENS,
+    "chosen_ids": _TOKENS,
+    "rejected_ids": _TOKENS,
+    "completion_ids": _TOKENS,
+    "label": pa.bool_(),
+    "prompt": pa.string(),
+    "answer": pa.string(),
+}
+
+
+class Store:
+    """The rows of one job while they are prepared."""
+
+    def __init__(self, folder: str, *, memory: str = "1GB") -> None:
+        self._folder = Path(folder, "prepare")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._db = duckdb.connect(str(self._folder / "rows.duckdb"))
+        self._db.execute(f"SET memory_limit='{memory}'; SET temp_directory='{self._folder}/spill'; SET preserve_insertion_order=false")
+        self._db.execute("CREATE TABLE gone (id BIGINT, reason VARCHAR, partner BIGINT)")
+        self._db.execute("CREATE TABLE bands (id BIGINT, key UBIGINT)")
+        self._next, self._columns = 0, ""
+
+    def close(self) -> None:
+        """Remove the database."""
+        self._db.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, origin: int, rows: list[Scanned], similarity: float) -> None:
+        """Keep a chunk of usable rows."""
+        if not rows:
+            return
+        ids = np.arange(self._next, self._next + len(rows))
+        self._next += len(rows)
+        names = sorted(rows[0].columns)
+        table = {
+            "id": pa.array(ids),
+            "origin": pa.array([origin] * len(rows), pa.int32()),
+            "number": pa.array([r.number for r in rows], pa.int64()),
+            "digest": pa.array([f"{r.digest:032x}" for r in rows]),
+            "row": pa.array([r.row for r in rows]),
+            "length": pa.array([r.length for r in rows], pa.int32()),
+            "learned": pa.array([r.learned for r in rows], pa.int32()),
+            "truncated": pa.array([r.truncated for r in rows]),
+            "system": pa.array([r.system for r in rows]),
+            "signature": pa.array([r.signature for r in rows], pa.list_(pa.uint32())),
+            **{name: pa.array([r.columns[name] for r in rows], _COLUMNS[name]) for name in names},
+        }
+        batch = pa.table(table)
+        if not self._columns:
+            self._columns = ", ".join(names)
+            self._db.execute("CREATE TABLE rows AS SELECT * FROM batch LIMIT 0")
+        self._db.execute("INSERT INTO rows SELECT * FROM batch")
+        if rows[0].signature:
+            keys = bands(np.array([r.signature for r in rows]), similarity)
+            pairs = pa.table({"id": np.repeat(ids, keys.shape[1]), "key": keys.reshape(-1)})
+            self._db.execute("INSERT INTO bands SELECT * FROM pairs")
+            del pairs
+        del batch
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any usable row was added."""
+        return self._next > 0
+
+    def _one(self, query: str, *parameters: Any) -> Any:
+        row = self._db.execute(query, parameters).fetchone()
+        return row[0] if row is not None else None
+
+    def count(self, *, held_out: bool) -> int:
+        """Rows that are kept."""
+        return int(self._one(f"SELECT count(*) FROM kept WHERE {_side(held_out)}"))
+
+    def begin(self) -> None:
+        """All rows are in: make the view of those that are kept."""
+        self._db.execute("CREATE VIEW kept AS SELECT * FROM rows WHERE id NOT IN (SELECT id FROM gone)")
+
+    def duplicates(self) -> int:
+        """Note training rows equal to an earlier one; returns how many."""
+        self._db.execute(
+            "CREATE TABLE duplicate AS SELECT r.id, g.first AS partner FROM rows r JOIN "
+            "(SELECT digest, min(id) AS first FROM kept WHERE origin >= 0 GROUP BY digest HAVING count(*) > 1) g "
+            "ON r.digest = g.digest AND r.id <> g.first WHERE r.origin >= 0"
+        )
+        return int(self._one("SELECT count(*) FROM duplicate"))
+
+    def leaked(self) -> int:
+        """Note training rows that are also held out; returns how many."""
+        self._db.execute(
+            "CREATE TABLE leaked AS SELECT k.id, e.first AS partner FROM kept k JOIN "
+            "(SELECT digest, min(id) AS first FROM kept WHERE origin < 0 GROUP BY digest) e ON k.digest = e.digest WHERE k.origin >= 0"
+        )
+        return int(self._one("SELECT count(*) FROM leaked"))
+
+    def near(self, name: str, similarity: float, *, with_held_out: bool) -> int:
+        """Note in table `name` the training rows nearly equal to an earlier training row, or to a held-out one.
+
+        Candidates share a band of their MinHash; the whole signatures then decide.
+        """
+        first = "e.origin < 0" if with_held_out else "e.origin >= 0"
+        candidates = (
+            f"SELECT DISTINCT b.id AS id, g.first AS first FROM bands b JOIN (SELECT key, min(b.id) AS first FROM bands b JOIN kept e ON e.id = b.id "
+            f"WHERE {first} GROUP BY key) g ON b.key = g.key WHERE b.id <> g.first"
+        )
+        query = (
+            f"SELECT c.id, c.first, a.signature, e.signature FROM ({candidates}) c JOIN kept a ON a.id = c.id JOIN rows e ON e.id = c.first "
+            f"WHERE a.origin >= 0 AND a.digest <> e.digest"
+        )
+        self._db.execute(f"CREATE TABLE {name} (id BIGINT, partner BIGINT)")
+        writer = self._db.cursor()
+        for batch in self._db.sql(query).to_arrow_reader(50_000):
+            if not batch.num_rows:
+                continue
+            left, right = (np.asarray(batch.column(i).flatten()).reshape(batch.num_rows, -1) for i in (2, 3))
+            close = (left == right).mean(axis=1) >= similarity
+            found = pa.table({"id": batch.column(0), "partner": batch.column(1)}).filter(pa.array(close))
+            writer.execute(f"INSERT INTO {name} SELECT id, min(partner) FROM found GROUP BY id")
+            del found
+        return int(self._one(f"SELECT count(DISTINCT id) FROM {name}"))
+
+    def places(self, name: str, limit: int) -> list[tuple[int, int, int, int]]:
+        """(origin, number, partner's origin, partner's number) of the first rows of a table of pairs."""
+        return self._db.execute(
+            f"SELECT r.origin, r.number, p.origin, p.number FROM (SELECT id, min(partner) AS partner FROM {name} GROUP BY id) t "
+            f"JOIN rows r ON r.id = t.id JOIN rows p ON p.id = t.partner ORDER BY r.id LIMIT {limit}"
+        ).fetchall()
+
+    def drop(self, name: str) -> None:
+        """Leave out the rows of a table of pairs."""
+        self._db.execute(
+            f"INSERT INTO gone SELECT id, '{name}', min(partner) FROM {name} WHERE id NOT IN (SELECT id FROM gone) GROUP BY id"
+        )
+
+    def hold_out(self, fraction: float, seed: int) -> None:
+        """Make a share of the training rows held out. By content: equal rows fall on the same side, whatever their order."""
+        distinct = int(self._one("SELECT count(DISTINCT digest) FROM kept WHERE origin >= 0"))
+        self._db.execute(
+            f"UPDATE rows SET origin = {HELD_OUT} WHERE digest IN (SELECT digest FROM (SELECT DISTINCT digest FROM kept WHERE origin >= 0) "
+            f"ORDER BY md5('{seed}:' || digest) LIMIT {max(1, round(distinct * fraction))})"
+        )
+
+    def weigh(self, weights: list[float], seed: int) -> None:
+        """Repeat or thin the rows of each training source; a fraction is taken by content."""
+        cases = " ".join(
+            f"WHEN {origin} THEN {int(weight)} + CASE WHEN ('0x' || md5('{seed}/' || digest)[:8])::BIGINT / 4294967296.0 < {weight - int(weight)} THEN 1 ELSE 0 END"
+            for origin, weight in enumerate(weights)
+        )
+        self._db.execute(f"CREATE TABLE copies AS SELECT id, CASE origin {cases} ELSE 1 END AS n FROM kept WHERE origin >= 0")
+
+    def write(self, path: str, *, held_out: bool) -> str:
+        """Write the rows of one side to Parquet, in a stable order. Returns the SHA-256 over them."""
+        repeat = "" if held_out else "JOIN copies c ON c.id = k.id JOIN range(100) r(i) ON r.i < c.n"
+        order = "md5(k.digest), k.id" if held_out else "k.id"  # an evaluation may look at the first rows only
+        query = f"SELECT row, {self._columns} FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}"
+        partial = f"{path}.partial"
+        self._db.execute(f"COPY ({query}) TO '{partial}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)")
+        digest = hashlib.sha256()
+        reader = self._db.sql(f"SELECT k.digest FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}").to_arrow_reader(50_000)
+        for batch in reader:
+            digest.update("\n".join(batch.column(0).to_pylist()).encode())
+        Path(partial).replace(path)
+        return digest.hexdigest()
+
+    def totals(self) -> tuple[int, int]:
+        """(training rows, their tokens), with repetitions."""
+        row = self._db.execute("SELECT sum(c.n), sum(c.n * k.length) FROM kept k JOIN copies c ON c.id = k.id").fetchone()
+        return (int(row[0] or 0), int(row[1] or 0)) if row is not None else (0, 0)
+
+    def lengths(self) -> dict[str, Any]:
+        """Statistics and a histogram of tokens per training row."""
+        row = self._db.execute(
+            "SELECT min(length), median(length), quantile_cont(length, 0.95), max(length), quantile_cont(length, 0.25), quantile_cont(length, 0.75), "
+            "sum(learned) / sum(length) FROM kept WHERE origin >= 0"
+        ).fetchone()
+        assert row is not None
+        low, median, p95, high, q1, q3, share = row
+        width = max(1, -(-(high - low + 1) // 30))
+        bins = self._db.execute(
+            f"SELECT {low} + (length - {low}) // {width} * {width} AS bin, count(*) FROM kept WHERE origin >= 0 GROUP BY bin ORDER BY bin"
+        ).fetchall()
+        fence = q3 + 3 * max(q3 - q1, 0.1 * q3)  # Tukey's far out, with room where all rows are of one length
+        outliers = int(self._one("SELECT count(*) FROM kept WHERE origin >= 0 AND length > ?", fence))
+        return {
+            "min": low,
+            "median": median,
+            "p95": p95,
+            "max": high,
+            "learnedShare": share,
+            "binWidth": width,
+            "bins": bins,
+            "outliers": outliers,
+        }
+
+    def system_prompts(self) -> list[tuple[str, int]]:
+        """Different system prompts of training rows with their counts, the commonest first."""
+        return self._db.execute(
+            "SELECT system, count(*) AS n FROM kept WHERE origin >= 0 GROUP BY system ORDER BY n DESC, system LIMIT 20"
+        ).fetchall()
+
+    def sample(self, count: int, columns: str) -> Iterator[tuple[Any, ...]]:
+        """Some training rows, spread over all, the same for the same data."""
+        yield from self._db.execute(f"SELECT {columns} FROM kept WHERE origin >= 0 ORDER BY md5(digest) LIMIT {count}").fetchall()
+
+
+def _side(held_out: bool) -> str:
+    return "origin < 0" if held_out else "origin >= 0"
+
+
+def read_rows(path: str, columns: Iterable[str], limit: int) -> list[dict[str, Any]]:
+    """The first rows of a prepared file."""
+    import pyarrow.parquet as pq
+
+    found: list[dict[str, Any]] = []
+    with pq.ParquetFile(path) as file:
+        wanted = [c for c in columns if c in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+            found += batch.to_pylist()
+            if len(found) >= limit:
+                break
+    return found[:limit]

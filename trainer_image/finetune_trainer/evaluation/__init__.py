@@ -1,0 +1,1 @@
+"""The evaluate stage: what is measured, and whether it is enough."""

@@ -1,0 +1,45 @@
+"""Whether general ability was lost: the loss on a general text that has nothing to do with the job."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from finetune_api.spec import DatasetSource, Forgetting
+
+from ..context import Context
+from ..data.formats import FORMATS, BadRow
+from ..data.reading import rows
+from ..data.tokens import Tokeniser
+from ..errors import UserError
+from .measure import token_values
+
+_MOST = 200
+NAME = "general-loss"
+
+
+def general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> list[dict[str, Any]]:
+    """Tokens of the general text."""
+    tokeniser = Tokeniser(tokenizer, objective="pretrain", max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=False)
+    if settings.uri is None:
+        text = resources.files("finetune_trainer").joinpath("templates", "general.txt").read_text()
+        texts = [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]
+    else:
+        texts = []
+        for row in rows(context, DatasetSource(uri=settings.uri), "train"):
+            parsed = row.parsed()
+            try:
+                texts.append(FORMATS["text"].normalise(parsed.value or {})["text"])
+            except BadRow as failure:
+                raise UserError("InvalidRows", f"evaluation.forgetting.uri row {row.number}: {failure}") from None
+            if len(texts) == _MOST:
+                break
+        if not texts:
+            raise UserError("EmptyDataset", "evaluation.forgetting.uri has no row")
+    return [tokeniser({"text": text})[0] for text in texts]
+
+
+def general_loss(model: Any, rows: list[dict[str, Any]], pad: int) -> float:
+    """Mean negative log-likelihood per token."""
+    loss, _ = token_values(model, rows, pad)
+    return float(loss[:, 0].sum() / max(1.0, loss[:, 1].sum()))

@@ -1,0 +1,38 @@
+"""Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import InfrastructureError, UserError
+
+OWN_TASKS = "FINETUNE_HARNESS_TASKS"
+"""Environment variable: a folder with task files of one's own."""
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None, seed: int) -> dict[str, float]:
+    """Each task's metrics as `task/metric`. Raises UserError for a task that does not exist."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=os.environ.get(OWN_TASKS))
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise UserError("UnknownTask", f"evaluation.harnessTasks: lm-evaluation-harness has no task {', '.join(unknown)}")
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        found = simple_evaluate(
+            wrapped, tasks=list(tasks), limit=limit, task_manager=manager, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+            fewshot_random_seed=seed, bootstrap_iters=0, log_samples=False,
+        )  # fmt: skip
+    except (ConnectionError, OSError) as failure:
+        raise InfrastructureError("TaskNotLoaded", f"the data of {', '.join(tasks)} cannot be loaded: {str(failure)[:300]}") from failure
+    scores: dict[str, float] = {}
+    for task, results in (found or {}).get("results", {}).items():
+        for name, number in results.items():
+            metric, _, which = name.partition(",")
+            if isinstance(number, float) and not metric.endswith("_stderr") and which in ("", "none"):
+                scores[f"{task}/{metric}"] = round(number, 6)
+    return scores

@@ -1,0 +1,38 @@
+"""sft and pretrain: next-token prediction on the labels that prepare set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..context import Context
+from .base import ObjectiveKind, Setup
+
+
+def arguments(context: Context, common: dict[str, Any]) -> Any:
+    """SFTConfig; rows come tokenised, cut and masked."""
+    from trl import SFTConfig
+
+    hyper = context.spec.tuning.hyperparameters
+    return SFTConfig(
+        **common,
+        max_length=hyper.max_length,
+        packing=hyper.packing,
+        packing_strategy="bfd",
+        eval_packing=False,
+        padding_free=False,
+        completion_only_loss=False,
+        assistant_only_loss=False,
+        remove_unused_columns=True,
+    )
+
+
+def trainer(setup: Setup) -> Any:
+    """TRL's SFTTrainer. Without packing, flash attention makes batches padding-free."""
+    from trl import SFTTrainer
+
+    if not setup.arguments.packing and getattr(setup.model.config, "_attn_implementation", "") == "flash_attention_2":
+        setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
+    return SFTTrainer(**setup.parts())
+
+
+SFT = ObjectiveKind(("input_ids", "labels"), arguments, trainer)
