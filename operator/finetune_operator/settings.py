@@ -30,6 +30,10 @@ class Settings:
     """Plain HTTP for /healthz and /metrics."""
     allow_cpu: bool = False
     """Let pods that asked for GPUs train on CPU: for clusters with pretended GPUs, never for real ones."""
+    remote_code_namespaces: tuple[str, ...] = ()
+    """Namespaces whose jobs may set model.trustRemoteCode; `*` means all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that data sets may be fetched from although their addresses are not public, such as a MinIO in the cluster."""
     stage_retries: int = 3
     """Retries of prepare, evaluate and publish after failures of the infrastructure."""
     backoff_base_seconds: float = 10.0

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from finetune_api.spec import LORA_METHODS, Method, Objective
+from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Method, Objective
 from finetune_api.validation import InvalidDocument, parse_spec
 from tests.factory import MINIMAL
 from tests.trainer.conftest import ROWS, Bench, history
@@ -21,8 +21,14 @@ ROWS_OF = {
     "grpo": "messages",
     "distill": "messages",
 }
-METRIC = {"dpo": "preference-accuracy", "orpo": "preference-accuracy", "reward": "preference-accuracy", "grpo": "regex"}
-RATES = {"full": 3e-3, "partial": 5e-3, "ia3": 5e-2, "prompt": 0.1, "prefix": 0.1, "p-tuning": 2e-2, "llama-adapter": 0.1}
+METRIC = {
+    "dpo": "preference-accuracy",
+    "kto": "preference-accuracy",
+    "orpo": "preference-accuracy",
+    "reward": "preference-accuracy",
+    "grpo": "regex",
+}
+RATES = {"full": 3e-3, "partial": 5e-3, "ia3": 5e-2, "prompt": 0.3, "prefix": 0.1, "p-tuning": 5e-3}
 WORKING = {
     "regex": ".*(cat|dog|bird).*",
 }
@@ -30,8 +36,8 @@ WORKING = {
 
 def tuning(objective: str, method: str, **hyper: Any) -> dict[str, Any]:
     """Settings that learn in a few seconds."""
-    steps = {"grpo": 15, "dpo": 30, "kto": 30}.get(objective, 24)
-    rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 0.5, "grpo": 0.3}.get(objective, 1.0)
+    steps = {"grpo": 30, "dpo": 30, "kto": 30, "reward": 40}.get(objective, 150 if method in VIRTUAL_TOKEN_METHODS else 24)
+    rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 0.5, "reward": 0.5}.get(objective, 1.0)
     made: dict[str, Any] = {
         "objective": objective,
         "method": method,
@@ -68,7 +74,7 @@ def test_every_combination_learns(bench: Bench, objective: str, method: str) -> 
     if metric == "loss":
         assert tuned["loss"] < 0.9 * base["loss"], (base, tuned)
     elif objective == "reward":
-        assert tuned[metric] >= 0.8, (base, tuned)  # the base has no head worth the name
+        assert tuned[metric] > max(0.6, base[metric] + 0.2), (base, tuned)  # the base has no head worth the name
     else:
         assert tuned[metric] > base[metric] or tuned[metric] == 1.0, (base, tuned)
     steps = [e for e in history(context) if e.get("loss") is not None]

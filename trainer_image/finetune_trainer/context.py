@@ -78,4 +78,4 @@ def render_page(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(loader=PackageLoader("finetune_trainer"), autoescape=True, undefined=StrictUndefined)
-    return pages.get_template(template).render(**values)
+    return str(pages.get_template(template).render(**values))

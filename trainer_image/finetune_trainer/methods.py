@@ -22,8 +22,8 @@ from .errors import UserError
 class MethodKind:
     """One way to choose what learns."""
 
-    config: Callable[[Tuning, str, int], Any] | None = None
-    """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS) and a number of layers, or None."""
+    config: Callable[[Tuning, str], Any] | None = None
+    """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS), or None."""
     select: Callable[[Tuning, Any], None] = lambda _tuning, _model: None
     """Freeze and release weights of the model itself."""
     quantised: bool = False
@@ -36,13 +36,17 @@ class MethodKind:
         else:
             from peft import get_peft_model
 
-            layers = int(model.config.get_text_config().num_hidden_layers)
-            model = get_peft_model(model, self.config(tuning, "CAUSAL_LM", layers), autocast_adapter_dtype=False)
+            model = get_peft_model(model, self.config(tuning, task_type(tuning)), autocast_adapter_dtype=False)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _lora(**options: Any) -> Callable[[Tuning, str, int], Any]:
-    def config(tuning: Tuning, task: str, _: int) -> Any:
+def task_type(tuning: Tuning) -> str:
+    """PEFT's name for what the model does."""
+    return "SEQ_CLS" if tuning.objective == "reward" else "CAUSAL_LM"
+
+
+def _lora(**options: Any) -> Callable[[Tuning, str], Any]:
+    def config(tuning: Tuning, task: str) -> Any:
         from peft import LoraConfig
 
         lora = tuning.lora or Lora()
@@ -52,36 +56,28 @@ def _lora(**options: Any) -> Callable[[Tuning, str, int], Any]:
     return config
 
 
-def _ia3(_: Tuning, task: str, __: int) -> Any:
+def _ia3(_: Tuning, task: str) -> Any:
     from peft import IA3Config
 
     return IA3Config(task_type=task)
 
 
-def _prompt(tuning: Tuning, task: str, _: int) -> Any:
+def _prompt(tuning: Tuning, task: str) -> Any:
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
 
 
-def _prefix(tuning: Tuning, task: str, _: int) -> Any:
+def _prefix(tuning: Tuning, task: str) -> Any:
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
 
 
-def _p_tuning(tuning: Tuning, task: str, _: int) -> Any:
+def _p_tuning(tuning: Tuning, task: str) -> Any:
     from peft import PromptEncoderConfig
 
     return PromptEncoderConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, encoder_hidden_size=128, task_type=task)
-
-
-def _llama_adapter(tuning: Tuning, task: str, layers: int) -> Any:
-    from peft import AdaptionPromptConfig
-
-    return AdaptionPromptConfig(
-        adapter_len=(tuning.virtual_tokens or VirtualTokens()).count, adapter_layers=min(30, layers), task_type=task
-    )
 
 
 def _partial(tuning: Tuning, model: Any) -> None:
@@ -118,7 +114,6 @@ METHODS: dict[Method, MethodKind] = {
     "prompt": MethodKind(_prompt),
     "prefix": MethodKind(_prefix),
     "p-tuning": MethodKind(_p_tuning),
-    "llama-adapter": MethodKind(_llama_adapter),
 }
 
 
@@ -142,9 +137,7 @@ def tuned_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
     if tuning.continue_from is not None:
         adapter = models.locate(context, "adapter", tuning.continue_from, config="adapter_config.json")
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=not sharded)
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    config = kind.config(tuning, "SEQ_CLS" if reward else "CAUSAL_LM", layers)
-    return get_peft_model(model, config, autocast_adapter_dtype=not sharded)
+    return get_peft_model(model, kind.config(tuning, task_type(tuning)), autocast_adapter_dtype=not sharded)
 
 
 def loraplus_optimizer(tuning: Tuning, arguments: Any, model: Any) -> Any:

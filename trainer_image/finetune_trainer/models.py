@@ -190,7 +190,7 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> 
     width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden)
     output = model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output and m.out_features > 1)
-    virtual = spec.tuning.method in ("prompt", "prefix", "p-tuning", "llama-adapter")
+    virtual = spec.tuning.method in ("prompt", "prefix", "p-tuning")
     tokens = spec.tuning.virtual_tokens.count if spec.tuning.virtual_tokens is not None else 20
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -121,7 +121,7 @@ def _check_adapter(context: Context) -> None:
             "IA3": "ia3",
             "PROMPT_TUNING": "prompt",
         }
-        found |= {"PREFIX_TUNING": "prefix", "P_TUNING": "p-tuning", "ADAPTION_PROMPT": "llama-adapter"}
+        found |= {"PREFIX_TUNING": "prefix", "P_TUNING": "p-tuning"}
         method = found.get(str(kind.get("peft_type")), "another method")
     except (OSError, ValueError, AttributeError):
         raise UserError("AdapterNotReadable", f"tuning.continueFrom: {uri} has no readable adapter_config.json") from None

@@ -77,7 +77,7 @@ class Evaluation(APIModel):
     """Check the loss on a general text before and after."""
     harness_tasks: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]], Field(max_length=16)
-    ] = Field(default_factory=list)
+    ] = []
     """Tasks of lm-evaluation-harness to run on both models, by name, for example `arc_easy`; their data comes from the Hugging Face hub."""
     harness_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Most examples per harness task. Unset: all."""
@@ -116,9 +116,7 @@ class Output(APIModel):
 
     merged: bool = False
     """Also publish the base with the adapter merged into it, in folder `merged`, in 16 bit."""
-    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"})] = Field(
-        default_factory=list
-    )
+    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"})] = []
     """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile."""
     gguf_adapter: bool = False
     """Also publish the LoRA adapter as GGUF, for llama.cpp's --lora and Ollama's ADAPTER."""

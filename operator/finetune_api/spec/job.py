@@ -96,10 +96,12 @@ class FineTuneJobSpec(APIModel):
             ),
         ),
         Rule(
-            cel="!has(self.evaluation) || !self.evaluation.metrics.exists(x, x == 'preference-accuracy') || self.tuning.objective in ['dpo', 'orpo', 'reward']",
-            message="evaluation.metrics preference-accuracy needs pairs of answers: use it with tuning.objective dpo, orpo or reward",
+            cel="!has(self.evaluation) || !self.evaluation.metrics.exists(x, x == 'preference-accuracy') || self.tuning.objective in ['dpo', 'orpo', 'kto', 'reward']",
+            message="evaluation.metrics preference-accuracy needs preferred and rejected answers: use it with tuning.objective dpo, orpo, kto or reward",
             holds=lambda m: (
-                m.evaluation is None or "preference-accuracy" not in m.evaluation.metrics or m.tuning.objective in ("dpo", "orpo", "reward")
+                m.evaluation is None
+                or "preference-accuracy" not in m.evaluation.metrics
+                or m.tuning.objective in ("dpo", "orpo", "kto", "reward")
             ),
         ),
         Rule(
@@ -108,7 +110,7 @@ class FineTuneJobSpec(APIModel):
             holds=lambda m: m.evaluation is None or m.tuning.objective != "pretrain" or not set(m.evaluation.metrics) & set(ANSWER_METRICS),
         ),
         Rule(
-            cel="!(self.tuning.method in ['qlora', 'ia3', 'prompt', 'prefix', 'p-tuning', 'llama-adapter']) || !(self.distribution.strategy in ['deepspeed-zero3', 'fsdp'])",
+            cel="!(self.tuning.method in ['qlora', 'ia3', 'prompt', 'prefix', 'p-tuning']) || !(self.distribution.strategy in ['deepspeed-zero3', 'fsdp'])",
             message="this tuning.method does not shard its base: set distribution.strategy to auto, ddp, deepspeed-zero1 or deepspeed-zero2",
             holds=lambda m: (
                 m.tuning.method not in ("qlora", "ia3", *VIRTUAL_TOKEN_METHODS)
@@ -147,7 +149,7 @@ class FineTuneJobSpec(APIModel):
             ),
         ),
         Rule(
-            cel="!(self.output.merged || size(self.output.gguf) > 0) || !(self.tuning.method in ['prompt', 'prefix', 'p-tuning', 'llama-adapter'])",
+            cel="!(self.output.merged || size(self.output.gguf) > 0) || !(self.tuning.method in ['prompt', 'prefix', 'p-tuning'])",
             message="output.merged and output.gguf: learned vectors cannot be merged into the weights; remove them or use another tuning.method",
             holds=lambda m: not (m.output.merged or m.output.gguf) or m.tuning.method not in _UNMERGEABLE,
         ),
@@ -174,6 +176,12 @@ class FineTuneJobSpec(APIModel):
     def world_size(self) -> int:
         """Training processes over all worker pods: one per GPU, or one per pod on CPU."""
         return self.distribution.nodes * max(1, self.distribution.gpus_per_node)
+
+    @property
+    def runs_remote_code(self) -> bool:
+        """Whether Python code of a model's repository is to run."""
+        teacher = self.tuning.distillation.teacher if self.tuning.distillation is not None else None
+        return self.model.trust_remote_code or (teacher is not None and teacher.trust_remote_code)
 
     @property
     def source_uris(self) -> list[str]:

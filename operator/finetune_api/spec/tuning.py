@@ -12,9 +12,9 @@ from .common import ModuleName, SecretReference
 from .model import Endpoint, Model
 
 Objective = Literal["sft", "pretrain", "dpo", "kto", "orpo", "reward", "grpo", "distill"]
-Method = Literal["full", "partial", "lora", "qlora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning", "llama-adapter"]
+Method = Literal["full", "partial", "lora", "qlora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning"]
 LORA_METHODS: tuple[Method, ...] = ("lora", "qlora", "dora", "rslora")
-VIRTUAL_TOKEN_METHODS: tuple[Method, ...] = ("prompt", "prefix", "p-tuning", "llama-adapter")
+VIRTUAL_TOKEN_METHODS: tuple[Method, ...] = ("prompt", "prefix", "p-tuning")
 """Methods that put learned vectors in front of the sequence or of the layers' attention: they cannot be merged."""
 PREFERENCE_OBJECTIVES: tuple[Objective, ...] = ("dpo", "orpo", "reward")
 """Objectives that learn from pairs of a chosen and a rejected answer."""
@@ -48,7 +48,7 @@ class Partial(APIModel):
 
     last_layers: Annotated[int, Field(ge=0, le=1024)] = 2
     """So many of the last transformer layers, with the final norm and the output head."""
-    modules: Annotated[list[ModuleName], Field(max_length=64)] = Field(default_factory=list)
+    modules: Annotated[list[ModuleName], Field(max_length=64)] = []
     """Also every parameter whose name contains one of these, for example `mlp.down_proj`."""
     embeddings: bool = False
     """Also the token embeddings."""
@@ -65,7 +65,7 @@ class Partial(APIModel):
 
 
 class VirtualTokens(APIModel):
-    """Settings of prompt (https://arxiv.org/abs/2104.08691), prefix (https://arxiv.org/abs/2101.00190), p-tuning and llama-adapter."""
+    """Settings of prompt (https://arxiv.org/abs/2104.08691), prefix (https://arxiv.org/abs/2101.00190) and p-tuning."""
 
     count: Annotated[int, Field(ge=1, le=1024)] = 20
     """Learned vectors in front."""
@@ -249,13 +249,13 @@ class Tuning(APIModel):
     objective: Objective = "sft"
     """`sft` answers, `pretrain` plain text, `dpo`/`orpo` preferred over rejected answers, `kto` good and bad answers, `reward` a reward model, `grpo` by verifiable rewards, `distill` from a teacher."""
     method: Method = "lora"
-    """`full` every weight, `partial` some layers, `lora`/`qlora`/`dora`/`rslora` low-rank adapters, `ia3`, `prompt`/`prefix`/`p-tuning`/`llama-adapter` learned vectors. docs/methods.md compares them."""
+    """`full` every weight, `partial` some layers, `lora`/`qlora`/`dora`/`rslora` low-rank adapters, `ia3`, `prompt`/`prefix`/`p-tuning` learned vectors. docs/methods.md compares them."""
     lora: Lora | None = None
     """Settings of the adapter; only with method lora, qlora, dora or rslora."""
     partial: Partial | None = None
     """Which weights learn; only with method partial."""
     virtual_tokens: VirtualTokens | None = None
-    """Settings of the learned vectors; only with method prompt, prefix, p-tuning or llama-adapter."""
+    """Settings of the learned vectors; only with method prompt, prefix or p-tuning."""
     continue_from: AdapterURI | None = None
     """Start from an earlier adapter, `pvc://CLAIM/PATH` or `hf://ORG/ADAPTER`, of the same method; its own settings are used."""
     preference: Preference | None = None
@@ -285,13 +285,13 @@ class Tuning(APIModel):
             holds=lambda m: m.partial is None or m.method == "partial",
         ),
         Rule(
-            cel="!has(self.virtualTokens) || self.method in ['prompt', 'prefix', 'p-tuning', 'llama-adapter']",
-            message="tuning.virtualTokens has no effect with this tuning.method; remove it or set method to prompt, prefix, p-tuning or llama-adapter",
+            cel="!has(self.virtualTokens) || self.method in ['prompt', 'prefix', 'p-tuning']",
+            message="tuning.virtualTokens has no effect with this tuning.method; remove it or set method to prompt, prefix or p-tuning",
             holds=lambda m: m.virtual_tokens is None or m.method in VIRTUAL_TOKEN_METHODS,
         ),
         Rule(
-            cel="!(self.method in ['prompt', 'prefix', 'p-tuning', 'llama-adapter', 'ia3']) || self.objective in ['sft', 'pretrain']",
-            message="tuning.method prompt, prefix, p-tuning, llama-adapter and ia3 work with objective sft and pretrain; set method to lora for this objective",
+            cel="!(self.method in ['prompt', 'prefix', 'p-tuning', 'ia3']) || self.objective in ['sft', 'pretrain']",
+            message="tuning.method prompt, prefix, p-tuning and ia3 work with objective sft and pretrain; set method to lora for this objective",
             holds=lambda m: m.method not in (*VIRTUAL_TOKEN_METHODS, "ia3") or m.objective in ("sft", "pretrain"),
         ),
         Rule(
@@ -317,8 +317,8 @@ class Tuning(APIModel):
             holds=lambda m: (m.distillation is not None) == (m.objective == "distill"),
         ),
         Rule(
-            cel="!self.hyperparameters.packing || (self.objective in ['sft', 'pretrain'] && !(self.method in ['prompt', 'prefix', 'p-tuning', 'llama-adapter']))",
-            message="tuning.hyperparameters.packing works with objective sft and pretrain, and not with prompt, prefix, p-tuning or llama-adapter; set packing to false",
+            cel="!self.hyperparameters.packing || (self.objective in ['sft', 'pretrain'] && !(self.method in ['prompt', 'prefix', 'p-tuning']))",
+            message="tuning.hyperparameters.packing works with objective sft and pretrain, and not with prompt, prefix or p-tuning; set packing to false",
             holds=lambda m: not m.hyperparameters.packing or (m.objective in ("sft", "pretrain") and m.method not in VIRTUAL_TOKEN_METHODS),
         ),
         Rule(

@@ -41,6 +41,15 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         draft.fail("InvalidSpec", str(failure))
         release(draft)
         return draft.plan()
+    if spec.runs_remote_code and not {"*", str(metadata.get("namespace"))} & set(settings.remote_code_namespaces):
+        message = (
+            "model.trustRemoteCode runs code of the model's repository, which an administrator has not allowed for this namespace "
+            "(chart value trainer.remoteCodeNamespaces); set it to false or use a model without code of its own"
+        )
+        draft.set("Accepted", "False", "RemoteCodeNotAllowed", message)
+        draft.fail("RemoteCodeNotAllowed", message)
+        release(draft)
+        return draft.plan()
     draft.set("Accepted", "True", "Valid", "the spec is valid")
     draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
     if not _past_deadline(draft, spec) and not _suspended(draft, spec):

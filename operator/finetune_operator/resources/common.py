@@ -173,7 +173,12 @@ def pod_spec(
         }
         mount("progress", Mounts.TOKEN, {"projected": {"sources": [{"serviceAccountToken": token}]}}, read_only=True)
 
-    everything = {"HOME": "/tmp", **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}), **env}
+    everything = {
+        "HOME": "/tmp",
+        **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
+        **({Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts and stage == "prepare" else {}),
+        **env,
+    }
     scheduling = job.spec.scheduling
     return {
         "restartPolicy": "Never",

@@ -93,6 +93,9 @@ class Store:
         row = self._db.execute(query, parameters).fetchone()
         return row[0] if row is not None else None
 
+    def _all(self, query: str) -> list[Any]:
+        return list(self._db.execute(query).fetchall())
+
     def count(self, *, held_out: bool) -> int:
         """Rows that are kept."""
         return int(self._one(f"SELECT count(*) FROM kept WHERE {_side(held_out)}"))
@@ -146,10 +149,10 @@ class Store:
 
     def places(self, name: str, limit: int) -> list[tuple[int, int, int, int]]:
         """(origin, number, partner's origin, partner's number) of the first rows of a table of pairs."""
-        return self._db.execute(
+        return self._all(
             f"SELECT r.origin, r.number, p.origin, p.number FROM (SELECT id, min(partner) AS partner FROM {name} GROUP BY id) t "
             f"JOIN rows r ON r.id = t.id JOIN rows p ON p.id = t.partner ORDER BY r.id LIMIT {limit}"
-        ).fetchall()
+        )
 
     def drop(self, name: str) -> None:
         """Leave out the rows of a table of pairs."""
@@ -219,9 +222,7 @@ class Store:
 
     def system_prompts(self) -> list[tuple[str, int]]:
         """Different system prompts of training rows with their counts, the commonest first."""
-        return self._db.execute(
-            "SELECT system, count(*) AS n FROM kept WHERE origin >= 0 GROUP BY system ORDER BY n DESC, system LIMIT 20"
-        ).fetchall()
+        return self._all("SELECT system, count(*) AS n FROM kept WHERE origin >= 0 GROUP BY system ORDER BY n DESC, system LIMIT 20")
 
     def sample(self, count: int, columns: str) -> Iterator[tuple[Any, ...]]:
         """Some training rows, spread over all, the same for the same data."""

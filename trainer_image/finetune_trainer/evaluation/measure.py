@@ -11,6 +11,7 @@ import torch
 from finetune_api.spec import Evaluation, Metric
 
 from ..data.tokens import IGNORED
+from ..errors import UserError
 from ..generate import generate
 from .metrics import METRICS, Values
 
@@ -31,7 +32,7 @@ def measure(model: Any, tokenizer: Any, rows: list[Row], prompts: list[tuple[str
     found = Measured()
     kinds = {METRICS[metric].needs for metric in spec.metrics}
     if "tokens" in kinds:
-        loss, correct = token_values(model, rows, tokenizer.pad_token_id)
+        loss, correct = token_values(model, _good(rows), tokenizer.pad_token_id)
         found.values |= {"loss": loss, "perplexity": loss, "token-accuracy": correct}
     if "pairs" in kinds:
         found.values["preference-accuracy"] = _preferences(model, rows, tokenizer.pad_token_id, reward=reward)
@@ -45,6 +46,11 @@ def measure(model: Any, tokenizer: Any, rows: list[Row], prompts: list[tuple[str
                 found.values[metric] = np.array([[point, 1.0] for point in points])
     found.values = {metric: values for metric, values in found.values.items() if metric in spec.metrics}
     return found
+
+
+def _good(rows: list[Row]) -> list[Row]:
+    """Rows with an answer worth learning: not those labelled bad."""
+    return [row for row in rows if row.get("label") is not False]
 
 
 def _batches(rows: list[tuple[list[int], list[int]]], pad: int, device: Any) -> Any:
@@ -80,21 +86,36 @@ def token_values(model: Any, rows: list[Row], pad: int) -> tuple[Values, Values]
     return loss, correct
 
 
-@torch.inference_mode()
 def _preferences(model: Any, rows: list[Row], pad: int, *, reward: bool) -> Values:
-    """1 where the chosen answer is preferred: scored higher, or likelier per token."""
+    """1 for each row whose chosen answer is preferred: scored higher by a reward model, else likelier per token.
+
+    Of unpaired rows: for each good answer, the share of bad answers that are less likely.
+    """
+    if rows[0].get("label") is not None:
+        found = _likelihoods(model, [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad)
+        good = np.array([bool(row["label"]) for row in rows])
+        if good.all() or not good.any():
+            raise UserError(
+                "OneSided", "preference-accuracy needs held-out rows with label true and with label false; raise dataset.eval.splitFraction"
+            )
+        return np.array([[float((found[~good] < point).mean()), 1.0] for point in found[good]])
     scores = []
     for side in ("chosen_ids", "rejected_ids"):
-        if reward:
-            sequences = [(row[side], row[side]) for row in rows]
-            points = np.zeros(len(rows))
-            for part, ids, _, mask in _batches(sequences, pad, model.device):
-                points[part] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu().numpy()
-        else:
-            joined = [
-                {"input_ids": row["prompt_ids"] + row[side], "labels": [IGNORED] * len(row["prompt_ids"]) + row[side]} for row in rows
-            ]
-            loss, _ = token_values(model, joined, pad)
-            points = -loss[:, 0] / np.maximum(1, loss[:, 1])
-        scores.append(points)
+        answers = [row[side] for row in rows]
+        scores.append(_scores(model, answers, pad) if reward else _likelihoods(model, [row["prompt_ids"] for row in rows], answers, pad))
     return np.stack([(scores[0] > scores[1]).astype(float), np.ones(len(rows))], axis=1)
+
+
+@torch.inference_mode()
+def _scores(model: Any, sequences: list[list[int]], pad: int) -> np.ndarray[Any, Any]:
+    points = np.zeros(len(sequences))
+    for part, ids, _, mask in _batches([(s, s) for s in sequences], pad, model.device):
+        points[part] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu().numpy()
+    return points
+
+
+def _likelihoods(model: Any, heads: list[list[int]], answers: list[list[int]], pad: int) -> np.ndarray[Any, Any]:
+    """Mean log-likelihood per token of each answer after its prompt."""
+    joined = [{"input_ids": head + answer, "labels": [IGNORED] * len(head) + answer} for head, answer in zip(heads, answers, strict=True)]
+    loss, _ = token_values(model, joined, pad)
+    return np.asarray(-loss[:, 0] / np.maximum(1, loss[:, 1]))

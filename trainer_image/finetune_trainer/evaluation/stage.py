@@ -23,7 +23,7 @@ from .measure import Measured, measure
 from .metrics import improvement, interval, value, verdict
 
 log = logging.getLogger("finetune.evaluate")
-_COLUMNS = ("row", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "label")
+_COLUMNS = ("row", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label")
 _SHOWN = 20
 
 
@@ -34,8 +34,8 @@ def evaluate(context: Context) -> StageResult:
     cuda = torch.cuda.is_available()
     folder = models.base_folder(context)
     tokenizer = models.load_tokenizer(context, folder)
-    rows = [r for r in read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples) if r.get("label") is not False]
-    if not rows:
+    rows = read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples)
+    if all(row.get("label") is False for row in rows):
         raise UserError("NoEvalRows", "no held-out row has a good answer (label true) to compare on")
     prompts = _prompts(context, tokenizer, rows) if set(spec.metrics) & set(ANSWER_METRICS) else []
     desk = _Desk(context, spec, tokenizer, rows, prompts)
@@ -78,7 +78,7 @@ class _Desk:
 
 def _prompts(context: Context, tokenizer: Any, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     tokeniser = Tokeniser(tokenizer, max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=True)
-    shapes = [json.loads(row["row"]) for row in rows]
+    shapes = [json.loads(row["row"]) for row in rows if row.get("label") is not False]
     if any("text" in shape for shape in shapes):
         raise UserError(
             "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"

@@ -97,7 +97,11 @@ def _reward_arguments(context: Context, common: dict[str, Any]) -> Any:
 def _reward(setup: Setup) -> Any:
     from trl import RewardTrainer
 
-    return RewardTrainer(**setup.parts())
+    made = RewardTrainer(**setup.parts())
+    for name, parameter in made.model.named_parameters():
+        if ".score." in name and parameter.requires_grad:  # of a 4-bit base TRL makes it bf16, which only works under autocast
+            parameter.data = parameter.data.float()
+    return made
 
 
 _PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
