@@ -90,12 +90,12 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, settings: Checkpoint, root: str) -> None:
         self._every, self._steps, self._keep = seconds(settings.every), settings.every_steps, settings.keep
-        self._root, self._last = Path(root), time.monotonic()
+        self._root, self._last, self._last_step = Path(root), time.monotonic(), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide whether to save now."""
         due = time.monotonic() - self._last >= self._every
-        if self._steps is not None and state.global_step % self._steps == 0:
+        if self._steps is not None and state.global_step - self._last_step >= self._steps:
             due = True
         due = due or state.global_step >= state.max_steps
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -103,12 +103,16 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             flag = torch.tensor([int(due)], device=device)
             torch.distributed.broadcast(flag, src=0)
             due = bool(flag.item())
-        if due:
+        if due:  # where the trainer decides otherwise (an evaluation that is not the best), it is still due at the next step
             control.should_save = True
-            self._last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count from the step that is resumed from."""
+        self._last_step = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seal the checkpoint once every rank has written its part, then drop the oldest."""
+        """Seal the checkpoint once every rank has written its part, then drop the oldest but the best."""
+        self._last, self._last_step = time.monotonic(), state.global_step
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         if not state.is_world_process_zero:

@@ -14,13 +14,13 @@ from itertools import chain, islice
 from typing import Any
 
 from finetune_api.contract import StageResult
-from finetune_api.spec import FORMATS_OF, DatasetSource
+from finetune_api.spec import ANSWER_METRICS, FORMATS_OF, DatasetSource, Metric
 from finetune_api.status import DatasetStatus, Plan
 
 from . import exports, models, teacher
 from .context import Context
 from .data.fetch import forget_downloads
-from .data.formats import detect
+from .data.formats import FORMATS, detect
 from .data.reading import Row, rows
 from .data.report import languages, samples, write_report
 from .data.scan import Scan, Scanned, scan_rows
@@ -97,6 +97,10 @@ def _check_settings(context: Context) -> None:
         raise UserError(
             "NoFlashAttention", "hyperparameters.attention is flash-attention-2, which this image does not have; set it to auto or sdpa"
         )
+
+
+def _metrics(context: Context) -> list[Metric]:
+    return context.spec.evaluation.metrics if context.spec.evaluation is not None else []
 
 
 def _check_schema(place: str, text: str) -> None:
@@ -218,6 +222,10 @@ class Desk:
         if teacher.writes_answers(self.context):
             again = rows(self.context, source, name)
             scan = Scan(self.tokeniser, report.format, similar, teacher.answers(self.context, self.tokeniser, again, report.format))
+        if "text" in FORMATS[report.format].columns and set(_metrics(self.context)) & set(ANSWER_METRICS):
+            raise UserError(
+                "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
+            )
         for chunk in scan_rows(scan, chain(head, iterator)):
             report.rows += len(chunk)
             self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)

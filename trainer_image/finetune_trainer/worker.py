@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, set_seed
 
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
@@ -70,6 +70,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     kind = OBJECTIVES[context.spec.tuning.objective]
     arguments = kind.arguments(context, common(context, plan, cuda))  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
+    set_seed(context.spec.tuning.hyperparameters.seed)  # the trainer does so too, but after the adapter was made
     reporter = ProgressReporter(context)
     keeper = checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints)
     trainer = build_trainer(context, plan, arguments, cuda, [reporter, keeper])

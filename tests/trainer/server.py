@@ -1,0 +1,51 @@
+"""A server of chat completions for tests, in place of a real model behind vLLM or Ollama: its answers are a function."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Chat:
+    """What was asked, and where."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.asked, self.keys = url, list[list[dict[str, Any]]](), list[str | None]()
+
+
+@contextlib.contextmanager
+def chat_server(answer: Callable[[list[dict[str, Any]]], str], *, failures: list[int] | None = None) -> Iterator[Chat]:
+    """Serve `answer(messages)`; the first requests fail with the given codes."""
+    left = list(failures or [])
+    chat = Chat("")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if left:
+                self.send_response(left.pop(0))
+                self.end_headers()
+                return
+            chat.asked.append(body["messages"])
+            chat.keys.append(self.headers.get("Authorization"))
+            text = json.dumps({"choices": [{"message": {"content": answer(body["messages"])}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    chat.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield chat
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,240 @@
+"""Evaluation: metrics, intervals, gates, forgetting, a judge, harness tasks, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune_api.spec import Evaluation
+from finetune_trainer import answers
+from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.evaluation import metrics
+from finetune_trainer.evaluation.stage import evaluate
+from finetune_trainer.prepare import prepare
+from tests.trainer.conftest import COLOURS, ROWS, Bench, chat
+from tests.trainer.server import chat_server
+
+HYPER = {"maxSteps": 16, "learningRate": 1e-2, "globalBatchSize": 16, "maxLength": 64}
+LORA = {"lora": {"rank": 8, "alpha": 16, "dropout": 0}, "hyperparameters": HYPER}
+LAZY = {**LORA, "hyperparameters": {**HYPER, "maxSteps": 1, "learningRate": 1e-9}}
+
+
+@pytest.mark.parametrize(
+    ("function", "answer", "wanted", "score"),
+    [
+        (answers.exact_match, " yes\n", "yes", 1.0),
+        (answers.exact_match, "Yes", "yes", 0.0),
+        (answers.f1, "The cat sat.", "a cat sat", 1.0),
+        (answers.f1, "cat dog", "cat bird", 0.5),
+        (answers.f1, "", "cat", 0.0),
+        (answers.rouge_l, "the cat sat", "the cat sat", 1.0),
+        (answers.rouge_l, "a b c d", "a x c y", 0.5),
+        (answers.valid_json, '{"a": 1}', "", 1.0),
+        (answers.valid_json, '```json\n{"a": 1}\n```', "", 1.0),
+        (answers.valid_json, "{a: 1}", "", 0.0),
+        (answers.valid_json, "[" * 100_000, "", 0.0),
+    ],
+)
+def test_scores_of_answers(function: Any, answer: str, wanted: str, score: float) -> None:
+    assert function(answer, wanted) == pytest.approx(score)
+
+
+def test_schema_and_pattern() -> None:
+    schema = json.dumps({"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}})
+    assert answers.satisfies(schema, '{"a": 1}') == 1.0
+    assert answers.satisfies(schema, '{"a": "1"}') == 0.0
+    assert answers.satisfies(schema, "no") == 0.0
+    assert answers.matches(r"\d+", " 42 ") == 1.0
+    assert answers.matches(r"\d+", "42 apples") == 0.0
+
+
+def values(*points: float) -> metrics.Values:
+    return np.array([[p, 1.0] for p in points])
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "tuned", "gain"),
+    [
+        ("loss", 2.0, 1.0, 0.5),
+        ("loss", 1.0, 2.0, -1.0),
+        ("loss", 2.0, float("nan"), -1e9),
+        ("loss", float("inf"), 1.0, 0.0),
+        ("exact-match", 0.25, 0.75, 0.5),
+        ("judge-win-rate", 0.5, 0.6, 0.1),
+    ],
+)
+def test_improvement(metric: Any, base: float, tuned: float, gain: float) -> None:
+    assert metrics.improvement(metric, base, tuned) == pytest.approx(gain)
+
+
+def test_perplexity_is_the_exponential_of_the_loss_over_all_tokens() -> None:
+    rows = np.array([[2.0, 1.0], [1.0, 2.0]])
+    assert metrics.value("loss", rows) == pytest.approx(1.0)
+    assert metrics.value("perplexity", rows) == pytest.approx(np.e)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """200 experiments of 60 rows with a true difference of 0.1: the 90 % interval holds it in 80 to 97 % of them."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        base = (generator.random(60) < 0.5).astype(float)
+        tuned = np.where(generator.random(60) < 0.2, 1.0, base)
+        low, high = metrics.interval("exact-match", values(*base), values(*tuned), 0.9, 1)
+        inside += low <= 0.1 <= high
+    assert 0.80 * 200 <= inside <= 0.97 * 200, inside
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "least", "passed", "why"),
+    [
+        (0.3, 0.1, 0.5, 0.02, True, "at least 0.02 was wanted"),
+        (0.01, 0.005, 0.02, 0.02, False, "at least 0.02 is wanted"),
+        (0.3, -0.1, 0.7, 0.0, False, "no measurable difference"),
+        (-0.3, -0.5, -0.1, 0.0, False, "at least 0 is wanted"),
+        (0.0, 0.0, 0.0, 0.0, False, "at least 0 is wanted"),
+        (-1e9, -1e9, -1e9, 0.0, False, "is wanted"),
+    ],
+)
+def test_the_verdict(gain: float, low: float, high: float, least: float, passed: bool, why: str) -> None:
+    found, message = metrics.verdict(gain, low, high, least)
+    assert found == passed and why in message
+
+
+def test_all_metrics_of_answers_and_tokens(bench: Bench) -> None:
+    names = ["loss", "perplexity", "token-accuracy", "exact-match", "f1", "rouge-l", "valid-json", "json-schema", "regex"]
+    evaluation = {"metrics": names, "maxNewTokens": 6, "jsonSchema": '{"type": "object"}', "regex": "yes|no|a .*"}
+    evaluation |= {"gate": {"metric": "loss", "minImprovement": 0.02}, "forgetting": {}}
+    base, tuned, context = bench.run(ROWS["messages"], tuning=LORA, evaluation=evaluation)
+    assert set(base) == {*names, "general-loss"}
+    assert tuned["perplexity"] == pytest.approx(np.exp(tuned["loss"]), rel=1e-4)
+    for name in ("token-accuracy", "f1", "rouge-l", "regex"):
+        assert tuned[name] > base[name], name
+    report = json.loads(Path(context.layout.evaluation_report).read_text())
+    assert report["gate"] == "Passed" and report["interval"][0] > 0 and "improvement is" in report["message"]
+    page = Path(context.layout.evaluation_page).read_text()
+    assert "Answers side by side" in page and report["samples"][0]["tuned"] in page.replace("&lt;", "<").replace("&gt;", ">")
+
+
+def test_no_measurable_difference_is_said(bench: Bench) -> None:
+    gate = {"metric": "exact-match", "minImprovement": 0}
+    context = bench.context(ROWS["messages"], tuning=LAZY, evaluation={"metrics": ["exact-match"], "gate": gate, "maxNewTokens": 4})
+    bench.train(context)
+    result = evaluate(context)
+    assert result.result["gate"] == "NotPassed", result
+    quiet = bench.context(None, tuning=LAZY, evaluation={"metrics": ["exact-match"], "maxNewTokens": 4})
+    assert "no measurable difference" in evaluate(quiet).message
+
+
+def test_forgetting_fails_the_gate(bench: Bench) -> None:
+    """A hot run over answers alone raises the loss on general text."""
+    forgetting = {"maxIncrease": 0.001}
+    hot = {"method": "full", "hyperparameters": {**HYPER, "learningRate": 1e-2}}
+    evaluation = {"metrics": ["loss"], "gate": {"metric": "loss"}, "forgetting": forgetting}
+    context = bench.context(ROWS["messages"], tuning=hot, evaluation=evaluation)
+    bench.train(context)
+    result = evaluate(context)
+    assert result.result["tuned"]["general-loss"] > result.result["base"]["general-loss"]
+    assert result.result["gate"] == "NotPassed" and "evaluation.forgetting.maxIncrease is 0.1%" in result.message
+
+
+def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
+    """A judge that always prefers the first answer gives both models one half."""
+    evaluation: dict[str, Any] = {"metrics": ["judge-win-rate"], "maxNewTokens": 6, "maxExamples": 6}
+    context = bench.context(ROWS["messages"], tuning=LORA)
+    bench.train(context)
+    (bench.folder / "judge").mkdir()
+    (bench.folder / "judge" / "token").write_text("key-of-the-judge")
+
+    def judged(answer: Any) -> tuple[dict[str, Any], Any]:
+        with chat_server(answer, failures=[503, 429]) as server:
+            judge = {"url": server.url, "model": "judge", "secretRef": {"name": "j"}}
+            asking = bench.context(None, tuning=LORA, evaluation={**evaluation, "judge": judge})
+            asking.job.secrets["judge"] = str(bench.folder / "judge")
+            return evaluate(asking).result, server
+
+    biased, server = judged(lambda _: "I like it. VERDICT: A")
+    assert biased["tuned"]["judge-win-rate"] == 0.5
+    assert set(server.keys) == {"Bearer key-of-the-judge"}
+
+    known = {answer for _, answer in COLOURS}
+
+    def fair(messages: list[dict[str, Any]]) -> str:
+        text = messages[0]["content"]
+        a, b = (text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] in known for tag in ("answer_a", "answer_b"))
+        return "VERDICT: TIE" if a == b else "VERDICT: A" if a else "VERDICT: B"
+
+    assert judged(fair)[0]["tuned"]["judge-win-rate"] > 0.5
+
+
+def test_an_endpoint_that_refuses_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_api.spec import Endpoint
+    from finetune_trainer import chat as client
+
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    with chat_server(lambda _: "x", failures=[404]) as server, pytest.raises(UserError, match=r"answers 404; check the address"):
+        client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
+    with chat_server(lambda _: "x", failures=[500] * 9) as server, pytest.raises(InfrastructureError, match="500"):
+        client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
+
+
+def test_harness_tasks_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of one's own beside the harness's: its data is a local file, since no hub is in reach of the tests."""
+    tasks = bench.folder / "tasks"
+    tasks.mkdir()
+    rows = [
+        {"question": f"<|user|>is {w} a colour<|end|><|assistant|>", "gold": int(w in ("red", "blue"))}
+        for w in ("red", "blue", "cat", "one")
+    ]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tasks / "colours.yaml").write_text(
+        "task: colours\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs: {{data_files: {tasks / 'rows.jsonl'}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: gold\ndoc_to_choice: ["no", "yes"]\nmetric_list: [{metric: acc}]\n'
+    )
+    monkeypatch.setenv("FINETUNE_HARNESS_TASKS", str(tasks))
+    base, tuned, _ = bench.run(ROWS["messages"], tuning=LORA, evaluation={"harnessTasks": ["colours"], "harnessLimit": 4})
+    assert {"loss", "colours/acc"} <= set(base) and 0 <= tuned["colours/acc"] <= 1
+    with pytest.raises(UserError, match="has no task nonsense"):
+        bench.run(ROWS["messages"], tuning=LAZY, evaluation={"harnessTasks": ["nonsense"]})
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "reason"),
+    [
+        ({"metrics": ["json-schema"], "jsonSchema": '{"type": "objekt"}'}, "BadJSONSchema"),
+        ({"metrics": ["json-schema"], "jsonSchema": "{oops"}, "BadJSONSchema"),
+        ({"metrics": ["regex"], "regex": "(a"}, "BadRegex"),
+    ],
+)
+def test_broken_schemas_and_patterns_are_refused_in_prepare(bench: Bench, evaluation: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as refused:
+        prepare(bench.context(ROWS["messages"], evaluation=evaluation))
+    assert refused.value.reason == reason
+
+
+def test_every_metric_of_the_api_is_registered() -> None:
+    from typing import get_args
+
+    from finetune_api.spec import ANSWER_METRICS, Metric
+
+    assert set(metrics.METRICS) == set(get_args(Metric))
+    assert {m for m, kind in metrics.METRICS.items() if kind.needs in ("answers", "judge")} == set(ANSWER_METRICS)
+    assert Evaluation().metrics == ["loss"]
+
+
+def test_rows_without_answers_cannot_be_matched(bench: Bench) -> None:
+    context = bench.context(ROWS["text"], tuning=LAZY, evaluation={"metrics": ["f1"]})
+    with pytest.raises(UserError, match="the rows are plain text"):
+        prepare(context)
+
+
+def test_samples_are_escaped_in_the_page(bench: Bench) -> None:
+    rows = [chat(f"<script>alert({i})</script>", "<b>yes</b>") for i in range(24)]
+    _, _, context = bench.run(rows, tuning=LAZY, evaluation={"metrics": ["f1"], "maxNewTokens": 2})
+    for path in (context.layout.evaluation_page, context.layout.data_page):
+        assert "<script>" not in Path(path).read_text()

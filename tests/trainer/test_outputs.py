@@ -1,0 +1,111 @@
+"""What is published: merged model, GGUF, Modelfile, card. Conversion is checked on the real SmolLM2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune_trainer import exports
+from finetune_trainer.errors import UserError
+from finetune_trainer.prepare import prepare
+from finetune_trainer.publish import publish
+from tests.cluster.quickstart import model
+from tests.trainer.conftest import ROWS, Bench
+
+HYPER = {"maxSteps": 6, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
+
+
+def lora(**more: Any) -> dict[str, Any]:
+    return {"lora": {"rank": 8, "alpha": 16, "dropout": 0}, "hyperparameters": HYPER, **more}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora", "ia3"])
+def test_the_merged_model_answers_like_base_and_adapter(bench: Bench, method: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tuning = lora(method=method) if method != "ia3" else {"method": method, "hyperparameters": HYPER}
+    context = bench.context(ROWS["messages"], tuning=tuning, output={"merged": True}, publish=[{"uri": "pvc://published/m"}])
+    bench.train(context)
+    result = publish(context)
+    folder = bench.folder / "published" / "m"
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32)
+    apart = PeftModel.from_pretrained(base, folder).eval()
+    ids = torch.tensor([[3, 20, 30, 40, 1, 4]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, apart(input_ids=ids).logits, atol=0.15), "equal up to bf16"
+    stored = json.loads((folder / "merged" / "config.json").read_text())
+    assert "quantization_config" not in stored, "never merged into 4 bit"
+    sums = (folder / "SHA256SUMS").read_text()
+    assert "merged/model.safetensors" in sums and result.result["artifacts"][0]["bytes"] > 300_000
+
+
+def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
+    from finetune_trainer.evaluation.stage import evaluate
+
+    context = bench.context(ROWS["messages"], tuning=lora(), evaluation={"metrics": ["loss"]}, publish=[{"uri": "pvc://published/c"}])
+    bench.train(context)
+    evaluate(context)
+    publish(context)
+    card = (bench.folder / "published" / "c" / "README.md").read_text()
+    for part in (
+        "library_name: peft",
+        "| loss |",
+        "Improvement",
+        "vllm serve",
+        "--max-lora-rank 8",
+        "transformers 5",
+        "sha256:",
+        "| Seed | 42 |",
+        "Steps | 6",
+    ):
+        assert part in card, part
+    lineage = json.loads((bench.folder / "published" / "c" / "finetune.json").read_text())
+    assert lineage["libraries"]["trl"] and lineage["dataset"]["digest"] and lineage["parents"] == []
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_in_prepare(bench: Bench) -> None:
+    with pytest.raises(UserError, match=r"output.gguf: llama.cpp's converter refuses this model or its tokenizer"):
+        prepare(bench.context(ROWS["messages"], tuning=lora(), output={"gguf": ["f16"]}))
+
+
+def test_gguf_of_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2: the merged model as GGUF equals the base's GGUF plus the GGUF adapter, tensor by tensor."""
+    import gguf
+
+    bench = Bench(tmp_path, model("smollm2.py", "SmolLM2-135M-Instruct"))
+    tuning = lora(method="rslora", hyperparameters={**HYPER, "maxSteps": 3, "learningRate": 1e-2})
+    output = {"gguf": ["f16"], "ggufAdapter": True, "merged": True}
+    context = bench.context(ROWS["messages"], tuning=tuning, output=output, publish=[{"uri": "pvc://published/g"}])
+    bench.train(context)
+    publish(context)
+    folder = tmp_path / "published" / "g" / "gguf"
+    exports._convert(str(bench.model), tmp_path / "base.gguf", "f16")
+
+    def tensors(path: Path) -> dict[str, Any]:
+        return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+
+    base, merged, adapter = (tensors(p) for p in (tmp_path / "base.gguf", folder / "model-f16.gguf", folder / "adapter.gguf"))
+    fields = gguf.GGUFReader(folder / "adapter.gguf").fields
+    assert fields["adapter.type"].contents() == "lora"
+    alpha = float(fields["adapter.lora.alpha"].contents())
+    assert alpha == pytest.approx(16 * 8**0.5), "rsLoRA's scale, as llama.cpp computes it from alpha and rank"
+    names = sorted({name.rsplit(".", 1)[0] for name in adapter})
+    assert len(names) == 30 * 7
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.3.attn_v.weight", "blk.7.ffn_down.weight"):
+        a, b = (adapter[f"{name}.{part}"].astype(np.float32) for part in ("lora_a", "lora_b"))
+        change = merged[name].astype(np.float32) - base[name].astype(np.float32)
+        wanted = b @ a * (alpha / a.shape[0])
+        assert np.abs(wanted).max() > 1e-4
+        assert np.corrcoef(change.ravel(), wanted.ravel())[0, 1] > 0.9, f"{name}: equal but for the rounding of 16 bit"
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model-f16.gguf\n")
+    assert "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}" in text
+    assert "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
