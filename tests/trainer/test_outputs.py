@@ -43,7 +43,7 @@ def test_the_merged_model_answers_like_base_and_adapter(bench: Bench, method: st
     stored = json.loads((folder / "merged" / "config.json").read_text())
     assert "quantization_config" not in stored, "never merged into 4 bit"
     sums = (folder / "SHA256SUMS").read_text()
-    assert "merged/model.safetensors" in sums and result.result["artifacts"][0]["bytes"] > 300_000
+    assert "merged/model.safetensors" in sums and result.result["artifacts"][0]["bytes"] > 100_000
 
 
 def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:

@@ -147,10 +147,10 @@ def modelfile(tokenizer: Any, file: str) -> str:
         )
         head, _, rest = text.partition(system)
         between, _, tail = rest.partition(user)
-        plain = tokenizer.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
-        opening = plain.partition(user)[0]
-        close = between.removesuffix(opening) if between.endswith(opening) else between
-        asked = between.removeprefix(close) or opening
+        end = tokenizer.eos_token or "\n"
+        cut = between.rfind(end) + len(end) if end in between else 0  # where the system's turn is closed
+        cut += len(between[cut:]) - len(between[cut:].lstrip("\n"))
+        close, asked = between[:cut], between[cut:]
         if system in text and user in rest:
             template = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{close}{{{{ end }}}}{asked}{{{{ .Prompt }}}}{tail}{{{{ .Response }}}}"
             lines.append(f'TEMPLATE """{template}"""')

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_api.spec import LORA_METHODS, FineTuneJobSpec
+from finetune_api.spec import LORA_METHODS, PREFERENCE_OBJECTIVES, FineTuneJobSpec
 
 GIB = 1024**3
 CUDA_CONTEXT = int(0.7 * GIB)
 """What CUDA, cuBLAS and NCCL take beside the tensors."""
 FRAGMENTATION = 1.05
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.1, "paged-adamw-8bit": 0.1, "adafactor": 0.1, "sgd": 0.0}
+_CHUNK = 32_768
+"""Vocabulary entries that TRL's loss looks at at once."""
 _NF4_BYTES = 0.516
 """4 bits, and a doubly quantised scale for each 64 (https://arxiv.org/abs/2305.14314)."""
 
@@ -116,8 +118,10 @@ def _activations(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, ele
     lora = spec.tuning.lora
     if spec.tuning.method in LORA_METHODS:
         entries = 5 * shape.hidden + shape.attention + shape.intermediate
-        dropout = lora.dropout if lora is not None else 0.05
-        layer += (entries * (element + 1) if dropout else 0) + (entries * (4 - element) if element < 4 else 0)
+        dropout = 0.05 if lora is None else lora.dropout
+        if dropout and spec.tuning.objective not in PREFERENCE_OBJECTIVES:  # TRL switches dropout off for those
+            layer += entries * (element + 1) - element * (2 * shape.hidden + shape.attention + shape.intermediate)
+        layer += entries * (4 - element) if element < 4 else 0
         if spec.tuning.method == "dora":
             layer += 2 * element * (entries + shape.attention + shape.intermediate)
     if spec.tuning.method == "partial":
@@ -126,8 +130,22 @@ def _activations(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, ele
     else:
         kept = shape.layers
     body = shape.layers * element * shape.hidden + layer if setting.gradient_checkpointing else kept * layer
-    head = shape.vocabulary * (2 * element + 8)  # logits, their fp32 copy, the loss's softmax, one gradient
-    return float(tokens * (body + head))
+    return float(tokens * (body + _head(spec, shape, element)))
+
+
+def _head(spec: FineTuneJobSpec, shape: ModelShape, element: int) -> float:
+    """Bytes per token of the output head and the loss.
+
+    TRL computes log-probabilities in chunks of the vocabulary; without a GPU's kernels a chunk takes a padded fp32
+    buffer and seven tensors beside it. orpo and distill need the logits whole.
+    """
+    if not shape.vocabulary:
+        return 0.0
+    if spec.tuning.objective in ("orpo", "distill"):
+        copies = 2 if spec.tuning.objective == "distill" else 1  # the teacher's too
+        return copies * shape.vocabulary * (2.0 * element + 8)
+    width = min(shape.vocabulary, _CHUNK)
+    return width * (2.0 * element + 8) if spec.distribution.gpus_per_node > 0 else 4.0 * _CHUNK + 28.0 * width
 
 
 def human_bytes(size: int) -> str:

@@ -200,6 +200,6 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> 
         layers=int(config.num_hidden_layers),
         attention=heads * head,
         intermediate=experts * width,
-        vocabulary=int(config.vocab_size) if output is not None else 0,
+        vocabulary=0 if spec.tuning.objective == "reward" else int(config.vocab_size),
         position=tokens if virtual else 0,
     )

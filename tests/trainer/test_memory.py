@@ -1,0 +1,28 @@
+"""The plan's estimate against measured peaks: never far below, so that a job that is told to fit does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bench.memory import CASES, measure
+
+CHECKED = [
+    "full",
+    "full, checkpointing",
+    "partial",
+    "lora",
+    "lora, checkpointing",
+    "lora, large vocabulary",
+    "dora",
+    "prompt",
+    "dpo",
+    "reward",
+]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_the_estimate_holds(tmp_path: Path, tiny_model: Path, name: str) -> None:
+    measured, estimated = measure(CASES[name], tiny_model, tmp_path)
+    assert 0.95 * measured <= estimated <= 1.45 * measured, f"measured {measured / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB"

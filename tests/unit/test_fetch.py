@@ -1,0 +1,168 @@
+"""Data from https:// and s3:// (cases A5, A6): real servers on this machine, which the allow-list has to name."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import ipaddress
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from finetune_api.contract import Env, JobFile
+from finetune_api.spec import DatasetSource
+from finetune_api.validation import parse_spec
+from finetune_trainer.context import Context
+from finetune_trainer.data.fetch import allowed_addresses, fetch
+from finetune_trainer.data.reading import rows
+from finetune_trainer.errors import InfrastructureError, UserError
+from tests.factory import MINIMAL
+
+ROWS = b'{"text": "a"}\n{"text": "b"}\n'
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(JobFile(name="j", namespace="n", uid="12345678", spec=parse_spec(MINIMAL)), str(tmp_path / "workspace"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """https://localhost:PORT with a certificate that this process trusts."""
+    folder = tmp_path_factory.mktemp("https")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(names, False).add_extension(x509.BasicConstraints(ca=True, path_length=None), True).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    pem = folder / "server.pem"
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, body = self.path, ROWS
+            if path.startswith("/to/"):
+                self.send_response(302)
+                self.send_header(
+                    "Location",
+                    {"metadata": "https://169.254.169.254/latest/x.jsonl", "plain": "http://localhost/x.jsonl", "loop": "/to/loop"}.get(
+                        path[4:], "/rows.jsonl"
+                    ),
+                )
+                self.end_headers()
+                return
+            if path == "/private.jsonl" and self.headers.get("Authorization") != "Bearer s3cr3t":
+                self.send_response(401)
+                self.end_headers()
+                return
+            if path == "/rows.jsonl.gz":
+                body = gzip.compress(ROWS)
+            self.send_response(200 if path != "/gone.jsonl" else 404)
+            self.send_header("Content-Length", str(len(body) + (7 if path == "/short.jsonl" else 0)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pem)
+    httpd.socket = tls.wrap_socket(httpd.socket, server_side=True)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(pem))
+        patch.setenv(Env.ALLOWED_HOSTS, "localhost")
+        yield f"https://localhost:{httpd.server_port}"
+    httpd.shutdown()
+
+
+def read(context: Context, uri: str, **more: Any) -> list[dict[str, Any] | None]:
+    return [row.parsed().value for row in rows(context, DatasetSource(uri=uri, **more), "train")]
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "rows.jsonl.gz", "to/rows.jsonl"])
+def test_rows_from_the_net(context: Context, server: str, path: str) -> None:
+    assert read(context, f"{server}/{path}") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_the_token_goes_to_that_host_alone(context: Context, server: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"answers 401; check the uri and secretRef"):
+        read(context, f"{server}/private.jsonl")
+    (tmp_path / "token").write_text("s3cr3t\n")
+    context.job.secrets["train"] = str(tmp_path)
+    assert len(read(context, f"{server}/private.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("to/metadata", "AddressNotAllowed"),
+        ("to/plain", "RedirectRefused"),
+        ("to/loop", "TooManyRedirects"),
+        ("gone.jsonl", "DatasetNotFound"),
+    ],
+)
+def test_a6_redirects_are_checked_again(context: Context, server: str, path: str, reason: str) -> None:
+    with pytest.raises(UserError) as refused:
+        fetch(context, DatasetSource(uri=f"{server}/{path}"), "train")
+    assert refused.value.reason == reason
+
+
+def test_half_a_file_is_tried_again(context: Context, server: str) -> None:
+    with pytest.raises(InfrastructureError):
+        fetch(context, DatasetSource(uri=f"{server}/short.jsonl"), "train")
+    assert not list(Path(context.layout.data).rglob("short.jsonl"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "169.254.169.254", "10.96.0.1", "192.168.1.1", "::1", "fd00::1", "0.0.0.0"])
+def test_a6_addresses_that_are_not_public(host: str) -> None:
+    with pytest.raises(UserError, match="which is not public"):
+        allowed_addresses(host, 443)
+
+
+def test_s3_with_keys_and_an_endpoint(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto in place of S3: the protocol is real, the store is not."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+        client = boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1")
+        client.create_bucket(Bucket="data")
+        client.put_object(Bucket="data", Key="team/rows.jsonl.gz", Body=gzip.compress(ROWS))
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            (tmp_path / key).write_text("a")
+        context.job.secrets["train"] = str(tmp_path)
+        assert read(context, "s3://data/team/rows.jsonl.gz", s3_endpoint=endpoint) == [{"text": "a"}, {"text": "b"}]
+        with pytest.raises(UserError, match="NoSuchKey; check the uri"):
+            read(context, "s3://data/none.jsonl", s3_endpoint=endpoint)
+    finally:
+        server.stop()
+    monkeypatch.setenv(Env.ALLOWED_HOSTS, "")
+    with pytest.raises(UserError, match="not public"):
+        read(context, "s3://data/other.jsonl", s3_endpoint="http://127.0.0.1:1")
+
+
+def test_f34_what_was_fetched_stays(context: Context, server: str) -> None:
+    source = DatasetSource(uri=f"{server}/rows.jsonl")
+    path = fetch(context, source, "train")
+    path.write_text(json.dumps({"text": "kept"}) + "\n")
+    assert read(context, source.uri) == [{"text": "kept"}], "within one job the source is read once"
