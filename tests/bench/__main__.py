@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import operator, trainer
+from . import operator, prepare, trainer
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["operator", "trainer", []], default=[])
-    which = parser.parse_args().which or ["operator", "trainer"]
+    parser.add_argument("which", nargs="*", choices=["operator", "prepare", "trainer", []], default=[])
+    which = parser.parse_args().which or ["operator", "prepare", "trainer"]
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
+    if "prepare" in which:
+        results["prepare"] = prepare.bench()
     if "trainer" in which:
         results["trainer"] = trainer.bench()
     print(json.dumps(results, indent=1))

@@ -54,6 +54,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora-ddp", {"tuning": tuning(), "distribution": {**GANG, "strategy": "ddp"}}),
     ("full-zero1", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero1"}}),
     ("lora-zero2", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero2"}}),
+    (
+        "partial-zero3",
+        {
+            "tuning": {"method": "partial", "hyperparameters": {**HYPER, "learningRate": 5e-3}},
+            "distribution": {**GANG, "strategy": "deepspeed-zero3"},
+        },
+    ),
     ("lora-zero3", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
     ("full-zero3", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
 ]
@@ -70,6 +77,34 @@ def test_every_method_and_strategy_learns(tmp_path: Path, tiny_model: Path, name
     assert status.plan.world_size == nodes
     files = {p.name for p in (tmp_path / "published" / "tiny").iterdir()}
     assert ("model.safetensors" if spec["tuning"].get("method") == "full" else "adapter_model.safetensors") in files
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_the_examples_of_other_objectives(tmp_path: Path, tiny_model: Path, name: str) -> None:
+    metadata, spec = parse_job(yaml.safe_load((REPO / "examples" / f"{name}.yaml").read_text()))
+    volumes = {"models": str(tiny_model.parent), "colours": str(REPO / "examples" / "data"), "published": str(tmp_path / "published")}
+    local = LocalRun(job_file(metadata, spec, volumes), tmp_path / "workspace")
+    local.run()
+    status = local.read()
+    assert status.phase == "Succeeded", status.conditions[-1].message
+    assert status.evaluation is not None and status.evaluation.gate == "Passed" and status.evaluation.interval[0] > 0
+    assert (tmp_path / "published" / name / "adapter_model.safetensors").exists()
+
+
+def test_one_and_two_processes_see_the_same_data_in_the_same_order(tmp_path: Path, tiny_model: Path) -> None:
+    """And ZeRO-2 as well: the losses of every step agree."""
+
+    def losses(name: str, distribution: dict[str, Any]) -> list[float]:
+        spec = {"tuning": tuning(hyperparameters={**HYPER, "maxSteps": 8}), "evaluation": None, "distribution": distribution}
+        del spec["evaluation"]
+        _, local = run(tmp_path / name, tiny_model, name, **spec)
+        entries = [json.loads(line) for line in Path(local.layout.history).read_text().splitlines()]
+        return [e["loss"] for e in entries if e.get("loss") is not None]
+
+    alone = losses("alone", {"gpusPerNode": 0})
+    assert len(alone) == 8
+    assert losses("ddp", {**GANG, "strategy": "ddp"}) == pytest.approx(alone, rel=5e-3)
+    assert losses("zero2", {**GANG, "strategy": "deepspeed-zero2"}) == pytest.approx(alone, rel=5e-3)
 
 
 @pytest.mark.parametrize("format_", ["prompt-completion", "text"])

@@ -55,7 +55,7 @@ def test_packing_learns_from_every_row_once(bench: Bench) -> None:
     rows = read_rows(context.layout.train_rows, ("input_ids",), 1000)
     steps = [e for e in history(context) if e.get("loss") is not None]
     assert len(steps) < len(rows) / 2
-    assert steps[-1]["metrics"]["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert steps[-1]["tokens"] == sum(len(row["input_ids"]) for row in rows)
 
 
 def test_packing_gives_exactly_the_rows_own_losses(bench: Bench) -> None:

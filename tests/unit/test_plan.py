@@ -40,7 +40,7 @@ def full(shape: ModelShape) -> ModelShape:
         ("lora on a small GPU", spec(memory="24Gi"), LLAMA_8B, "ddp", {"gradientCheckpointing": True}),
         ("qlora on a small GPU", spec("qlora", memory="16Gi"), LLAMA_8B, "ddp", {"gradientCheckpointing": True}),
         ("full on eight", spec("full", gpus=8, memory="80Gi"), full(LLAMA_8B), "deepspeed-zero2", {}),
-        ("full on eight small ones", spec("full", gpus=8, memory="32Gi"), full(LLAMA_8B), "deepspeed-zero3", {}),
+        ("full on eight small ones", spec("full", gpus=8, memory="26Gi"), full(LLAMA_8B), "deepspeed-zero3", {}),
         ("70B lora over sixteen", spec(gpus=8, nodes=2, memory="80Gi"), LLAMA_70B, "deepspeed-zero3", {}),
         ("8B full on one", spec("full", memory="80Gi"), full(LLAMA_8B), "deepspeed-zero2", {"offload": "optimizer"}),
         ("unknown memory", spec("full", gpus=8), full(LLAMA_8B), "deepspeed-zero3", {"gradientCheckpointing": False}),

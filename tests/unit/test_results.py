@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.evaluate import improvement
 
 from finetune_api.contract import JobFile
 from finetune_api.status import Plan
@@ -17,6 +15,7 @@ from finetune_api.validation import parse_spec
 from finetune_trainer import checkpoints
 from finetune_trainer.context import Context
 from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.memory import ModelShape
 from finetune_trainer.plan import make_plan
 from finetune_trainer.publish import publish
 from tests.factory import MINIMAL, PLAN, merged
@@ -63,6 +62,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     class State:
         is_world_process_zero = True
         global_step = 0
+        best_model_checkpoint = None
 
     class Arguments:
         world_size = 1
@@ -74,20 +74,12 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         keeper.on_save(Arguments(), State(), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert checkpoints.newest_step(str(tmp_path)) == 4
-
-
-@pytest.mark.parametrize(
-    ("metric", "base", "tuned", "expected"),
-    [
-        ("loss", 2.0, 1.0, 0.5),
-        ("loss", 1.0, 2.0, -1.0),
-        ("exact-match", 0.25, 0.75, 0.5),
-        ("loss", 2.0, math.nan, -1e9),
-        ("loss", math.nan, 1.0, 0.0),
-    ],
-)
-def test_improvement(metric: Any, base: float, tuned: float, expected: float) -> None:
-    assert improvement(metric, base, tuned) == expected
+    State.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    for step in (5, 6, 7):
+        checkpoint(tmp_path, step, seal=False)
+        State.global_step = step
+        keeper.on_save(Arguments(), State(), None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"], "and the best one"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +96,7 @@ def test_improvement(metric: Any, base: float, tuned: float, expected: float) ->
 )
 def test_the_plan_keeps_the_global_batch(changes: dict[str, Any], parameters: int, expected: tuple[str, int, int]) -> None:
     spec = parse_spec(merged(MINIMAL, **changes))
-    plan = make_plan(spec, 1000, parameters)
+    plan = make_plan(spec, 1000, ModelShape(parameters, parameters // 100, parameters, 64, 2, 64, 128, 400))
     assert (plan.strategy, plan.per_device_batch_size, plan.gradient_accumulation) == expected
     assert plan.world_size * plan.per_device_batch_size * plan.gradient_accumulation == spec.tuning.hyperparameters.global_batch_size
 
@@ -127,7 +119,7 @@ class Shelf:
         context.write_json(
             context.layout.data_report, {"dataset": {"train": 9, "eval": 1, "tokens": 99, "format": "text", "digest": "sha256:0"}}
         )
-        context.write_json(context.layout.model_reference, {"uri": "pvc://models/tiny", "fingerprint": "sha256:1", "path": "/x"})
+        context.write_json(context.layout.reference("model"), {"uri": "pvc://models/tiny", "fingerprint": "sha256:1", "path": "/x"})
         return context
 
 

@@ -51,6 +51,8 @@ def check(context: Context, folder: str) -> None:
 def export(context: Context, bundle: Path) -> None:
     """Write what `output` asks for into the bundle."""
     output = context.spec.output
+    if not output.merged and not output.gguf and not output.gguf_adapter:
+        return
     folder, adapter = models.base_folder(context), context.spec.tuning.method not in ("full", "partial")
     if output.gguf_adapter:
         (bundle / GGUF).mkdir(exist_ok=True)

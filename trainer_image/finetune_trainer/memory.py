@@ -134,18 +134,20 @@ def _activations(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, ele
 
 
 def _head(spec: FineTuneJobSpec, shape: ModelShape, element: int) -> float:
-    """Bytes per token of the output head and the loss.
+    """Bytes per token of the output head and the loss: logits, their fp32 copy, the softmax, one gradient.
 
-    TRL computes log-probabilities in chunks of the vocabulary; without a GPU's kernels a chunk takes a padded fp32
-    buffer and seven tensors beside it. orpo and distill need the logits whole.
+    With a GPU's kernels TRL computes the loss in chunks of the vocabulary; orpo and distill need the logits whole.
+    Without, sft and pretrain use the model's own loss, and the others TRL's chunks in a padded buffer with copies.
     """
     if not shape.vocabulary:
         return 0.0
-    if spec.tuning.objective in ("orpo", "distill"):
-        copies = 2 if spec.tuning.objective == "distill" else 1  # the teacher's too
-        return copies * shape.vocabulary * (2.0 * element + 8)
+    objective, whole = spec.tuning.objective, shape.vocabulary * (2.0 * element + 8)
+    if objective in ("orpo", "distill"):
+        return whole * (2 if objective == "distill" else 1)  # the teacher's too
     width = min(shape.vocabulary, _CHUNK)
-    return width * (2.0 * element + 8) if spec.distribution.gpus_per_node > 0 else 4.0 * _CHUNK + 28.0 * width
+    if spec.distribution.gpus_per_node > 0:
+        return width * (2.0 * element + 8)
+    return whole if objective in ("sft", "pretrain") else 4.0 * _CHUNK + 28.0 * width
 
 
 def human_bytes(size: int) -> str:

@@ -87,7 +87,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             checkpoint_step=newest_step(self._context.layout.checkpoints),
         )
         more = {k: v for k, v in logs.items() if k not in ("loss", "learning_rate", "grad_norm", "epoch") and isinstance(v, int | float)}
-        line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "metrics": more}
+        line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "tokens": tokens, "metrics": more}
         with Path(self._context.layout.history).open("a") as sink:
             sink.write(json.dumps(line) + "\n")
         if self._sender is not None:

@@ -1,4 +1,4 @@
-"""train: launch the worker processes of this pod with `accelerate launch`, and turn their end into an exit code.
+"""train: launch the worker processes of this pod, and turn their end into an exit code.
 
 This process starts no torch: it looks at the pod's devices, waits for rank 0's address, and watches the launcher.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,8 +36,8 @@ def train(context: Context) -> StageResult:
     spec = context.spec.distribution
     rank = int(os.environ.get(Env.RANK, "0"))
     local = plan.world_size // spec.nodes
-    cuda = _cuda_devices()
-    _check_devices(spec.gpus_per_node, cuda)
+    cuda = _gpus()
+    check_devices(spec.gpus_per_node, cuda)
     address, port = os.environ.get(Env.MAIN_ADDRESS, "127.0.0.1"), os.environ.get(Env.MAIN_PORT, "29500")
     if rank != 0:
         _wait_for_address(address)
@@ -49,10 +50,11 @@ def train(context: Context) -> StageResult:
             Env.PLAN: json.dumps(plan.to_wire()),
             **({} if cuda and spec.gpus_per_node else _cpu_environment(plan.strategy, local)),
         }
-        command = [*_launcher(plan, spec.nodes, rank, address, port), "-m", "finetune_trainer.worker"]
+        launcher, ranks = _launcher(plan, spec.nodes, rank, address, port)
+        command = [*launcher, "-m", "finetune_trainer.worker"]
         command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
         log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, spec.nodes, local, plan.strategy, "GPU" if cuda else "CPU")
-        code = _run(command, env)
+        code = _run(command, {**env, **ranks})
         if error.exists():
             raise _error(json.loads(error.read_text()))
         if code != 0:
@@ -69,15 +71,13 @@ def _plan(context: Context) -> Plan:
     return Plan.model_validate(json.loads(given) if given else context.read_json(context.layout.plan))
 
 
-def _cuda_devices() -> int:
-    """GPUs of this pod; asked in a process of its own, which keeps CUDA out of this one."""
-    script = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    lines = done.stdout.split()
-    return int(lines[-1]) if done.returncode == 0 and lines and lines[-1].isdigit() else 0
+def _gpus() -> int:
+    """GPUs of this pod by their device files; importing torch to ask would take seconds. The workers look again."""
+    return len([entry for entry in os.listdir("/dev") if re.fullmatch(r"nvidia[0-9]+", entry)]) if os.path.isdir("/dev") else 0
 
 
-def _check_devices(wanted: int, found: int) -> None:
+def check_devices(wanted: int, found: int) -> None:
+    """Raise InfrastructureError when a pod does not see the GPUs that the job asked for."""
     if wanted == 0 or found == wanted:
         return
     if found == 0 and os.environ.get(Env.ALLOW_CPU) == "1":
@@ -95,20 +95,24 @@ def _cpu_environment(strategy: str, local: int) -> dict[str, str]:
     return {**env, "DS_ACCELERATOR": "cpu"} if strategy.startswith("deepspeed") else {**env, "ACCELERATE_USE_CPU": "true"}
 
 
-def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> list[str]:
-    """The command that starts this pod's processes.
+def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> tuple[list[str], dict[str, str]]:
+    """The command that starts this pod's processes, and its environment.
 
-    More than one process: torch.distributed's launcher, through accelerate, for every strategy; TrainingArguments
-    sets DeepSpeed and FSDP up. On CPU, `accelerate launch --cpu` would silently start a single process.
+    One process per pod needs no launcher: it is told its rank as torchrun would, and starts seconds sooner. Several are
+    started by torch.distributed's launcher, through accelerate, for every strategy; TrainingArguments sets DeepSpeed and
+    FSDP up. On CPU, `accelerate launch --cpu` would silently start a single process.
     """
-    if plan.world_size == 1 and plan.strategy.startswith("deepspeed"):  # accelerate refuses a group of one
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_addr", address, "--master_port", port]
+    local = plan.world_size // nodes
+    place = {"MASTER_ADDR": address, "MASTER_PORT": port}
+    if local == 1:
+        alone = plan.world_size == 1 and not plan.strategy.startswith("deepspeed")
+        ranks = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(plan.world_size), "LOCAL_WORLD_SIZE": "1", **place}
+        return [sys.executable], {} if alone else ranks
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--num_machines", str(nodes), "--machine_rank", str(rank), "--num_processes", str(plan.world_size)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # both are TrainingArguments' business
-    if plan.world_size > 1:
-        command += ["--multi_gpu", "--main_process_ip", address, "--main_process_port", port, "--rdzv_backend", "static"]
-    return command
+    command += ["--multi_gpu", "--main_process_ip", address, "--main_process_port", port, "--rdzv_backend", "static"]
+    return command, {}
 
 
 def _wait_for_address(address: str) -> None:

@@ -27,7 +27,7 @@ from .context import Context
 from .errors import InfrastructureError, UserError, classify
 from .objectives import OBJECTIVES, Setup
 from .progress import ProgressReporter, plot_history
-from .train import ERROR_FILE, RESULT_FILE
+from .train import ERROR_FILE, RESULT_FILE, check_devices
 
 log = logging.getLogger("finetune.worker")
 
@@ -63,6 +63,8 @@ def _write_once(path: str, document: dict[str, Any]) -> None:
 def fit(context: Context, plan: Plan) -> StageResult | None:
     """Train. Returns the stage's result on rank 0, None elsewhere."""
     cuda = torch.cuda.is_available() and context.spec.distribution.gpus_per_node > 0
+    if cuda:
+        check_devices(context.spec.distribution.gpus_per_node, torch.cuda.device_count())
     if plan.strategy.startswith("deepspeed"):
         _prefer_plain_collectives()
         if not cuda:

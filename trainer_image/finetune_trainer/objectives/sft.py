@@ -28,11 +28,20 @@ def arguments(context: Context, common: dict[str, Any]) -> Any:
 
 def trainer(setup: Setup) -> Any:
     """TRL's SFTTrainer. Without packing, flash attention makes batches padding-free."""
+    import transformers
     from trl import SFTTrainer
 
     if not setup.arguments.packing and getattr(setup.model.config, "_attn_implementation", "") == "flash_attention_2":
         setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
-    return SFTTrainer(**setup.parts())
+    if setup.arguments.device.type == "cuda":
+        return SFTTrainer(**setup.parts())
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, *arguments: Any, **more: Any) -> Any:
+            """The model's own loss: without a GPU's kernels TRL's chunked one is slower and keeps eight copies of the logits."""
+            return transformers.Trainer.compute_loss(self, *arguments, **more)
+
+    return Trainer(**setup.parts())
 
 
 SFT = ObjectiveKind(("input_ids", "labels"), arguments, trainer)
