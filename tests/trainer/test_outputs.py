@@ -46,6 +46,24 @@ def test_the_merged_model_answers_like_base_and_adapter(bench: Bench, method: st
     assert "merged/model.safetensors" in sums and result.result["artifacts"][0]["bytes"] > 100_000
 
 
+def test_a_whole_model_is_stored_as_its_base_is(bench: Bench) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    half = bench.data / "half"
+    AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(bench.model).save_pretrained(half)
+    tuning = {"method": "partial", "hyperparameters": HYPER}
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/half"}, tuning=tuning)
+    bench.train(context)
+    output = Path(context.layout.output)
+    saved, base = load_file(output / "model.safetensors"), load_file(half / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    assert torch.equal(saved["model.embed_tokens.weight"], base["model.embed_tokens.weight"]), "frozen"
+    assert not torch.equal(saved["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"])
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
     from finetune_trainer.evaluation.stage import evaluate
 

@@ -286,9 +286,9 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
     tokens = Tokeniser(tokenizer, max_length=256, assistant_only=True)(row)[0]
     learned = tokenizer.decode([t for t, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label != IGNORED])
     assert learned == "a colour<|end|>a number<|end|>"
-    everything = Tokeniser(tokenizer, max_length=256, assistant_only=False)(row)
+    everything = Tokeniser(tokenizer, max_length=256, assistant_only=False)(row)[0]
     assert everything["labels"] == everything["input_ids"]
-    pair = Tokeniser(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})
+    pair = Tokeniser(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})[0]
     assert tokenizer.decode([t for t in pair["labels"] if t != IGNORED]) == "a colour<|end|>"
 
 

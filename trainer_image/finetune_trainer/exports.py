@@ -53,7 +53,7 @@ def export(context: Context, bundle: Path) -> None:
     output = context.spec.output
     if not output.merged and not output.gguf and not output.gguf_adapter:
         return
-    folder, adapter = models.base_folder(context), context.spec.tuning.method not in ("full", "partial")
+    folder, adapter = models.noted(context), context.spec.tuning.method not in ("full", "partial")
     if output.gguf_adapter:
         (bundle / GGUF).mkdir(exist_ok=True)
         write_adapter(Path(context.layout.output), json.loads(Path(folder, "config.json").read_text()), bundle / GGUF / "adapter.gguf")

@@ -135,7 +135,7 @@ def tuned_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
         return model
     sharded = plan.strategy == "deepspeed-zero3"  # gathers parameters of one dtype only
     if tuning.continue_from is not None:
-        adapter = models.locate(context, "adapter", tuning.continue_from, config="adapter_config.json")
+        adapter = models.noted(context, "adapter")
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=not sharded)
     return get_peft_model(model, kind.config(tuning, task_type(tuning)), autocast_adapter_dtype=not sharded)
 

@@ -21,17 +21,14 @@ _TEMPLATE_LIMIT = 256 * 1024
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
 
-def locate(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
-    """The folder of a model or adapter (`name`: model, teacher, adapter). Only prepare downloads; later stages read what it noted."""
+def fetch(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
+    """In prepare: find or download a model or adapter (`name`: model, teacher, adapter), check it, and note where it is."""
     parsed = parse_uri(uri)
     if parsed.scheme == "pvc":
         folder = context.mounted(parsed)
         if not (folder / config).is_file():
             raise UserError("ModelNotFound", f"{uri} holds no {config}; name the folder that from_pretrained would load")
     else:
-        noted = Path(context.layout.reference(name))
-        if noted.exists():
-            return str(context.read_json(str(noted))["path"])
         folder = _download(context, name, parsed.name, parsed.revision, remote_code)
     _require_safetensors(folder)
     if not remote_code:
@@ -40,10 +37,15 @@ def locate(context: Context, name: str, uri: str, *, remote_code: bool = False, 
     return str(folder)
 
 
-def base_folder(context: Context) -> str:
-    """The folder of the base model."""
+def fetch_base(context: Context) -> str:
+    """In prepare: the folder of the base model."""
     model = context.spec.model
-    return locate(context, "model", model.uri, remote_code=model.trust_remote_code)
+    return fetch(context, "model", model.uri, remote_code=model.trust_remote_code)
+
+
+def noted(context: Context, name: str = "model") -> str:
+    """The folder of a model or adapter that prepare fetched."""
+    return str(context.read_json(context.layout.reference(name))["path"])
 
 
 def _download(context: Context, name: str, repository: str, revision: str, remote_code: bool) -> Path:

@@ -38,14 +38,14 @@ def prepare(context: Context) -> StageResult:
     """Run the stage."""
     spec = context.spec
     _check_settings(context)
-    folder = models.base_folder(context)
+    folder = models.fetch_base(context)
     tokeniser = Tokeniser(
         models.load_tokenizer(context, folder),
         objective=spec.tuning.objective,
         max_length=spec.tuning.hyperparameters.max_length,
         assistant_only=spec.tuning.assistant_only_loss,
     )
-    teacher.check(context, tokeniser.tokenizer)
+    teacher.fetch(context, tokeniser.tokenizer)
     shape = models.describe(context, folder)
     exports.check(context, folder)
     if spec.tuning.continue_from is not None:
@@ -117,7 +117,7 @@ def _check_schema(place: str, text: str) -> None:
 def _check_adapter(context: Context) -> None:
     """The adapter of `continueFrom` is of the method asked for."""
     uri = str(context.spec.tuning.continue_from)
-    folder = models.locate(context, "adapter", uri, config="adapter_config.json")
+    folder = models.fetch(context, "adapter", uri, config="adapter_config.json")
     try:
         kind = context.read_json(f"{folder}/adapter_config.json")
         found = {

@@ -28,19 +28,12 @@ def writes_answers(context: Context) -> bool:
     return settings is not None and settings.mode == "generate"
 
 
-def folder(context: Context) -> str:
-    """The folder of the teacher model."""
-    settings = context.spec.tuning.distillation
-    assert settings is not None and settings.teacher is not None
-    return models.locate(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
-
-
-def check(context: Context, tokenizer: Any) -> None:
-    """Raises UserError when the teacher's logits are not over the student's vocabulary."""
+def fetch(context: Context, tokenizer: Any) -> None:
+    """Fetch the teacher. Raises UserError when its logits are not over the student's vocabulary."""
     settings = context.spec.tuning.distillation
     if settings is None or settings.teacher is None:
         return
-    place = folder(context)
+    place = models.fetch(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
     if settings.mode == "logits":
         from transformers import AutoTokenizer
 
@@ -61,7 +54,7 @@ def parameters(context: Context) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder(context)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.noted(context, "teacher")))
     return int(sum(p.numel() for p in model.parameters()))
 
 
@@ -129,7 +122,7 @@ def _from_model(context: Context, tokeniser: Tokeniser) -> Any:
 
     settings = context.spec.tuning.distillation
     assert settings is not None
-    place = folder(context)
+    place = models.noted(context, "teacher")
     cuda = torch.cuda.is_available()
     model = models.load_model(context, place, dtype=models.compute_dtype(cuda), cuda=cuda).to("cuda" if cuda else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(place)

@@ -24,9 +24,10 @@ from finetune_api.status import Plan
 from . import checkpoints, methods, models
 from .arguments import common
 from .context import Context
-from .errors import InfrastructureError, UserError, classify
+from .errors import InfrastructureError, classify
 from .objectives import OBJECTIVES, Setup
 from .progress import ProgressReporter, plot_history
+from .saving import save
 from .train import ERROR_FILE, RESULT_FILE, check_devices
 
 log = logging.getLogger("finetune.worker")
@@ -85,7 +86,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     stopped = state.global_step < state.max_steps
     if stopped and not _stopped_on_purpose(trainer):
         raise InfrastructureError("StoppedEarly", f"training ended at step {state.global_step} of {state.max_steps}")
-    _save(context, trainer)
+    save(context, trainer)
     if not trainer.is_world_process_zero():
         return None
     plot_history(context.layout.history, context.layout.history_plot)
@@ -154,7 +155,7 @@ def _check_strategy(trainer: Any, plan: Plan) -> None:
 def build_trainer(context: Context, plan: Plan, arguments: Any, cuda: bool, callbacks: list[Any]) -> Any:
     """TRL's trainer for the objective, over the tokens that prepare wrote."""
     tuning, kind = context.spec.tuning, OBJECTIVES[context.spec.tuning.objective]
-    folder = models.base_folder(context)
+    folder = models.noted(context)
     tokenizer = models.load_tokenizer(context, folder)
     model = methods.tuned_model(context, plan, folder, arguments, reward=kind.reward_model, cuda=cuda)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -179,29 +180,6 @@ def _dataset(path: str, columns: tuple[str, ...]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_parquet(path, columns=list(columns), cache_dir=f"/tmp/datasets-{os.getpid()}")
-
-
-def _save(context: Context, trainer: Any) -> None:
-    """Write the adapter or the model, and check that it is not empty (an adapter under ZeRO-3 once was)."""
-    output = Path(context.layout.output)
-    trainer.save_model(str(output))
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
-        return
-    trainer.processing_class.save_pretrained(str(output))
-    from safetensors import safe_open
-
-    files = sorted(output.glob("*.safetensors"))
-    count = nonzero = 0
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                count += 1
-                nonzero += bool(tensors.get_tensor(name).any())
-    if not files or not count or not nonzero:
-        raise UserError(
-            "EmptyResult", f"the saved result has {count} tensors, {nonzero} of them with a non-zero value; nothing was learned or saved"
-        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def evaluate(context: Context) -> StageResult:
     spec = context.spec.evaluation
     assert spec is not None
     cuda = torch.cuda.is_available()
-    folder = models.base_folder(context)
+    folder = models.noted(context)
     tokenizer = models.load_tokenizer(context, folder)
     rows = read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples)
     if all(row.get("label") is False for row in rows):

@@ -11,7 +11,7 @@ import torch
 
 from finetune_api.spec import Distillation
 
-from .. import models, teacher
+from .. import models
 from .base import ObjectiveKind, Setup
 from .sft import arguments
 from .sft import trainer as sft_trainer
@@ -41,7 +41,7 @@ def _trainer(setup: Setup) -> Any:
         return sft_trainer(setup)
     cuda = setup.arguments.device.type == "cuda"
     dtype = models.compute_dtype(cuda, context.spec.tuning.hyperparameters.precision)
-    taught = models.load_model(context, teacher.folder(context), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
+    taught = models.load_model(context, models.noted(context, "teacher"), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
     taught.requires_grad_(False)
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
