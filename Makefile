@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: help quickstart test setup up down unit component e2e bench lint format crds lock docs clean-cache
+.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ down: setup  ## Stop the local cluster and everything it started
 
 unit: setup  ## Unit tests
 	$(VENV) -m pytest tests/unit
+
+trainer: setup  ## The trainer's stages on a tiny model: every method, objective, metric and output
+	$(VENV) -m pytest tests/trainer
 
 component: setup  ## Tests against a real API server
 	$(VENV) -m pytest tests/component

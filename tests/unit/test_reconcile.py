@@ -187,6 +187,23 @@ def test_an_invalid_spec_fails_with_the_field_and_starts_nothing() -> None:
     assert not world.pods and not world.jobs
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"uri": "pvc://models/tiny", "trustRemoteCode": True}},
+        {"tuning": {"objective": "distill", "distillation": {"teacher": {"uri": "pvc://models/big", "trustRemoteCode": True}}}},
+    ],
+)
+def test_a7_code_of_a_model_needs_an_administrator(change: dict[str, Any]) -> None:
+    world = World(merged(MINIMAL, **change))
+    world.settle()
+    assert world.status.condition("Failed").reason == "RemoteCodeNotAllowed"  # type: ignore[union-attr]
+    assert not world.jobs and not world.applied
+    for namespaces, started in ((("team-b",), False), (("team-a",), True), (("*",), True)):
+        plan = reconcile(World(merged(MINIMAL, **change)).observed(), dataclasses.replace(SETTINGS, remote_code_namespaces=namespaces))
+        assert any(isinstance(action, Create) for action in plan.actions) == started
+
+
 def test_a_bad_dataset_fails_before_any_gpu() -> None:
     world = World(TWO)
     world.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -102,6 +103,50 @@ def test_secrets_reach_only_the_stage_that_needs_them() -> None:
                 (v["secret"]["secretName"], v["secret"]["items"][0]["key"]) for v in pod["volumes"] if "secret" in v
             }
     assert found == {"prepare": {("hf-token", "token")}, "train": set(), "evaluate": set(), "publish": {("hf-write", "token")}}
+
+
+def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
+    """Only the keys asked for are mounted, of Secrets of the job's own namespace."""
+    spec = merged(
+        FULL,
+        dataset={
+            "train": {"uri": "s3://data/rows.jsonl", "secretRef": {"name": "s3"}},
+            "mix": [{"uri": "https://host/rows.jsonl", "secretRef": {"name": "web", "key": "bearer"}}],
+            "eval": {"splitFraction": 0.1},
+        },
+        tuning={
+            "objective": "distill",
+            "distillation": {"teacher": {"uri": "hf://org/big", "secretRef": {"name": "teacher"}}},
+            "hyperparameters": {"globalBatchSize": 32},
+            "tracking": {
+                "mlflow": {"trackingUri": "http://m", "secretRef": {"name": "mlflow"}},
+                "wandb": {"project": "p", "secretRef": {"name": "wandb"}},
+            },
+        },
+        evaluation={"metrics": ["judge-win-rate"], "judge": {"url": "http://j/v1", "model": "m", "secretRef": {"name": "judge"}}},
+    )
+    found: dict[str, set[tuple[str, str]]] = {}
+    for manifest in manifests(spec):
+        if manifest["kind"] in ("Pod", "Job"):
+            pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
+            stage = manifest["metadata"]["labels"][names.LABEL_STAGE]
+            found[stage] = {(v["secret"]["secretName"], i["key"]) for v in pod["volumes"] if "secret" in v for i in v["secret"]["items"]}
+    assert found == {
+        "prepare": {
+            ("hf-token", "token"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
+        },
+        "train": {("mlflow", "token"), ("wandb", "token")},
+        "evaluate": {("judge", "token")},
+        "publish": {("hf-write", "token")},
+    }  # fmt: skip
+
+
+def test_a6_the_administrators_hosts_reach_prepare_alone() -> None:
+    settings = dataclasses.replace(SETTINGS, allowed_hosts=("minio.tools.svc",))
+    for stage in ("prepare", "evaluate"):
+        pod = stage_job(ref(MINIMAL), settings, stage, 0)["spec"]["template"]["spec"]  # type: ignore[arg-type]
+        env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+        assert env.get("FINETUNE_ALLOWED_HOSTS") == ("minio.tools.svc" if stage == "prepare" else None)
 
 
 def test_sources_are_read_only_and_targets_only_in_publish() -> None:

@@ -51,8 +51,6 @@ def check(context: Context, folder: str) -> None:
 def export(context: Context, bundle: Path) -> None:
     """Write what `output` asks for into the bundle."""
     output = context.spec.output
-    if not output.merged and not output.gguf and not output.gguf_adapter:
-        return
     folder, adapter = models.noted(context), context.spec.tuning.method not in ("full", "partial")
     if output.gguf_adapter:
         (bundle / GGUF).mkdir(exist_ok=True)

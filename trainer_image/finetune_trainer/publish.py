@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.contract import StageResult
+from finetune_api.spec import Output
 from finetune_api.status import Artifact
 from finetune_api.uris import URI, parse_uri
 
 from .card import Facts, model_card
 from .context import Context
 from .errors import InfrastructureError, UserError
-from .exports import export
 
 log = logging.getLogger("finetune.publish")
 LINEAGE = "finetune.json"
@@ -60,7 +60,10 @@ def _bundle(context: Context) -> Path:
     if not any(bundle.glob("*.safetensors")):
         raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
     _name_base(context, bundle)
-    export(context, bundle)
+    if context.spec.output != Output():
+        from .exports import export  # starts torch, which most jobs can do without here
+
+        export(context, bundle)
     evaluation = _optional(context, context.layout.evaluation_report)
     dataset = context.read_json(context.layout.data_report)["dataset"]
     base = context.read_json(context.layout.reference("model"))
