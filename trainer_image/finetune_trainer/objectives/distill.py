@@ -13,6 +13,7 @@ from finetune_api.spec import Distillation
 
 from .. import models
 from .base import ObjectiveKind, Setup
+from .order import Ordered
 from .sft import arguments
 from .sft import trainer as sft_trainer
 
@@ -44,7 +45,7 @@ def _trainer(setup: Setup) -> Any:
     taught = models.load_model(context, models.noted(context, "teacher"), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
     taught.requires_grad_(False)
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
+    class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             """The divergence, averaged over the learned tokens of the global batch."""
             given = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}

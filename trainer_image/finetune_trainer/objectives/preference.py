@@ -8,6 +8,7 @@ from finetune_api.spec import Preference
 
 from ..context import Context
 from .base import ObjectiveKind, Prepared, Setup
+from .order import Ordered
 
 
 def _settings(context: Context) -> Preference:
@@ -25,7 +26,7 @@ def _dpo_arguments(context: Context, common: dict[str, Any]) -> Any:
 def _dpo(setup: Setup) -> Any:
     from trl import DPOTrainer
 
-    class Trainer(Prepared, DPOTrainer):  # type: ignore[misc]
+    class Trainer(Ordered, Prepared, DPOTrainer):  # type: ignore[misc]
         pass
 
     return Trainer(**setup.parts())
@@ -41,7 +42,7 @@ def _orpo_arguments(context: Context, common: dict[str, Any]) -> Any:
 def _orpo(setup: Setup) -> Any:
     from trl.experimental.orpo import ORPOTrainer
 
-    class Trainer(ORPOTrainer):  # type: ignore[misc]
+    class Trainer(Ordered, ORPOTrainer):  # type: ignore[misc]
         def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
             """Prepare's tokens under this trainer's names."""
             head = feature["prompt_ids"]
@@ -81,7 +82,7 @@ def _with_mismatched(dataset: Any) -> Any:
 def _kto(setup: Setup) -> Any:
     from trl import KTOTrainer
 
-    class Trainer(Prepared, KTOTrainer):  # type: ignore[misc]
+    class Trainer(Ordered, Prepared, KTOTrainer):  # type: ignore[misc]
         pass
 
     return Trainer(**{**setup.parts(), "train_dataset": _with_mismatched(setup.train), "eval_dataset": _with_mismatched(setup.held_out)})
@@ -97,7 +98,10 @@ def _reward_arguments(context: Context, common: dict[str, Any]) -> Any:
 def _reward(setup: Setup) -> Any:
     from trl import RewardTrainer
 
-    made = RewardTrainer(**setup.parts())
+    class Trainer(Ordered, RewardTrainer):  # type: ignore[misc]
+        pass
+
+    made = Trainer(**setup.parts())
     for name, parameter in made.model.named_parameters():
         if ".score." in name and parameter.requires_grad:  # of a 4-bit base TRL makes it bf16, which only works under autocast
             parameter.data = parameter.data.float()

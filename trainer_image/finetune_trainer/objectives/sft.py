@@ -6,6 +6,7 @@ from typing import Any
 
 from ..context import Context
 from .base import ObjectiveKind, Setup
+from .order import Ordered
 
 
 def arguments(context: Context, common: dict[str, Any]) -> Any:
@@ -33,13 +34,12 @@ def trainer(setup: Setup) -> Any:
 
     if not setup.arguments.packing and getattr(setup.model.config, "_attn_implementation", "") == "flash_attention_2":
         setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
-    if setup.arguments.device.type == "cuda":
-        return SFTTrainer(**setup.parts())
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
+    class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, *arguments: Any, **more: Any) -> Any:
-            """The model's own loss: without a GPU's kernels TRL's chunked one is slower and keeps eight copies of the logits."""
-            return transformers.Trainer.compute_loss(self, *arguments, **more)
+            """Without a GPU's kernels TRL's chunked loss is slower than the model's own and keeps eight copies of the logits."""
+            kind = SFTTrainer if self.args.device.type == "cuda" else transformers.Trainer
+            return kind.compute_loss(self, *arguments, **more)
 
     return Trainer(**setup.parts())
 
