@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.cluster.quickstart import model
 
-SIZES = (20_000, 200_000)
+SIZES = (20_000, 100_000)
 _PEAK = (
     "import sys,threading,time,psutil,subprocess\n"
     "p=psutil.Popen(sys.argv[1:]);top=0\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -232,4 +233,5 @@ def load(image: Image, node_root: Path, ctr: list[str]) -> None:
             if not loaded.exists():
                 run([*ctr, "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", archive])
                 loaded.touch()
+        os.sync()  # else the first pods wait for gigabytes to reach the disk
     marker.touch()

@@ -47,7 +47,7 @@ def mounted(cluster: Kubectl, namespace: str, claim: str) -> Iterator[str]:
     cluster.kubectl("delete", "pod", name, "-n", namespace, "--ignore-not-found", "--wait")
     cluster.kubectl("apply", "-f", "-", input=json.dumps(pod))
     try:
-        cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "-n", namespace, "--timeout=120s")
+        cluster.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "-n", namespace, "--timeout=300s")
         yield name
     finally:
         cluster.kubectl("delete", "pod", name, "-n", namespace, "--wait=false")

@@ -37,7 +37,7 @@ _COLUMNS: dict[str, pa.DataType] = {
 class Store:
     """The rows of one job while they are prepared."""
 
-    def __init__(self, folder: str, *, memory: str = "1GB") -> None:
+    def __init__(self, folder: str, *, memory: str = "512MB") -> None:
         self._folder = Path(folder, "prepare")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
