@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -101,8 +100,11 @@ def _run(command: list[Any], env: dict[str, str]) -> Run:
     text = done.stdout + done.stderr
     if done.returncode != 0:
         raise RuntimeError(text[-3000:])
-    tokens = re.findall(r"'num_(?:input_)?tokens(?:_seen)?': '?([0-9.e+]+)", text)
-    seconds = re.findall(r"'train_runtime': '?([0-9.]+)", text)
+    last = [line for line in text.splitlines() if "'learning_rate'" in line and "'train_runtime'" in line][
+        -1
+    ]  # before the final checkpoint
+    tokens = re.findall(r"'num_input_tokens_seen': '?([0-9.e+]+)", last)
+    seconds = re.findall(r"'train_runtime': '?([0-9.]+)", last)
     first = re.findall(r"FIRST ([0-9.]+)", text)
     peak = re.findall(r"PEAK ([0-9]+)", text)
     return Run(float(tokens[-1]) / float(seconds[-1]), float(peak[-1]) / 1024, float(first[0]) - started)
@@ -154,7 +156,7 @@ def _trl(folder: Path, base: Path, data: Path) -> Run:
         "--learning_rate", 2e-4, "--lr_scheduler_type", "cosine", "--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0,
         "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--logging_steps", 1,
         "--save_strategy", "no", "--report_to", "none", "--dtype", "float32",
-        "--attn_implementation", "sdpa", "--eval_strategy", "no", "--dataset_train_split", "train",
+        "--include_num_input_tokens_seen", "non_padding", "--attn_implementation", "sdpa", "--eval_strategy", "no", "--dataset_train_split", "train",
     ]  # fmt: skip
     return _run(command, _environment())
 
@@ -162,11 +164,6 @@ def _trl(folder: Path, base: Path, data: Path) -> Run:
 def _plain(folder: Path, base: Path, data: Path) -> Run:
     command = [sys.executable, Path(__file__).parent / "plain_trainer.py", base, data / "train.jsonl", folder, STEPS, BATCH]
     return _run([*command, 4 * LENGTH if data.name == "mixed" else LENGTH], _environment())
-
-
-def peak_of_this_process() -> float:
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
