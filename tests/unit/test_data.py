@@ -387,3 +387,13 @@ def test_fuzzed_files_never_show_a_stack_trace(
         assert result.result["dataset"]["train"] >= 1
     except StageError as failure:
         assert failure.code == 10 and failure.reason[0].isupper() and 10 < len(failure.message) < 4000, failure
+
+
+def test_a_workspace_with_a_quote_in_its_path(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "it's").mkdir()
+    assert Desk(tmp_path / "it's", tiny_model).run(lines(rows(12))).result["dataset"]["train"] == 12
+
+
+def test_a_row_with_several_findings_counts_once(desk: Desk) -> None:
+    result = desk.run(lines([*rows(10), chat("AKIAIOSFODNN7EXAMPLE of jane.doe@example.org")]))
+    assert result.result["dataset"]["warnings"]["sensitive"] == 1

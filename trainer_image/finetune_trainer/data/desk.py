@@ -149,9 +149,9 @@ class Desk:
                     self.dropped["tooLong"] += 1
                     continue
                 self.warnings["truncated"] += 1
+            self.warnings["sensitive"] += bool(row.sensitive)
             for kind in row.sensitive:
                 self.problems.add(kind, place, "looks like it", "")
-                self.warnings["sensitive"] += 1
             yield row
 
     def compare(self) -> None:
@@ -229,7 +229,7 @@ class Desk:
             tokens=self.tokens,
             format=self.reports[0].format,
             dropped={kind: count for kind, count in self.dropped.items() if count},
-            warnings=dict(self.warnings),
+            warnings={kind: count for kind, count in self.warnings.items() if count},
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 

@@ -42,7 +42,9 @@ class Store:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         self._db = duckdb.connect(str(self._folder / "rows.duckdb"))
-        self._db.execute(f"SET memory_limit='{memory}'; SET temp_directory='{self._folder}/spill'; SET preserve_insertion_order=false")
+        self._db.execute(
+            f"SET memory_limit='{memory}'; SET temp_directory={_quoted(f'{self._folder}/spill')}; SET preserve_insertion_order=false"
+        )
         self._db.execute("CREATE TABLE gone (id BIGINT, reason VARCHAR, partner BIGINT)")
         self._db.execute("CREATE TABLE bands (id BIGINT, key UBIGINT)")
         self._next, self._columns = 0, ""
@@ -182,7 +184,7 @@ class Store:
         order = "md5(k.digest), k.id" if held_out else "k.id"  # an evaluation may look at the first rows only
         query = f"SELECT row, {self._columns} FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}"
         partial = f"{path}.partial"
-        self._db.execute(f"COPY ({query}) TO '{partial}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)")
+        self._db.execute(f"COPY ({query}) TO {_quoted(partial)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)")
         digest = hashlib.sha256()
         reader = self._db.sql(f"SELECT k.digest FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}").to_arrow_reader(50_000)
         for batch in reader:
@@ -227,6 +229,10 @@ class Store:
     def sample(self, count: int, columns: str) -> Iterator[tuple[Any, ...]]:
         """Some training rows, spread over all, the same for the same data."""
         yield from self._db.execute(f"SELECT {columns} FROM kept WHERE origin >= 0 ORDER BY md5(digest) LIMIT {count}").fetchall()
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _side(held_out: bool) -> str:
