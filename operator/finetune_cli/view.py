@@ -119,9 +119,13 @@ class JobView:
             table.add_column("tuned", justify="right")
             for metric, base in status.evaluation.base.items():
                 tuned = status.evaluation.tuned.get(metric, float("nan"))
-                better = tuned < base if metric == "loss" else tuned > base
+                better = tuned < base if metric.endswith(("loss", "perplexity")) else tuned > base
                 table.add_row(metric, f"{base:.4g}", Text(f"{tuned:.4g}", style="bold green" if better else "red"))
             parts.append(table)
+            if status.evaluation.improvement is not None and status.evaluation.interval:
+                low, high = status.evaluation.interval
+                gate = "" if status.evaluation.gate == "None" else f", gate {status.evaluation.gate}"
+                parts.append(Text(f"improvement {status.evaluation.improvement:.4g}, between {low:.4g} and {high:.4g}{gate}"))
         for artifact in status.artifacts:
             parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
         failed = status.condition("Failed")

@@ -244,4 +244,14 @@ def test_the_view_draws_a_terminal_and_prints_to_a_pipe() -> None:
     assert "50%" in drawn and "1.2500" in drawn and "restarts 1" in drawn
     assert view.plain(status) == "team-a/job: Training 50% (step 5/10, loss 1.2500, ETA 3s)"
     assert view.plain(status) is None
+    ended = FineTuneJobStatus.model_validate(
+        {
+            "phase": "Succeeded",
+            "evaluation": {
+                "base": {"perplexity": 9.0}, "tuned": {"perplexity": 3.0}, "examples": 24, "improvement": 0.667, "interval": [0.5, 0.8], "gate": "Passed",
+            },
+        }
+    )  # fmt: skip
+    console.print(view.summary(ended))
+    assert "improvement 0.667, between 0.5 and 0.8, gate Passed" in console.file.getvalue()  # type: ignore[attr-defined]
     assert sparkline([3, 2, 1]) == "█▅▁" and sparkline([]) == "" and len(sparkline(list(range(500)))) == 40
