@@ -129,24 +129,27 @@ def _activations(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, ele
         kept = min(shape.layers, last)
     else:
         kept = shape.layers
-    body = shape.layers * element * shape.hidden + layer if setting.gradient_checkpointing else kept * layer
-    return float(tokens * (body + _head(spec, shape, element)))
+    head = _head(spec, shape, element)
+    if setting.gradient_checkpointing:  # the head is done before the first layer is computed again
+        return float(tokens * (shape.layers * element * shape.hidden + max(layer, head)))
+    return float(tokens * (kept * layer + head))
 
 
 def _head(spec: FineTuneJobSpec, shape: ModelShape, element: int) -> float:
-    """Bytes per token of the output head and the loss: logits, their fp32 copy, the softmax, one gradient.
+    """Bytes per token of the output head and the loss: logits, softmax and gradient in fp32, and the logits in 16 bit.
 
     With a GPU's kernels TRL computes the loss in chunks of the vocabulary; orpo and distill need the logits whole.
     Without, sft and pretrain use the model's own loss, and the others TRL's chunks in a padded buffer with copies.
     """
     if not shape.vocabulary:
         return 0.0
-    objective, whole = spec.tuning.objective, shape.vocabulary * (2.0 * element + 8)
+    objective, copies = spec.tuning.objective, 12.0 if element == 4 else 14.0
+    whole = shape.vocabulary * copies
     if objective in ("orpo", "distill"):
         return whole * (2 if objective == "distill" else 1)  # the teacher's too
     width = min(shape.vocabulary, _CHUNK)
     if spec.distribution.gpus_per_node > 0:
-        return width * (2.0 * element + 8)
+        return width * copies
     return whole if objective in ("sft", "pretrain") else 4.0 * _CHUNK + 28.0 * width
 
 
