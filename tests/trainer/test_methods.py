@@ -36,7 +36,7 @@ WORKING = {
 
 def tuning(objective: str, method: str, **hyper: Any) -> dict[str, Any]:
     """Settings that learn in a few seconds."""
-    steps = {"grpo": 30, "dpo": 30, "kto": 30, "reward": 40}.get(objective, 150 if method in VIRTUAL_TOKEN_METHODS else 24)
+    steps = {"grpo": 60, "dpo": 30, "kto": 30, "reward": 40}.get(objective, 150 if method in VIRTUAL_TOKEN_METHODS else 24)
     rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 0.5, "reward": 0.5}.get(objective, 1.0)
     made: dict[str, Any] = {
         "objective": objective,
@@ -75,12 +75,14 @@ def test_every_combination_learns(bench: Bench, objective: str, method: str) -> 
         assert tuned["loss"] < 0.9 * base["loss"], (base, tuned)
     elif objective == "reward":
         assert tuned[metric] > max(0.6, base[metric] + 0.2), (base, tuned)  # the base has no head worth the name
+    elif objective == "grpo":  # what is learned is the reward of sampled answers, see below; the likeliest answer may lag behind
+        assert tuned[metric] >= base[metric], (base, tuned)
     else:
         assert tuned[metric] > base[metric] or tuned[metric] == 1.0, (base, tuned)
     steps = [e for e in history(context) if e.get("loss") is not None]
     if objective == "grpo":
         rewards = [e["metrics"]["reward"] for e in steps]
-        assert sum(rewards[-5:]) > sum(rewards[:5]), rewards
+        assert sum(rewards[-10:]) > sum(rewards[:10]) + 1.0, rewards
     else:
         first, last = (sum(e["loss"] for e in part) for part in (steps[:4], steps[-4:]))
         assert last < first, [e["loss"] for e in steps]
