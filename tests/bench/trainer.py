@@ -100,14 +100,11 @@ def _run(command: list[Any], env: dict[str, str]) -> Run:
     text = done.stdout + done.stderr
     if done.returncode != 0:
         raise RuntimeError(text[-3000:])
-    last = [line for line in text.splitlines() if "'learning_rate'" in line and "'train_runtime'" in line][
-        -1
-    ]  # before the final checkpoint
-    tokens = re.findall(r"'num_input_tokens_seen': '?([0-9.e+]+)", last)
-    seconds = re.findall(r"'train_runtime': '?([0-9.]+)", last)
+    tokens = re.findall(r"'num_(?:input_)?tokens(?:_seen)?': '?([0-9.e+]+)", text)
+    begin, last = (float(re.findall(rf"{word} ([0-9.]+)", text)[-1]) for word in ("BEGIN", "LAST"))  # before the final checkpoint
     first = re.findall(r"FIRST ([0-9.]+)", text)
     peak = re.findall(r"PEAK ([0-9]+)", text)
-    return Run(float(tokens[-1]) / float(seconds[-1]), float(peak[-1]) / 1024, float(first[0]) - started)
+    return Run(float(tokens[-1]) / (last - begin), float(peak[-1]) / 1024, float(first[0]) - started)
 
 
 def _environment() -> dict[str, str]:
@@ -156,7 +153,7 @@ def _trl(folder: Path, base: Path, data: Path) -> Run:
         "--learning_rate", 2e-4, "--lr_scheduler_type", "cosine", "--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0,
         "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--logging_steps", 1,
         "--save_strategy", "no", "--report_to", "none", "--dtype", "float32",
-        "--include_num_input_tokens_seen", "non_padding", "--attn_implementation", "sdpa", "--eval_strategy", "no", "--dataset_train_split", "train",
+        "--attn_implementation", "sdpa", "--eval_strategy", "no", "--dataset_train_split", "train",
     ]  # fmt: skip
     return _run(command, _environment())
 

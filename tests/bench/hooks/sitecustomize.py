@@ -26,9 +26,12 @@ if os.environ.get("FINETUNE_BENCH"):
                     original(trainer, *arguments, **more)
 
                     class First(module.TrainerCallback):
+                        def on_train_begin(self, args, state, control, **_):
+                            print("BEGIN", time.time(), flush=True)
+
                         def on_step_end(self, args, state, control, **_):
-                            if state.global_step == 1:
-                                print("FIRST", time.time(), flush=True)
+                            if state.global_step in (1, state.max_steps):
+                                print("FIRST" if state.global_step == 1 else "LAST", time.time(), flush=True)
 
                     trainer.add_callback(First())
 
