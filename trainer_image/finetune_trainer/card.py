@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.contract import JobFile
+from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Facts:
     @property
     def whole(self) -> bool:
         """Whether the result is a model, not an adapter."""
-        return self.job.spec.tuning.method in ("full", "partial")
+        return self.job.spec.tuning.method in WHOLE_MODEL_METHODS
 
     @property
     def hub(self) -> str | None:
@@ -113,7 +114,7 @@ def _usage(facts: Facts) -> list[str]:
             'model = PeftModel.from_pretrained(base, "PATH")',
             tokenizer,
         )
-        rank = tuning.lora.rank if tuning.lora is not None else 16
+        rank = (tuning.lora or Lora()).rank
         served = [
             "",
             "vLLM:",

@@ -7,7 +7,6 @@ so theirs is written here after llama.cpp's format. Quantising below 8 bit needs
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import subprocess
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune_api.spec import WHOLE_MODEL_METHODS
+
 from . import models
 from .context import Context
 from .errors import InfrastructureError, UserError
 
-log = logging.getLogger("finetune.exports")
 MERGED, GGUF = "merged", "gguf"
 _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Model types whose adapters are converted: their names in GGUF. Llama's rotary layout differs from transformers'."""
@@ -51,7 +51,7 @@ def check(context: Context, folder: str) -> None:
 def export(context: Context, bundle: Path) -> None:
     """Write what `output` asks for into the bundle."""
     output = context.spec.output
-    folder, adapter = models.noted(context), context.spec.tuning.method not in ("full", "partial")
+    folder, adapter = models.noted(context), context.spec.tuning.method not in WHOLE_MODEL_METHODS
     if output.gguf_adapter:
         (bundle / GGUF).mkdir(exist_ok=True)
         write_adapter(Path(context.layout.output), json.loads(Path(folder, "config.json").read_text()), bundle / GGUF / "adapter.gguf")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_api.spec import LORA_METHODS, PREFERENCE_OBJECTIVES, FineTuneJobSpec
+from finetune_api.spec import LORA_METHODS, PREFERENCE_OBJECTIVES, WHOLE_MODEL_METHODS, FineTuneJobSpec, Lora, Partial
 
 GIB = 1024**3
 CUDA_CONTEXT = int(0.7 * GIB)
@@ -84,7 +84,7 @@ def estimate(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, *, elem
         optimizer = 0.0
     if setting.offload == "parameters":
         weights = 2.5 * element * (shape.parameters / max(1, shape.layers))  # the layers under way
-    if spec.tuning.objective in ("dpo", "kto") and spec.tuning.method in ("full", "partial"):
+    if spec.tuning.objective in ("dpo", "kto") and spec.tuning.method in WHOLE_MODEL_METHODS:
         weights += element * shape.parameters / (world if stage == 3 else 1)  # the frozen reference
     weights += teacher * element
     activations = _activations(spec, shape, setting, element)
@@ -99,7 +99,7 @@ def _states(spec: FineTuneJobSpec, shape: ModelShape, stage: int, world: int, el
     moments = _OPTIMIZER_BYTES[spec.tuning.hyperparameters.optimizer] * trainable
     shards = world if stage == 3 else 1
     gradient_shards = world if stage >= 2 else 1
-    if method in ("full", "partial"):
+    if method in WHOLE_MODEL_METHODS:
         if stage:  # DeepSpeed computes in `element` bytes and keeps its own fp32 copy when that is less
             copy = 4.0 * trainable if element < 4 else 0.0
             return element * total / shards, element * trainable / gradient_shards, (copy + moments) / world
@@ -115,17 +115,16 @@ def _activations(spec: FineTuneJobSpec, shape: ModelShape, setting: Setting, ele
     rows = setting.batch * (2 if spec.tuning.objective in ("dpo", "orpo", "reward", "kto") else 1)
     tokens = rows * (hyper.max_length + shape.position)
     layer = element * (6 * shape.hidden + 5 * shape.attention + 4 * shape.intermediate)
-    lora = spec.tuning.lora
     if spec.tuning.method in LORA_METHODS:
         entries = 5 * shape.hidden + shape.attention + shape.intermediate
-        dropout = 0.05 if lora is None else lora.dropout
+        dropout = (spec.tuning.lora or Lora()).dropout
         if dropout and spec.tuning.objective not in PREFERENCE_OBJECTIVES:  # TRL switches dropout off for those
             layer += entries * (element + 1) - element * (2 * shape.hidden + shape.attention + shape.intermediate)
         layer += entries * (4 - element) if element < 4 else 0
         if spec.tuning.method == "dora":
             layer += 2 * element * (entries + shape.attention + shape.intermediate)
     if spec.tuning.method == "partial":
-        last = (spec.tuning.partial.last_layers if spec.tuning.partial is not None else 2) or shape.layers
+        last = (spec.tuning.partial or Partial()).last_layers or shape.layers
         kept = min(shape.layers, last)
     else:
         kept = shape.layers

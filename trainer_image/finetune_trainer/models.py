@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS, FineTuneJobSpec, VirtualTokens
 from finetune_api.uris import parse_uri
 
 from .context import Context
@@ -192,8 +192,6 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> 
     width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden)
     output = model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output and m.out_features > 1)
-    virtual = spec.tuning.method in ("prompt", "prefix", "p-tuning")
-    tokens = spec.tuning.virtual_tokens.count if spec.tuning.virtual_tokens is not None else 20
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=trainable,
@@ -203,5 +201,5 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> 
         attention=heads * head,
         intermediate=experts * width,
         vocabulary=0 if spec.tuning.objective == "reward" else int(config.vocab_size),
-        position=tokens if virtual else 0,
+        position=(spec.tuning.virtual_tokens or VirtualTokens()).count if spec.tuning.method in VIRTUAL_TOKEN_METHODS else 0,
     )

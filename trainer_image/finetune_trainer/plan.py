@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from finetune_api.scalars import quantity
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, FineTuneJobSpec
+from finetune_api.spec import UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, WHOLE_MODEL_METHODS, FineTuneJobSpec
 from finetune_api.status import Plan
 
 from .errors import UserError
@@ -16,8 +16,6 @@ _LARGEST_BATCH = 8
 _LARGEST_WORLD = 4096
 _SHARD_PARAMETERS = 3_000_000_000
 """Models over this size get their parameters sharded when every weight is trained and the GPUs' memory is not known."""
-_UNSHARDED_METHODS = ("qlora", "ia3", *VIRTUAL_TOKEN_METHODS)
-_UNSHARDED_OBJECTIVES = ("grpo", "distill", "kto", "orpo")
 
 
 def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: int = 0) -> Plan:
@@ -76,8 +74,8 @@ def _strategies(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> list[tu
         return [("ddp", "none")]
     if wanted != "auto":
         return [(wanted, offload)]
-    shardable = spec.tuning.method not in _UNSHARDED_METHODS and spec.tuning.objective not in _UNSHARDED_OBJECTIVES
-    full = spec.tuning.method in ("full", "partial")
+    shardable = spec.tuning.method not in UNSHARDED_METHODS and spec.tuning.objective not in UNSHARDED_OBJECTIVES
+    full = spec.tuning.method in WHOLE_MODEL_METHODS
     zero3 = [("deepspeed-zero3", "none")] if shardable and world > 1 else []
     hosted = [
         ("deepspeed-zero2", "optimizer"),
@@ -143,7 +141,7 @@ def _refusal(spec: FineTuneJobSpec, shape: ModelShape, least: Setting, memory: M
             ways.append(f"hyperparameters.maxLength {length}")
             break
         length //= 2
-    if spec.tuning.method in ("full", "partial"):
+    if spec.tuning.method in WHOLE_MODEL_METHODS:
         ways.append("tuning.method lora or qlora")
     elif spec.tuning.method in ("lora", "dora", "rslora"):
         ways.append("tuning.method qlora")

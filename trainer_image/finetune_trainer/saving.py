@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from finetune_api.spec import WHOLE_MODEL_METHODS
+
 from . import models
 from .context import Context, write_text
 from .errors import UserError
@@ -21,7 +23,7 @@ def save(context: Context, trainer: Any) -> None:
     if not trainer.is_world_process_zero():
         return
     trainer.processing_class.save_pretrained(str(output))
-    if context.spec.tuning.method in ("full", "partial"):
+    if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         _as_stored(output, models.noted(context))
     _verify(output)
 

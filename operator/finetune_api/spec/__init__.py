@@ -3,13 +3,14 @@
 from .common import SecretReference
 from .data import Dataset, DatasetChecks, DatasetFormat, DatasetSource
 from .evaluation import ANSWER_METRICS, Evaluation, Forgetting, Gate, Metric, Output
-from .job import FORMATS_OF, FineTuneJobSpec
+from .job import FORMATS_OF, UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, FineTuneJobSpec
 from .model import Endpoint, Model
 from .run import Checkpoint, ComputeResources, WorkspaceTemplate
 from .tuning import (
     LORA_METHODS,
     PREFERENCE_OBJECTIVES,
     VIRTUAL_TOKEN_METHODS,
+    WHOLE_MODEL_METHODS,
     Distillation,
     Grpo,
     Hyperparameters,
@@ -29,7 +30,10 @@ __all__ = [
     "FORMATS_OF",
     "LORA_METHODS",
     "PREFERENCE_OBJECTIVES",
+    "UNSHARDED_METHODS",
+    "UNSHARDED_OBJECTIVES",
     "VIRTUAL_TOKEN_METHODS",
+    "WHOLE_MODEL_METHODS",
     "Checkpoint",
     "ComputeResources",
     "Dataset",

@@ -98,3 +98,8 @@ class Dataset(APIModel):
     """Format of the rows; `auto` looks at the first rows of each source and says what it found. docs/data.md shows them all."""
     checks: DatasetChecks = Field(default_factory=DatasetChecks)
     """What prepare does about duplicates, leakage, and rows that are too long or broken."""
+
+    @property
+    def sources(self) -> dict[str, DatasetSource]:
+        """The sources to train on, by the name that their secrets and rows go by: train, mix-0, mix-1 and so on."""
+        return {"train": self.train, **{f"mix-{index}": source for index, source in enumerate(self.mix)}}

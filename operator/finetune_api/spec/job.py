@@ -11,7 +11,7 @@ from .data import Dataset
 from .evaluation import ANSWER_METRICS, Evaluation, Output, PublishTarget
 from .model import Model
 from .run import Checkpoint, Distribution, Resources, RunPolicy, Scheduling, Workspace
-from .tuning import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Tuning
+from .tuning import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Method, Objective, Tuning
 
 FORMATS_OF = {
     "sft": ("messages", "prompt-completion", "text", "alpaca", "sharegpt"),
@@ -29,7 +29,9 @@ _FORMATS_CEL = " || ".join(
     for objective, formats in FORMATS_OF.items()
 )
 _PROCESSES = "self.distribution.nodes * (self.distribution.gpusPerNode > 0 ? self.distribution.gpusPerNode : 1)"
-_UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS,)
+UNSHARDED_METHODS: tuple[Method, ...] = ("qlora", "ia3", *VIRTUAL_TOKEN_METHODS)
+UNSHARDED_OBJECTIVES: tuple[Objective, ...] = ("grpo", "distill", "kto", "orpo")
+"""Methods and objectives that need every parameter whole on each GPU."""
 
 
 class FineTuneJobSpec(APIModel):
@@ -112,17 +114,12 @@ class FineTuneJobSpec(APIModel):
         Rule(
             cel="!(self.tuning.method in ['qlora', 'ia3', 'prompt', 'prefix', 'p-tuning']) || !(self.distribution.strategy in ['deepspeed-zero3', 'fsdp'])",
             message="this tuning.method does not shard its base: set distribution.strategy to auto, ddp, deepspeed-zero1 or deepspeed-zero2",
-            holds=lambda m: (
-                m.tuning.method not in ("qlora", "ia3", *VIRTUAL_TOKEN_METHODS)
-                or m.distribution.strategy not in ("deepspeed-zero3", "fsdp")
-            ),
+            holds=lambda m: m.tuning.method not in UNSHARDED_METHODS or m.distribution.strategy not in ("deepspeed-zero3", "fsdp"),
         ),
         Rule(
             cel="!(self.tuning.objective in ['grpo', 'distill', 'kto', 'orpo']) || !(self.distribution.strategy in ['deepspeed-zero3', 'fsdp'])",
             message="tuning.objective grpo, distill, kto and orpo do not run on sharded parameters: set distribution.strategy to auto, ddp, deepspeed-zero1 or deepspeed-zero2",
-            holds=lambda m: (
-                m.tuning.objective not in ("grpo", "distill", "kto", "orpo") or m.distribution.strategy not in ("deepspeed-zero3", "fsdp")
-            ),
+            holds=lambda m: m.tuning.objective not in UNSHARDED_OBJECTIVES or m.distribution.strategy not in ("deepspeed-zero3", "fsdp"),
         ),
         Rule(
             cel=f"self.tuning.hyperparameters.globalBatchSize % ({_PROCESSES}) == 0",
@@ -151,7 +148,7 @@ class FineTuneJobSpec(APIModel):
         Rule(
             cel="!(self.output.merged || size(self.output.gguf) > 0) || !(self.tuning.method in ['prompt', 'prefix', 'p-tuning'])",
             message="output.merged and output.gguf: learned vectors cannot be merged into the weights; remove them or use another tuning.method",
-            holds=lambda m: not (m.output.merged or m.output.gguf) or m.tuning.method not in _UNMERGEABLE,
+            holds=lambda m: not (m.output.merged or m.output.gguf) or m.tuning.method not in VIRTUAL_TOKEN_METHODS,
         ),
         Rule(
             cel="!(size(self.output.gguf) > 0 || self.output.ggufAdapter) || self.tuning.objective != 'reward'",
@@ -194,4 +191,4 @@ class FineTuneJobSpec(APIModel):
             self.dataset.eval.uri if self.dataset.eval is not None else None,
             forgetting.uri if forgetting is not None else None,
         )
-        return [self.model.uri, self.dataset.train.uri, *(s.uri for s in self.dataset.mix), *(uri for uri in optional if uri is not None)]
+        return [self.model.uri, *(s.uri for s in self.dataset.sources.values()), *(uri for uri in optional if uri is not None)]

@@ -13,6 +13,8 @@ from .model import Endpoint, Model
 
 Objective = Literal["sft", "pretrain", "dpo", "kto", "orpo", "reward", "grpo", "distill"]
 Method = Literal["full", "partial", "lora", "qlora", "dora", "rslora", "ia3", "prompt", "prefix", "p-tuning"]
+WHOLE_MODEL_METHODS: tuple[Method, ...] = ("full", "partial")
+"""Methods that change the model's own weights: the result is a model, not an adapter."""
 LORA_METHODS: tuple[Method, ...] = ("lora", "qlora", "dora", "rslora")
 VIRTUAL_TOKEN_METHODS: tuple[Method, ...] = ("prompt", "prefix", "p-tuning")
 """Methods that put learned vectors in front of the sequence or of the layers' attention: they cannot be merged."""
@@ -298,7 +300,7 @@ class Tuning(APIModel):
             cel="!has(self.continueFrom) || !(self.method in ['full', 'partial']) && !has(self.lora) && !has(self.virtualTokens)",
             message="tuning.continueFrom goes on with an adapter and its own settings: remove tuning.lora and virtualTokens; for method full or partial set model.uri to the earlier model instead",
             holds=lambda m: (
-                m.continue_from is None or (m.method not in ("full", "partial") and m.lora is None and m.virtual_tokens is None)
+                m.continue_from is None or (m.method not in WHOLE_MODEL_METHODS and m.lora is None and m.virtual_tokens is None)
             ),
         ),
         Rule(

@@ -83,8 +83,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
         if distillation is not None:
             need("teacher", distillation.teacher.secret_ref if distillation.teacher is not None else None)
             need("endpoint", distillation.endpoint.secret_ref if distillation.endpoint is not None else None)
-        for index, source in enumerate([spec.dataset.train, *spec.dataset.mix]):
-            field = "train" if index == 0 else f"mix-{index - 1}"
+        for field, source in spec.dataset.sources.items():
             if source.secret_ref is not None and source.uri.startswith("s3://"):
                 found[field] = (source.secret_ref.name, {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")})
             else:

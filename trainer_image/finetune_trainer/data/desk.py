@@ -69,8 +69,7 @@ class Desk:
         self.context, self.tokeniser, self.store = context, tokeniser, store
         dataset = context.spec.dataset
         self.checks = dataset.checks
-        self.sources = [dataset.train, *dataset.mix]
-        self.fields = ["train", *(f"mix-{index}" for index in range(len(dataset.mix)))]
+        self.sources, self.fields = list(dataset.sources.values()), list(dataset.sources)
         self.problems, self.dropped, self.warnings = Problems(), Counter[str](), Counter[str]()
         evaluation = context.spec.evaluation
         self._wants_answers = evaluation is not None and bool(set(evaluation.metrics) & set(ANSWER_METRICS))
@@ -99,7 +98,7 @@ class Desk:
             )
 
     def _place(self, origin: int, number: int) -> str:
-        name = "eval" if origin == HELD_OUT else "train" if origin == 0 else self.fields[origin]
+        name = "eval" if origin == HELD_OUT else self.fields[origin]
         return f"{name} row {number}"
 
     def _read(self, origin: int, source: DatasetSource, name: str) -> None:
@@ -137,7 +136,7 @@ class Desk:
         for row in chunk:
             place = self._place(origin, row.number)
             if row.problem:
-                long = row.problem.startswith(("no answer token is left", "the prompt has")) and self.checks.too_long != "truncate"
+                long = row.too_long and self.checks.too_long != "truncate"
                 kind = "unreadable" if row.unreadable else "tooLong" if long else "invalid"
                 self.problems.add(kind, place, row.problem, row.excerpt)
                 if long and self.checks.too_long == "drop":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import ipaddress
-import logging
 import os
 import shutil
 import socket
@@ -25,7 +24,6 @@ from finetune_api.uris import URI, parse_uri
 from ..context import Context
 from ..errors import InfrastructureError, UserError
 
-log = logging.getLogger("finetune.fetch")
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
 _REDIRECTS, _TIMEOUT, _CHUNK = 5, 60, 1 << 20

@@ -21,7 +21,7 @@ from rensa import RMinHash
 from .formats import FORMATS, BadRow, Shape, strings, system_prompt
 from .reading import Row
 from .sensitive import findings
-from .tokens import IGNORED, Tokeniser
+from .tokens import IGNORED, RowTooLong, Tokeniser
 
 CHUNK = 512
 _INLINE_CHUNKS = 4
@@ -36,6 +36,7 @@ class Scanned:
     problem: str = ""
     excerpt: str = ""
     unreadable: bool = False
+    too_long: bool = False
     row: str = ""
     """The row in its common shape, as JSON with sorted keys."""
     digest: int = 0
@@ -77,7 +78,7 @@ class Scan:
                 raise BadRow(f"the text holds {forged!r}, a special token of the model")
             columns, truncated = self.tokeniser(shape)
         except BadRow as failure:
-            return Scanned(row.number, str(failure))
+            return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
         except RecursionError:
             return Scanned(row.number, "nested too deeply")
         text = json.dumps(shape, sort_keys=True, ensure_ascii=False)

@@ -26,6 +26,10 @@ CHATML = (
 """What is proposed to users whose model has no chat template."""
 
 
+class RowTooLong(BadRow):
+    """A row of which nothing to learn is left within max_length."""
+
+
 class Tokeniser:
     """Turns rows into tokens with the model's tokenizer and chat template.
 
@@ -59,7 +63,7 @@ class Tokeniser:
             prompt, answer = self.prompt_and_answer(row)
             length = len(self._encode(prompt))
             if length >= self.max_length:
-                raise BadRow(f"the prompt has {length} tokens, maxLength is {self.max_length}")
+                raise RowTooLong(f"the prompt has {length} tokens, maxLength is {self.max_length}")
             return {**self._answer_columns(row, answer), "prompt": prompt, "answer": answer}, False
         if "chosen" in row:
             prompt, chosen, rejected = self._pair_texts(row)
@@ -72,7 +76,9 @@ class Tokeniser:
         else:
             columns, cut = self._learned(row)
         if not any(label != IGNORED for label in columns["labels"][1:]):
-            raise BadRow(f"no answer token is left within maxLength {self.max_length}" if cut else "there is no answer token")
+            if cut:
+                raise RowTooLong(f"no answer token is left within maxLength {self.max_length}")
+            raise BadRow("there is no answer token")
         return columns, cut
 
     def _answer_columns(self, row: Shape, answer: str) -> dict[str, Any]:
@@ -108,7 +114,7 @@ class Tokeniser:
     def _cut(self, head: list[int], answer: list[int]) -> list[int]:
         left = self.max_length - len(head)
         if left < 1:
-            raise BadRow(f"no answer token is left within maxLength {self.max_length}: the prompt has {len(head)}")
+            raise RowTooLong(f"no answer token is left within maxLength {self.max_length}: the prompt has {len(head)}")
         return answer[:left]
 
     def _encode(self, text: str) -> list[int]:
@@ -135,9 +141,7 @@ class Tokeniser:
     def prompt_and_answer(self, row: Shape, *, end: bool = False) -> tuple[str, str]:
         """(prompt, answer) of a row as text, for generation; with `end` the answer closes as the template or tokenizer does."""
         if "chosen" in row:
-            prompt, chosen, _ = self._pair_texts(row)
-            if end:
-                return prompt, chosen
+            prompt, _, _ = self._pair_texts(row)
             return prompt, row["chosen"][-1]["content"] if isinstance(row["chosen"], list) else row["chosen"]
         if "messages" in row:
             messages, tools = row["messages"], row.get("tools")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finetune_api.contract import StageResult
-from finetune_api.spec import ANSWER_METRICS, Evaluation, Metric
+from finetune_api.spec import ANSWER_METRICS, WHOLE_MODEL_METHODS, Evaluation, Metric
 from finetune_api.status import EvaluationStatus
 
 from .. import models
@@ -95,7 +95,7 @@ def _load(context: Context, folder: str, cuda: bool) -> Any:
 
 
 def _tuned(context: Context, base: Any, cuda: bool) -> Any:
-    if context.spec.tuning.method in ("full", "partial"):
+    if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         del base
         return _load(context, context.layout.output, cuda)
     from peft import PeftModel
