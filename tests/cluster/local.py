@@ -53,6 +53,19 @@ class LocalCluster:
         """Run kubectl as the administrator."""
         return run([kubectl(), "--kubeconfig", self.kubeconfig, *words], input=input, check=check)
 
+    def define(self, resources: Path) -> None:
+        """Apply CustomResourceDefinitions and wait until they are served (`kubectl wait` fails while a status is still empty)."""
+
+        def served() -> bool:
+            found = json.loads(self.kubectl("get", "-f", str(resources), "-o", "json"))
+            return all(
+                any(c["type"] == "Established" and c["status"] == "True" for c in item.get("status", {}).get("conditions") or [])
+                for item in found.get("items", [found])
+            )
+
+        self.kubectl("apply", "-f", str(resources))
+        wait_for(f"the resources of {resources.name}", served, 60, self.state / "logs")
+
     def is_up(self) -> bool:
         """Whether it runs and its nodes are ready."""
         if not self.kubeconfig.exists() or not processes.of(self.name):

@@ -34,8 +34,7 @@ def cluster() -> Iterator[LocalCluster]:
     target = LocalCluster("component", size=0)
     target.down(quiet=True)
     target.up()
-    target.kubectl("apply", "-f", str(CRD))
-    target.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=60s")
+    target.define(CRD)
     yield target
     target.down(quiet=True)
 
