@@ -35,7 +35,9 @@ class ExitCode(enum.IntEnum):
     INFRASTRUCTURE = 12
     """Retried from the last checkpoint."""
     STOPPED = 13
-    """Stopped on request with a checkpoint saved: not counted as a restart."""
+    """Stopped on request, with a checkpoint saved if a step ended in the grace period: not counted as a restart."""
+    HANG = 14
+    """No step ended for too long; the stacks are in the log. Retried from the last checkpoint."""
 
 
 PEER_LOST = "PeerLost"
@@ -63,6 +65,8 @@ class Env:
     MAIN_ADDRESS = "FINETUNE_MAIN_ADDRESS"
     MAIN_PORT = "FINETUNE_MAIN_PORT"
     PROGRESS_URL = "FINETUNE_PROGRESS_URL"
+    GRACE = "FINETUNE_GRACE_SECONDS"
+    """Seconds between SIGTERM and SIGKILL."""
     ALLOW_CPU = "FINETUNE_ALLOW_CPU"
     ALLOWED_HOSTS = "FINETUNE_ALLOWED_HOSTS"
     """Hosts, separated by commas, that data may be fetched from although their addresses are not public."""
@@ -130,6 +134,9 @@ class ProgressReport(APIModel):
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
     eta_seconds: Annotated[float, Field(ge=0)] | None = None
     checkpoint_step: Annotated[int, Field(ge=0)] | None = None
+    checkpoint_every: Annotated[float, Field(ge=0)] | None = None
+    resumed_from: Annotated[int, Field(ge=0)] = 0
+    skipped_checkpoints: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=8)] = ()
 
 
 def progress_of(report: ProgressReport, reported_at: str | None = None) -> Progress:
@@ -166,6 +173,7 @@ class Layout:
         self.reports = f"{self.job}/reports"
         self.train_rows = f"{self.data}/train.parquet"
         self.eval_rows = f"{self.data}/eval.parquet"
+        self.general_rows = f"{self.data}/general.json"
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"

@@ -1,7 +1,8 @@
 """The trainer beside `trl sft` and beside plain `transformers.Trainer` with padding: same model, rows, batch, adapter, seed and steps.
 
-Non-padding tokens over the training loop's own time (model loading is left out on all sides), the process's peak
-memory, and the time from process start to the first optimizer step. The arms take turns.
+Non-padding tokens over the training loop's own time (model loading is left out on all sides) and over its CPU time
+(which a busy neighbour disturbs less), the process's peak memory, and the time from process start to the first
+optimizer step. The arms take turns, in another order every round.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tests.cluster.quickstart import model
 from tests.cluster.shell import REPO
 
 ROUNDS, STEPS, BATCH, LENGTH = 3, 8, 8, 128
+FIELDS = ("tokens_per_second", "tokens_per_cpu_second", "peak_mib", "first_step")
 WRAPPER = "import os,sys,resource; p=os.spawnvp(os.P_WAIT,sys.argv[1],sys.argv[1:]); print('PEAK',resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(p)"
 
 
@@ -35,6 +38,7 @@ class Run:
     """One run of one arm."""
 
     tokens_per_second: float
+    tokens_per_cpu_second: float
     peak_mib: float
     first_step: float
 
@@ -46,15 +50,16 @@ def bench() -> dict[str, Any]:
         even, mixed = Path(scratch, "even"), Path(scratch, "mixed")
         _rows(even, mixed)
         arms: dict[str, list[Run]] = {}
-        for _ in range(ROUNDS):
-            for name, run in (
-                ("finetune", lambda: _ours(Path(scratch, "run"), folder, even)),
-                ("trl_sft", lambda: _trl(Path(scratch, "run"), folder, even)),
-                ("transformers_trainer", lambda: _plain(Path(scratch, "run"), folder, even)),
-                ("finetune_mixed_packed", lambda: _ours(Path(scratch, "run"), folder, mixed, packing=True)),
-                ("trl_sft_mixed", lambda: _trl(Path(scratch, "run"), folder, mixed)),
-                ("transformers_trainer_mixed", lambda: _plain(Path(scratch, "run"), folder, mixed)),
-            ):
+        turns: list[tuple[str, Callable[[], Run]]] = [
+            ("finetune", lambda: _ours(Path(scratch, "run"), folder, even)),
+            ("trl_sft", lambda: _trl(Path(scratch, "run"), folder, even)),
+            ("transformers_trainer", lambda: _plain(Path(scratch, "run"), folder, even)),
+            ("finetune_mixed_packed", lambda: _ours(Path(scratch, "run"), folder, mixed, packing=True)),
+            ("trl_sft_mixed", lambda: _trl(Path(scratch, "run"), folder, mixed)),
+            ("transformers_trainer_mixed", lambda: _plain(Path(scratch, "run"), folder, mixed)),
+        ]
+        for turn in range(ROUNDS):
+            for name, run in turns[turn:] + turns[:turn]:
                 arms.setdefault(name, []).append(run())
                 print(json.dumps({"arm": name, **arms[name][-1].__dict__}), flush=True)
                 shutil.rmtree(Path(scratch, "run"), ignore_errors=True)
@@ -63,7 +68,7 @@ def bench() -> dict[str, Any]:
         return statistics.median(getattr(run, field) for run in arms[arm])
 
     found: dict[str, Any] = {"steps": STEPS, "rounds": ROUNDS}
-    for field in ("tokens_per_second", "peak_mib", "first_step"):
+    for field in FIELDS:
         found[field] = {arm: round(middle(arm, field), 1) for arm in arms}
     found["spread"] = {arm: [round(f(r.tokens_per_second for r in runs), 1) for f in (min, max)] for arm, runs in arms.items()}
     for ours, others in (
@@ -71,9 +76,7 @@ def bench() -> dict[str, Any]:
         ("finetune_mixed_packed", ("trl_sft_mixed", "transformers_trainer_mixed")),
     ):
         for other in others:
-            found[f"{ours}/{other}"] = {
-                f: round(middle(ours, f) / middle(other, f), 3) for f in ("tokens_per_second", "peak_mib", "first_step")
-            }
+            found[f"{ours}/{other}"] = {f: round(middle(ours, f) / middle(other, f), 3) for f in FIELDS}
     return found
 
 
@@ -94,17 +97,17 @@ def _rows(even: Path, mixed: Path) -> None:
 
 
 def _run(command: list[Any], env: dict[str, str]) -> Run:
-    """Run an arm's process. It prints FIRST (time of the first step's end), and TRL's or our log of tokens and seconds."""
+    """Run an arm's process. It prints BEGIN, FIRST and LAST (the time and CPU time at the loop's start, first and last step), and TRL's or our log of tokens and seconds."""
     started = time.time()
     done = subprocess.run([sys.executable, "-c", WRAPPER, *map(str, command)], env=env, capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
     if done.returncode != 0:
         raise RuntimeError(text[-3000:])
     tokens = re.findall(r"'num_(?:input_)?tokens(?:_seen)?': '?([0-9.e+]+)", text)
-    begin, last = (float(re.findall(rf"{word} ([0-9.]+)", text)[-1]) for word in ("BEGIN", "LAST"))  # before the final checkpoint
-    first = re.findall(r"FIRST ([0-9.]+)", text)
+    marks = {word: (float(at), float(cpu)) for word, at, cpu in re.findall(r"(BEGIN|FIRST|LAST) ([0-9.]+) ([0-9.]+)", text)}
+    seconds, cpu = (last - begin for begin, last in zip(marks["BEGIN"], marks["LAST"], strict=True))  # before the final checkpoint
     peak = re.findall(r"PEAK ([0-9]+)", text)
-    return Run(float(tokens[-1]) / (last - begin), float(peak[-1]) / 1024, float(first[0]) - started)
+    return Run(float(tokens[-1]) / seconds, float(tokens[-1]) / cpu, float(peak[-1]) / 1024, marks["FIRST"][0] - started)
 
 
 def _environment() -> dict[str, str]:

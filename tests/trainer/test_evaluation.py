@@ -142,6 +142,27 @@ def test_forgetting_fails_the_gate(bench: Bench) -> None:
     assert result.result["gate"] == "NotPassed" and "evaluation.forgetting.maxIncrease is 0.1%" in result.message
 
 
+def test_the_general_text_of_a_configmap_is_read_in_prepare_alone(bench: Bench) -> None:
+    """ConfigMaps are mounted in prepare only; a bad row is refused there."""
+    folder = bench.folder / "configmap"
+    folder.mkdir()
+    evaluation = {"metrics": ["loss"], "forgetting": {"uri": "configmap://general/rows.jsonl"}}
+
+    def context() -> Any:
+        found = bench.context(ROWS["messages"], tuning=LAZY, evaluation=evaluation)
+        found.job.sources["configmap://general"] = str(folder)
+        return found
+
+    (folder / "rows.jsonl").write_text('{"text": "what is the sky"}\n{"txt": 1}\n')
+    with pytest.raises(UserError, match=r"evaluation.forgetting.uri row 2"):
+        prepare(context())
+    (folder / "rows.jsonl").write_text('{"text": "what is the sky"}\n')
+    prepared = context()
+    bench.train(prepared)
+    del prepared.job.sources["configmap://general"]
+    assert evaluate(prepared).result["base"]["general-loss"] > 0
+
+
 def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
     """A judge that always prefers the first answer gives both models one half."""
     evaluation: dict[str, Any] = {"metrics": ["judge-win-rate"], "maxNewTokens": 6, "maxExamples": 6}

@@ -27,11 +27,11 @@ if os.environ.get("FINETUNE_BENCH"):
 
                     class First(module.TrainerCallback):
                         def on_train_begin(self, args, state, control, **_):
-                            print("BEGIN", time.time(), flush=True)
+                            print("BEGIN", time.time(), time.process_time(), flush=True)
 
                         def on_step_end(self, args, state, control, **_):
                             if state.global_step in (1, state.max_steps):
-                                print("FIRST" if state.global_step == 1 else "LAST", time.time(), flush=True)
+                                print("FIRST" if state.global_step == 1 else "LAST", time.time(), time.process_time(), flush=True)
 
                     trainer.add_callback(First())
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from typing import Any
 
 from finetune_api.spec import DatasetSource, Forgetting
 
-from ..context import Context
+from ..context import Context, write_text
 from ..data.formats import FORMATS, BadRow
 from ..data.reading import rows
 from ..data.tokens import Tokeniser
@@ -18,8 +19,8 @@ _MOST = 200
 NAME = "general-loss"
 
 
-def general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> list[dict[str, Any]]:
-    """Tokens of the general text."""
+def keep_general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> None:
+    """In prepare: write the tokens of the general text, so that a bad row is refused before a GPU is taken."""
     tokeniser = Tokeniser(tokenizer, objective="pretrain", max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=False)
     if settings.uri is None:
         text = resources.files("finetune_trainer").joinpath("templates", "general.txt").read_text()
@@ -36,7 +37,13 @@ def general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> list
                 break
         if not texts:
             raise UserError("EmptyDataset", "evaluation.forgetting.uri has no row")
-    return [tokeniser({"text": text})[0] for text in texts]
+    write_text(context.layout.general_rows, json.dumps([tokeniser({"text": text})[0] for text in texts]))
+
+
+def general_rows(context: Context) -> list[dict[str, Any]]:
+    """In evaluate: what prepare wrote."""
+    found: list[dict[str, Any]] = context.read_json(context.layout.general_rows)
+    return found
 
 
 def general_loss(model: Any, rows: list[dict[str, Any]], pad: int) -> float:

@@ -60,7 +60,7 @@ class _Desk:
         self, context: Context, spec: Evaluation, tokenizer: Any, rows: list[dict[str, Any]], prompts: list[tuple[str, str]]
     ) -> None:
         self.context, self.spec, self.tokenizer, self.rows, self.prompts = context, spec, tokenizer, rows, prompts
-        self.general = forgetting.general_rows(context, tokenizer, spec.forgetting) if spec.forgetting is not None else None
+        self.general = forgetting.general_rows(context) if spec.forgetting is not None else None
 
     def run(self, model: Any) -> tuple[Measured, dict[str, float]]:
         """The metrics on the held-out rows, and the scores on other texts."""
