@@ -16,10 +16,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .scan import Scanned, bands
 
 HELD_OUT = -1
+_WINDOW = 20_000
 _TOKENS = pa.list_(pa.int32())
 _COLUMNS: dict[str, pa.DataType] = {
     "input_ids": _TOKENS,
@@ -92,15 +94,15 @@ class Store:
         return self._next > 0
 
     def _one(self, query: str, *parameters: Any) -> Any:
-        row = self._db.execute(query, parameters).fetchone()
-        return row[0] if row is not None else None
+        rows = self._db.execute(query, parameters).fetchall()
+        return rows[0][0] if rows else None
 
     def _all(self, query: str) -> list[Any]:
         return list(self._db.execute(query).fetchall())
 
     def count(self, *, held_out: bool) -> int:
         """Rows that are kept."""
-        return int(self._one(f"SELECT count(*) FROM kept WHERE {_side(held_out)}"))
+        return int(self._one(f"SELECT count(*) FROM kept WHERE origin {'<' if held_out else '>='} 0"))
 
     def begin(self) -> None:
         """All rows are in: make the view of those that are kept."""
@@ -179,32 +181,48 @@ class Store:
         self._db.execute(f"CREATE TABLE copies AS SELECT id, CASE origin {cases} ELSE 1 END AS n FROM kept WHERE origin >= 0")
 
     def write(self, path: str, *, held_out: bool) -> str:
-        """Write the rows of one side to Parquet, in a stable order. Returns the SHA-256 over them."""
-        repeat = "" if held_out else "JOIN copies c ON c.id = k.id JOIN range(100) r(i) ON r.i < c.n"
-        order = "md5(k.digest), k.id" if held_out else "k.id"  # an evaluation may look at the first rows only
-        query = f"SELECT row, {self._columns} FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}"
-        partial = f"{path}.partial"
-        self._db.execute(f"COPY ({query}) TO {_quoted(partial)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20000)")
-        digest = hashlib.sha256()
-        reader = self._db.sql(f"SELECT k.digest FROM kept k {repeat} WHERE k.{_side(held_out)} ORDER BY {order}").to_arrow_reader(50_000)
-        for batch in reader:
-            digest.update("\n".join(batch.column(0).to_pylist()).encode())
-        Path(partial).replace(path)
+        """Write the rows of one side to Parquet, in a stable order, a window at a time. Returns the SHA-256 over them."""
+        partial, digest, writer = Path(f"{path}.partial"), hashlib.sha256(), None
+        for window in self._evaluation_windows() if held_out else self._training_windows():
+            table = self._db.sql(f"SELECT k.digest, k.row, {self._columns} FROM kept k {window}").to_arrow_table()
+            if not table.num_rows:
+                continue
+            digest.update("\n".join(table.column("digest").to_pylist()).encode())
+            shown = table.drop_columns(["digest"])
+            writer = writer or pq.ParquetWriter(partial, shown.schema, compression="zstd")
+            writer.write_table(shown)
+        if writer is None:
+            raise ValueError("no rows to write")
+        writer.close()
+        partial.replace(path)
         return digest.hexdigest()
+
+    def _training_windows(self) -> Iterator[str]:
+        """In the order of reading; the trainer shuffles. Identifiers are stored in order, so a window is read alone."""
+        repeat = "JOIN copies c ON c.id = k.id JOIN range(100) r(i) ON r.i < c.n"
+        for first in range(0, self._next, _WINDOW):
+            yield f"{repeat} WHERE k.origin >= 0 AND k.id BETWEEN {first} AND {first + _WINDOW - 1} ORDER BY k.id"
+
+    def _evaluation_windows(self) -> Iterator[str]:
+        """Mixed, by content: an evaluation may look at the first rows only."""
+        self._db.execute(
+            "CREATE TABLE places AS SELECT id, row_number() OVER (ORDER BY md5(digest), id) AS place FROM kept WHERE origin < 0"
+        )
+        for first in range(1, int(self._one("SELECT count(*) FROM places")) + 1, _WINDOW):
+            yield f"JOIN places p ON p.id = k.id WHERE p.place BETWEEN {first} AND {first + _WINDOW - 1} ORDER BY p.place"
 
     def totals(self) -> tuple[int, int]:
         """(training rows, their tokens), with repetitions."""
-        row = self._db.execute("SELECT sum(c.n), sum(c.n * k.length) FROM kept k JOIN copies c ON c.id = k.id").fetchone()
-        return (int(row[0] or 0), int(row[1] or 0)) if row is not None else (0, 0)
+        rows, tokens = self._all("SELECT sum(c.n), sum(c.n * k.length) FROM kept k JOIN copies c ON c.id = k.id")[0]
+        return int(rows or 0), int(tokens or 0)
 
     def lengths(self) -> dict[str, Any]:
         """Statistics and a histogram of tokens per training row."""
-        row = self._db.execute(
+        found = self._all(
             "SELECT min(length), median(length), quantile_cont(length, 0.95), max(length), quantile_cont(length, 0.25), quantile_cont(length, 0.75), "
             "sum(learned) / sum(length) FROM kept WHERE origin >= 0"
-        ).fetchone()
-        assert row is not None
-        low, median, p95, high, q1, q3, share = row
+        )
+        low, median, p95, high, q1, q3, share = found[0]
         width = max(1, -(-(high - low + 1) // 30))
         bins = self._db.execute(
             f"SELECT {low} + (length - {low}) // {width} * {width} AS bin, count(*) FROM kept WHERE origin >= 0 GROUP BY bin ORDER BY bin"
@@ -235,14 +253,8 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _side(held_out: bool) -> str:
-    return "origin < 0" if held_out else "origin >= 0"
-
-
 def read_rows(path: str, columns: Iterable[str], limit: int) -> list[dict[str, Any]]:
     """The first rows of a prepared file."""
-    import pyarrow.parquet as pq
-
     found: list[dict[str, Any]] = []
     with pq.ParquetFile(path) as file:
         wanted = [c for c in columns if c in file.schema_arrow.names]
