@@ -47,15 +47,15 @@ def test_the_order_of_the_data_depends_on_the_seed_alone(bench: Bench) -> None:
 def test_every_epoch_is_a_shuffle_in_whole_batches() -> None:
     from finetune_trainer.objectives.order import WholeBatches
 
-    sampler = WholeBatches(10, 4, seed=1)
-    epochs = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        epochs.append(list(sampler))
-    assert all(len(e) == len(sampler) == 12 and set(e) == set(range(10)) and e[10:] == e[:2] for e in epochs)
+    def sampler(steps: int, rows: int = 10, batch: int = 4, seed: int = 1) -> WholeBatches:
+        return WholeBatches(rows, batch, seed, lambda: steps)
+
+    epochs = [list(sampler(3 * epoch)) for epoch in range(3)]
+    assert all(list(sampler(3 + inside)) == epochs[1] for inside in range(3)), "resumed inside an epoch"
+    assert all(len(e) == len(sampler(0)) == 12 and set(e) == set(range(10)) and e[10:] == e[:2] for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert list(WholeBatches(10, 4, seed=1)) == epochs[0] != list(WholeBatches(10, 4, seed=2))
-    assert len(list(WholeBatches(3, 8, seed=1))) == 8, "fewer rows than a batch"
+    assert list(sampler(0)) == epochs[0] != list(sampler(0, seed=2))
+    assert len(list(sampler(0, rows=3, batch=8))) == 8, "fewer rows than a batch"
 
 
 def test_packing_learns_from_every_row_once(bench: Bench) -> None:
