@@ -118,6 +118,23 @@ class Plan(APIModel):
     reason: str = ""
     """Why this strategy and batch size were chosen."""
 
+    @property
+    def global_batch_size(self) -> int:
+        """Rows per optimizer step over all processes."""
+        return self.world_size * self.per_device_batch_size * self.gradient_accumulation
+
+    def spread_over(self, world_size: int) -> Plan:
+        """The same steps by another number of processes: the global batch stays, no process takes more rows at once.
+
+        Raises ValueError when the global batch cannot be divided evenly.
+        """
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest or not share:
+            raise ValueError(f"a global batch of {self.global_batch_size} rows cannot be divided over {world_size} processes")
+        at_once = max(n for n in range(1, min(share, self.per_device_batch_size) + 1) if share % n == 0)
+        update = {"world_size": world_size, "per_device_batch_size": at_once, "gradient_accumulation": share // at_once}
+        return self.model_copy(update=update)
+
 
 class CheckpointStatus(APIModel):
     """The newest complete checkpoint."""
@@ -126,6 +143,12 @@ class CheckpointStatus(APIModel):
     """Optimizer step it was taken at."""
     saved_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     """When it was saved."""
+    every: str | None = None
+    """Time between two checkpoints: as asked for, or from what one costs."""
+    resumed_from: int | None = None
+    """Step that the present attempt began from."""
+    skipped: Annotated[list[int], Field(max_length=8)] = []
+    """Steps of checkpoints that it passed over because they were incomplete or damaged."""
 
 
 class EvaluationStatus(APIModel):
@@ -161,10 +184,16 @@ class Restart(APIModel):
 
     attempt: int
     """The attempt that ended."""
+    cause: str = ""
+    """Class of the failure: Infrastructure, OutOfMemory, Hang, Disruption, Stopped, or UserError where a failurePolicy restarts it."""
     reason: str
-    """Class of the failure: Infrastructure, OutOfMemory, Disruption, PodDeleted, GangTimeout, Suspended."""
+    """CamelCase reason; docs/errors.md lists them."""
     pod: str = ""
     """The pod that failed first."""
+    node: str = ""
+    """The node it ran on."""
+    checkpoint_step: int | None = None
+    """Step of the newest checkpoint then: what the next attempt goes on from."""
     message: Text = ""
     """Its last words."""
     time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
@@ -182,6 +211,10 @@ class Gang(APIModel):
     """UIDs by rank: a pod that is recorded here and gone was deleted, one that is not was never made."""
     started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
     """When the gang's pods were first asked for."""
+    running_since: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When all of them ran."""
+    avoided_nodes: Annotated[list[str], Field(max_length=16)] = []
+    """Nodes that jobs kept failing on lately: the scheduler was asked for others."""
 
 
 class StageRetry(APIModel):
@@ -198,6 +231,8 @@ class Usage(APIModel):
 
     gpu_seconds: int = 0
     """GPU-seconds held by ended attempts."""
+    lost_seconds: int = 0
+    """Seconds of training that ended attempts had done since their last checkpoint."""
 
 
 class FineTuneJobStatus(APIModel):

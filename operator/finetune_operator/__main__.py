@@ -6,8 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import os
+import socket
 import sys
 import time
+import uuid
 
 import kopf
 from aiohttp import web
@@ -15,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from . import handlers, metrics
 from .cluster.client import KubernetesCluster, connect
+from .cluster.lease import Lease
 from .cluster.store import Store
 from .controller import Controller
 from .progress import certificate
@@ -61,8 +64,10 @@ async def run(settings: Settings) -> None:
     identity = await certificate.ensure(cluster, settings)
     settings = dataclasses.replace(settings, ca_bundle=identity.certificate)
     store, board = Store(), ProgressBoard()
-    controller = Controller(cluster, store, board, settings)
-    server = ProgressServer(cluster, store, board, controller.queue.add)
+    holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+    lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
+    controller = Controller(cluster, store, board, settings, lease)
+    server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
     runners = [
         await _serve(_probes(controller, cluster, settings), settings.probe_port),
         await _serve(server.application(), settings.progress_port, ssl_context=identity.ssl_context()),
@@ -85,6 +90,8 @@ async def run(settings: Settings) -> None:
     stop.set()
     tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    if lease is not None:
+        await lease.release()  # nothing acts any more
     for runner in runners:
         await runner.cleanup()
     await cluster.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import time
@@ -15,39 +16,54 @@ from finetune_api.status import FineTuneJobStatus
 
 from . import metrics
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, event_manifest
+from .cluster.lease import Lease
 from .cluster.store import Key, Store
 from .progress.board import ProgressBoard
 from .reconcile import Plan, reconcile, refused
-from .reconcile.model import Action, Apply, Create, Delete, Event
+from .reconcile.failures import suspects
+from .reconcile.model import Action, Apply, Create, Delete, Event, Observed
 from .reconcile.observe import owner_uid
 from .settings import Settings
 from .workqueue import WorkQueue
 
 log = logging.getLogger("finetune.controller")
+_SUSPECTS_SECONDS = 5.0
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 
 
 class Controller:
     """One per process. All state in it can be lost at any time: the truth is in the API server."""
 
-    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings) -> None:
-        self.cluster, self.store, self.board, self.settings = cluster, store, board, settings
+    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
+        self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue()
         self._written: dict[str, float] = {}
+        self._suspects: tuple[str, ...] = ()
+        self._suspects_at = float("-inf")
         self.synced = asyncio.Event()
+        self.acting = False
+        """Whether this is the operator that acts, not one that stands by."""
         self.last_resync = time.monotonic()
 
     async def run(self) -> None:
-        """List everything once, then work until cancelled."""
+        """List everything once, wait for the lease, then work until cancelled. Raises LeaseLost."""
         await self._resync_until_done()
         self.synced.set()
         log.info("in sync: %d jobs", len(self.store.job_keys()))
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.queue.run(self.process, self.settings.workers))
             group.create_task(self._resync_forever())
+            if self.lease is not None:
+                await self.lease.acquire()
+                await self._resync_until_done()  # what the one before wrote last
+                group.create_task(self.lease.hold())
+            self.acting = True
+            group.create_task(self.queue.run(self.process, self.settings.workers))
 
     async def process(self, key: Key) -> None:
         """One pass over one job. Any failure puts the key back with back-off."""
+        if self.lease is not None and not self.lease.held:  # this process was frozen: the next renewal tells
+            self.queue.add_after(key, 1.0)
+            return
         started = time.monotonic()
         try:
             await self._pass(key)
@@ -73,6 +89,7 @@ class Controller:
         uid = job["metadata"]["uid"]
         observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid))
         assert observed is not None
+        observed = dataclasses.replace(observed, lost_nodes=await self._lost_nodes(observed), suspect_nodes=self._suspect_nodes())
         plan = reconcile(observed, self.settings)
         try:
             await self._act(job, plan.actions)
@@ -83,6 +100,31 @@ class Controller:
         await self._say(key, job, plan)
         if plan.requeue_at is not None:
             self.queue.add_after(key, (plan.requeue_at - datetime.now(UTC)).total_seconds())
+
+    def _suspect_nodes(self) -> tuple[str, ...]:
+        """Nodes that any jobs kept failing on; looked through at most every few seconds."""
+        if time.monotonic() - self._suspects_at > _SUSPECTS_SECONDS:
+            self._suspects, self._suspects_at = suspects(self.store.restarts(), datetime.now(UTC)), time.monotonic()
+            metrics.SUSPECT_NODES.clear()
+            for node in self._suspects:
+                metrics.SUSPECT_NODES.labels(node=node).set(1)
+        return self._suspects
+
+    async def _lost_nodes(self, observed: Observed) -> frozenset[str]:
+        """Nodes of lingering pods that are gone or not ready. Asked for only while a pod lingers."""
+        lost = set()
+        for node in sorted({p.node for p in observed.pods if p.deleting and p.node and p.phase not in ("Succeeded", "Failed")}):
+            try:
+                conditions = ((await self.cluster.get("Node", "", node)).get("status") or {}).get("conditions") or ()
+            except APIError as failure:
+                if failure.transient:
+                    raise
+                if failure.not_found:
+                    lost.add(node)
+                continue  # not allowed to look: its pods are waited for
+            if not any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions):
+                lost.add(node)
+        return frozenset(lost)
 
     async def _say(self, key: Key, job: Object, plan: Plan) -> None:
         for event in plan.events:
@@ -102,7 +144,7 @@ class Controller:
     async def _one(self, job: Object, action: Create | Delete) -> None:
         namespace = job["metadata"]["namespace"]
         if isinstance(action, Delete):
-            lingering = await self.cluster.delete(action.kind, namespace, action.name, action.uid)
+            lingering = await self.cluster.delete(action.kind, namespace, action.name, action.uid, action.grace_seconds)
             if lingering is not None and action.kind != "FineTuneJob":
                 self.store.put_child(action.kind, lingering)
             return

@@ -11,4 +11,5 @@ RECONCILE_ERRORS = Counter("finetune_reconcile_errors_total", "Reconcile passes 
 API_REQUESTS = Gauge("finetune_api_requests", "Requests to the API server since start", ["verb", "kind"])
 QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Jobs waiting for or in a reconcile pass")
 JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase", ["phase"])
+SUSPECT_NODES = Gauge("finetune_suspect_node", "Nodes that jobs kept failing on lately and that new gangs rather avoid", ["node"])
 PROGRESS_REPORTS = Counter("finetune_progress_reports_total", "Progress reports by outcome", ["code"])

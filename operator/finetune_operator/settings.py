@@ -21,6 +21,10 @@ class Settings:
     """Only this namespace; empty means the whole cluster."""
     service_name: str = "finetune-operator"
     """Service in front of the progress endpoint."""
+    lease: str = ""
+    """Lease in the operator's namespace that one of several replicas acts by; empty acts without (outside the cluster)."""
+    lease_seconds: float = 15.0
+    """How long a replica that vanished keeps the lease."""
     tls_secret: str = ""
     """Secret that keeps the progress endpoint's certificate; empty keeps it in memory (outside the cluster)."""
     progress_port: int = 8443
@@ -51,6 +55,8 @@ class Settings:
     """Memory request of prepare, evaluate and publish pods."""
     termination_grace_seconds: int = 120
     """Grace period of worker pods."""
+    node_lost_seconds: int = 60
+    """How long a node may be away before its workers are started elsewhere."""
     run_as_user: int = 1000
     ca_bundle: str = field(default="", repr=False)
     """PEM of the progress endpoint's certificate authority; filled in at start-up."""

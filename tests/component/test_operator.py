@@ -6,6 +6,7 @@ import json
 import signal
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,3 +272,92 @@ def test_manifests_are_valid_for_this_server(api: Api) -> None:
             pod.pop("priorityClassName", None)
             said = api.cluster.kubectl("create", "--dry-run=server", "--validate=true", "-f", "-", input=json.dumps(manifest))
             assert "created" in said
+
+
+def test_f6_two_operators_and_one_acts(api: Api, kubelet: Kubelet, tmp_path: Path) -> None:
+    """The one that stands by takes over: after a crash when the lease has run out, after an orderly end at once."""
+    lease = {"FINETUNE_LEASE": "finetune-operator", "FINETUNE_NAMESPACE": api.namespace, "FINETUNE_LEASE_SECONDS": "6"}
+    coordination = client.CoordinationV1Api(api.core.api_client)
+
+    def holder() -> str:
+        return str(coordination.read_namespaced_lease("finetune-operator", api.namespace).spec.holder_identity or "")
+
+    def acts(one: Operator) -> bool:
+        return "this operator acts" in one.logs.read_text()
+
+    kubelet.hold = {"train"}
+    first, second, third = (Operator(api, tmp_path / f"{n}.log") for n in range(3))
+    try:
+        first.start(**lease)
+        until("the first acts", lambda: acts(first))
+        second.start(**lease)
+        until("the second stands by", lambda: "standing by" in second.logs.read_text())
+        api.create_job(WHOLE)
+        phase(api, "Training")
+        assert not acts(second) and "PrepareStarted" not in second.logs.read_text()
+        before = holder()
+        first.kill()
+        began = time.monotonic()
+        until("the second acts", lambda: acts(second), 15)
+        assert 2 < time.monotonic() - began < 12 and holder() != before
+        third.start(**lease)
+        until("the third stands by", lambda: "standing by" in third.logs.read_text())
+        assert second.terminate() == 0
+        began = time.monotonic()
+        until("the third acts", lambda: acts(third), 15)
+        assert time.monotonic() - began < 3, "it was given back"
+        kubelet.hold = set()
+        status = phase(api, "Succeeded")
+        assert status["attempt"] == 0 and not kubelet.broken
+    finally:
+        for one in (first, second, third):
+            if one.process is not None and one.process.poll() is None:
+                one.kill()
+
+
+def test_f6_an_operator_that_was_frozen_does_not_act_any_more(api: Api, kubelet: Kubelet, tmp_path: Path) -> None:
+    lease = {"FINETUNE_LEASE": "finetune-operator", "FINETUNE_NAMESPACE": api.namespace, "FINETUNE_LEASE_SECONDS": "3"}
+    first, second = Operator(api, tmp_path / "first.log"), Operator(api, tmp_path / "second.log")
+    try:
+        first.start(**lease)
+        until("the first acts", lambda: "this operator acts" in first.logs.read_text())
+        second.start(**lease)
+        until("the second stands by", lambda: "standing by" in second.logs.read_text())
+        assert first.process is not None
+        first.process.send_signal(signal.SIGSTOP)
+        until("the second acts", lambda: "this operator acts" in second.logs.read_text(), 15)
+        api.create_job(MINIMAL)
+        phase(api, "Succeeded")
+        first.process.send_signal(signal.SIGCONT)
+        assert first.process.wait(timeout=20) != 0, "it ends, and is started anew as one that stands by"
+        assert "PrepareStarted" not in first.logs.read_text() and "LeaseLost" in first.logs.read_text()
+    finally:
+        for one in (first, second):
+            if one.process is not None and one.process.poll() is None:
+                one.kill()
+
+
+def test_f10_a_pod_on_a_dead_node_is_replaced(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    """Its deletion is confirmed by nobody; the gang does not wait for it for ever."""
+    node = f"dead-{api.namespace}"
+    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": "2026-11-21T12:00:00Z"}
+    api.core.create_node({"metadata": {"name": node}})
+    api.core.patch_node_status(node, {"status": {"conditions": [ready]}})
+    kubelet.hold = {"train"}
+    api.create_job(TWO)
+    until("the gang", lambda: len(api.workers()) == 2)
+    target = {"apiVersion": "v1", "kind": "Node", "name": node}
+    api.core.create_namespaced_pod_binding(
+        "support-worker-1", api.namespace, {"metadata": {"name": "support-worker-1"}, "target": target}, _preload_content=False
+    )
+    phase(api, "Training")
+    api.core.delete_namespaced_pod("support-worker-1", api.namespace)
+    until("the next attempt", lambda: api.status().get("attempt") == 1)
+    time.sleep(3)
+    assert ("support-worker-1", "0") in api.workers(), "while the node answers, its pod is waited for"
+    api.core.patch_node_status(node, {"status": {"conditions": [{**ready, "status": "Unknown", "reason": "NodeStatusUnknown"}]}})
+    until("the new gang", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")], 40)
+    assert "PodForceDeleted" in api.events()
+    restart = api.status()["restarts"][0]
+    assert restart["cause"] == "Disruption" and restart["node"] == node and restart["counted"] is False
+    api.core.delete_node(node)

@@ -27,14 +27,19 @@ HYPER = {"maxSteps": 24, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength"
 GANG = {"nodes": 2, "gpusPerNode": 0}
 
 
-def run(folder: Path, model: Path, name: str, data: Path | None = None, **spec: Any) -> tuple[FineTuneJobStatus, LocalRun]:
-    """Run a variant of examples/tiny.yaml here."""
+def build(folder: Path, model: Path, name: str, data: Path | None = None, **spec: Any) -> LocalRun:
+    """A variant of examples/tiny.yaml, not started."""
     document = copy.deepcopy(TINY)
     document["metadata"]["name"] = name
     document["spec"].update(spec)
     metadata, parsed = parse_job(document)
     volumes = {"models": str(model.parent), "colours": str(data or REPO / "examples" / "data"), "published": str(folder / "published")}
-    local = LocalRun(job_file(metadata, parsed, volumes), folder / "workspace")
+    return LocalRun(job_file(metadata, parsed, volumes), folder / "workspace")
+
+
+def run(folder: Path, model: Path, name: str, data: Path | None = None, **spec: Any) -> tuple[FineTuneJobStatus, LocalRun]:
+    """Run it here."""
+    local = build(folder, model, name, data, **spec)
     local.run()
     return local.read(), local
 
@@ -182,8 +187,7 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
     env = {
         **os.environ,
         "FINETUNE_PLAN": json.dumps({**plan, "worldSize": 2}),
-        "FINETUNE_ERROR_FILE": str(tmp_path / "error.json"),
-        "FINETUNE_RESULT_FILE": str(tmp_path / "result.json"),
+        "FINETUNE_SCRATCH": str(tmp_path),
         "ACCELERATE_USE_CPU": "true",
         **{
             "LOCAL_RANK": "0",

@@ -82,7 +82,7 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
 def test_one_namespace_needs_no_cluster_wide_rights_on_objects() -> None:
     found = render({"watchNamespace": "team-a"})
     wide = [r for d in found if d["kind"] == "ClusterRole" and "aggregate" not in str(d["metadata"]["labels"]) for r in d["rules"]]
-    assert [r["resources"] for r in wide] == [["tokenreviews"]]
+    assert [(r["resources"], r["verbs"]) for r in wide] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
 
 
 def test_rights_are_named_one_by_one() -> None:

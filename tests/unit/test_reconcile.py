@@ -264,12 +264,12 @@ def test_prepare_of_another_version() -> None:
 def test_f8_one_failing_worker_restarts_the_whole_gang() -> None:
     world = World(TWO).to_training()
     assert workers(world) == [(0, 0), (1, 0)]
-    world.fail("worker-1", 1, "NCCL error: connection reset")
+    world.fail("worker-1", 1, "NCCL error: unhandled cuda error")
     plan = world.step()
     assert not plan.actions, "the decision goes on record before the evidence is deleted"
     assert world.status.attempt == 1
     restart = world.status.restarts[0]
-    assert (restart.pod, restart.reason, restart.counted) == ("support-worker-1", "Infrastructure", True)
+    assert (restart.pod, restart.cause, restart.counted) == ("support-worker-1", "Infrastructure", True)
     assert "NCCL error" in restart.message
     world.settle()
     assert workers(world) == [(0, 1), (1, 1)]
@@ -331,7 +331,119 @@ def test_disruptions_do_not_count() -> None:
     world.fail("worker", 137, disrupted=True)
     world.settle()
     assert (world.status.attempt, world.status.restarts_counted) == (1, 0)
-    assert world.status.restarts[0].reason == "Disruption"
+    assert world.status.restarts[0].cause == "Disruption"
+
+
+def test_the_budget_refills_with_every_new_checkpoint() -> None:
+    """A job of a week is not killed by its sixth node failure; one that makes no progress is, soon."""
+    world = World(merged(MINIMAL, runPolicy={"maxRestarts": 1})).to_training()
+    for step in (10, 20, 30):
+        world.report = ProgressReport(attempt=world.status.attempt, step=step + 1, total_steps=100, checkpoint_step=step)
+        world.settle()
+        world.fail("worker", 1)
+        world.settle()
+        world.run("worker")
+        world.settle()
+    assert world.status.phase == "Training" and [r.checkpoint_step for r in world.status.restarts] == [10, 20, 30]
+    assert world.status.restarts_counted == 1
+    world.fail("worker", 1)
+    world.settle()
+    assert world.status.condition("Failed").reason == "TooManyRestarts"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("rules", "code", "reason", "phase", "counted"),
+    [
+        ([], ExitCode.USER_ERROR, "NonFiniteLoss", "Failed", 0),
+        ([{"action": "RestartGang", "onReasons": ["NonFiniteLoss"]}], ExitCode.USER_ERROR, "NonFiniteLoss", "Starting", 1),
+        ([{"action": "RestartGang", "onReasons": ["NonFiniteLoss"]}], ExitCode.USER_ERROR, "InvalidRows", "Failed", 0),
+        ([{"action": "FailJob", "onCauses": ["Hang"]}], ExitCode.HANG, "Hang", "Failed", 0),
+        ([{"action": "FailJob", "onCauses": ["Hang"]}], ExitCode.INFRASTRUCTURE, "DeviceMismatch", "Starting", 1),
+        ([{"action": "RestartGangAndIgnoreMaxRestarts", "onExitCodes": {"values": [12]}}], ExitCode.INFRASTRUCTURE, "X", "Starting", 0),
+        ([{"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [14]}}], ExitCode.INFRASTRUCTURE, "X", "Failed", 0),
+        (
+            [{"action": "RestartGang", "onCauses": ["Infrastructure"], "onReasons": ["A"]}, {"action": "FailJob"}],
+            ExitCode.INFRASTRUCTURE,
+            "B",
+            "Failed",
+            0,
+        ),
+        ([{"action": "FailJob"}], ExitCode.STOPPED, "Stopped", "Starting", 0),
+    ],
+)
+def test_the_users_failure_policy(rules: list[Any], code: int, reason: str, phase: str, counted: int) -> None:
+    world = World(merged(MINIMAL, runPolicy={"failurePolicy": {"rules": rules}})).to_training()
+    world.fail("worker", code, StageResult(reason=reason, message="m").dumps())
+    world.step()
+    assert (world.status.phase, world.status.restarts_counted) == (phase, counted)
+    if rules and phase == "Failed" and code != ExitCode.USER_ERROR:
+        assert f"runPolicy.failurePolicy rule {len(rules)}: FailJob" in world.status.condition("Failed").message  # type: ignore[union-attr]
+
+
+def test_f25_the_checkpoint_of_a_stop_is_taken_from_the_last_words() -> None:
+    world = World(TWO).to_training()
+    world.job["spec"]["runPolicy"] = {"suspend": True}
+    world.step()
+    words = StageResult(reason="Stopped", message="stopped on request", result={"checkpointStep": 42}).dumps()
+    for rank in (0, 1):
+        world.fail(f"worker-{rank}", ExitCode.STOPPED, words)
+    world.settle()
+    assert world.status.phase == "Suspended" and world.status.checkpoint is not None and world.status.checkpoint.step == 42
+    assert world.status.restarts[-1].reason == "Suspended" and world.status.restarts_counted == 0
+    world.job["spec"]["runPolicy"] = {"suspend": False}
+    world.settle()
+    assert workers(world) == [(0, 1), (1, 1)] and world.status.retry_after is None
+
+
+def test_pods_get_the_time_to_save_only_where_they_can() -> None:
+    """Without one of its pods a gang can save nothing: waiting for it would hold GPUs for nothing."""
+    broken = World(TWO).to_training()
+    broken.fail("worker-1", 1)
+    broken.step()
+    deleted = {a.name: a.grace_seconds for a in broken.step().actions if isinstance(a, Delete)}
+    assert deleted == {"support-worker-0": 10, "support-worker-1": 10}
+    drained = World(TWO).to_training()
+    drained.set(drained.pod("worker-1"), deleting=True)
+    drained.step()
+    deleted = {a.name: a.grace_seconds for a in drained.step().actions if isinstance(a, Delete)}
+    assert deleted == {"support-worker-0": None}
+
+
+def test_f10_a_pod_on_a_lost_node_is_not_waited_for() -> None:
+    world = World(TWO).to_training()
+    world.set(world.pod("worker-1"), deleting=True, node="n1")
+    world.step()
+    assert world.status.attempt == 1 and world.status.restarts[0].node == "n1"
+    pod = world.pod("worker-1")
+    plan = world.step()
+    assert not [a for a in plan.actions if isinstance(a, Delete) and a.name == pod.name], "its node answers: it is waited for"
+    assert plan.requeue_at is not None
+    observed = dataclasses.replace(world.observed(), lost_nodes=frozenset({"n1"}))
+    plan = reconcile(observed, SETTINGS)
+    assert [(a.name, a.grace_seconds) for a in plan.actions if isinstance(a, Delete)] == [("support-worker-1", 0)]
+    assert [e.reason for e in plan.events] == ["PodForceDeleted"]
+
+
+def test_f18_skipped_checkpoints_are_said_once() -> None:
+    world = World().to_training()
+    world.report = ProgressReport(
+        attempt=0, step=8, total_steps=100, checkpoint_step=7, checkpoint_every=90, resumed_from=7, skipped_checkpoints=(21, 14)
+    )
+    world.settle()
+    saved = world.status.checkpoint
+    assert saved is not None and (saved.resumed_from, saved.skipped, saved.every) == (7, [21, 14], "1m30s")
+    assert world.events.count("CheckpointSkipped") == 1
+
+
+def test_lost_seconds_are_counted_from_the_last_checkpoint() -> None:
+    world = World().to_training()
+    world.time = 100
+    world.report = ProgressReport(attempt=0, step=8, total_steps=100, checkpoint_step=7)
+    world.settle()
+    world.time = 130
+    world.fail("worker", 1)
+    world.settle()
+    assert world.status.usage.lost_seconds == 30
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_global_batch() -> None:
@@ -593,7 +705,7 @@ def test_foreign_attempt_labels_do_not_confuse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pod", "kind", "message"),
+    ("pod", "cause", "message"),
     [
         ({"exit_code": 10, "message": StageResult(reason="InvalidRows", message="line 3").dumps()}, "UserError", "line 3"),
         ({"exit_code": 11}, "OutOfMemory", "exited 11"),
@@ -601,13 +713,20 @@ def test_foreign_attempt_labels_do_not_confuse() -> None:
         ({"exit_code": 137, "disrupted": True}, "Disruption", "SIGKILL"),
         ({"reason": "Evicted", "message": "The node was low on memory"}, "Disruption", "low on memory"),
         ({"exit_code": 13}, "Stopped", "exited 13"),
+        ({"exit_code": 13, "disrupted": True}, "Stopped", "exited 13"),
+        ({"exit_code": 14, "message": StageResult(reason="Hang", message="rank 3 gave no sign").dumps()}, "Hang", "rank 3"),
+        ({"exit_code": 1, "message": "RuntimeError: CUDA error: unknown error"}, "Infrastructure", "a GPU or its driver failed"),
+        ({"exit_code": 1, "message": "NVRM: Xid (PCI:0000:0f:00): 79, GPU has fallen off the bus"}, "Infrastructure", "a GPU"),
+        ({"exit_code": 1, "message": "torch.OutOfMemoryError: CUDA out of memory."}, "OutOfMemory", "memory was not enough"),
+        ({"exit_code": 1, "message": "OSError: [Errno 28] No space left on device"}, "Infrastructure", "the workspace is full"),
+        ({"exit_code": 134, "message": "Watchdog caught collective: NCCL operation timed out"}, "Infrastructure", "another worker"),
         ({"exit_code": 1, "message": "x" * 5000}, "Infrastructure", "last words: ..."),
         ({"exit_code": 139, "message": "\x1b[31mred\x00"}, "Infrastructure", "?[31mred?"),
     ],
 )
-def test_the_failure_table(pod: dict[str, Any], kind: str, message: str) -> None:
+def test_the_failure_table(pod: dict[str, Any], cause: str, message: str) -> None:
     failure = classify(PodView(name="p", uid="u", stage="train", phase="Failed", created=NOW, **pod))
-    assert failure.kind == kind
+    assert failure.cause == cause
     assert message in failure.message
     assert len(failure.message) < 2000
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from finetune_api.contract import JobFile
-from finetune_api.status import Plan
 from finetune_api.validation import parse_spec
 from finetune_trainer import checkpoints
 from finetune_trainer.context import Context
-from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.errors import InfrastructureError, Stopped, UserError
+from finetune_trainer.keeper import Keeper, best_interval
 from finetune_trainer.memory import ModelShape
 from finetune_trainer.plan import make_plan
 from finetune_trainer.publish import publish
-from tests.factory import MINIMAL, PLAN, merged
+from tests.factory import MINIMAL, merged
 
 
 def checkpoint(root: Path, step: int, *, seal: bool = True, world: int = 1) -> Path:
@@ -31,8 +31,8 @@ def checkpoint(root: Path, step: int, *, seal: bool = True, world: int = 1) -> P
     return folder
 
 
-def newest(root: Path, **plan: Any) -> str | None:
-    found = checkpoints.newest(str(root), Plan.model_validate({**PLAN, **plan}))
+def newest(root: Path) -> str | None:
+    found = checkpoints.find(str(root)).folder
     return Path(found).name if found else None
 
 
@@ -42,36 +42,52 @@ def test_f18_f19_only_complete_and_undamaged_checkpoints_count(tmp_path: Path) -
     good = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 15, seal=False)
     (tmp_path / "checkpoint-junk").mkdir()
-    assert newest(tmp_path) == "checkpoint-10", "15 was killed while it was written"
+    found = checkpoints.find(str(tmp_path))
+    assert (found.step, found.world_size, found.skipped) == (10, 1, (15,)), "15 was killed while it was written"
+    assert not (tmp_path / "checkpoint-15").exists(), "step 15 is written anew, into an empty folder"
     (good / "global_step" / "optim.pt").write_bytes(b"STATE")
     assert newest(tmp_path) == "checkpoint-5", "10 is damaged"
     (tmp_path / "checkpoint-5" / "adapter_model.safetensors").unlink()
     assert newest(tmp_path) is None
-    (tmp_path / "checkpoint-5" / checkpoints.MANIFEST).write_text("{")
+    (checkpoint(tmp_path, 4) / checkpoints.MANIFEST).write_text("{")
     assert newest(tmp_path) is None
 
 
-def test_deepspeed_resumes_in_its_own_world_size_only(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 5, world=2)
-    assert newest(tmp_path, worldSize=1, strategy="deepspeed-zero2") is None
-    assert newest(tmp_path, worldSize=2, strategy="deepspeed-zero2") == "checkpoint-5"
-    assert newest(tmp_path, worldSize=1, strategy="ddp") == "checkpoint-5"
+def test_f10_an_attempt_that_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
+    old, new = checkpoints.Fence(str(tmp_path), 1), checkpoints.Fence(str(tmp_path), 2)
+    old.raise_()
+    old.check()
+    new.raise_()
+    new.check()
+    with pytest.raises(Stopped, match="attempt 2 has begun"):
+        old.check()
+    with pytest.raises(Stopped):
+        checkpoints.Fence(str(tmp_path), 0).raise_()
+
+
+def test_the_interval_follows_what_a_checkpoint_costs() -> None:
+    """Young and Daly: sqrt(2 * cost * MTBF), a day for one node."""
+    assert best_interval(1.0, 1) == pytest.approx((2 * 86400) ** 0.5)
+    assert best_interval(16.0, 4) == pytest.approx(2 * best_interval(1.0, 1))
+    assert best_interval(0.001, 1) == 60 and best_interval(10_000, 1) == 3600
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     class State:
         is_world_process_zero = True
-        global_step = 0
+        global_step, max_steps = 0, 100
         best_model_checkpoint = None
 
     class Arguments:
         world_size = 1
 
-    keeper = checkpoints.Keeper(parse_spec(merged(MINIMAL, checkpoint={"keep": 2})).checkpoint, str(tmp_path))
+    settings = parse_spec(merged(MINIMAL, checkpoint={"keep": 2})).checkpoint
+    keeper = Keeper(settings, str(tmp_path), nodes=1, fence=checkpoints.Fence(str(tmp_path), 0), scratch=None)
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step, seal=False)
         State.global_step = step
         keeper.on_save(Arguments(), State(), None)
+        keeper.on_train_end(Arguments(), State(), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert checkpoints.newest_step(str(tmp_path)) == 4
     State.best_model_checkpoint = str(tmp_path / "checkpoint-3")
@@ -79,6 +95,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         checkpoint(tmp_path, step, seal=False)
         State.global_step = step
         keeper.on_save(Arguments(), State(), None)
+        keeper.on_train_end(Arguments(), State(), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"], "and the best one"
 
 

@@ -1,7 +1,9 @@
-"""Checkpoints: when they are taken, what makes one complete, which is the newest good one.
+"""Checkpoints on the volume: what makes one complete, which is the newest good one. Needs no torch.
 
 transformers writes `checkpoint-N`; a manifest with every file's size and digest, written last, makes it count.
-A folder without one, or whose files differ from it, was interrupted or damaged and is passed over.
+A folder without one, or whose files differ from it, was interrupted or damaged and is passed over. An attempt that
+was replaced while it was out of reach (a node that came back) writes no checkpoint any more: the newest attempt's
+number stands beside them.
 """
 
 from __future__ import annotations
@@ -11,18 +13,11 @@ import json
 import logging
 import re
 import shutil
-import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import TrainerCallback
-
-from finetune_api.scalars import seconds
-from finetune_api.spec import Checkpoint
-from finetune_api.status import Plan
 
 from .context import write_text
+from .errors import Stopped
 
 log = logging.getLogger("finetune.checkpoints")
 MANIFEST = "finetune-manifest.json"
@@ -43,85 +38,81 @@ def seal(folder: Path, world_size: int) -> None:
     write_text(folder / MANIFEST, json.dumps({"worldSize": world_size, "files": files}, indent=1, sort_keys=True))
 
 
-def intact(folder: Path, world_size: int | None = None) -> bool:
-    """Whether a checkpoint is complete and undamaged, and of this world size when one is given."""
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when it is complete and undamaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return False
-    if world_size is not None and manifest.get("worldSize") != world_size:
-        return False
+    except FileNotFoundError:
+        return "it was not completed"
+    except (OSError, ValueError) as failure:
+        return f"its manifest cannot be read: {failure}"
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            log.warning("checkpoint %s: %s is missing or damaged", folder.name, name)
-            return False
-    return True
+            return f"{name} is missing or damaged"
+    return None
 
 
-def _folders(root: str) -> list[tuple[int, Path]]:
+def folders(root: str | Path) -> list[tuple[int, Path]]:
+    """Steps and folders, complete or not, newest first."""
     found = [(int(m.group(1)), p) for p in Path(root).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     return sorted(found, reverse=True)
 
 
-def newest(root: str, plan: Plan) -> str | None:
-    """Folder of the newest checkpoint that can be resumed from.
+@dataclass(frozen=True)
+class Resume:
+    """Where a run begins."""
 
-    DeepSpeed's optimizer state belongs to one world size; the others resume in any.
-    """
-    world = plan.world_size if plan.strategy.startswith("deepspeed") else None
-    for _, folder in _folders(root):
-        if intact(folder, world):
-            return str(folder)
-        log.warning("checkpoint %s is passed over: incomplete, damaged, or of another world size", folder.name)
-    return None
+    folder: str | None = None
+    """The newest good checkpoint, or None for the start."""
+    step: int = 0
+    world_size: int = 0
+    """Processes that wrote it."""
+    skipped: tuple[int, ...] = ()
+    """Steps of newer checkpoints that were passed over."""
+
+
+def find(root: str) -> Resume:
+    """The newest good checkpoint. What is newer than it is removed: this run writes those steps again."""
+    skipped: list[int] = []
+    for step, folder in folders(root):
+        problem = fault(folder)
+        if problem is None:
+            world = int(json.loads((folder / MANIFEST).read_text())["worldSize"])
+            return Resume(str(folder), step, world, tuple(skipped))
+        log.warning("checkpoint at step %d is passed over: %s", step, problem)
+        skipped.append(step)
+        remove(folder)
+    return Resume(skipped=tuple(skipped))
 
 
 def newest_step(root: str) -> int | None:
     """Step of the newest complete checkpoint."""
-    return next((step for step, folder in _folders(root) if (folder / MANIFEST).exists()), None)
+    return next((step for step, folder in folders(root) if (folder / MANIFEST).exists()), None)
 
 
-class Keeper(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint in time, seals it, and keeps the newest ones.
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; whatever happens meanwhile, it never counts half deleted."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first what makes it count
+    shutil.rmtree(folder, ignore_errors=True)
 
-    Time is rank 0's: all ranks must save at the same step, so its decision is broadcast.
-    """
 
-    def __init__(self, settings: Checkpoint, root: str) -> None:
-        self._every, self._steps, self._keep = seconds(settings.every), settings.every_steps, settings.keep
-        self._root, self._last, self._last_step = Path(root), time.monotonic(), 0
+class Fence:
+    """Keeps an attempt that was replaced from writing: two gangs may run for a while when a node is out of reach."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Decide whether to save now."""
-        due = time.monotonic() - self._last >= self._every
-        if self._steps is not None and state.global_step - self._last_step >= self._steps:
-            due = True
-        due = due or state.global_step >= state.max_steps
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            device = args.device if args.device.type == "cuda" else "cpu"
-            flag = torch.tensor([int(due)], device=device)
-            torch.distributed.broadcast(flag, src=0)
-            due = bool(flag.item())
-        if due:  # where the trainer decides otherwise (an evaluation that is not the best), it is still due at the next step
-            control.should_save = True
+    def __init__(self, root: str, attempt: int) -> None:
+        self._path, self._attempt = Path(root, "attempt"), attempt
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count from the step that is resumed from."""
-        self._last_step = state.global_step
+    def raise_(self) -> None:
+        """Put this attempt on record. Raises Stopped when a later one is."""
+        self.check()
+        write_text(self._path, str(self._attempt))
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seal the checkpoint once every rank has written its part, then drop the oldest but the best."""
-        self._last, self._last_step = time.monotonic(), state.global_step
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if not state.is_world_process_zero:
+    def check(self) -> None:
+        """Raise Stopped when a later attempt has begun."""
+        try:
+            found = int(self._path.read_text())
+        except (OSError, ValueError):
             return
-        seal(self._root / f"checkpoint-{state.global_step}", args.world_size)
-        sealed = [folder for _, folder in _folders(str(self._root)) if (folder / MANIFEST).exists()]
-        best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
-        for old in sealed[self._keep :]:
-            if old.name == best:
-                continue
-            (old / MANIFEST).unlink(missing_ok=True)  # first what makes it count
-            shutil.rmtree(old, ignore_errors=True)
+        if found > self._attempt:
+            raise Stopped("Replaced", f"attempt {found} has begun, this is attempt {self._attempt}: it writes nothing more")

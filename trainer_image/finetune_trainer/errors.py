@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from finetune_api.contract import PEER_LOST, ExitCode, StageResult
+from finetune_api.contract import ExitCode, StageResult
+from finetune_api.signatures import recognise
 
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16}|eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_.-]+)")
 
@@ -16,13 +18,13 @@ class StageError(Exception):
 
     code = ExitCode.INFRASTRUCTURE
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, found: dict[str, Any] | None = None) -> None:
         super().__init__(f"{reason}: {message}")
-        self.reason, self.message = reason, message
+        self.reason, self.message, self.found = reason, message, found or {}
 
     def result(self) -> StageResult:
         """The last words of the pod."""
-        return StageResult(reason=self.reason[:128], message=redact(self.message)[:3000])
+        return StageResult(reason=self.reason[:128], message=redact(self.message)[:3000], result=self.found)
 
 
 class UserError(StageError):
@@ -41,17 +43,19 @@ class InfrastructureError(StageError):
     """Something around the job broke: worth another try."""
 
 
+class Hang(StageError):
+    """No step ended for too long."""
+
+    code = ExitCode.HANG
+
+
 class Stopped(StageError):
     """Stopped on request."""
 
     code = ExitCode.STOPPED
 
 
-_PEER = re.compile(
-    r"connection (reset|closed|refused)|broken pipe|ncclRemoteError|ncclSystemError|gloo.*(timeout|timed out)|remote worker", re.I
-)
-
-BY_CODE = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Stopped)}
+BY_CODE: dict[ExitCode, type[StageError]] = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Hang, Stopped)}
 
 
 def redact(text: str, secrets: Sequence[str] = ()) -> str:
@@ -67,12 +71,8 @@ def classify(failure: BaseException) -> StageError:
     if isinstance(failure, StageError):
         return failure
     text = f"{type(failure).__name__}: {failure}"
-    if "OutOfMemoryError" in type(failure).__name__ or re.search(r"out of memory|DefaultCPUAllocator: can't allocate", text, re.I):
-        return OutOfMemory("OutOfMemory", text)
-    if isinstance(failure, OSError) and failure.errno == 28:
-        return InfrastructureError("NoSpaceLeft", f"the workspace is full: {failure}")
-    if _PEER.search(text):
-        return InfrastructureError(PEER_LOST, f"another worker went away: {text}")
+    if (known := recognise(text)) is not None:
+        return BY_CODE[known.code](known.reason, f"{known.meaning}: {text}")
     name = type(failure).__name__
     if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "DatasetNotFoundError"):
         return UserError("SourceNotFound", f"{failure}; check the uri, and secretRef if it is gated or private")

@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 
 from finetune_api.contract import Env, Mounts, ProgressReport
 
-from .checkpoints import newest_step
+from .checkpoints import Resume, newest_step
 from .context import Context
 from .errors import UserError
+from .keeper import Keeper
 
 log = logging.getLogger("finetune.progress")
 _INTERVAL = 1.0
@@ -30,9 +31,8 @@ _INTERVAL = 1.0
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
     """Writes history.jsonl and sends the newest state, at most once a second, from a thread of its own."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._attempt = int(os.environ.get(Env.ATTEMPT, "0"))
+    def __init__(self, context: Context, keeper: Keeper, begin: Resume, attempt: int) -> None:
+        self._context, self._keeper, self._begin, self._attempt = context, keeper, begin, attempt
         self._started = time.monotonic()
         self._first_step = self._first_tokens = 0
         self.tokens_per_second: float | None = None
@@ -85,6 +85,9 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             tokens_per_second=self.tokens_per_second,
             eta_seconds=round((state.max_steps - state.global_step) * elapsed / steps, 1) if steps > 0 else None,
             checkpoint_step=newest_step(self._context.layout.checkpoints),
+            checkpoint_every=round(self._keeper.interval, 1),
+            resumed_from=self._begin.step,
+            skipped_checkpoints=self._begin.skipped[:8],
         )
         more = {k: v for k, v in logs.items() if k not in ("loss", "learning_rate", "grad_norm", "epoch") and isinstance(v, int | float)}
         line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "tokens": tokens, "metrics": more}

@@ -1,6 +1,6 @@
 """train: launch the worker processes of this pod, and turn their end into an exit code.
 
-This process starts no torch: it looks at the pod's devices, waits for rank 0's address, and watches the launcher.
+This process starts no torch: it looks at the pod's devices, waits for rank 0's address, and watches over the launcher (supervise).
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from finetune_api.contract import Env, ExitCode, StageResult
+from finetune_api.scalars import seconds
 from finetune_api.status import Plan
 
+from .checkpoints import newest_step
 from .context import Context
-from .errors import BY_CODE, InfrastructureError, StageError, Stopped
+from .errors import BY_CODE, InfrastructureError, StageError
+from .scratch import Scratch
+from .supervise import Supervisor
 
 log = logging.getLogger("finetune.train")
-ERROR_FILE = "FINETUNE_ERROR_FILE"
-RESULT_FILE = "FINETUNE_RESULT_FILE"
 _ADDRESS_TIMEOUT = 300
 
 
@@ -41,12 +40,10 @@ def train(context: Context) -> StageResult:
     address, port = os.environ.get(Env.MAIN_ADDRESS, "127.0.0.1"), os.environ.get(Env.MAIN_PORT, "29500")
     if rank != 0:
         _wait_for_address(address)
-    with tempfile.TemporaryDirectory() as scratch:
-        error, result = Path(scratch, "error.json"), Path(scratch, "result.json")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Scratch(folder)
         env = {
             **os.environ,
-            ERROR_FILE: str(error),
-            RESULT_FILE: str(result),
             Env.PLAN: json.dumps(plan.to_wire()),
             **({} if cuda and spec.gpus_per_node else _cpu_environment(plan.strategy, local)),
         }
@@ -54,16 +51,24 @@ def train(context: Context) -> StageResult:
         command = [*launcher, "-m", "finetune_trainer.worker"]
         command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
         log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, spec.nodes, local, plan.strategy, "GPU" if cuda else "CPU")
-        code = _run(command, {**env, **ranks})
-        if error.exists():
-            raise _error(json.loads(error.read_text()))
-        if code != 0:
-            raise InfrastructureError(
-                "ProcessDied", f"a training process ended without a word (launcher exit {code}); it was probably killed"
-            )
-        if result.exists():
-            return StageResult.model_validate(json.loads(result.read_text()))
-    return StageResult(reason="Trained", message=f"node {rank} is done")
+        try:
+            found = _supervised(context, scratch, command, {**env, **ranks})
+        except StageError as failure:
+            if (step := newest_step(context.layout.checkpoints)) is not None:
+                failure.found.setdefault("checkpointStep", step)
+            raise
+    return found or StageResult(reason="Trained", message=f"node {rank} is done")
+
+
+def _supervised(context: Context, scratch: Scratch, command: list[str], env: dict[str, str]) -> StageResult | None:
+    """Rank 0's result, None on other pods. Raises the StageError that the processes ended with."""
+    timeout = context.spec.run_policy.hang_timeout
+    code = Supervisor(scratch, seconds(timeout) if timeout else None).run(command, env)
+    if scratch.error.exists():
+        raise _error(json.loads(scratch.error.read_text()))
+    if code != 0:
+        raise InfrastructureError("ProcessDied", f"a training process ended without a word (launcher exit {code}); it was probably killed")
+    return StageResult.model_validate(json.loads(scratch.result.read_text())) if scratch.result.exists() else None
 
 
 def _plan(context: Context) -> Plan:
@@ -129,20 +134,6 @@ def _wait_for_address(address: str) -> None:
             time.sleep(0.5)
 
 
-def _run(command: list[str], env: dict[str, str]) -> int:
-    """Run the launcher; a stop of this process stops it too."""
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-    try:
-        return process.wait()
-    except Stopped:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
 def _error(document: dict[str, Any]) -> StageError:
     kind = BY_CODE.get(ExitCode(document["code"]), InfrastructureError)
-    return kind(document["reason"], document["message"])
+    return kind(document["reason"], document["message"], document.get("result"))

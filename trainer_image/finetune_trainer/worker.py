@@ -21,14 +21,17 @@ from transformers import EarlyStoppingCallback, set_seed
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
-from . import checkpoints, methods, models
+from . import checkpoints, methods, models, reshard
 from .arguments import common
 from .context import Context
-from .errors import InfrastructureError, classify
+from .errors import InfrastructureError, Stopped, classify
+from .heartbeat import Heartbeat
+from .keeper import Keeper
 from .objectives import OBJECTIVES, Setup
 from .progress import ProgressReporter, plot_history
 from .saving import save
-from .train import ERROR_FILE, RESULT_FILE, check_devices
+from .scratch import ENVIRONMENT, Scratch
+from .train import check_devices
 
 log = logging.getLogger("finetune.worker")
 
@@ -40,22 +43,23 @@ def main() -> None:
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True)
+    scratch = Scratch(os.environ[ENVIRONMENT])
     try:
         result = fit(Context.load(arguments.job, arguments.workspace), Plan.model_validate_json(os.environ[Env.PLAN]))
     except Exception as failure:
         traceback.print_exc()
         error = classify(failure)
         words = error.result()
-        _write_once(os.environ[ERROR_FILE], {"code": int(error.code), "reason": words.reason, "message": words.message})
+        _write_once(scratch.error, {"code": int(error.code), **words.to_wire()})
         sys.stderr.flush()
         os._exit(1)  # a peer may hang in a collective: no atexit handler may wait for it
     if result is not None:
-        Path(os.environ[RESULT_FILE]).write_text(result.dumps())
+        scratch.result.write_text(result.dumps())
 
 
-def _write_once(path: str, document: dict[str, Any]) -> None:
+def _write_once(path: Path, document: dict[str, Any]) -> None:
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as sink:
+        with path.open("x") as sink:
             json.dump(document, sink)
     except FileExistsError:  # the first process that failed knows best
         pass
@@ -74,15 +78,25 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     arguments = kind.arguments(context, common(context, plan, cuda))  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
     set_seed(context.spec.tuning.hyperparameters.seed)  # the trainer does so too, but after the adapter was made
-    reporter = ProgressReporter(context)
-    keeper = checkpoints.Keeper(context.spec.checkpoint, context.layout.checkpoints)
-    trainer = build_trainer(context, plan, arguments, cuda, [reporter, keeper])
+    attempt, scratch = int(os.environ.get(Env.ATTEMPT, "0")), Scratch.mine()
+    fence = checkpoints.Fence(context.layout.checkpoints, attempt)
+    begin = _begin(context, fence, plan, arguments)
+    keeper = Keeper(
+        context.spec.checkpoint, context.layout.checkpoints, nodes=context.spec.distribution.nodes, fence=fence, scratch=scratch
+    )
+    reporter = ProgressReporter(context, keeper, begin, attempt)
+    beats = [Heartbeat(scratch)] if scratch is not None else []
+    trainer = build_trainer(context, plan, arguments, cuda, [reporter, keeper, *beats])
     _check_strategy(trainer, plan)
-    resume = checkpoints.newest(context.layout.checkpoints, plan)
-    begun = int(Path(resume).name.removeprefix("checkpoint-")) if resume else 0
-    log.info("starting from %s", resume or "the base model")
-    output = trainer.train(resume_from_checkpoint=resume)
+    log.info("starting from %s", begin.folder or "the base model")
+    output = trainer.train(resume_from_checkpoint=begin.folder)
     state = trainer.state
+    if keeper.stopped_at is not None:
+        raise Stopped(
+            "Stopped",
+            f"stopped on request at step {keeper.stopped_at} of {state.max_steps}; a checkpoint of that step is saved",
+            {"checkpointStep": keeper.stopped_at},
+        )
     stopped = state.global_step < state.max_steps
     if stopped and not _stopped_on_purpose(trainer):
         raise InfrastructureError("StoppedEarly", f"training ended at step {state.global_step} of {state.max_steps}")
@@ -96,16 +110,38 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return StageResult(
         reason="Trained",
-        message=f"{state.global_step} steps{early}{f' (from the checkpoint at step {begun})' if begun else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}{best}",
+        message=f"{state.global_step} steps{early}{f' (from the checkpoint at step {begin.step})' if begin.step else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}{best}",
         result={
             "steps": state.global_step,
-            "resumedFrom": begun,
+            "resumedFrom": begin.step,
             "loss": round(losses[-1] if losses else loss, 4),
             "epoch": round(state.epoch or 0.0, 3),
             "tokensPerSecond": reporter.tokens_per_second,
             "checkpointStep": checkpoints.newest_step(context.layout.checkpoints),
         },
     )
+
+
+def _begin(context: Context, fence: checkpoints.Fence, plan: Plan, arguments: Any) -> checkpoints.Resume:
+    """Where this attempt begins; rank 0 looks, for reading all of a checkpoint takes time."""
+    found: list[Any] = [None]
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not together or torch.distributed.get_rank() == 0:
+        fence.raise_()
+        begin = checkpoints.find(context.layout.checkpoints)
+        if _other_world(begin, plan):
+            reshard.to_universal(begin)
+        found = [begin]
+    if together:
+        torch.distributed.broadcast_object_list(found, src=0)
+    if _other_world(found[0], plan):
+        arguments.deepspeed_plugin.hf_ds_config.config["checkpoint"] = {"load_universal": True}
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _other_world(begin: checkpoints.Resume, plan: Plan) -> bool:
+    """Whether the checkpoint has state that belongs to another number of processes."""
+    return plan.strategy.startswith("deepspeed") and begin.folder is not None and begin.world_size != plan.world_size
 
 
 def _stopped_on_purpose(trainer: Any) -> bool:

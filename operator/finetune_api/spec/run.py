@@ -99,12 +99,44 @@ class Scheduling(APIModel):
 class Checkpoint(APIModel):
     """When state is saved, and how much of it is kept."""
 
-    every: Duration = "10m"
-    """Longest time between two checkpoints."""
+    every: Duration | None = None
+    """Longest time between two checkpoints. Unset: between 1 minute and 1 hour, from what a checkpoint costs (Young and Daly)."""
     every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Also save after so many optimizer steps."""
     keep: Annotated[int, Field(ge=1, le=100)] = 2
     """Newest checkpoints kept in the workspace."""
+
+
+FailureCause = Literal["UserError", "OutOfMemory", "Infrastructure", "Hang", "Disruption"]
+
+
+class ExitCodes(APIModel):
+    """Exit codes of the pod that failed first."""
+
+    operator: Literal["In", "NotIn"] = "In"
+    """`In` or `NotIn`."""
+    values: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1, max_length=255)]
+    """The codes."""
+
+
+class FailureRule(APIModel):
+    """What to do about a failure of the gang that matches everything given here; a rule that gives nothing matches all."""
+
+    action: Literal["FailJob", "RestartGang", "RestartGangAndIgnoreMaxRestarts"]
+    """Fail the job, restart the gang from its last checkpoint, or restart it without counting towards maxRestarts."""
+    on_causes: Annotated[list[FailureCause], Field(max_length=5)] = []
+    """Causes as in `status.restarts[].cause`."""
+    on_reasons: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=32)] = []
+    """Reasons as in docs/errors.md, for example NonFiniteLoss."""
+    on_exit_codes: ExitCodes | None = None
+    """Exit codes of the pod that failed first."""
+
+
+class FailurePolicy(APIModel):
+    """Rules about failures of the gang."""
+
+    rules: Annotated[list[FailureRule], Field(max_length=20)] = []
+    """The first rule that matches decides; without one, user errors fail the job and the rest restarts the gang."""
 
 
 class RunPolicy(APIModel):
@@ -113,11 +145,15 @@ class RunPolicy(APIModel):
     suspend: bool = False
     """Stop and give the GPUs back; set to false to go on from the last checkpoint. May be changed at any time."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 5
-    """Gang restarts after failures of the infrastructure before the job fails. May be changed at any time."""
+    """Gang restarts after failures, without a new checkpoint between them, before the job fails. Disruptions do not count. May be changed at any time."""
+    failure_policy: FailurePolicy | None = None
+    """Rules about failures of the gang, in order, for what the default does not suit. May be changed at any time."""
     active_deadline: Duration | None = None
     """Longest time from the job's creation to its end; then it fails with DeadlineExceeded."""
     gang_timeout: Duration = "10m"
     """Longest time for all pods of a stage to start; then they are released and the start is tried again later."""
+    hang_timeout: Duration | None = None
+    """Longest time for a training step, an evaluation or a checkpoint before the gang is restarted. Unset: ten times the longest so far, at least 3 minutes for a step."""
     ttl_after_finished: Duration | None = None
     """Delete the job, its pods and its own workspace so long after it finished. Published artifacts stay."""
 

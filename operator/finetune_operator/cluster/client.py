@@ -53,6 +53,8 @@ RESOURCES = {
         Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
         Resource("Event", "events"),
         Resource("Secret", "secrets"),
+        Resource("Node", "nodes"),
+        Resource("Lease", "leases", "coordination.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
     )
 }
@@ -94,8 +96,11 @@ class Cluster(Protocol):
     async def get(self, kind: str, namespace: str, name: str) -> Object:
         """Read one object; APIError 404 when absent."""
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> Object | None:
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
         """Delete in the background if the UID matches; the object while it lingers, None when it is gone."""
+
+    async def replace(self, manifest: Object) -> Object:
+        """Replace an object on condition of its resourceVersion; APIError 409 when stale."""
 
     async def replace_status(self, job: Object) -> Object:
         """Write the status on condition of the resourceVersion; APIError 409 when stale."""
@@ -184,12 +189,13 @@ class KubernetesCluster:
     async def get(self, kind: str, namespace: str, name: str) -> Object:
         return await self.request("GET", RESOURCES[kind].path(namespace, name), kind=kind, verb="get")
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> Object | None:
-        body = {
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
+        body: Object = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "propagationPolicy": "Background",
             "preconditions": {"uid": uid},
+            **({"gracePeriodSeconds": grace_seconds} if grace_seconds is not None else {}),
         }
         try:
             answer = await self.request("DELETE", RESOURCES[kind].path(namespace, name), kind=kind, verb="delete", body=body)

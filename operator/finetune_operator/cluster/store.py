@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.contract import ProgressReport
+from finetune_api.status import Restart, read_status
 
 from ..reconcile.model import ChildJobView, Observed
 from ..reconcile.observe import job_view, owner_uid, pod_view
@@ -47,6 +48,8 @@ class Store:
         self._keys: dict[str, Key] = {}
         self._children: dict[str, dict[str, _Entry]] = {k: {} for k in ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")}
         self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
+        """By the job's UID: as it stands in its status, and parsed"""
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
 
@@ -65,6 +68,7 @@ class Store:
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]] = key
+            self._note_restarts(raw)
         return key
 
     def drop_job(self, raw: Object) -> Key:
@@ -75,8 +79,21 @@ class Store:
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             del self._jobs[key]
         self._keys.pop(meta["uid"], None)
+        self._restarts.pop(meta["uid"], None)
         self._bury(meta["uid"])
         return key
+
+    def _note_restarts(self, raw: Object) -> None:
+        status, uid = raw.get("status"), raw["metadata"]["uid"]
+        found = status.get("restarts") if isinstance(status, dict) else None
+        if not found:
+            self._restarts.pop(uid, None)
+        elif self._restarts.get(uid, ([], []))[0] != found:
+            self._restarts[uid] = (found, read_status({"restarts": found}).restarts)
+
+    def restarts(self) -> list[Restart]:
+        """The last restarts of all jobs."""
+        return [restart for _, restarts in self._restarts.values() for restart in restarts]
 
     def job(self, key: Key) -> Object | None:
         """The job of that key."""
@@ -130,7 +147,11 @@ class Store:
     @staticmethod
     def _digest(kind: str, raw: Object) -> Any:
         if kind == "Pod":
-            return {"metadata": _keep(raw["metadata"]), "status": _pod_status(raw.get("status") or {})}
+            return {
+                "metadata": _keep(raw["metadata"]),
+                "spec": {"nodeName": (raw.get("spec") or {}).get("nodeName", "")},
+                "status": _pod_status(raw.get("status") or {}),
+            }
         if kind == "Job":
             return job_view(raw)
         return str((raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_HASH, ""))

@@ -43,8 +43,10 @@ class _Verdict:
 class ProgressServer:
     """Checks reports and puts them on the board."""
 
-    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, wake: Callable[[Key], None]) -> None:
-        self._cluster, self._store, self._board, self._wake = cluster, store, board, wake
+    def __init__(
+        self, cluster: Cluster, store: Store, board: ProgressBoard, wake: Callable[[Key], None], acting: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._cluster, self._store, self._board, self._wake, self._acting = cluster, store, board, wake, acting
         self._verdicts: dict[str, _Verdict] = {}
         self._last: dict[str, float] = {}
         self._reviews = asyncio.Semaphore(_REVIEWS_AT_ONCE)
@@ -65,6 +67,8 @@ class ProgressServer:
         return response
 
     async def _report(self, request: web.Request) -> web.Response:
+        if not self._acting():  # the pod's next report may reach the one that acts
+            raise web.HTTPServiceUnavailable(text="this operator stands by", headers={"Retry-After": "1"})
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token or len(token) > 8192:

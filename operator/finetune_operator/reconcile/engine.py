@@ -20,7 +20,7 @@ from ..resources.shared import config_map, workspace
 from ..settings import Settings
 from .draft import Draft
 from .failures import Failure
-from .gang import next_attempt, release, run_gang, workers
+from .gang import next_attempt, note_checkpoints, release, run_gang, workers
 from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
 from .stages import run_stage
 
@@ -51,6 +51,7 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         release(draft)
         return draft.plan()
     draft.set("Accepted", "True", "Valid", "the spec is valid")
+    note_checkpoints(draft)
     draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
     if not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
@@ -198,7 +199,7 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
         draft.set("Suspended", "True", "Suspended", "runPolicy.suspend is true")
         draft.event("Normal", "Suspended", "runPolicy.suspend is true: pods are stopped, checkpoints kept")
         if workers(draft) and not draft.status.is_true("Trained"):
-            next_attempt(draft, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""))
+            next_attempt(draft, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""), "runPolicy.suspend is true")
             draft.status.retry_after = None
     elif not draft.status.is_true("Trained"):
         release(draft)

@@ -12,7 +12,7 @@ from finetune_api.status import CheckpointStatus, Gang, Restart
 
 from ..resources.gang import service, worker
 from .draft import Draft
-from .failures import NEAR_SECONDS, Failure, first_failure
+from .failures import NEAR_SECONDS, Failure, first_failure, verdict
 from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
 from .stages import why_not_running
 
@@ -24,11 +24,49 @@ def workers(draft: Draft) -> list[PodView]:
     return [p for p in draft.observed.pods if p.stage == "train"]
 
 
+_QUICK_SECONDS = 10
+"""Grace of pods whose gang broke: without one of them the others can save nothing."""
+
+
+def _delete(draft: Draft, pods: list[PodView]) -> None:
+    """Delete worker pods; those that can still save a checkpoint get the time for it."""
+    trained, last = draft.status.condition("Trained"), draft.status.restarts[-1] if draft.status.restarts else None
+    failed = trained is not None and trained.status == "False"
+    for pod in pods:
+        if not pod.deleting:
+            broken = last is not None and pod.attempt <= last.attempt and last.cause not in ("Stopped", "Disruption")
+            grace = _QUICK_SECONDS if broken or failed else None
+            draft.actions.append(Delete("Pod", pod.name, pod.uid, grace))
+        elif pod.node in draft.observed.lost_nodes:
+            # nothing will confirm that it ended: should it live on, the fence in the workspace keeps it from writing
+            draft.actions.append(Delete("Pod", pod.name, pod.uid, 0))
+            draft.event("Warning", "PodForceDeleted", f"pod {pod.name} is taken away: its node {pod.node} does not answer")
+        else:
+            draft.wait(_LOOK_AGAIN)
+
+
+_LOOK_AGAIN = 10.0
+
+
 def release(draft: Draft) -> bool:
     """Delete every worker pod that may still hold GPUs. Returns whether none is left."""
     left = [p for p in workers(draft) if p.phase not in ("Succeeded", "Failed")]
-    draft.actions.extend(Delete("Pod", p.name, p.uid) for p in left if not p.deleting)
+    _delete(draft, left)
     return not left
+
+
+def note_checkpoints(draft: Draft) -> None:
+    """Take the newest checkpoint from the last words of pods: they may have saved it when they were stopped."""
+    for pod in workers(draft):
+        words = read_stage_result(pod.message) if pod.phase in ("Succeeded", "Failed") else None
+        step = words.result.get("checkpointStep") if words is not None else None
+        if isinstance(step, int) and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
+            _checkpoint(draft, step, rfc3339(pod.finished or draft.now))
+
+
+def _checkpoint(draft: Draft, step: int, saved_at: str) -> None:
+    old = draft.status.checkpoint or CheckpointStatus(step=step)
+    draft.status.checkpoint = old.model_copy(update={"step": step, "saved_at": saved_at})
 
 
 def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
@@ -39,10 +77,11 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
     status.attempt = max([status.attempt, *(p.attempt for p in pods)])
     stale = [p for p in pods if p.attempt < status.attempt or p.rank >= nodes]
     if stale:
-        draft.actions.extend(Delete("Pod", p.name, p.uid) for p in stale if not p.deleting)
+        _delete(draft, stale)
         draft.phase("Starting")
         return None
     by_rank = {p.rank: p for p in pods}
+    _report(draft)
 
     if len(by_rank) == nodes and all(p.phase == "Succeeded" for p in pods):
         return _finish(draft, spec, by_rank[0])
@@ -77,7 +116,8 @@ def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
         if pod is None or pod.uid != uid or (pod.deleting and pod.phase != "Succeeded"):
             name = pod.name if pod is not None else names.worker_name(draft.observed.job["metadata"]["name"], rank)
             disrupted = pod is not None and pod.disrupted
-            return Failure("Disruption", "Disrupted" if disrupted else "PodDeleted", f"pod {name} was deleted", name)
+            node = pod.node if pod is not None else ""
+            return Failure("Disruption", "Disrupted" if disrupted else "PodDeleted", f"pod {name} was deleted", name, node)
     return None
 
 
@@ -87,54 +127,97 @@ def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:
     Only the status changes here: the pods of the ended attempt are deleted in the next pass, when the decision is
     on record, so an operator that dies in between neither counts it twice nor forgets it.
     """
-    status = draft.status
-    message = failure.message
-    if failure.kind == "UserError":
-        _account(draft, spec)
-        draft.set("Trained", "False", failure.reason, message)
-        draft.fail(failure.reason, message)
-        return
-    if failure.kind == "OutOfMemory" and not _halve_batch(draft):
-        _account(draft, spec)
-        advice = "the smallest per-device batch does not fit: lower hyperparameters.maxLength, set gradientCheckpointing, or use more or larger GPUs"
-        draft.set("Trained", "False", "OutOfMemory", f"{advice}. {message}")
-        draft.fail("OutOfMemory", f"{advice}. {message}")
-        return
-    if failure.counted and status.restarts_counted >= spec.run_policy.max_restarts:
-        _account(draft, spec)
-        draft.set("Trained", "False", "TooManyRestarts", message)
-        draft.fail("TooManyRestarts", f"failed after {status.restarts_counted} restarts (runPolicy.maxRestarts). {message}")
-        return
+    status, policy = draft.status, spec.run_policy
+    action, rule = verdict(failure, policy.failure_policy)
+    message = failure.message + (f" (runPolicy.failurePolicy rule {rule}: {action})" if rule is not None else "")
+    ending = failure.reason if action == "FailJob" else None
+    if failure.cause == "OutOfMemory" and action != "FailJob" and not _halve_batch(draft):
+        ending = "OutOfMemory"
+        estimate = (
+            f" (estimated: {status.plan.estimated_memory_per_gpu} per GPU)" if status.plan and status.plan.estimated_memory_per_gpu else ""
+        )
+        message = (
+            f"the smallest per-device batch does not fit{estimate}: lower hyperparameters.maxLength, set gradientCheckpointing, "
+            f"or use more or larger GPUs. {message}"
+        )
+    counted = action == "RestartGang"
+    if counted:
+        if _progressed(draft):
+            status.restarts_counted = 0
+        if status.restarts_counted >= policy.max_restarts and ending is None:
+            ending = "TooManyRestarts"
+            message = (
+                f"failed after {status.restarts_counted} restarts without a new checkpoint between them (runPolicy.maxRestarts). {message}"
+            )
     _account(draft, spec)
-    next_attempt(draft, failure)
+    if ending is not None:
+        draft.set("Trained", "False", ending, message)
+        draft.fail(ending, message)
+    else:
+        next_attempt(draft, failure, message, counted=counted)
 
 
-def next_attempt(draft: Draft, failure: Failure) -> None:
+def _progressed(draft: Draft) -> bool:
+    """Whether a newer checkpoint was saved since the last restart that counted: the budget refills."""
+    saved = draft.status.checkpoint
+    last = next((r for r in reversed(draft.status.restarts) if r.counted), None)
+    return saved is not None and last is not None and saved.step > (last.checkpoint_step or 0)
+
+
+def next_attempt(draft: Draft, failure: Failure, message: str, *, counted: bool = False) -> None:
     """Put the end of this attempt on record and set the next one up."""
     status = draft.status
+    saved = status.checkpoint.step if status.checkpoint is not None else None
+    status.usage.lost_seconds += _lost(draft)
     status.restarts = [
         *status.restarts,
         Restart(
             attempt=status.attempt,
-            reason=failure.reason if failure.reason in ("PodDeleted", "GangTimeout", "Suspended") else failure.kind,
+            cause=failure.cause,
+            reason=failure.reason,
             pod=failure.pod,
-            message=failure.message[:2000],
+            node=failure.node,
+            checkpoint_step=saved,
+            message=message[:2000],
             time=rfc3339(draft.now),
-            counted=failure.counted,
+            counted=counted,
         ),
     ][-_RESTARTS_KEPT:]
-    status.restarts_counted += 1 if failure.counted else 0
+    status.restarts_counted += counted
     status.attempt += 1
     status.gang = None
     status.progress = None
-    in_a_row = status.restarts_counted if failure.counted else sum(r.reason == failure.reason for r in status.restarts)
-    delay = draft.backoff(in_a_row)
+    delay = draft.backoff(status.restarts_counted if counted else _same_in_a_row(status.restarts))
     status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
     step = f"checkpoint at step {status.checkpoint.step}" if status.checkpoint else "the start"
-    draft.set("Running", "False", failure.reason, failure.message)
-    draft.event("Warning", "GangRestarted", f"attempt {status.attempt} goes on from {step}: {failure.message}")
+    draft.set("Running", "False", failure.reason, message)
+    draft.event(
+        "Normal" if failure.cause == "Stopped" else "Warning", "GangRestarted", f"attempt {status.attempt} goes on from {step}: {message}"
+    )
     draft.phase("Starting")
     draft.wait(delay or 1)
+
+
+def _same_in_a_row(restarts: list[Restart]) -> int:
+    """How often the last reason came without a checkpoint in between."""
+    last = restarts[-1]
+    count = 0
+    for restart in reversed(restarts):
+        if (restart.reason, restart.checkpoint_step) != (last.reason, last.checkpoint_step):
+            break
+        count += 1
+    return count
+
+
+def _lost(draft: Draft) -> int:
+    """Seconds since the newest checkpoint of an attempt that ran."""
+    gang, saved = draft.status.gang, draft.status.checkpoint
+    begun = parse_time(gang.running_since) if gang is not None else None
+    if begun is None:
+        return 0
+    ends = [p.finished for p in workers(draft) if p.finished is not None]
+    kept = parse_time(saved.saved_at) if saved is not None else None
+    return round(max(0.0, ((max(ends) if ends else draft.now) - max(begun, kept or begun)).total_seconds()))
 
 
 def _halve_batch(draft: Draft) -> bool:
@@ -160,7 +243,8 @@ def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodVi
     if draft.observed.applied.get(key) != headless["metadata"]["annotations"][names.ANNOTATION_HASH]:
         draft.actions.append(Apply(headless))
     if missing:
-        draft.actions.extend(Create(worker(job, draft.settings, status.plan, rank, status.attempt)) for rank in missing)
+        avoid = draft.observed.suspect_nodes
+        draft.actions.extend(Create(worker(job, draft.settings, status.plan, rank, status.attempt, avoid)) for rank in missing)
         draft.phase("Starting")
         draft.wait(5)
     elif status.gang is None or status.gang.attempt != status.attempt:
@@ -168,10 +252,14 @@ def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodVi
             attempt=status.attempt,
             pod_uids=[by_rank[rank].uid for rank in sorted(by_rank)],
             started_at=rfc3339(min(p.created for p in by_rank.values())),
+            avoided_nodes=list(draft.observed.suspect_nodes[:16]),
         )
         pods = "1 worker pod" if len(by_rank) == 1 else f"{len(by_rank)} worker pods"
+        avoided = f"; avoiding nodes that jobs kept failing on: {', '.join(status.gang.avoided_nodes)}" if status.gang.avoided_nodes else ""
         draft.event(
-            "Normal", "GangCreated", f"attempt {status.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each"
+            "Normal",
+            "GangCreated",
+            f"attempt {status.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each{avoided}",
         )
 
 
@@ -182,8 +270,9 @@ def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) ->
         if not status.is_true("Running"):
             draft.event("Normal", "GangRunning", f"attempt {status.attempt}: all {len(started)} worker(s) are running")
         draft.set("Running", "True", "GangRunning", f"all {len(started)} worker(s) are running")
+        if status.gang is not None and status.gang.running_since is None:
+            status.gang = status.gang.model_copy(update={"running_since": rfc3339(draft.now)})
         draft.phase("Training")
-        _report(draft)
         return
     draft.phase("Starting")
     trouble = why_not_running(list(by_rank.values()))
@@ -200,8 +289,7 @@ def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) ->
         return
     waited = human_duration(seconds(spec.run_policy.gang_timeout))
     text = f"gang not running after {waited} (runPolicy.gangTimeout), its resources are given back: {message}"
-    _account(draft, spec)
-    next_attempt(draft, Failure("Disruption", "GangTimeout", text, ""))
+    end_attempt(draft, spec, Failure("Disruption", "GangTimeout", text, ""))
 
 
 def _report(draft: Draft) -> None:
@@ -212,9 +300,21 @@ def _report(draft: Draft) -> None:
     if old is not None and report.step < old.step:
         return
     draft.status.progress = progress_of(report, rfc3339(draft.observed.reported_at or draft.now))
-    known = draft.status.checkpoint.step if draft.status.checkpoint else -1
-    if report.checkpoint_step is not None and report.checkpoint_step > known:
-        draft.status.checkpoint = CheckpointStatus(step=report.checkpoint_step, saved_at=rfc3339(draft.now))
+    known = draft.status.checkpoint
+    if report.checkpoint_step is not None and (known is None or report.checkpoint_step > known.step):
+        _checkpoint(draft, report.checkpoint_step, rfc3339(draft.observed.reported_at or draft.now))
+    if draft.status.checkpoint is not None:
+        details: dict[str, object] = {"resumed_from": report.resumed_from, "skipped": list(report.skipped_checkpoints)}
+        if report.checkpoint_every is not None:
+            details["every"] = human_duration(report.checkpoint_every)
+        if report.skipped_checkpoints and draft.status.checkpoint.skipped != details["skipped"]:
+            steps = ", ".join(map(str, report.skipped_checkpoints))
+            draft.event(
+                "Warning",
+                "CheckpointSkipped",
+                f"attempt {report.attempt} goes on from step {report.resumed_from}: the checkpoint(s) of step {steps} are incomplete or damaged",
+            )
+        draft.status.checkpoint = draft.status.checkpoint.model_copy(update=details)
 
 
 def _finish(draft: Draft, spec: FineTuneJobSpec, rank_zero: PodView) -> StageResult | None:

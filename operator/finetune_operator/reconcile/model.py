@@ -40,6 +40,8 @@ class PodView:
     """The scheduler's message while it finds no node."""
     disrupted: bool = False
     """The DisruptionTarget condition is set."""
+    node: str = ""
+    """The node it was bound to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,10 @@ class Observed:
     """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
     report: ProgressReport | None = None
     reported_at: datetime | None = None
+    lost_nodes: frozenset[str] = frozenset()
+    """Nodes of pods that are being deleted which are gone or not ready: their kubelets will not confirm anything."""
+    suspect_nodes: tuple[str, ...] = ()
+    """Nodes that jobs kept failing on lately."""
     now: datetime
 
 
@@ -91,6 +97,8 @@ class Delete:
     kind: Literal["Pod", "Job", "FineTuneJob"]
     name: str
     uid: str
+    grace_seconds: int | None = None
+    """Seconds between SIGTERM and SIGKILL; None is the pod's own, 0 takes the object away without its kubelet."""
 
 
 Action = Apply | Create | Delete

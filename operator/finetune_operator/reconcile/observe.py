@@ -53,6 +53,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         waiting_reason=str(waiting.get("reason") or ""),
         waiting_message=str(waiting.get("message") or ""),
         unschedulable=str(scheduled.get("message") or "") if scheduled.get("status") == "False" else "",
+        node=str((raw.get("spec") or {}).get("nodeName") or ""),
         disrupted=(conditions.get("DisruptionTarget") or {}).get("status") == "True",
     )
 

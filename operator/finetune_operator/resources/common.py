@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from finetune_api import API_VERSION, KIND, names
 from finetune_api.contract import Env, JobFile, Mounts, Stage, progress_audience
-from finetune_api.spec import FineTuneJobSpec, SecretReference
+from finetune_api.spec import FineTuneJobSpec, RunPolicy, SecretReference
 from finetune_api.uris import parse_uri
 
 from ..settings import Settings
@@ -107,7 +107,9 @@ def _folder(root: str, reference: str) -> str:
 
 def job_file(job: JobRef) -> JobFile:
     """job.json: the spec with where this cluster mounts what it refers to."""
-    spec = job.spec.model_copy(update={"run_policy": type(job.spec.run_policy)()})  # may change while the job runs
+    spec = job.spec.model_copy(
+        update={"run_policy": RunPolicy(hang_timeout=job.spec.run_policy.hang_timeout)}
+    )  # the rest may change while the job runs
     return JobFile(
         name=job.name,
         namespace=job.namespace,

@@ -33,8 +33,8 @@ def service(job: JobRef) -> Manifest:
     )
 
 
-def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int) -> Manifest:
-    """The pod of one node rank in one attempt."""
+def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int, avoid: tuple[str, ...] = ()) -> Manifest:
+    """The pod of one node rank in one attempt, rather not on the nodes to avoid."""
     name = names.worker_name(job.name, rank)
     subdomain = names.service_name(job.name)
     spec = pod_spec(
@@ -48,14 +48,31 @@ def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int)
             Env.PLAN: json.dumps(plan.to_wire(), sort_keys=True),
             Env.MAIN_ADDRESS: f"{names.worker_name(job.name, 0)}.{subdomain}.{job.namespace}.svc",
             Env.MAIN_PORT: str(MAIN_PORT),
+            Env.GRACE: str(settings.termination_grace_seconds),
             **({Env.PROGRESS_URL: settings.endpoint} if settings.endpoint else {}),
             **_threads(job),
         },
         shared_memory=job.spec.resources.shared_memory,
     )
     spec.update(hostname=name, subdomain=subdomain, terminationGracePeriodSeconds=settings.termination_grace_seconds)
+    if avoid:  # preferred, not required: a small cluster must not stand still for it
+        field = {"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}
+        term = {"weight": 100, "preference": {"matchFields": [field]}}
+        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+    spec["tolerations"] = [*spec.get("tolerations", []), *_while_unreachable(job, settings)]
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata(job, name, **labels), "spec": spec}
+
+
+def _while_unreachable(job: JobRef, settings: Settings) -> list[Manifest]:
+    """How long a node may be away; the default of 5 minutes would leave the rest of the gang waiting for it."""
+    taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+    own = {t.key for t in job.spec.scheduling.tolerations}
+    return [
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": settings.node_lost_seconds}
+        for key in taints
+        if key not in own
+    ]
 
 
 def _threads(job: JobRef) -> dict[str, str]:
