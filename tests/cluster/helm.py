@@ -27,9 +27,9 @@ def local_values() -> dict[str, Any]:
             "image": image(images.trainer().reference),
             "allowCPU": True,
             "stageResources": {"cpu": "100m", "memory": "512Mi"},
-            "terminationGracePeriodSeconds": 10,
+            "terminationGracePeriodSeconds": 40,
         },
-        "settings": {"statusIntervalSeconds": 1, "backoffBaseSeconds": 2},
+        "settings": {"statusIntervalSeconds": 1, "backoffBaseSeconds": 2, "nodeLostSeconds": 5},
     }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -90,6 +91,21 @@ class LocalCluster:
                 self._start(built)
         for image in load or []:
             self.load(image)
+
+    def signal(self, name: str, number: signal.Signals, argument: str = "") -> list[list[str]]:
+        """Send a signal to the processes of that name, of those only that have such an argument. Returns their commands."""
+        commands = []
+        for pid in processes.of(self.name):
+            words = [word.decode() for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if word]
+            if words and Path(words[0]).name == name and any(argument in word for word in words):
+                commands.append(words)
+                os.kill(pid, number)
+        return commands
+
+    def restart(self, name: str) -> None:
+        """Kill a process of the control plane, and start it again with the same command."""
+        for words in self.signal(name, signal.SIGKILL):
+            processes.start(self.name, name, list(words), self.state / "logs")
 
     def load(self, image: images.Image) -> None:
         """Put an image on every node."""

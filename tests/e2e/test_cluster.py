@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from typing import Any
 
+import pytest
 import yaml
 
 from finetune_api import names
 from tests.cluster import loader
+from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
 from tests.e2e.conftest import User
 
@@ -66,7 +69,7 @@ def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) ->
     user.kubectl("exec", "gang-worker-1", "--", "pkill", "-9", "-f", "finetune_trainer.worker")
     status = user.until("the gang restarts", lambda: (s := user.status("gang")).get("attempt") == 1 and s, 60)
     restart = status["restarts"][0]
-    assert restart["reason"] == "Infrastructure" and restart["counted"] is True
+    assert restart["cause"] == "Infrastructure" and restart["counted"] is True
     assert restart["pod"] == "gang-worker-1", status["restarts"]
     status = user.ended("gang")
     assert status["phase"] == "Succeeded", user.story()
@@ -75,6 +78,57 @@ def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) ->
     assert "from the checkpoint at step" in trained, trained
     assert 20 <= int(trained.split("checkpoint at step ")[1].split(")")[0]) < 240
     assert status["usage"]["gpuSeconds"] > 0
+
+
+def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
+    """A pod is drained, then the job is suspended: both end with a checkpoint, and no restart is counted."""
+    document = gang("pause", steps=300)
+    document["spec"]["checkpoint"] = {"every": "1h"}
+    user.apply(document)
+
+    def step() -> int:
+        return int(user.status("pause").get("progress", {}).get("step", 0))
+
+    user.until("it trains", lambda: step() > 3, 240)
+    user.kubectl("delete", "pod", "pause-worker-1", "--wait=false")
+    status = user.until("the next attempt trains", lambda: (s := user.status("pause")).get("attempt") == 1 and step() > 3 and s, 240)
+    restart, drained = status["restarts"][0], status["checkpoint"]["step"]
+    assert restart["cause"] == "Disruption" and restart["counted"] is False and drained > 3
+    assert status["checkpoint"]["resumedFrom"] == drained and status["usage"]["lostSeconds"] <= 5, status
+    asked = time.monotonic()
+    user.kubectl("patch", "finetunejob", "pause", "--type=merge", "-p", '{"spec": {"runPolicy": {"suspend": true}}}')
+    user.until("its pods are gone", lambda: not [p for p in user.pods() if p["status"]["phase"] in ("Pending", "Running")], 60)
+    assert time.monotonic() - asked < 40, "within the grace period"
+    status = user.until("the checkpoint is known", lambda: (s := user.status("pause"))["checkpoint"]["step"] > drained and s, 20)
+    suspended = status["checkpoint"]["step"]
+    assert status["phase"] == "Suspended" and status["restartsCounted"] == 0
+    user.kubectl("patch", "finetunejob", "pause", "--type=merge", "-p", '{"spec": {"runPolicy": {"suspend": false}}}')
+    status = user.ended("pause")
+    assert status["phase"] == "Succeeded", user.story()
+    trained = next(c["message"] for c in status["conditions"] if c["type"] == "Trained")
+    assert f"from the checkpoint at step {suspended}" in trained and "300 steps" in trained
+
+
+def test_f10_a_node_that_does_not_answer(user: User) -> None:
+    """Its kubelet is frozen while its containers run on: the gang starts elsewhere, and the old one writes nothing more."""
+    if not isinstance(user.cluster, LocalCluster):
+        pytest.skip("freezes a kubelet of the local cluster")
+    user.apply(gang("lost", steps=100_000))
+    user.until("a checkpoint", lambda: user.status("lost").get("checkpoint", {}).get("step", 0) >= 20, 240)
+    node = user.kubectl("get", "pod", "lost-worker-1", "-o", "jsonpath={.spec.nodeName}")
+    user.cluster.signal("kubelet", signal.SIGSTOP, node)
+    try:
+        status = user.until(
+            "a new attempt trains", lambda: (s := user.status("lost")).get("attempt", 0) >= 1 and s["phase"] == "Training" and s, 240
+        )
+        assert status["restarts"][0]["cause"] == "Disruption" and status["restarts"][0]["counted"] is False
+        pods = {p["metadata"]["name"]: p["spec"]["nodeName"] for p in user.pods() if p["metadata"]["labels"][names.LABEL_STAGE] == "train"}
+        assert len(pods) == 2 and node not in pods.values()
+        assert status["checkpoint"]["step"] >= 20
+    finally:
+        user.cluster.signal("kubelet", signal.SIGCONT, node)
+    user.kubectl("delete", "finetunejob", "lost", "--wait=true", "--timeout=60s")
+    user.until("the node is back", user.cluster.is_up, 120)
 
 
 def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:

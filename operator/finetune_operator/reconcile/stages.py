@@ -81,7 +81,7 @@ def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
 def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, failure: Failure) -> None:
     """Fail the job, or try the stage again under a new name."""
     retry = draft.status.stages.get(stage, StageRetry())
-    again = failure.cause in ("Infrastructure", "Disruption", "Stopped") and retry.retries < draft.settings.stage_retries
+    again = failure.cause not in ("UserError", "OutOfMemory") and retry.retries < draft.settings.stage_retries
     if not again:
         draft.set(condition, "False", failure.reason, failure.message)
         reason = failure.reason if failure.cause == "UserError" else f"{stage.capitalize()}Failed"
