@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import time
 from collections import Counter
 from datetime import UTC, datetime
 
 from finetune_api import names
+from finetune_api.contract import JobFile
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 from . import metrics
@@ -20,6 +23,7 @@ from .cluster.lease import Lease
 from .cluster.store import Key, Store
 from .progress.board import ProgressBoard
 from .reconcile import Plan, reconcile, refused
+from .reconcile.accepted import may_have_changed
 from .reconcile.failures import suspects
 from .reconcile.model import Action, Apply, Create, Delete, Event, Observed
 from .reconcile.observe import owner_uid
@@ -89,6 +93,7 @@ class Controller:
         uid = job["metadata"]["uid"]
         observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid))
         assert observed is not None
+        observed = dataclasses.replace(observed, accepted=await self._accepted(job))
         observed = dataclasses.replace(observed, lost_nodes=await self._lost_nodes(observed), suspect_nodes=self._suspect_nodes())
         plan = reconcile(observed, self.settings)
         try:
@@ -100,6 +105,22 @@ class Controller:
         await self._say(key, job, plan)
         if plan.requeue_at is not None:
             self.queue.add_after(key, (plan.requeue_at - datetime.now(UTC)).total_seconds())
+
+    async def _accepted(self, job: Object) -> FineTuneJobSpec | None:
+        """The spec that the job began with, from its ConfigMap. Asked for only when the present one may be another."""
+        if not may_have_changed(job):
+            return None
+        meta = job["metadata"]
+        try:
+            found = await self.cluster.get("ConfigMap", meta["namespace"], names.config_map_name(meta["name"]))
+            if owner_uid(found) == meta["uid"]:
+                return JobFile.model_validate(json.loads(found["data"]["job.json"])).spec
+        except APIError as failure:
+            if not failure.not_found:
+                raise
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s/%s: its job.json cannot be read", meta["namespace"], meta["name"])
+        return None
 
     def _suspect_nodes(self) -> tuple[str, ...]:
         """Nodes that any jobs kept failing on; looked through at most every few seconds."""

@@ -274,6 +274,26 @@ def test_manifests_are_valid_for_this_server(api: Api) -> None:
             assert "created" in said
 
 
+def test_f24_what_may_change_while_a_job_runs(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    kubelet.hold = {"train"}
+    api.create_job(TWO)
+    phase(api, "Training")
+    before = api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"]
+    api.patch_job({"spec": {"distribution": {"nodes": 4}, "model": {"uri": "pvc://models/other"}, "runPolicy": {"maxRestarts": 7}}})
+    until("it is said", lambda: api.condition("Accepted").get("reason") == "ChangeIgnored")
+    message = api.condition("Accepted")["message"]
+    assert message.startswith("spec.distribution, spec.model cannot change once the job has begun: ignored"), message
+    assert "ChangeIgnored" in api.events()
+    assert api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"] == before
+    api.set_pod("support-worker-1", ended(1))
+    until("the gang restarts as it was", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")])
+    api.patch_job({"spec": {"distribution": {"nodes": 2}, "model": {"uri": "pvc://models/tiny"}}})
+    until("it is well again", lambda: api.condition("Accepted").get("reason") == "Valid")
+    kubelet.hold = set()
+    status = phase(api, "Succeeded")
+    assert status["attempt"] == 1
+
+
 def test_f6_two_operators_and_one_acts(api: Api, kubelet: Kubelet, tmp_path: Path) -> None:
     """The one that stands by takes over: after a crash when the lease has run out, after an orderly end at once."""
     lease = {"FINETUNE_LEASE": "finetune-operator", "FINETUNE_NAMESPACE": api.namespace, "FINETUNE_LEASE_SECONDS": "6"}

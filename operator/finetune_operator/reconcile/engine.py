@@ -18,6 +18,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..resources.shared import config_map, workspace
 from ..settings import Settings
+from .accepted import REASON, as_accepted
 from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, note_checkpoints, release, run_gang, workers
@@ -37,6 +38,8 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
     try:
         spec = parse_spec(observed.job.get("spec"), strict=False)
     except InvalidDocument as failure:
+        if observed.accepted is not None:
+            return _invalid_change(draft, observed.accepted, failure)
         draft.set("Accepted", "False", "InvalidSpec", str(failure))
         draft.fail("InvalidSpec", str(failure))
         release(draft)
@@ -50,7 +53,17 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         draft.fail("RemoteCodeNotAllowed", message)
         release(draft)
         return draft.plan()
-    draft.set("Accepted", "True", "Valid", "the spec is valid")
+    return _go_on(draft, as_accepted(draft, spec))
+
+
+def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocument) -> Plan:
+    """A running job is not ended by a change that cannot be read: it goes on as it was."""
+    message = f"the changed spec is not valid and ignored, the job goes on as it was: {failure}"
+    draft.set("Accepted", "True", REASON, message)
+    return _go_on(draft, kept)
+
+
+def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
     note_checkpoints(draft)
     draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
     if not _past_deadline(draft, spec) and not _suspended(draft, spec):

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from finetune_api.contract import ProgressReport
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 Object = dict[str, Any]
@@ -69,6 +70,8 @@ class Observed:
     """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
     report: ProgressReport | None = None
     reported_at: datetime | None = None
+    accepted: FineTuneJobSpec | None = None
+    """The spec that the job began with, when the present one may be another."""
     lost_nodes: frozenset[str] = frozenset()
     """Nodes of pods that are being deleted which are gone or not ready: their kubelets will not confirm anything."""
     suspect_nodes: tuple[str, ...] = ()

@@ -1,0 +1,5 @@
+"""The control plane and the played API users of the component tests."""
+
+from tests.component.conftest import api, cluster
+
+__all__ = ["api", "cluster"]

@@ -1,0 +1,270 @@
+"""Two hundred random faults over twenty jobs at once, on a real control plane; the seed fixes them all.
+
+Two operators (one acts, one stands by) serve jobs of every shape. A played kubelet runs the pods, so that hundreds of
+gangs cost nothing; what real containers do when they are disturbed is tests/e2e's business. Struck are the operators,
+the API server, etcd, the controller manager, pods, child objects and the jobs themselves.
+
+FINETUNE_CHAOS_SEED and FINETUNE_CHAOS_FAULTS change the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from finetune_api import names
+from finetune_api.contract import ExitCode, StageResult
+from tests.cluster.local import LocalCluster
+from tests.component.conftest import Api, Operator, until
+from tests.factory import MINIMAL, RESULTS, container_status, ended, merged
+
+SEED = int(os.environ.get("FINETUNE_CHAOS_SEED", "20261121"))
+FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS", "200"))
+JOBS = 20
+EVALUATED = {
+    "dataset": {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
+    "evaluation": {"gate": {"minImprovement": 0.1}},
+    "publish": [{"uri": "pvc://published/support"}],
+}
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"distribution": {"nodes": 2, "gpusPerNode": 0}},
+    {"distribution": {"nodes": 4, "gpusPerNode": 0}},
+    EVALUATED,
+    {**EVALUATED, "distribution": {"nodes": 2, "gpusPerNode": 0}},
+)
+POLICY = {"maxRestarts": 1000, "gangTimeout": "10m", "failurePolicy": {"rules": []}}
+
+
+class World:
+    """The jobs, the kubelet that runs them slowly, and what must always hold."""
+
+    def __init__(self, api: Api, rng: random.Random) -> None:
+        self.api, self.rng = api, rng
+        self.shapes = {f"job-{n:02d}": SHAPES[n % len(SHAPES)] for n in range(JOBS)}
+        self.calm = False
+        self.attempts: Counter[str] = Counter()
+        self.ended: dict[str, str] = {}
+        self.struck: Counter[str] = Counter()
+        """Faults that may cost a job an attempt."""
+        self.broken: list[str] = []
+
+    def create(self) -> None:
+        for name, shape in self.shapes.items():
+            self.api.create_job({**merged(MINIMAL, **shape), "runPolicy": dict(POLICY)}, name=name)
+
+    def look(self) -> None:
+        """One round of the kubelet, and of the invariants."""
+        pods = self.api.pods()
+        seen: set[tuple[str, str, str]] = set()
+        live: Counter[str] = Counter()
+        for pod in pods:
+            labels = pod.metadata.labels
+            job, stage = labels[names.LABEL_JOB], labels[names.LABEL_STAGE]
+            if pod.status.phase in ("Pending", "Running") and stage == "train":
+                key = (job, labels[names.LABEL_RANK], labels[names.LABEL_ATTEMPT])
+                if key in seen:
+                    self.broken.append(f"two pods of {key}")
+                seen.add(key)
+                live[job] += 1
+            with contextlib.suppress(client.ApiException):
+                self.move(pod, stage)
+        for job, count in live.items():
+            if count > self.shapes[job].get("distribution", {}).get("nodes", 1):
+                self.broken.append(f"{job} holds {count} pods")
+        for name in self.shapes:
+            self.check(name, self.api.status(name))
+
+    def move(self, pod: Any, stage: str) -> None:
+        if pod.metadata.deletion_timestamp is not None:
+            if self.calm or self.rng.random() < 0.5:  # its kubelet confirms, now or later
+                self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=0)
+            return
+        if pod.status.phase == "Pending" and (self.calm or self.rng.random() < 0.7):
+            running = {"phase": "Running", "containerStatuses": container_status({"running": {"startedAt": "2026-11-21T12:00:00Z"}})}
+            self.api.set_pod(pod.metadata.name, running)
+        elif pod.status.phase == "Running" and (self.calm or self.rng.random() < (0.05 if stage == "train" else 0.3)):
+            self.api.set_pod(pod.metadata.name, ended(0, RESULTS[stage].dumps()))
+
+    def check(self, name: str, status: dict[str, Any]) -> None:
+        attempt, phase = int(status.get("attempt", 0)), status.get("phase", "Pending")
+        if attempt < self.attempts[name]:
+            self.broken.append(f"{name}: attempt {self.attempts[name]} -> {attempt}")
+        self.attempts[name] = attempt
+        if name in self.ended and self.ended[name] != phase:
+            self.broken.append(f"{name}: {self.ended[name]} -> {phase}")
+        if phase in ("Succeeded", "Failed"):
+            self.ended[name] = phase
+
+    def running(self) -> list[str]:
+        return [name for name in self.shapes if name not in self.ended]
+
+    # faults
+
+    def _pod(self) -> Any:
+        pods = [p for p in self.api.pods() if p.status.phase in ("Pending", "Running") and p.metadata.deletion_timestamp is None]
+        return self.rng.choice(pods) if pods else None
+
+    def pod_fails(self) -> str:
+        pod = self._pod()
+        if pod is None:
+            return "no pod"
+        code = self.rng.choice([1, 137, int(ExitCode.INFRASTRUCTURE), int(ExitCode.HANG), int(ExitCode.STOPPED)])
+        words = self.rng.choice(["", StageResult(reason="Broken", message="words").dumps(), "\x00\xff NCCL error"])
+        self.struck[pod.metadata.labels[names.LABEL_JOB]] += 1
+        self.api.set_pod(pod.metadata.name, ended(code, words))
+        return f"{pod.metadata.name} exits {code}"
+
+    def pod_deleted(self) -> str:
+        pod = self._pod()
+        if pod is None:
+            return "no pod"
+        self.struck[pod.metadata.labels[names.LABEL_JOB]] += 1
+        self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=self.rng.choice([0, 30]))
+        return f"{pod.metadata.name} is deleted"
+
+    def child_deleted(self) -> str:
+        kind = self.rng.choice(["job", "configmap", "service"])
+        found = self.api.cluster.kubectl(
+            "-n", self.api.namespace, "get", kind, "-l", f"{names.LABEL_MANAGED_BY}={names.MANAGER}", "-o", "name"
+        )
+        if not found.split():
+            return f"no {kind}"
+        name = self.rng.choice(found.split())
+        self.api.cluster.kubectl("-n", self.api.namespace, "delete", name, "--wait=false")
+        return f"{name} is deleted"
+
+    def suspended(self) -> str:
+        names_ = self.running()
+        if not names_:
+            return "no job"
+        name, suspend = self.rng.choice(names_), self.rng.random() < 0.5
+        self.struck[name] += suspend
+        self.api.patch_job({"spec": {"runPolicy": {"suspend": suspend}}}, name=name)
+        return f"{name} suspend {suspend}"
+
+
+class Operators:
+    """Two of them; the test starts one anew when it has ended."""
+
+    def __init__(self, api: Api, folder: Path) -> None:
+        self.env = {"FINETUNE_LEASE": "operator", "FINETUNE_NAMESPACE": api.namespace, "FINETUNE_LEASE_SECONDS": "4"}
+        self.env |= {"FINETUNE_RESYNC_SECONDS": "10", "FINETUNE_STAGE_RETRIES": "1000", "FINETUNE_BACKOFF_LIMIT_SECONDS": "2"}
+        self.both = [Operator(api, folder / f"{n}.log") for n in range(2)]
+        for one in self.both:
+            one.start(**self.env)
+
+    def revive(self) -> None:
+        for one in self.both:
+            if one.process is None or one.process.poll() is not None:
+                one.start(**self.env)
+
+    def end(self) -> None:
+        for one in self.both:
+            if one.process is not None and one.process.poll() is None:
+                one.process.send_signal(signal.SIGCONT)
+                one.kill()
+
+
+@pytest.fixture
+def operators(api: Api, tmp_path: Path) -> Iterator[Operators]:
+    made = Operators(api, tmp_path)
+    yield made
+    made.end()
+
+
+def faults(world: World, cluster: LocalCluster, operators: Operators, rng: random.Random) -> list[tuple[int, Callable[[], str]]]:
+    """Each with its weight."""
+
+    def operator_killed() -> str:
+        one = rng.choice(operators.both)
+        one.kill()
+        return "an operator is killed"
+
+    def operator_frozen() -> str:
+        one = rng.choice(operators.both)
+        assert one.process is not None
+        one.process.send_signal(signal.SIGSTOP)
+        time.sleep(rng.uniform(0.5, 6))
+        one.process.send_signal(signal.SIGCONT)
+        return "an operator was frozen"
+
+    def frozen(name: str, most: float) -> Callable[[], str]:
+        def strike() -> str:
+            cluster.signal(name, signal.SIGSTOP)
+            time.sleep(rng.uniform(0.5, most))
+            cluster.signal(name, signal.SIGCONT)
+            return f"{name} was frozen"
+
+        return strike
+
+    def restarted(name: str) -> Callable[[], str]:
+        def strike() -> str:
+            cluster.restart(name)
+            return f"{name} is killed"
+
+        return strike
+
+    return [
+        (40, world.pod_fails),
+        (40, world.pod_deleted),
+        (30, world.child_deleted),
+        (30, world.suspended),
+        (20, operator_killed),
+        (10, operator_frozen),
+        (6, restarted("kube-apiserver")),
+        (4, restarted("etcd")),
+        (6, restarted("kube-controller-manager")),
+        (6, frozen("kube-apiserver", 4)),
+        (4, frozen("etcd", 3)),
+    ]
+
+
+def test_twenty_jobs_survive_two_hundred_faults(api: Api, operators: Operators, cluster: LocalCluster) -> None:
+    rng = random.Random(SEED)
+    world = World(api, random.Random(SEED + 1))
+    world.create()
+    table = faults(world, cluster, operators, rng)
+    told: list[str] = []
+    while len(told) < FAULTS and world.running():
+        strike = rng.choices([f for _, f in table], [w for w, _ in table])[0]
+        try:
+            told.append(strike())
+        except Exception as failure:  # the API server is away: that is a fault as well
+            told.append(f"{strike.__name__}: {type(failure).__name__}")
+        operators.revive()
+        for _ in range(rng.randint(1, 3)):
+            with contextlib.suppress(Exception):
+                world.look()
+    print(f"seed {SEED}: {len(told)} faults", Counter(t.split()[-2] if len(t.split()) > 1 else t for t in told))
+    world.calm = True
+    for name in world.shapes:
+        until(f"{name} goes on", lambda name=name: api.patch_job({"spec": {"runPolicy": {"suspend": False}}}, name=name) or True, 60)
+
+    def over() -> bool:
+        operators.revive()
+        with contextlib.suppress(Exception):
+            world.look()
+        return not world.running()
+
+    until("all jobs end", over, 240)
+    assert not world.broken, world.broken[:5]
+    wrong = {n: api.condition("Failed", n) for n, phase in world.ended.items() if phase != "Succeeded"}
+    assert not wrong, wrong
+    for name in world.shapes:
+        status = api.status(name)
+        assert status["attempt"] <= world.struck[name], f"{name}: {status['attempt']} restarts after {world.struck[name]} faults"
+        assert len(status["restarts"]) == min(20, status["attempt"]), "every attempt's end is on record"
+        done = [c["type"] for c in status["conditions"] if c["status"] == "True"]
+        assert "Trained" in done and ("Published" in done) == ("publish" in world.shapes[name])
+    assert len(told) == FAULTS, "jobs outlived the faults"
