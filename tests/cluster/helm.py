@@ -39,10 +39,10 @@ def install(kubeconfig: Path, values: dict[str, Any] | None = None) -> None:
         known = {release["name"] for release in config.list()}
         with step("upgrading the chart" if RELEASE in known else "installing the chart"):
             if RELEASE in known:
-                config.upgrade(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, wait="legacy", timeout=180)
+                config.upgrade(str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, wait="legacy", timeout=420)
             else:
                 config.install(
-                    str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, create_namespace=True, wait="legacy", timeout=180
+                    str(CHART), RELEASE, values or local_values(), namespace=NAMESPACE, create_namespace=True, wait="legacy", timeout=420
                 )
 
 

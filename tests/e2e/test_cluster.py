@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_api import names
-from tests.cluster import loader
+from tests.cluster import helm, loader
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
 from tests.e2e.conftest import User
@@ -107,6 +107,25 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
     assert status["phase"] == "Succeeded", user.story()
     trained = next(c["message"] for c in status["conditions"] if c["type"] == "Trained")
     assert f"from the checkpoint at step {suspended}" in trained and "300 steps" in trained
+
+
+def test_f33_an_upgrade_of_the_chart_touches_no_running_gang(user: User) -> None:
+    """The operator's pod is replaced under a running job: the next one takes over by the Lease. (There is no earlier release to
+    upgrade from yet; the code is the same.)
+    """
+    user.apply(gang("upgraded", steps=300))
+    user.until("it trains", lambda: user.status("upgraded").get("progress", {}).get("step", 0) > 3, 240)
+    operator = ("-n", "finetune-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.uid}")
+    workers, before = {p["metadata"]["uid"] for p in user.pods()}, user.cluster.kubectl(*operator)
+    helm.install(user.cluster.kubeconfig, {**helm.local_values(), "podAnnotations": {"upgraded": "yes"}, "replicas": 2})
+    assert not set(user.cluster.kubectl(*operator).split()) & set(before.split()), "all of its pods are new"
+    step = user.status("upgraded")["progress"]["step"]
+    user.until(
+        "progress goes on", lambda: user.status("upgraded")["progress"]["step"] > step or user.status("upgraded")["phase"] != "Training", 60
+    )
+    assert workers <= {p["metadata"]["uid"] for p in user.pods()}
+    status = user.ended("upgraded")
+    assert status["phase"] == "Succeeded" and status["attempt"] == 0, user.story()
 
 
 def test_f10_a_node_that_does_not_answer(user: User) -> None:
