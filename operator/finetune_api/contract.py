@@ -136,7 +136,7 @@ class ProgressReport(APIModel):
     checkpoint_step: Annotated[int, Field(ge=0)] | None = None
     checkpoint_every: Annotated[float, Field(ge=0)] | None = None
     resumed_from: Annotated[int, Field(ge=0)] = 0
-    skipped_checkpoints: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=8)] = ()
+    skipped_checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)] = []
 
 
 def progress_of(report: ProgressReport, reported_at: str | None = None) -> Progress:

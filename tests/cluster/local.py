@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -92,19 +93,28 @@ class LocalCluster:
         for image in load or []:
             self.load(image)
 
-    def signal(self, name: str, number: signal.Signals, argument: str = "") -> list[list[str]]:
-        """Send a signal to the processes of that name, of those only that have such an argument. Returns their commands."""
-        commands = []
+    def _running(self, name: str) -> dict[int, list[str]]:
+        """Commands of the processes of that name."""
+        found = {}
         for pid in processes.of(self.name):
-            words = [word.decode() for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if word]
-            if words and Path(words[0]).name == name and any(argument in word for word in words):
-                commands.append(words)
+            with contextlib.suppress(OSError):
+                words = [word.decode() for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if word]
+                if words and Path(words[0]).name == name:
+                    found[pid] = words
+        return found
+
+    def signal(self, name: str, number: signal.Signals, argument: str = "") -> None:
+        """Send a signal to the processes of that name, of those only that have such an argument."""
+        for pid, words in self._running(name).items():
+            if any(argument in word for word in words):
                 os.kill(pid, number)
-        return commands
 
     def restart(self, name: str) -> None:
-        """Kill a process of the control plane, and start it again with the same command."""
-        for words in self.signal(name, signal.SIGKILL):
+        """Kill a process of the control plane, and start it again with the same command when its ports are free."""
+        commands = list(self._running(name).values())
+        self.signal(name, signal.SIGKILL)
+        wait_for(f"the end of {name}", lambda: not self._running(name), 10)
+        for words in commands:
             processes.start(self.name, name, list(words), self.state / "logs")
 
     def load(self, image: images.Image) -> None:

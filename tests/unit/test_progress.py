@@ -113,6 +113,16 @@ async def test_when_tokens_cannot_be_checked(endpoint: Any) -> None:
     assert await post(endpoint) == 503
 
 
+def test_a_report_with_everything_goes_over_the_wire() -> None:
+    """The models are strict: what one side writes, the other must read."""
+    report = ProgressReport(
+        attempt=1, step=5, total_steps=9, epoch=0.5, loss=1.0, eval_loss=2.0, learning_rate=1e-4, tokens_per_second=10.0, eta_seconds=3.0,
+        checkpoint_step=4, checkpoint_every=60.0, resumed_from=2, skipped_checkpoints=[3],
+    )  # fmt: skip
+    assert set(report.model_fields_set) == set(ProgressReport.model_fields)
+    assert ProgressReport.model_validate(json.loads(json.dumps(report.to_wire()))) == report
+
+
 def test_newest_wins() -> None:
     board = ProgressBoard()
     assert board.put("j", ProgressReport(attempt=1, step=5, total_steps=9))

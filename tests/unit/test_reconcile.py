@@ -427,7 +427,7 @@ def test_f10_a_pod_on_a_lost_node_is_not_waited_for() -> None:
 def test_f18_skipped_checkpoints_are_said_once() -> None:
     world = World().to_training()
     world.report = ProgressReport(
-        attempt=0, step=8, total_steps=100, checkpoint_step=7, checkpoint_every=90, resumed_from=7, skipped_checkpoints=(21, 14)
+        attempt=0, step=8, total_steps=100, checkpoint_step=7, checkpoint_every=90, resumed_from=7, skipped_checkpoints=[21, 14]
     )
     world.settle()
     saved = world.status.checkpoint

@@ -87,7 +87,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             checkpoint_step=newest_step(self._context.layout.checkpoints),
             checkpoint_every=round(self._keeper.interval, 1),
             resumed_from=self._begin.step,
-            skipped_checkpoints=self._begin.skipped[:8],
+            skipped_checkpoints=list(self._begin.skipped[:8]),
         )
         more = {k: v for k, v in logs.items() if k not in ("loss", "learning_rate", "grad_norm", "epoch") and isinstance(v, int | float)}
         line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "tokens": tokens, "metrics": more}

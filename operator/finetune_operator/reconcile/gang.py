@@ -304,7 +304,7 @@ def _report(draft: Draft) -> None:
     if report.checkpoint_step is not None and (known is None or report.checkpoint_step > known.step):
         _checkpoint(draft, report.checkpoint_step, rfc3339(draft.observed.reported_at or draft.now))
     if draft.status.checkpoint is not None:
-        details: dict[str, object] = {"resumed_from": report.resumed_from, "skipped": list(report.skipped_checkpoints)}
+        details: dict[str, object] = {"resumed_from": report.resumed_from, "skipped": report.skipped_checkpoints}
         if report.checkpoint_every is not None:
             details["every"] = human_duration(report.checkpoint_every)
         if report.skipped_checkpoints and draft.status.checkpoint.skipped != details["skipped"]:
