@@ -372,9 +372,9 @@ def test_f10_a_pod_on_a_dead_node_is_replaced(api: Api, kubelet: Kubelet, operat
     )
     phase(api, "Training")
     api.core.delete_namespaced_pod("support-worker-1", api.namespace)
-    until("the next attempt", lambda: api.status().get("attempt") == 1)
+    until("the gang is waited for", lambda: api.condition("Running").get("reason") == "Stopping")
     time.sleep(3)
-    assert ("support-worker-1", "0") in api.workers(), "while the node answers, its pod is waited for"
+    assert api.status()["attempt"] == 0 and ("support-worker-1", "0") in api.workers(), "while the node answers, its pod is waited for"
     api.core.patch_node_status(node, {"status": {"conditions": [{**ready, "status": "Unknown", "reason": "NodeStatusUnknown"}]}})
     until("the new gang", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")], 40)
     assert "PodForceDeleted" in api.events()

@@ -35,6 +35,7 @@ class World:
         self.jobs: dict[str, ChildJobView] = {}
         self.applied: dict[tuple[str, str], str] = {}
         self.report: ProgressReport | None = None
+        self.lost: frozenset[str] = frozenset()
         self.time = 0.0
         self.events: list[str] = []
         self.count = 0
@@ -50,6 +51,7 @@ class World:
             jobs=tuple(self.jobs.values()),
             applied=dict(self.applied),
             report=self.report,
+            lost_nodes=self.lost,
             now=after(self.time),
         )
 
@@ -402,25 +404,62 @@ def test_pods_get_the_time_to_save_only_where_they_can() -> None:
     broken.step()
     deleted = {a.name: a.grace_seconds for a in broken.step().actions if isinstance(a, Delete)}
     assert deleted == {"support-worker-0": 10, "support-worker-1": 10}
-    drained = World(TWO).to_training()
-    drained.set(drained.pod("worker-1"), deleting=True)
-    drained.step()
-    deleted = {a.name: a.grace_seconds for a in drained.step().actions if isinstance(a, Delete)}
-    assert deleted == {"support-worker-0": None}
+    suspended = World(merged(TWO, runPolicy={"suspend": False})).to_training()
+    suspended.job["spec"]["runPolicy"]["suspend"] = True
+    suspended.step()
+    deleted = {a.name: a.grace_seconds for a in suspended.step().actions if isinstance(a, Delete)}
+    assert deleted == {"support-worker-0": None, "support-worker-1": None}
+
+
+def test_f11_a_drained_pod_makes_the_gang_save_and_end() -> None:
+    """The attempt ends when the gang has, with the checkpoint that it saved: nothing is lost, and nothing is counted."""
+    world = World(TWO).to_training()
+    world.set(world.pod("worker-1"), deleting=True)
+    world.settle()
+    assert world.status.condition("Running").reason == "Stopping" and world.status.attempt == 0  # type: ignore[union-attr]
+    assert workers(world) == [(0, 0), (1, 0)], "nothing is deleted: it ends by itself"
+    world.time = 20
+    words = StageResult(reason="Stopped", message="stopped on request at step 42", result={"checkpointStep": 42}).dumps()
+    world.fail("worker-1", ExitCode.STOPPED, words)
+    world.fail("worker-0", ExitCode.STOPPED, words)
+    world.settle()
+    restart = world.status.restarts[0]
+    assert (restart.cause, restart.counted, restart.checkpoint_step, restart.pod) == ("Disruption", False, 42, "support-worker-1")
+    assert "pod support-worker-1 was deleted; stopped on request" in restart.message
+    del world.pods["support-worker-1"]
+    world.settle()
+    assert world.status.usage.lost_seconds == 0 and workers(world) == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_f11_a_gang_that_does_not_end_is_not_waited_for_for_ever(gone: bool) -> None:
+    world = World(TWO).to_training()
+    world.set(world.pod("worker-1"), deleting=True)
+    world.settle()
+    if gone:
+        del world.pods["support-worker-1"]
+        world.settle()
+    world.time = 14
+    world.settle()
+    assert world.status.attempt == 0
+    world.time = 16 if gone else SETTINGS.termination_grace_seconds + 16
+    world.settle()
+    assert world.status.attempt == 1 and world.status.restarts[0].cause == "Disruption"
 
 
 def test_f10_a_pod_on_a_lost_node_is_not_waited_for() -> None:
     world = World(TWO).to_training()
     world.set(world.pod("worker-1"), deleting=True, node="n1")
+    plan = world.step()
+    assert world.status.attempt == 0 and plan.requeue_at is not None, "its node answers: it is waited for"
+    world.lost = frozenset({"n1"})
     world.step()
     assert world.status.attempt == 1 and world.status.restarts[0].node == "n1"
-    pod = world.pod("worker-1")
     plan = world.step()
-    assert not [a for a in plan.actions if isinstance(a, Delete) and a.name == pod.name], "its node answers: it is waited for"
-    assert plan.requeue_at is not None
-    observed = dataclasses.replace(world.observed(), lost_nodes=frozenset({"n1"}))
-    plan = reconcile(observed, SETTINGS)
-    assert [(a.name, a.grace_seconds) for a in plan.actions if isinstance(a, Delete)] == [("support-worker-1", 0)]
+    assert [(a.name, a.grace_seconds) for a in plan.actions if isinstance(a, Delete)] == [
+        ("support-worker-0", None),
+        ("support-worker-1", 0),
+    ]
     assert [e.reason for e in plan.events] == ["PodForceDeleted"]
 
 

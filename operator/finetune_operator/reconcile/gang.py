@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 
 from finetune_api import names
@@ -17,6 +18,9 @@ from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
 from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
+_LOOK_AGAIN = 10.0
+STOPPING = "Stopping"
+"""Reason of Running while a gang that lost a pod saves its checkpoint."""
 
 
 def workers(draft: Draft) -> list[PodView]:
@@ -43,9 +47,6 @@ def _delete(draft: Draft, pods: list[PodView]) -> None:
             draft.event("Warning", "PodForceDeleted", f"pod {pod.name} is taken away: its node {pod.node} does not answer")
         else:
             draft.wait(_LOOK_AGAIN)
-
-
-_LOOK_AGAIN = 10.0
 
 
 def release(draft: Draft) -> bool:
@@ -89,6 +90,8 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
     if failure is not None:
         end_attempt(draft, spec, failure)
         return None
+    if (running := status.condition("Running")) is not None and running.reason == STOPPING:
+        return None
     after = parse_time(status.retry_after)
     if after is not None and after > draft.now:
         draft.phase("Queued")
@@ -102,13 +105,23 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
 
 def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
     failed = [p for p in by_rank.values() if p.phase == "Failed"]
+    lost = _lost_pods(draft, by_rank)
     if failed:
         failure = first_failure(failed)
         age = (draft.now - max(p.finished or p.created for p in failed)).total_seconds()
+        if failure.cause == "Stopped" and lost is not None:
+            return dataclasses.replace(lost, message=f"{lost.message}; {failure.message}")
         if failure.reason != PEER_LOST or len(failed) == len(by_rank) or age >= NEAR_SECONDS:
             return failure
         draft.wait(NEAR_SECONDS - age)  # the one that was lost has not had its last word yet
         return None
+    if lost is not None and not _saves_first(draft, by_rank, lost):
+        return lost
+    return None
+
+
+def _lost_pods(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
+    """The first of the gang's pods that is gone or being deleted. Only a gang on record has lost one: others were never made."""
     gang = draft.status.gang
     known = gang.pod_uids if gang is not None and gang.attempt == draft.status.attempt else []
     for rank, uid in enumerate(known):
@@ -119,6 +132,28 @@ def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
             node = pod.node if pod is not None else ""
             return Failure("Disruption", "Disrupted" if disrupted else "PodDeleted", f"pod {name} was deleted", name, node)
     return None
+
+
+def _saves_first(draft: Draft, by_rank: dict[int, PodView], lost: Failure) -> bool:
+    """Whether a gang that lost a pod is still saving a checkpoint: SIGTERM to one of its pods makes all of them do so, and end."""
+    running, answer = draft.status.condition("Running"), [p for p in by_rank.values() if p.node not in draft.observed.lost_nodes]
+    if running is None or len(answer) < len(by_rank) or not any(p.phase == "Running" for p in answer):
+        return False
+    if running.status == "True" and any(p.deleting and p.phase == "Running" for p in answer):
+        draft.set("Running", "False", STOPPING, f"{lost.message}: the gang saves a checkpoint and ends")
+        draft.wait(_LOOK_AGAIN)
+        return True
+    since = parse_time(running.last_transition_time)
+    limit = draft.settings.termination_grace_seconds + NEAR_SECONDS
+    if running.reason != STOPPING or since is None or (draft.now - since).total_seconds() >= limit:
+        return False
+    draft.wait(_LOOK_AGAIN)
+    if any(p.deleting for p in answer):
+        return True
+    # the pod has ended, and the others should have ended with it
+    draft.status.retry_after = draft.status.retry_after or rfc3339(draft.now + timedelta(seconds=NEAR_SECONDS))
+    until = parse_time(draft.status.retry_after)
+    return until is not None and until > draft.now
 
 
 def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:
@@ -168,7 +203,8 @@ def next_attempt(draft: Draft, failure: Failure, message: str, *, counted: bool 
     """Put the end of this attempt on record and set the next one up."""
     status = draft.status
     saved = status.checkpoint.step if status.checkpoint is not None else None
-    status.usage.lost_seconds += _lost(draft)
+    if failure.cause != "Stopped":  # on request: the gang saves a checkpoint now
+        status.usage.lost_seconds += _lost(draft)
     status.restarts = [
         *status.restarts,
         Restart(
@@ -190,6 +226,7 @@ def next_attempt(draft: Draft, failure: Failure, message: str, *, counted: bool 
     delay = draft.backoff(status.restarts_counted if counted else _same_in_a_row(status.restarts))
     status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
     step = f"checkpoint at step {status.checkpoint.step}" if status.checkpoint else "the start"
+    step = "the checkpoint that is being saved" if failure.cause == "Stopped" else step
     draft.set("Running", "False", failure.reason, message)
     draft.event(
         "Normal" if failure.cause == "Stopped" else "Warning", "GangRestarted", f"attempt {status.attempt} goes on from {step}: {message}"
