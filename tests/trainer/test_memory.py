@@ -24,6 +24,12 @@ CHECKED = [
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_estimate_holds(tmp_path: Path, tiny_model: Path, name: str) -> None:
-    measured, estimated = measure(CASES[name], tiny_model, tmp_path)
     most = 2.6 if name == "partial" else 1.65  # autograd keeps much less of a model whose lower layers are frozen
+    measured = estimated = 0
+    for turn in range(3):  # on a busy machine torch's profiler loses events: a peak is measured too low then, never too high
+        (folder := tmp_path / str(turn)).mkdir()
+        peak, estimated = measure(CASES[name], tiny_model, folder)
+        measured = max(measured, peak)
+        if estimated <= most * measured:
+            break
     assert 0.95 * measured <= estimated <= most * measured, f"measured {measured / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB"
