@@ -118,7 +118,7 @@ def test_f33_an_upgrade_of_the_chart_touches_no_running_gang(user: User) -> None
     operator = ("-n", "finetune-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.uid}")
     workers, before = {p["metadata"]["uid"] for p in user.pods()}, user.cluster.kubectl(*operator)
     helm.install(user.cluster.kubeconfig, {**helm.local_values(), "podAnnotations": {"upgraded": "yes"}, "replicas": 2})
-    assert not set(user.cluster.kubectl(*operator).split()) & set(before.split()), "all of its pods are new"
+    user.until("all of its pods are new", lambda: not set(user.cluster.kubectl(*operator).split()) & set(before.split()), 60)
     step = user.status("upgraded")["progress"]["step"]
     user.until(
         "progress goes on", lambda: user.status("upgraded")["progress"]["step"] > step or user.status("upgraded")["phase"] != "Training", 60
@@ -132,7 +132,9 @@ def test_f10_a_node_that_does_not_answer(user: User) -> None:
     """Its kubelet is frozen while its containers run on: the gang starts elsewhere, and the old one writes nothing more."""
     if not isinstance(user.cluster, LocalCluster):
         pytest.skip("freezes a kubelet of the local cluster")
-    user.apply(gang("lost", steps=100_000))
+    document = gang("lost", steps=100_000)
+    document["spec"]["resources"] = {"requests": {"cpu": "300m"}}  # both must fit on the node that is left
+    user.apply(document)
     user.until("a checkpoint", lambda: user.status("lost").get("checkpoint", {}).get("step", 0) >= 20, 240)
     node = user.kubectl("get", "pod", "lost-worker-1", "-o", "jsonpath={.spec.nodeName}")
     user.cluster.signal("kubelet", signal.SIGSTOP, node)
