@@ -91,7 +91,9 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
 
     user.until("it trains", lambda: step() > 3, 240)
     user.kubectl("delete", "pod", "pause-worker-1", "--wait=false")
-    status = user.until("the next attempt trains", lambda: (s := user.status("pause")).get("attempt") == 1 and step() > 3 and s, 240)
+    status = user.until(
+        "the next attempt trains", lambda: (s := user.status("pause"))["attempt"] == 1 and s["progress"]["step"] > 3 and s, 240
+    )
     restart, drained = status["restarts"][0], status["checkpoint"]["step"]
     assert restart["cause"] == "Disruption" and restart["counted"] is False and drained > 3
     assert status["checkpoint"]["resumedFrom"] == drained and status["usage"]["lostSeconds"] <= 5, status

@@ -223,6 +223,8 @@ def next_attempt(draft: Draft, failure: Failure, message: str, *, counted: bool 
     status.attempt += 1
     status.gang = None
     status.progress = None
+    if status.checkpoint is not None:  # the next attempt says where it began
+        status.checkpoint = status.checkpoint.model_copy(update={"resumed_from": None, "skipped": []})
     delay = draft.backoff(status.restarts_counted if counted else _same_in_a_row(status.restarts))
     status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
     step = f"checkpoint at step {status.checkpoint.step}" if status.checkpoint else "the start"
