@@ -93,8 +93,12 @@ class Controller:
         uid = job["metadata"]["uid"]
         observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid))
         assert observed is not None
-        observed = dataclasses.replace(observed, accepted=await self._accepted(job))
-        observed = dataclasses.replace(observed, lost_nodes=await self._lost_nodes(observed), suspect_nodes=self._suspect_nodes())
+        observed = dataclasses.replace(
+            observed,
+            accepted=await self._accepted(job),
+            lost_nodes=await self._lost_nodes(observed),
+            suspect_nodes=self._suspect_nodes(),
+        )
         plan = reconcile(observed, self.settings)
         try:
             await self._act(job, plan.actions)

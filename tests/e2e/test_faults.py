@@ -147,6 +147,14 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[int
     return found
 
 
+def goes_on(job: Gang, step: int, calm: dict[int, float]) -> None:
+    """The next attempt begins at that step, and ends as if nothing had been."""
+    job.start()
+    codes, words = job.wait()
+    assert codes == [0, 0] and words[0].result["resumedFrom"] == step
+    assert losses(job.steps()) == pytest.approx(calm, rel=1e-4)
+
+
 def test_f11_a_stop_of_one_pod_stops_all_at_the_same_step_with_a_checkpoint(gang: Callable[..., Gang], calm: dict[int, float]) -> None:
     """And the next attempt goes on as if nothing had been (F12, F25)."""
     job = gang(**QUIET)
@@ -160,10 +168,7 @@ def test_f11_a_stop_of_one_pod_stops_all_at_the_same_step_with_a_checkpoint(gang
     assert [w.reason for w in words] == ["Stopped"] * 2 and words[1].result["checkpointStep"] == step
     assert 9 <= step < 24 and f"checkpoint-{step}" in checkpoints(job)
     assert time.monotonic() - began < 20, "within the grace period"
-    job.start()
-    codes, words = job.wait()
-    assert codes == [0, 0] and words[0].result["resumedFrom"] == step
-    assert losses(job.steps()) == pytest.approx(calm, rel=1e-4)
+    goes_on(job, step, calm)
 
 
 def test_a_stop_before_training_ends_at_once(gang: Callable[..., Gang]) -> None:
@@ -205,10 +210,7 @@ def test_f13_a_hang_is_noticed_and_the_rank_behind_is_named(gang: Callable[..., 
     assert words[0].reason == "PeerLost", "rank 0 waits for the others"
     assert "in read_from_dead_storage" in job.log(1) and "stacks of rank 0" in job.log(0)
     assert words[0].result["checkpointStep"] == 7
-    job.start()
-    codes, words = job.wait()
-    assert codes == [0, 0] and words[0].result["resumedFrom"] == 7
-    assert losses(job.steps()) == pytest.approx(calm, rel=1e-4)
+    goes_on(job, 7, calm)
 
 
 def test_f8_a_worker_that_is_killed_takes_the_others_along_at_once(gang: Callable[..., Gang], calm: dict[int, float]) -> None:
@@ -219,10 +221,7 @@ def test_f8_a_worker_that_is_killed_takes_the_others_along_at_once(gang: Callabl
     codes, words = job.wait(60)
     assert codes == [ExitCode.INFRASTRUCTURE] * 2
     assert [w.reason for w in words] == ["PeerLost", "ProcessDied"], words
-    job.start()
-    codes, words = job.wait()
-    assert codes == [0, 0] and words[0].result["resumedFrom"] == 7
-    assert losses(job.steps()) == pytest.approx(calm, rel=1e-4)
+    goes_on(job, 7, calm)
 
 
 def test_f18_a_damaged_checkpoint_is_passed_over_and_said(gang: Callable[..., Gang], calm: dict[int, float]) -> None:

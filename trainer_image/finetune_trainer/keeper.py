@@ -104,9 +104,14 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             sealing.result()
 
 
+def together() -> bool:
+    """Whether this process is one of several that can talk to each other."""
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def _agree(device: torch.device, *flags: bool) -> list[bool]:
     """Each flag, true when it is true on any rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not together():
         return list(flags)
     found = torch.tensor([int(flag) for flag in flags], device=device if device.type == "cuda" else "cpu")
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
@@ -114,5 +119,5 @@ def _agree(device: torch.device, *flags: bool) -> list[bool]:
 
 
 def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if together():
         torch.distributed.barrier()

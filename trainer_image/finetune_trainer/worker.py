@@ -26,7 +26,7 @@ from .arguments import common
 from .context import Context
 from .errors import InfrastructureError, Stopped, classify
 from .heartbeat import Heartbeat
-from .keeper import Keeper
+from .keeper import Keeper, together
 from .objectives import OBJECTIVES, Setup
 from .progress import ProgressReporter, plot_history
 from .saving import save
@@ -125,14 +125,13 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
 def _begin(context: Context, fence: checkpoints.Fence, plan: Plan, arguments: Any) -> checkpoints.Resume:
     """Where this attempt begins; rank 0 looks, for reading all of a checkpoint takes time."""
     found: list[Any] = [None]
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not together or torch.distributed.get_rank() == 0:
+    if not together() or torch.distributed.get_rank() == 0:
         fence.raise_()
         begin = checkpoints.find(context.layout.checkpoints)
         if _other_world(begin, plan):
             reshard.to_universal(begin)
         found = [begin]
-    if together:
+    if together():
         torch.distributed.broadcast_object_list(found, src=0)
     if _other_world(found[0], plan):
         arguments.deepspeed_plugin.hf_ds_config.config["checkpoint"] = {"load_universal": True}

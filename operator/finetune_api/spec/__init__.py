@@ -5,7 +5,7 @@ from .data import Dataset, DatasetChecks, DatasetFormat, DatasetSource
 from .evaluation import ANSWER_METRICS, Evaluation, Forgetting, Gate, Metric, Output
 from .job import FORMATS_OF, UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, FineTuneJobSpec
 from .model import Endpoint, Model
-from .run import Checkpoint, ComputeResources, FailureCause, FailurePolicy, RunPolicy, WorkspaceTemplate
+from .run import Checkpoint, ComputeResources, FailureAction, FailureCause, FailurePolicy, RunPolicy, WorkspaceTemplate
 from .tuning import (
     LORA_METHODS,
     PREFERENCE_OBJECTIVES,
@@ -43,6 +43,7 @@ __all__ = [
     "Distillation",
     "Endpoint",
     "Evaluation",
+    "FailureAction",
     "FailureCause",
     "FailurePolicy",
     "FineTuneJobSpec",

@@ -108,6 +108,7 @@ class Checkpoint(APIModel):
 
 
 FailureCause = Literal["UserError", "OutOfMemory", "Infrastructure", "Hang", "Disruption"]
+FailureAction = Literal["FailJob", "RestartGang", "RestartGangAndIgnoreMaxRestarts"]
 
 
 class ExitCodes(APIModel):
@@ -122,7 +123,7 @@ class ExitCodes(APIModel):
 class FailureRule(APIModel):
     """What to do about a failure of the gang that matches everything given here; a rule that gives nothing matches all."""
 
-    action: Literal["FailJob", "RestartGang", "RestartGangAndIgnoreMaxRestarts"]
+    action: FailureAction
     """Fail the job, restart the gang from its last checkpoint, or restart it without counting towards maxRestarts."""
     on_causes: Annotated[list[FailureCause], Field(max_length=5)] = []
     """Causes as in `status.restarts[].cause`."""

@@ -9,12 +9,13 @@ from typing import Literal
 
 from finetune_api.contract import PEER_LOST, ExitCode, read_stage_result
 from finetune_api.signatures import GPU_ERROR, Signature, recognise
-from finetune_api.spec import FailureCause, FailurePolicy
+from finetune_api.spec import FailureAction, FailureCause, FailurePolicy
 from finetune_api.status import Restart
 
 from .model import PodView, parse_time
 
 Cause = FailureCause | Literal["Stopped"]
+FROM_OUTSIDE: tuple[Cause, ...] = ("Stopped", "Disruption")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Failure:
     @property
     def from_outside(self) -> bool:
         """Whether it was done to the pod: it does not count towards maxRestarts, and the others can still save."""
-        return self.cause in ("Stopped", "Disruption")
+        return self.cause in FROM_OUTSIDE
 
 
 _EVICTED = ("Evicted", "Preempting", "Terminated", "Shutdown", "NodeShutdown", "NodeLost", "NodeAffinity")
@@ -100,10 +101,7 @@ def first_failure(pods: list[PodView]) -> Failure:
     return (telling or own or near)[0]
 
 
-Verdict = Literal["FailJob", "RestartGang", "RestartGangAndIgnoreMaxRestarts"]
-
-
-def verdict(failure: Failure, policy: FailurePolicy | None) -> tuple[Verdict, int | None]:
+def verdict(failure: Failure, policy: FailurePolicy | None) -> tuple[FailureAction, int | None]:
     """What is done about a failure, and the number of the user's rule that says so (from 1)."""
     for number, rule in enumerate(policy.rules if policy is not None else (), 1):
         codes = rule.on_exit_codes

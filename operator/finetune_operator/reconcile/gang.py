@@ -13,7 +13,7 @@ from finetune_api.status import CheckpointStatus, Gang, Restart
 
 from ..resources.gang import service, worker
 from .draft import Draft
-from .failures import NEAR_SECONDS, Failure, first_failure, verdict
+from .failures import FROM_OUTSIDE, NEAR_SECONDS, Failure, first_failure, verdict
 from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
 from .stages import why_not_running
 
@@ -38,7 +38,7 @@ def _delete(draft: Draft, pods: list[PodView]) -> None:
     failed = trained is not None and trained.status == "False"
     for pod in pods:
         if not pod.deleting:
-            broken = last is not None and pod.attempt <= last.attempt and last.cause not in ("Stopped", "Disruption")
+            broken = last is not None and pod.attempt <= last.attempt and last.cause not in FROM_OUTSIDE
             grace = _QUICK_SECONDS if broken or failed else None
             draft.actions.append(Delete("Pod", pod.name, pod.uid, grace))
         elif pod.node in draft.observed.lost_nodes:
