@@ -71,6 +71,8 @@ class Env:
     ALLOWED_HOSTS = "FINETUNE_ALLOWED_HOSTS"
     """Hosts, separated by commas, that data may be fetched from although their addresses are not public."""
     POD_NAME = "FINETUNE_POD_NAME"
+    PARENT = "FINETUNE_PARENT_PID"
+    """Process that this one must not outlive; a pod's first process needs none, the kernel sees to it."""
 
 
 class JobFile(APIModel):

@@ -145,6 +145,7 @@ class LocalRun:
             Env.MAIN_ADDRESS: "127.0.0.1",
             Env.MAIN_PORT: str(port),
             Env.ALLOW_CPU: "1",
+            Env.PARENT: str(os.getpid()),
         }
         command = [sys.executable, "-m", "finetune_trainer", stage, "--job", str(self.job_json), "--workspace", str(self.workspace)]
         with (self.logs / f"{stage}-{rank}.log").open("wb") as log:

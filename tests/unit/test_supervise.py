@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -113,6 +114,25 @@ def test_a_stop_that_is_not_heard_ends_with_the_grace_period(tmp_path: Path) -> 
     seconds, done = stop_after(tmp_path, "time.sleep(600)", 1.0, FINETUNE_GRACE_SECONDS="12")
     assert "rank 0 was at step 4" in done.stdout and Stopped.__name__ in done.stdout
     assert seconds < 10
+
+
+def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
+    child = "from finetune_trainer import lifeline; lifeline.hold(); print('up', flush=True); import time; time.sleep(60)"
+    parent = f"""
+import os, subprocess, sys
+env = {{**os.environ, "FINETUNE_PARENT_PID": str(os.getpid())}}
+print(subprocess.Popen([sys.executable, "-c", {child!r}], env=env).wait())
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.kill()
+    began = time.monotonic()
+    assert process.stdout.read() == "", "the pipe is closed when the last process that holds it has ended"
+    assert time.monotonic() - began < 30
+    gone = subprocess.run(
+        [sys.executable, "-c", child], env={**os.environ, "FINETUNE_PARENT_PID": str(process.pid)}, timeout=30, check=False
+    )
+    assert process.wait() == -9 and gone.returncode == 12, "a parent that is gone before it is looked for"
 
 
 def restart(node: str, at: float, **more: Any) -> Restart:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from finetune_api.contract import ExitCode, Mounts, StageResult
 
+from . import lifeline
 from .context import Context
 from .errors import Stopped, classify
 
@@ -40,6 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _stop)
+    lifeline.hold()
     try:
         context = Context.load(arguments.job, arguments.workspace)
         os.environ["FINETUNE_JOB_FILE"] = arguments.job

@@ -66,7 +66,8 @@ class Supervisor:
     def run(self, command: list[str], env: dict[str, str]) -> int:
         """The exit code. Raises Stopped when they did not end in time after a stop, Hang when they hung."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
-        process = subprocess.Popen(command, env={**env, ENVIRONMENT: str(self._scratch.folder)}, start_new_session=True)
+        ours = {ENVIRONMENT: str(self._scratch.folder), Env.PARENT: str(os.getpid())}
+        process = subprocess.Popen(command, env={**env, **ours}, start_new_session=True)
         began = time.monotonic()
         pulses: dict[int, Pulse] = {}
         deadline: float | None = None

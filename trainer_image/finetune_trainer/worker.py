@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
-from . import checkpoints, methods, models, reshard
+from . import checkpoints, lifeline, methods, models, reshard
 from .arguments import common
 from .context import Context
 from .errors import InfrastructureError, Stopped, classify
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True)
+    lifeline.hold()
     scratch = Scratch(os.environ[ENVIRONMENT])
     try:
         result = fit(Context.load(arguments.job, arguments.workspace), Plan.model_validate_json(os.environ[Env.PLAN]))
