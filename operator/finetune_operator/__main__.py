@@ -60,7 +60,7 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
 
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Ends with an exception when any part of it ends: crash-only."""
-    cluster = await connect()
+    cluster = await connect(settings.api_qps, settings.api_burst)
     identity = await certificate.ensure(cluster, settings)
     settings = dataclasses.replace(settings, ca_bundle=identity.certificate)
     store, board = Store(), ProgressBoard()

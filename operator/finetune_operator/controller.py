@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections import Counter
-from datetime import UTC, datetime
 
 from finetune_api import names
 from finetune_api.contract import JobFile
@@ -91,7 +90,7 @@ class Controller:
         if job is None:
             return
         uid = job["metadata"]["uid"]
-        observed = self.store.observe(key, datetime.now(UTC), self.board.latest(uid))
+        observed = self.store.observe(key, self.cluster.now(), self.board.latest(uid))
         assert observed is not None
         observed = dataclasses.replace(
             observed,
@@ -108,7 +107,7 @@ class Controller:
             raise
         await self._say(key, job, plan)
         if plan.requeue_at is not None:
-            self.queue.add_after(key, (plan.requeue_at - datetime.now(UTC)).total_seconds())
+            self.queue.add_after(key, (plan.requeue_at - self.cluster.now()).total_seconds())
 
     async def _accepted(self, job: Object) -> FineTuneJobSpec | None:
         """The spec that the job began with, from its ConfigMap. Asked for only when the present one may be another."""
@@ -129,7 +128,7 @@ class Controller:
     def _suspect_nodes(self) -> tuple[str, ...]:
         """Nodes that any jobs kept failing on; looked through at most every few seconds."""
         if time.monotonic() - self._suspects_at > _SUSPECTS_SECONDS:
-            self._suspects, self._suspects_at = suspects(self.store.restarts(), datetime.now(UTC)), time.monotonic()
+            self._suspects, self._suspects_at = suspects(self.store.restarts(), self.cluster.now()), time.monotonic()
             metrics.SUSPECT_NODES.clear()
             for node in self._suspects:
                 metrics.SUSPECT_NODES.labels(node=node).set(1)
@@ -212,7 +211,7 @@ class Controller:
         if wire == job.get("status"):
             return
         try:
-            answer = await self.cluster.replace_status({**job, "status": wire})
+            answer = await self.cluster.replace_status({**job, "status": wire}, urgent=plan.urgent)
         except APIError as failure:
             if failure.not_found:
                 return

@@ -47,6 +47,10 @@ class Settings:
     """Least time between two status writes that only carry progress."""
     resync_seconds: float = 300.0
     """Time between two full LISTs that find what a dead watch hid."""
+    api_qps: float = 50.0
+    """Requests a second to the API server in the long run; what holds GPUs goes first, then status, then the rest."""
+    api_burst: int = 100
+    """Requests at once after a quiet time."""
     workers: int = 16
     """Jobs reconciled at the same time."""
     stage_cpu: str = "1"

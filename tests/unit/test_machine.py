@@ -13,6 +13,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -55,6 +56,8 @@ class Server:
         self.trouble: tuple[int, str] | None = None
         """(requests left, what happens then): refuse, lose (the answer, not the request), die, die-after."""
         self.broken: list[str] = []
+        self.skew = 0.0
+        """Seconds that its clock goes wrong by."""
 
     def put(self, kind: str, raw: Object) -> Object:
         raw["metadata"]["resourceVersion"] = str(next(self.count))
@@ -151,7 +154,10 @@ class Server:
     async def replace(self, manifest: Object) -> Object:
         raise NotImplementedError
 
-    async def replace_status(self, raw: Object) -> Object:
+    def now(self) -> datetime:
+        return datetime.now(UTC) + timedelta(seconds=self.skew)
+
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
         def do() -> Object:
             old = self.objects.get(("FineTuneJob", raw["metadata"]["name"]))
             if old is None:
@@ -229,6 +235,11 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         self.restart()
+
+    @rule(skew=st.sampled_from([0.0, 0.0, -86400.0, -30.0, 30.0, 86400.0]))
+    def the_clock_is_set(self, skew: float) -> None:
+        """Also to and fro."""
+        self.server.skew = skew
 
     @rule()
     def look_at_everything(self) -> None:

@@ -231,6 +231,37 @@ def test_a_stage_is_retried_after_infrastructure_failures_then_fails() -> None:
     assert "boom" in world.status.condition("Failed").message  # type: ignore[union-attr]
 
 
+def test_f27_an_evaluation_that_does_not_end_is_tried_again_then_fails_and_keeps_the_adapter() -> None:
+    world = World(merged(EVALUATED, runPolicy={"stageTimeout": "1h"})).to_training()
+    world.succeed("worker", TRAINED)
+    for retry in range(SETTINGS.stage_retries + 1):
+        world.settle()
+        world.run(f"evaluate-{retry}")
+        world.settle()
+        assert world.step().requeue_at is not None
+        world.time += 3601
+        world.settle()
+        world.time += 100
+    world.settle()
+    failed = world.status.condition("Failed")
+    assert failed is not None and failed.reason == "EvaluateFailed" and "stageTimeout" in failed.message
+    assert not world.status.artifacts and not [name for name in world.jobs if "prepare" not in name], "nothing is published or runs on"
+    assert world.status.is_true("Trained"), "the adapter is in the workspace"
+
+
+def test_f31_a_back_off_of_a_clock_that_was_wrong_holds_nothing_up() -> None:
+    world = World()
+    world.settle()
+    world.time = 86400
+    for retry in range(2):
+        world.fail(f"prepare-{retry}", 1)
+        world.settle()
+    assert "support-prepare-2" not in world.jobs, "backing off, until tomorrow as it seems"
+    world.time = 5
+    world.settle()
+    assert "support-prepare-2" in world.jobs
+
+
 def test_retries_back_off() -> None:
     world = World()
     world.settle()

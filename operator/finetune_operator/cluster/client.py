@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +20,14 @@ from kubernetes.aio.client.exceptions import ApiException
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 
+from .clock import ServerClock
+from .limits import Priority, RateLimit
+
 Object = dict[str, Any]
 REQUEST_TIMEOUT = 30.0
 LIST_CHUNK = 500
 _TRANSIENT_TRIES = 4
+DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
@@ -102,7 +107,7 @@ class Cluster(Protocol):
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion; APIError 409 when stale."""
 
-    async def replace_status(self, job: Object) -> Object:
+    async def replace_status(self, job: Object, *, urgent: bool = True) -> Object:
         """Write the status on condition of the resourceVersion; APIError 409 when stale."""
 
     def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
@@ -111,12 +116,17 @@ class Cluster(Protocol):
     async def review_token(self, token: str, audience: str) -> Object:
         """The status of a TokenReview."""
 
+    def now(self) -> datetime:
+        """The API server's time."""
+
 
 class KubernetesCluster:
     """The real API server."""
 
-    def __init__(self, api: kubernetes_client.ApiClient) -> None:
+    def __init__(self, api: kubernetes_client.ApiClient, limit: RateLimit | None = None) -> None:
         self._api = api
+        self._clock = ServerClock()
+        self._limit = limit or RateLimit(DEFAULT_QPS, DEFAULT_BURST)
         self.calls: Counter[tuple[str, str]] = Counter()
         """Requests by (verb, kind)."""
 
@@ -130,9 +140,12 @@ class KubernetesCluster:
         body: Object | None = None,
         query: dict[str, str] | None = None,
         content_type: str = "application/json",
+        priority: Priority = Priority.LOOK,
     ) -> Object:
         """One request; transient failures are retried with jitter. Raises APIError."""
         for attempt in range(_TRANSIENT_TRIES):
+            if kind != "Lease":  # late, it would be lost
+                await self._limit.acquire(priority)
             try:
                 return await self._once(method, path, kind, verb, body, query, content_type)
             except APIError as failure:
@@ -160,6 +173,7 @@ class KubernetesCluster:
             )
             response = await self._api.call_api(method, url, sent_headers, sent_body, _request_timeout=REQUEST_TIMEOUT)
             data = await response.read()
+            self._clock.heard(response.headers.get("Date"))
         except ApiException as failure:
             raise _api_error(failure.status or 0, failure.body, failure.headers) from None
         except (TimeoutError, OSError) as failure:
@@ -178,13 +192,22 @@ class KubernetesCluster:
         path = RESOURCES[kind].path(meta["namespace"], meta["name"])
         query = {"fieldManager": names.MANAGER, "force": "true"}
         return await self.request(
-            "PATCH", path, kind=kind, verb="apply", body=manifest, query=query, content_type="application/apply-patch+yaml"
+            "PATCH",
+            path,
+            kind=kind,
+            verb="apply",
+            body=manifest,
+            query=query,
+            content_type="application/apply-patch+yaml",
+            priority=Priority.ACT,
         )
 
     async def create(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
         path = RESOURCES[kind].path(meta.get("namespace", ""))
-        return await self.request("POST", path, kind=kind, verb="create", body=manifest, query={"fieldManager": names.MANAGER})
+        priority = Priority.LOOK if kind == "Event" else Priority.ACT
+        query = {"fieldManager": names.MANAGER}
+        return await self.request("POST", path, kind=kind, verb="create", body=manifest, query=query, priority=priority)
 
     async def get(self, kind: str, namespace: str, name: str) -> Object:
         return await self.request("GET", RESOURCES[kind].path(namespace, name), kind=kind, verb="get")
@@ -198,18 +221,20 @@ class KubernetesCluster:
             **({"gracePeriodSeconds": grace_seconds} if grace_seconds is not None else {}),
         }
         try:
-            answer = await self.request("DELETE", RESOURCES[kind].path(namespace, name), kind=kind, verb="delete", body=body)
+            path = RESOURCES[kind].path(namespace, name)
+            answer = await self.request("DELETE", path, kind=kind, verb="delete", body=body, priority=Priority.ACT)
         except APIError as failure:
             if not (failure.not_found or failure.conflict):
                 raise
             return None
         return answer if answer.get("kind") == kind else None
 
-    async def replace_status(self, job: Object) -> Object:
+    async def replace_status(self, job: Object, *, urgent: bool = True) -> Object:
         meta = job["metadata"]
         path = RESOURCES["FineTuneJob"].path(meta["namespace"], meta["name"], "status")
         query = {"fieldManager": names.MANAGER}
-        return await self.request("PUT", path, kind="FineTuneJob", verb="replace_status", body=job, query=query)
+        priority = Priority.TELL if urgent else Priority.LOOK
+        return await self.request("PUT", path, kind="FineTuneJob", verb="replace_status", body=job, query=query, priority=priority)
 
     async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
         resource = RESOURCES[kind]
@@ -240,6 +265,9 @@ class KubernetesCluster:
         path = RESOURCES[kind].path(meta["namespace"], meta["name"])
         return await self.request("PUT", path, kind=kind, verb="replace", body=manifest, query={"fieldManager": names.MANAGER})
 
+    def now(self) -> datetime:
+        return self._clock.now()
+
     async def close(self) -> None:
         """Close the connection pool."""
         await self._api.close()
@@ -261,14 +289,14 @@ def _in_cluster() -> bool:
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and _TOKEN.exists()
 
 
-async def connect() -> KubernetesCluster:
+async def connect(qps: float = DEFAULT_QPS, burst: int = DEFAULT_BURST) -> KubernetesCluster:
     """Connect with the pod's service account, or with the kubeconfig outside a cluster."""
     configuration = kubernetes_client.Configuration()
     if _in_cluster():
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
         await kubernetes_config.load_kube_config(client_configuration=configuration)
-    return KubernetesCluster(kubernetes_client.ApiClient(configuration))
+    return KubernetesCluster(kubernetes_client.ApiClient(configuration), RateLimit(qps, burst))
 
 
 def event_manifest(job: Object, type_: str, reason: str, message: str, name: str, now: float | None = None) -> Object:

@@ -10,7 +10,7 @@ from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Pha
 
 from ..resources.common import JobRef
 from ..settings import Settings
-from .model import Action, Event, Observed, Plan, rfc3339
+from .model import Action, Event, Observed, Plan, parse_time, rfc3339
 
 MESSAGE_LIMIT = 4000
 
@@ -73,6 +73,19 @@ class Draft:
         self.status.finished_at = rfc3339(self.now)
         self.status.retry_after = None
         self.phase("Failed")
+
+    def held_back(self) -> bool:
+        """Whether the back-off is not over; then the job is looked at again when it is.
+
+        Longer than the longest back-off it cannot last: a clock was set back, and must not hold the job up.
+        """
+        after = parse_time(self.status.retry_after)
+        longest = timedelta(seconds=self.settings.backoff_limit_seconds)
+        if after is None or not self.now < after <= self.now + longest:
+            self.status.retry_after = None
+            return False
+        self.requeue.append(after)
+        return True
 
     def backoff(self, retries: int) -> float:
         """Seconds before retry number `retries`, counted from 1: none before the first, then doubling."""

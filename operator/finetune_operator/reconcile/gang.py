@@ -14,7 +14,7 @@ from finetune_api.status import CheckpointStatus, Gang, Restart
 from ..resources.gang import service, worker
 from .draft import Draft
 from .failures import FROM_OUTSIDE, NEAR_SECONDS, Failure, first_failure, verdict
-from .model import Apply, Create, Delete, PodView, parse_time, rfc3339
+from .model import Apply, Create, Delete, PodView, is_within, parse_time, rfc3339
 from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
@@ -92,12 +92,9 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
         return None
     if (running := status.condition("Running")) is not None and running.reason == STOPPING:
         return None
-    after = parse_time(status.retry_after)
-    if after is not None and after > draft.now:
+    if draft.held_back():
         draft.phase("Queued")
-        draft.requeue.append(after)
         return None
-    status.retry_after = None
     _start_missing(draft, spec, by_rank)
     _follow(draft, spec, by_rank)
     return None
@@ -108,12 +105,12 @@ def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
     lost = _lost_pods(draft, by_rank)
     if failed:
         failure = first_failure(failed)
-        age = (draft.now - max(p.finished or p.created for p in failed)).total_seconds()
+        last = max(p.finished or p.created for p in failed)
         if failure.cause == "Stopped" and lost is not None:
             return dataclasses.replace(lost, message=f"{lost.message}; {failure.message}")
-        if failure.reason != PEER_LOST or len(failed) == len(by_rank) or age >= NEAR_SECONDS:
+        if failure.reason != PEER_LOST or len(failed) == len(by_rank) or not is_within(NEAR_SECONDS, last, draft.now):
             return failure
-        draft.wait(NEAR_SECONDS - age)  # the one that was lost has not had its last word yet
+        draft.wait(NEAR_SECONDS - (draft.now - last).total_seconds())  # the one that was lost has not had its last word yet
         return None
     if lost is not None and not _saves_first(draft, by_rank, lost):
         return lost
@@ -145,15 +142,16 @@ def _saves_first(draft: Draft, by_rank: dict[int, PodView], lost: Failure) -> bo
         return True
     since = parse_time(running.last_transition_time)
     limit = draft.settings.termination_grace_seconds + NEAR_SECONDS
-    if running.reason != STOPPING or since is None or (draft.now - since).total_seconds() >= limit:
+    if running.reason != STOPPING or since is None or not is_within(limit, since, draft.now):
         return False
     draft.wait(_LOOK_AGAIN)
     if any(p.deleting for p in answer):
         return True
     # the pod has ended, and the others should have ended with it
-    draft.status.retry_after = draft.status.retry_after or rfc3339(draft.now + timedelta(seconds=NEAR_SECONDS))
+    near = timedelta(seconds=NEAR_SECONDS)
+    draft.status.retry_after = draft.status.retry_after or rfc3339(draft.now + near)
     until = parse_time(draft.status.retry_after)
-    return until is not None and until > draft.now
+    return until is not None and is_within(NEAR_SECONDS, until - near, draft.now)
 
 
 def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:

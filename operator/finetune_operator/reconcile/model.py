@@ -128,6 +128,15 @@ class Plan:
     requeue_at: datetime | None = None
 
 
+_SKEW = 60.0
+"""Seconds that clocks of nodes may be ahead."""
+
+
+def is_within(seconds: float, since: datetime, now: datetime) -> bool:
+    """Whether it began less than so many seconds ago. What seems to lie in the future was told by a wrong clock: not waited for."""
+    return -_SKEW <= (now - since).total_seconds() < seconds
+
+
 def rfc3339(moment: datetime) -> str:
     """A time as the Kubernetes API writes it, whole seconds in UTC."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -13,7 +13,7 @@ from finetune_api.status import ConditionType, StageRetry
 from ..resources.stage import stage_job
 from .draft import Draft
 from .failures import Failure, classify
-from .model import Create, Delete, PodView, parse_time, rfc3339
+from .model import Create, Delete, PodView, is_within, parse_time, rfc3339
 
 #: a finished Job whose pod is not in sight for so long has lost it
 _POD_GRACE_SECONDS = 20
@@ -45,7 +45,7 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
     if failed is not None:
         _retry(draft, spec, stage, condition, classify(failed))
     elif child.complete or child.failed:
-        if (draft.now - child.created).total_seconds() < _POD_GRACE_SECONDS:
+        if is_within(_POD_GRACE_SECONDS, child.created, draft.now):
             draft.wait(_POD_GRACE_SECONDS)
         else:
             message = child.message or f"the pod of Job {name} is gone"
@@ -56,11 +56,8 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
 
 
 def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, manifest: dict[str, Any]) -> None:
-    after = parse_time(draft.status.retry_after)
-    if after is not None and after > draft.now:
-        draft.requeue.append(after)
+    if draft.held_back():
         return
-    draft.status.retry_after = None
     draft.actions.append(Create(manifest))
     _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now))
 
@@ -104,6 +101,7 @@ def _watch_start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: C
         old = draft.status.condition(condition)
         if old is None or old.status == "Unknown" or old.reason in START_TROUBLE:
             draft.set(condition, "Unknown", "Running", f"{stage} is running")
+        _watch_run(draft, spec, stage, condition, pods)
         return
     trouble = why_not_running(pods)
     if trouble is not None:
@@ -118,6 +116,17 @@ def _watch_start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: C
         reason, message = trouble or ("StartTimeout", "no reason given")
         waited = human_duration(seconds(spec.run_policy.gang_timeout))
         _retry(draft, spec, stage, condition, Failure("Infrastructure", reason, f"not running after {waited}: {message}", ""))
+
+
+def _watch_run(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, pods: list[PodView]) -> None:
+    """End a try that takes too long: whatever it waits for, the job must not wait for ever."""
+    limit = seconds(spec.run_policy.stage_timeout)
+    left = (min(p.created for p in pods) + timedelta(seconds=limit) - draft.now).total_seconds()
+    if left > 0:
+        draft.wait(left)
+        return
+    message = f"{stage} did not end in {human_duration(limit)} (runPolicy.stageTimeout)"
+    _retry(draft, spec, stage, condition, Failure("Hang", "StageTimeout", message, pods[0].name))
 
 
 START_TROUBLE = frozenset({"ImagePullFailed", "Unschedulable", "ContainerNotStarted", "StartTimeout"})

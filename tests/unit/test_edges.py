@@ -1,0 +1,58 @@
+"""The edge towards the API server: whose turn a request is, and what time it is."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+from finetune_operator.cluster.clock import ServerClock
+from finetune_operator.cluster.limits import Priority, RateLimit
+from tests.factory import NOW
+
+
+async def test_a_burst_then_so_many_a_second_the_urgent_first() -> None:
+    limit = RateLimit(200, 4)
+    order: list[tuple[str, int]] = []
+
+    async def ask(priority: Priority, number: int) -> None:
+        await limit.acquire(priority)
+        order.append((priority.name, number))
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.TaskGroup() as group:
+        for number in range(12):
+            for priority in (Priority.LOOK, Priority.TELL, Priority.ACT):
+                group.create_task(ask(priority, number))
+    took = loop.time() - began
+    assert took >= (36 - 4) / 200 * 0.9, "the bucket holds 4, the other 32 come at 200 a second"
+    assert sorted(order) == sorted((p.name, n) for p in Priority for n in range(12)), "everybody gets a turn"
+    waited = order[4:]
+    assert waited == sorted(waited, key=lambda turn: (Priority[turn[0]], turn[1])), "by priority, then by age"
+
+
+async def test_who_gives_up_waiting_takes_no_turn() -> None:
+    limit = RateLimit(20, 1)
+    await limit.acquire(Priority.ACT)
+    given_up = asyncio.create_task(limit.acquire(Priority.ACT))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    async with asyncio.timeout(2):
+        await limit.acquire(Priority.LOOK)
+    assert len(limit) == 0
+
+
+def test_f31_the_api_servers_time_whatever_the_local_clock_says() -> None:
+    ticks = [1000.0]
+    clock = ServerClock(lambda: ticks[0])
+    clock.heard(NOW.strftime("%a, %d %b %Y %H:%M:%S GMT"))
+    assert clock.now() == NOW
+    ticks[0] += 90
+    assert clock.now() == NOW + timedelta(seconds=90)
+    clock.heard((NOW + timedelta(seconds=89)).strftime("%a, %d %b %Y %H:%M:%S GMT"))
+    assert clock.now() == NOW + timedelta(seconds=90), "whole seconds and a slow answer do not set it back"
+    clock.heard((NOW + timedelta(seconds=60)).strftime("%a, %d %b %Y %H:%M:%S GMT"))
+    assert clock.now() == NOW + timedelta(seconds=60)
+    for nonsense in (None, "", "yesterday"):
+        clock.heard(nonsense)
+    assert clock.now() == NOW + timedelta(seconds=60)
