@@ -14,6 +14,7 @@ import yaml
 
 from . import GROUP, KIND, PLURAL, VERSION
 from .base import APIModel
+from .queue import QUEUE_KIND, QUEUE_PLURAL, FineTuneQueueSpec, FineTuneQueueStatus
 from .spec import FineTuneJobSpec
 from .status import FineTuneJobStatus
 
@@ -111,38 +112,84 @@ def printer_columns() -> list[dict[str, Any]]:
     ]
 
 
+def queue_columns() -> list[dict[str, Any]]:
+    """Columns of `kubectl get finetunequeues`: who has the GPUs, and who waits."""
+
+    def column(name: str, path: str, type_: str = "integer", **more: Any) -> dict[str, Any]:
+        return {"name": name, "type": type_, "jsonPath": path, **more}
+
+    return [
+        column("Cohort", ".spec.cohort", "string"),
+        column("Used", ".status.used", description="Units that its jobs hold"),
+        column("Quota", ".status.nominal", description="Units that belong to it"),
+        column("Borrowed", ".status.borrowed"),
+        column("Admitted", ".status.admitted", description="Jobs that hold units"),
+        column("Pending", ".status.pending", description="Jobs that wait"),
+        column("Oldest", ".status.oldestWaiting.since", "date", description="Since when the oldest of them has waited"),
+        column("Active", ".status.conditions[?(@.type=='Active')].status", "string"),
+        column("Share", ".status.share", "number", priority=1),
+        column("Waiting", ".status.oldestWaiting.job", "string", priority=1),
+        column("Age", ".metadata.creationTimestamp", "date"),
+    ]
+
+
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
+    text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
+    return _definition(
+        KIND, PLURAL, ["ftj"], "Namespaced", text, FineTuneJobSpec, FineTuneJobStatus, printer_columns(), ["all", "finetune"]
+    )
+
+
+def queue_crd() -> dict[str, Any]:
+    """The CustomResourceDefinition of FineTuneQueue."""
+    text = "FineTuneQueue says how many GPUs of which kind the jobs of some namespaces may use, and who goes first."
+    return _definition(
+        QUEUE_KIND, QUEUE_PLURAL, ["ftq"], "Cluster", text, FineTuneQueueSpec, FineTuneQueueStatus, queue_columns(), ["finetune"]
+    )
+
+
+def _definition(
+    kind: str,
+    plural: str,
+    short: list[str],
+    scope: str,
+    description: str,
+    spec: type[APIModel],
+    status: type[APIModel],
+    columns: list[dict[str, Any]],
+    categories: list[str],
+) -> dict[str, Any]:
     schema = {
-        "description": "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model.",
+        "description": description,
         "type": "object",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string", "description": "API version of this object."},
             "kind": {"type": "string", "description": "Kind of this object."},
             "metadata": {"type": "object"},
-            "spec": structural_schema(FineTuneJobSpec),
-            "status": _without(structural_schema(FineTuneJobStatus), "default"),  # the operator writes it in full
+            "spec": structural_schema(spec),
+            "status": _without(structural_schema(status), "default"),  # the operator writes it in full
         },
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {
-            "name": f"{PLURAL}.{GROUP}",
+            "name": f"{plural}.{GROUP}",
             "labels": {"app.kubernetes.io/part-of": "finetune-operator"},
             "annotations": {"helm.sh/resource-policy": "keep"},  # uninstalling the chart never deletes jobs
         },
         "spec": {
             "group": GROUP,
-            "scope": "Namespaced",
+            "scope": scope,
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": KIND.lower(),
-                "shortNames": ["ftj"],
-                "categories": ["all", "finetune"],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": short,
+                "categories": categories,
             },
             "versions": [
                 {
@@ -150,7 +197,7 @@ def crd() -> dict[str, Any]:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": printer_columns(),
+                    "additionalPrinterColumns": columns,
                     "schema": {"openAPIV3Schema": schema},
                 }
             ],
@@ -158,9 +205,8 @@ def crd() -> dict[str, Any]:
     }
 
 
-def render(*, cel: bool = True) -> str:
+def render(document: dict[str, Any], *, cel: bool = True) -> str:
     """The YAML text. Without CEL rules for servers before 1.25, whose clients refuse a schema that has them."""
-    document = crd()
     return HEADER + yaml.safe_dump(document if cel else _without(document, "x-kubernetes-validations"), sort_keys=False, width=120)
 
 
@@ -173,11 +219,12 @@ def _without(node: Any, keyword: str) -> Any:
 def generated(root: Path) -> dict[Path, str]:
     """Every generated file below the root of the repository, with what it must hold."""
     chart = root / "charts" / "finetune-operator" / "files"
-    return {
-        root / "crds" / "finetunejobs.yaml": render(),
-        chart / "finetunejobs.yaml": render(),
-        chart / "finetunejobs-before-1.25.yaml": render(cel=False),
-    }
+    found = {}
+    for plural, document in ((PLURAL, crd()), (QUEUE_PLURAL, queue_crd())):
+        found[root / "crds" / f"{plural}.yaml"] = render(document)
+        found[chart / f"{plural}.yaml"] = render(document)
+        found[chart / f"{plural}-before-1.25.yaml"] = render(document, cel=False)
+    return found
 
 
 def main() -> None:

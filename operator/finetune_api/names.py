@@ -15,6 +15,8 @@ LABEL_STAGE = "finetune.dev/stage"
 LABEL_ATTEMPT = "finetune.dev/attempt"
 LABEL_RANK = "finetune.dev/rank"
 ANNOTATION_HASH = "finetune.dev/applied-hash"
+ANNOTATION_ADMISSION = "finetune.dev/admission"
+"""On worker pods: what their gang was admitted to, should the job's status be lost"""
 
 #: DNS label (63) less the longest suffix, `-evaluate-9999`, and the random part that a Job gives its pods
 _BASE_LIMIT = 43

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .crd import crd
+from .crd import crd, queue_crd
 
-_INTRO = """# FineTuneJob reference
+_INTRO = """# Reference
 
 Generated from `operator/finetune_api` by `make crds`. `kubectl explain finetunejob.spec` shows the same.
-
-`apiVersion: finetune.dev/v1alpha1`, `kind: FineTuneJob`, short name `ftj`.
 """
 
 
@@ -62,17 +60,24 @@ def _rules(node: dict[str, Any]) -> Iterator[str]:
 
 def reference() -> str:
     """The Markdown text."""
-    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    lines = [_INTRO]
+    return "\n".join([_INTRO, *_chapter(crd()), "", *_chapter(queue_crd())]) + "\n"
+
+
+def _chapter(document: dict[str, Any]) -> list[str]:
+    named, version = document["spec"]["names"], document["spec"]["versions"][0]
+    schema = version["schema"]["openAPIV3Schema"]
+    fields = schema["properties"]
+    group = document["spec"]["group"]
+    lines = [f"# {named['kind']}", "", schema["description"], ""]
+    lines += [f"`apiVersion: {group}/{version['name']}`, `kind: {named['kind']}`, short name `{named['shortNames'][0]}`.", ""]
     for root in ("spec", "status"):
-        lines += [f"## {root}", "", "| Field | Type | Default | |", "|---|---|---|---|"]
-        for path, node, required in _fields(schema[root], root):
+        lines += [f"## {named['kind']} {root}", "", "| Field | Type | Default | |", "|---|---|---|---|"]
+        for path, node, required in _fields(fields[root], root):
             description = node["description"].replace("|", "\\|")
             lines.append(f"| `{path}` | {_type(node)} | {_default(node, required)} | {description} |")
         lines.append("")
-    lines += ["## Rules over several fields", ""]
-    lines += [f"- {message}" for message in _rules(schema["spec"])]
-    return "\n".join(lines) + "\n"
+    lines += [f"## Rules over several fields of a {named['kind']}", ""]
+    return [*lines, *(f"- {message}" for message in _rules(fields["spec"]))]
 
 
 def main() -> None:

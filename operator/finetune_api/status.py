@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
+from .spec.run import Toleration
 
 Phase = Literal[
     "Pending",
@@ -123,6 +124,10 @@ class Plan(APIModel):
         """Rows per optimizer step over all processes."""
         return self.world_size * self.per_device_batch_size * self.gradient_accumulation
 
+    def nodes(self, gpus_per_node: int) -> int:
+        """Worker pods: fewer than the job asked for while an elastic gang waits for room."""
+        return self.world_size // max(1, gpus_per_node)
+
     def spread_over(self, world_size: int) -> Plan:
         """The same steps by another number of processes: the global batch stays, no process takes more rows at once.
 
@@ -217,6 +222,49 @@ class Gang(APIModel):
     """Nodes that jobs kept failing on lately: the scheduler was asked for others."""
 
 
+class TopologyDomain(APIModel):
+    """Where the gang is kept together."""
+
+    key: str
+    """Node label."""
+    value: str
+    """Its value."""
+
+
+class AdmissionStatus(APIModel):
+    """What the gang was admitted to. Meaningful while the condition Admitted is True."""
+
+    queue: str | None = None
+    """FineTuneQueue; unset without any."""
+    flavour: str | None = None
+    """Its flavour."""
+    nodes: int
+    """Worker pods: fewer than asked for where minNodes allows it."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the flavour's nodes."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
+    """Taints of the flavour's nodes."""
+    topology: TopologyDomain | None = None
+    """Where scheduling.topologyKey keeps the gang together."""
+    price_per_hour: float | None = None
+    """Price of one unit for an hour."""
+    admitted_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When."""
+
+
+class QueueStatus(APIModel):
+    """The job's place while it waits."""
+
+    name: str | None = None
+    """FineTuneQueue; unset without any."""
+    position: int | None = None
+    """From 1 in the order in which the queue is looked at."""
+    message: str = ""
+    """What it waits for."""
+    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """Since when it has waited this time."""
+
+
 class StageRetry(APIModel):
     """Retries of a single-pod stage after failures of the infrastructure."""
 
@@ -231,6 +279,10 @@ class Usage(APIModel):
 
     gpu_seconds: int = 0
     """GPU-seconds held by ended attempts."""
+    queued_seconds: int = 0
+    """Seconds that the job waited for its GPUs."""
+    cost: float | None = None
+    """GPU-seconds at the price of their flavour, where it has one."""
     lost_seconds: int = 0
     """Seconds of training that ended attempts had done since their last checkpoint."""
 
@@ -255,6 +307,10 @@ class FineTuneJobStatus(APIModel):
     """Restarts that count towards runPolicy.maxRestarts."""
     retry_after: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     """When the next start is tried, during back-off."""
+    admission: AdmissionStatus | None = None
+    """What the gang was admitted to."""
+    queue: QueueStatus | None = None
+    """The job's place while it waits."""
     gang: Gang | None = None
     """The worker pods of the current attempt."""
     stages: dict[str, StageRetry] = Field(default_factory=dict)

@@ -26,6 +26,7 @@ from .reconcile.accepted import may_have_changed
 from .reconcile.failures import suspects
 from .reconcile.model import Action, Apply, Create, Delete, Event, Observed
 from .reconcile.observe import owner_uid
+from .scheduler import Scheduler
 from .settings import Settings
 from .workqueue import WorkQueue
 
@@ -40,6 +41,7 @@ class Controller:
     def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue()
+        self.scheduler = Scheduler(cluster, store, settings, self.queue.add)
         self._written: dict[str, float] = {}
         self._suspects: tuple[str, ...] = ()
         self._suspects_at = float("-inf")
@@ -60,6 +62,7 @@ class Controller:
                 await self._resync_until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
+            group.create_task(self.scheduler.run())
             group.create_task(self.queue.run(self.process, self.settings.workers))
 
     async def process(self, key: Key) -> None:
@@ -97,6 +100,7 @@ class Controller:
             accepted=await self._accepted(job),
             lost_nodes=await self._lost_nodes(observed),
             suspect_nodes=self._suspect_nodes(),
+            verdict=self.scheduler.verdict(uid),
         )
         plan = reconcile(observed, self.settings)
         try:
@@ -204,8 +208,14 @@ class Controller:
             return
         uid = job["metadata"]["uid"]
         since = time.monotonic() - self._written.get(uid, float("-inf"))
-        if not plan.urgent and since < self.settings.status_interval_seconds:
-            self.queue.add_after(key, self.settings.status_interval_seconds - since)
+        # of a thousand jobs that wait, each tells its place less often
+        interval = (
+            max(self.settings.status_interval_seconds, len(self.store.job_keys()) / 20)
+            if plan.status.queue
+            else self.settings.status_interval_seconds
+        )
+        if not plan.urgent and since < interval:
+            self.queue.add_after(key, interval - since)
             return
         wire = plan.status.to_wire()
         if wire == job.get("status"):
@@ -222,6 +232,7 @@ class Controller:
             raise
         self._written[uid] = time.monotonic()
         self.store.put_job(answer)
+        self.scheduler.recorded(uid)
         self.queue.add(key)  # what was decided is on record: act on it
 
     # events in
@@ -236,10 +247,13 @@ class Controller:
         else:
             key = self.store.put_job(raw)
         self.queue.add(key)
+        self.scheduler.poke()
 
     def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
         """A child was seen, or is gone."""
         key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        if kind == "Pod" and (deleted or (raw.get("status") or {}).get("phase") in ("Succeeded", "Failed")):
+            self.scheduler.poke()  # something is free again
         if key is not None:
             self.queue.add(key)
 

@@ -43,6 +43,10 @@ class Settings:
     backoff_base_seconds: float = 10.0
     """First back-off; doubles with each retry."""
     backoff_limit_seconds: float = 360.0
+    autoscaled: bool = False
+    """Without any FineTuneQueue: nodes come when pods wait, so gangs are not held back until they fit on those that are there."""
+    snapshot_seconds: float = 5.0
+    """Time between two looks at nodes, foreign pods and queues while jobs wait."""
     status_interval_seconds: float = 5.0
     """Least time between two status writes that only carry progress."""
     resync_seconds: float = 300.0

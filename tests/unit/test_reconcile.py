@@ -10,6 +10,7 @@ import pytest
 from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_operator.queueing import Admission, Verdict
 from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
 from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, PodView, parse_time
@@ -26,6 +27,10 @@ EVALUATED = merged(
 )
 
 
+def granted(pods: int = 1, **more: Any) -> Verdict:
+    return Verdict(action="admit", message="admitted", admission=Admission(queue="", flavour="", pods=pods, **more))
+
+
 class World:
     """A job, and the children that the plans made. Steps reconcile and the kubelet by hand; no I/O."""
 
@@ -36,6 +41,8 @@ class World:
         self.applied: dict[tuple[str, str], str] = {}
         self.report: ProgressReport | None = None
         self.lost: frozenset[str] = frozenset()
+        nodes = self.job["spec"].get("distribution", {}).get("nodes", 1)
+        self.verdict: Verdict | None = granted(nodes)
         self.time = 0.0
         self.events: list[str] = []
         self.count = 0
@@ -52,6 +59,7 @@ class World:
             applied=dict(self.applied),
             report=self.report,
             lost_nodes=self.lost,
+            verdict=self.verdict,
             now=after(self.time),
         )
 
@@ -100,6 +108,7 @@ class World:
             attempt=int(labels[names.LABEL_ATTEMPT]),
             rank=int(labels[names.LABEL_RANK]),
             created=after(self.time),
+            admission=meta.get("annotations", {}).get(names.ANNOTATION_ADMISSION, ""),
         )
 
     def pod(self, part: str) -> PodView:
@@ -167,7 +176,7 @@ def test_the_undisturbed_story() -> None:
         "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert world.events == [
-        "PrepareStarted", "DataReady", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
+        "PrepareStarted", "DataReady", "Admitted", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
         "Published", "Succeeded",
     ]  # fmt: skip
     assert all(c.observed_generation == 1 and parse_time(c.last_transition_time) for c in status.conditions)

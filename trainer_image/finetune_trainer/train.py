@@ -34,7 +34,8 @@ def train(context: Context) -> StageResult:
     plan = _plan(context)
     spec = context.spec.distribution
     rank = int(os.environ.get(Env.RANK, "0"))
-    local = plan.world_size // spec.nodes
+    nodes = plan.nodes(spec.gpus_per_node)
+    local = plan.world_size // nodes
     cuda = _gpus()
     check_devices(spec.gpus_per_node, cuda)
     address, port = os.environ.get(Env.MAIN_ADDRESS, "127.0.0.1"), os.environ.get(Env.MAIN_PORT, "29500")
@@ -47,10 +48,10 @@ def train(context: Context) -> StageResult:
             Env.PLAN: json.dumps(plan.to_wire()),
             **({} if cuda and spec.gpus_per_node else _cpu_environment(plan.strategy, local)),
         }
-        launcher, ranks = _launcher(plan, spec.nodes, rank, address, port)
+        launcher, ranks = _launcher(plan, nodes, rank, address, port)
         command = [*launcher, "-m", "finetune_trainer.worker"]
         command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
-        log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, spec.nodes, local, plan.strategy, "GPU" if cuda else "CPU")
+        log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, nodes, local, plan.strategy, "GPU" if cuda else "CPU")
         try:
             found = _supervised(context, scratch, command, {**env, **ranks})
         except StageError as failure:

@@ -83,7 +83,11 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     fence = checkpoints.Fence(context.layout.checkpoints, attempt)
     begin = _begin(context, fence, plan, arguments)
     keeper = Keeper(
-        context.spec.checkpoint, context.layout.checkpoints, nodes=context.spec.distribution.nodes, fence=fence, scratch=scratch
+        context.spec.checkpoint,
+        context.layout.checkpoints,
+        nodes=plan.nodes(context.spec.distribution.gpus_per_node),
+        fence=fence,
+        scratch=scratch,
     )
     reporter = ProgressReporter(context, keeper, begin, attempt)
     beats = [Heartbeat(scratch)] if scratch is not None else []

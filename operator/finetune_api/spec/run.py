@@ -18,6 +18,8 @@ class Distribution(APIModel):
 
     nodes: Annotated[int, Field(ge=1, le=512)] = 1
     """Worker pods. They start, fail and restart together."""
+    min_nodes: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Fewest worker pods to begin with while there is no room for `nodes`; the gang grows at a checkpoint when there is. Unset: all or none."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
     """GPUs per worker pod, one process each; 0 trains on CPU with one process per pod."""
     strategy: Strategy = "auto"
@@ -28,6 +30,11 @@ class Distribution(APIModel):
     """Rows per process and forward pass. Unset: the largest up to 8 that divides globalBatchSize evenly and fits."""
 
     RULES = (
+        Rule(
+            cel="!has(self.minNodes) || self.minNodes <= self.nodes",
+            message="distribution.minNodes is more than distribution.nodes; lower it or raise nodes",
+            holds=lambda m: m.min_nodes is None or m.min_nodes <= m.nodes,
+        ),
         Rule(
             cel="self.strategy != 'fsdp' || self.gpusPerNode > 0",
             message="distribution.strategy fsdp needs GPUs: set distribution.gpusPerNode to 1 or more, or use ddp or a deepspeed strategy",
@@ -87,13 +94,15 @@ class Scheduling(APIModel):
     """Where the pods may run, and in which queue the job waits."""
 
     queue: DNSLabel | None = None
-    """Queue in which the job waits for GPUs. Unset: the cluster's implicit queue."""
+    """FineTuneQueue in which the job waits for GPUs. Unset: the one that the namespace's annotation finetune.dev/queue names, else `default`; without any FineTuneQueue one implicit queue over all nodes."""
     priority_class_name: DNSSubdomain | None = None
     """PriorityClass of the worker pods."""
     node_selector: LabelMap = Field(default_factory=dict)
     """Labels that a node must have."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
     """Taints that the pods tolerate."""
+    topology_key: QualifiedName | None = None
+    """Node label of which all pods of the gang must share one value, for example topology.kubernetes.io/zone or a rack's label."""
 
 
 class Checkpoint(APIModel):

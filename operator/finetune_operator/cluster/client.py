@@ -19,6 +19,7 @@ from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client.exceptions import ApiException
 
 from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
 from .clock import ServerClock
 from .limits import Priority, RateLimit
@@ -58,7 +59,10 @@ RESOURCES = {
         Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
         Resource("Event", "events"),
         Resource("Secret", "secrets"),
+        Resource(QUEUE_KIND, QUEUE_PLURAL, GROUP, VERSION),
         Resource("Node", "nodes"),
+        Resource("Namespace", "namespaces"),
+        Resource("PriorityClass", "priorityclasses", "scheduling.k8s.io"),
         Resource("Lease", "leases", "coordination.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
     )
@@ -107,7 +111,7 @@ class Cluster(Protocol):
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion; APIError 409 when stale."""
 
-    async def replace_status(self, job: Object, *, urgent: bool = True) -> Object:
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
         """Write the status on condition of the resourceVersion; APIError 409 when stale."""
 
     def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
@@ -229,12 +233,12 @@ class KubernetesCluster:
             return None
         return answer if answer.get("kind") == kind else None
 
-    async def replace_status(self, job: Object, *, urgent: bool = True) -> Object:
-        meta = job["metadata"]
-        path = RESOURCES["FineTuneJob"].path(meta["namespace"], meta["name"], "status")
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
+        kind, meta = raw["kind"], raw["metadata"]
+        path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"], "status")
         query = {"fieldManager": names.MANAGER}
         priority = Priority.TELL if urgent else Priority.LOOK
-        return await self.request("PUT", path, kind="FineTuneJob", verb="replace_status", body=job, query=query, priority=priority)
+        return await self.request("PUT", path, kind=kind, verb="replace_status", body=raw, query=query, priority=priority)
 
     async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
         resource = RESOURCES[kind]

@@ -16,7 +16,7 @@ from finetune_api import names
 from finetune_api.contract import ProgressReport
 from finetune_api.status import Restart, read_status
 
-from ..reconcile.model import ChildJobView, Observed
+from ..reconcile.model import ChildJobView, Observed, PodView
 from ..reconcile.observe import job_view, owner_uid, pod_view
 
 Object = dict[str, Any]
@@ -204,6 +204,19 @@ class Store:
             now=now,
         )
 
+    def gpu_pods(self, uid: str) -> list[PodView]:
+        """A job's workers and the pods of its evaluation."""
+        owners = [(uid, frozenset[str]())]
+        for kind, child in self._by_owner.get(uid, ()):
+            if kind == "Job" and self._children[kind][child].value.stage == "evaluate":
+                owners.append((child, frozenset({child})))
+        return [
+            pod_view(self._children[kind][child].value, jobs)
+            for owner, jobs in owners
+            for kind, child in self._by_owner.get(owner, ())
+            if kind == "Pod"
+        ]
+
     def pod(self, uid: str) -> Object | None:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)
@@ -212,7 +225,9 @@ class Store:
 
 def _keep(metadata: Object) -> Object:
     wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
-    return {field: metadata[field] for field in wanted if field in metadata}
+    kept = {field: metadata[field] for field in wanted if field in metadata}
+    admission = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION)
+    return kept if admission is None else {**kept, "annotations": {names.ANNOTATION_ADMISSION: admission}}
 
 
 def _pod_status(status: Object) -> Object:

@@ -34,6 +34,11 @@ class Draft:
         metadata = self.observed.job["metadata"]
         return JobRef(metadata["name"], metadata["namespace"], metadata["uid"], spec)
 
+    def nodes(self, spec: FineTuneJobSpec) -> int:
+        """Worker pods of the gang as it was admitted."""
+        admission = self.status.admission
+        return admission.nodes if admission is not None else spec.distribution.nodes
+
     def set(self, type_: ConditionType, status: Literal["True", "False", "Unknown"], reason: str, message: str = "") -> None:
         """Set a condition; its transition time moves only when its status changes. A change of it is an Event."""
         message = message[:MESSAGE_LIMIT]
@@ -72,6 +77,7 @@ class Draft:
         self.event("Warning", reason, message)
         self.status.finished_at = rfc3339(self.now)
         self.status.retry_after = None
+        self.status.queue = None
         self.phase("Failed")
 
     def held_back(self) -> bool:
@@ -93,11 +99,18 @@ class Draft:
             return 0.0
         return min(self.settings.backoff_limit_seconds, self.settings.backoff_base_seconds * 2.0 ** min(retries - 2, 30))
 
+    def _same_reason(self, before: Condition) -> Condition:
+        now = next((c for c in self.status.conditions if c.type == before.type), before)
+        return now if before.type == "Admitted" and (now.status, now.reason) == (before.status, before.reason) else before
+
     def plan(self) -> Plan:
         """The finished plan; without a status when nothing changed."""
         self.status.observed_generation = self.generation
         changed = self.status != self.before
         quiet = self.before.model_copy(update={"progress": self.status.progress, "checkpoint": self.status.checkpoint})
+        if self.before.queue is not None and self.status.queue is not None:  # what it waits for changes all the time
+            conditions = [self._same_reason(c) for c in self.before.conditions]
+            quiet = quiet.model_copy(update={"queue": self.status.queue, "conditions": conditions})
         return Plan(
             actions=tuple(self.actions),
             events=tuple(self.events),

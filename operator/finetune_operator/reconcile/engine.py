@@ -19,6 +19,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 from ..resources.shared import config_map, workspace
 from ..settings import Settings
 from .accepted import REASON, as_accepted
+from .admitted import admitted
 from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, note_checkpoints, release, run_gang, workers
@@ -65,7 +66,7 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
 
 def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
     note_checkpoints(draft)
-    draft.status.total_gpus = spec.distribution.nodes * spec.distribution.gpus_per_node
+    draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
     if not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
     if draft.status.finished:
@@ -88,7 +89,10 @@ def refused(observed: Observed, settings: Settings, message: str) -> Plan:
 
 def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     """Prepare, train, evaluate, publish: do the first that is not done."""
-    status = draft.status
+    status, verdict = draft.status, draft.observed.verdict
+    if verdict is not None and verdict.action == "refuse" and not status.is_true("Admitted"):
+        draft.fail(verdict.reason, verdict.message)
+        return
     _apply_shared(draft, spec)
     if not status.is_true("DataReady"):
         draft.phase("Preparing")
@@ -97,9 +101,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
         if not _prepared(draft, result):
             return
-    if not status.is_true("Admitted"):
-        draft.set("Admitted", "True", "NoQueue", "no FineTuneQueue: the scheduler alone decides")
     if not status.is_true("Trained"):
+        if not admitted(draft, spec):
+            return
         result = run_gang(draft, spec)
         if result is None:
             return
@@ -212,8 +216,11 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
         draft.set("Suspended", "True", "Suspended", "runPolicy.suspend is true")
         draft.event("Normal", "Suspended", "runPolicy.suspend is true: pods are stopped, checkpoints kept")
         if workers(draft) and not draft.status.is_true("Trained"):
-            next_attempt(draft, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""), "runPolicy.suspend is true")
+            next_attempt(draft, spec, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""), "runPolicy.suspend is true")
             draft.status.retry_after = None
+        if draft.status.is_true("Admitted") and not draft.status.is_true("Trained"):
+            draft.set("Admitted", "False", "Suspended", "a suspended job holds nothing; it keeps its place")
+        draft.status.queue = None
     elif not draft.status.is_true("Trained"):
         release(draft)
     _stop_jobs(draft)

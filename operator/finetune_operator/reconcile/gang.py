@@ -19,6 +19,8 @@ from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
 _LOOK_AGAIN = 10.0
+GANG_TIMEOUT = "GangTimeout"
+"""Reason of an attempt whose pods did not all start: it gives its admission back."""
 STOPPING = "Stopping"
 """Reason of Running while a gang that lost a pod saves its checkpoint."""
 
@@ -72,7 +74,7 @@ def _checkpoint(draft: Draft, step: int, saved_at: str) -> None:
 
 def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
     """Bring the gang forward by one step. Returns rank 0's result when all workers succeeded, else None."""
-    status, nodes = draft.status, spec.distribution.nodes
+    status, nodes = draft.status, draft.nodes(spec)
     pods = workers(draft)
     # pods know their attempt: a status that was wiped does not make the count start again
     status.attempt = max([status.attempt, *(p.attempt for p in pods)])
@@ -182,12 +184,14 @@ def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:
             message = (
                 f"failed after {status.restarts_counted} restarts without a new checkpoint between them (runPolicy.maxRestarts). {message}"
             )
-    _account(draft, spec)
     if ending is not None:
+        _account(draft, spec)
         draft.set("Trained", "False", ending, message)
         draft.fail(ending, message)
-    else:
-        next_attempt(draft, failure, message, counted=counted)
+        return
+    next_attempt(draft, spec, failure, message, counted=counted)
+    if failure.reason == GANG_TIMEOUT:
+        draft.set("Admitted", "False", GANG_TIMEOUT, message)
 
 
 def _progressed(draft: Draft) -> bool:
@@ -197,9 +201,10 @@ def _progressed(draft: Draft) -> bool:
     return saved is not None and last is not None and saved.step > (last.checkpoint_step or 0)
 
 
-def next_attempt(draft: Draft, failure: Failure, message: str, *, counted: bool = False) -> None:
+def next_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure, message: str, *, counted: bool = False) -> None:
     """Put the end of this attempt on record and set the next one up."""
     status = draft.status
+    _account(draft, spec)
     saved = status.checkpoint.step if status.checkpoint is not None else None
     if failure.cause != "Stopped":  # on request: the gang saves a checkpoint now
         status.usage.lost_seconds += _lost(draft)
@@ -274,14 +279,16 @@ def _halve_batch(draft: Draft) -> bool:
 def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
     status, job = draft.status, draft.job_ref(spec)
     assert status.plan is not None
-    missing = [rank for rank in range(spec.distribution.nodes) if rank not in by_rank]
+    missing = [rank for rank in range(draft.nodes(spec)) if rank not in by_rank]
     headless = service(job)
     key = ("Service", headless["metadata"]["name"])
     if draft.observed.applied.get(key) != headless["metadata"]["annotations"][names.ANNOTATION_HASH]:
         draft.actions.append(Apply(headless))
     if missing:
         avoid = draft.observed.suspect_nodes
-        draft.actions.extend(Create(worker(job, draft.settings, status.plan, rank, status.attempt, avoid)) for rank in missing)
+        draft.actions.extend(
+            Create(worker(job, draft.settings, status.plan, rank, status.attempt, avoid, status.admission)) for rank in missing
+        )
         draft.phase("Starting")
         draft.wait(5)
     elif status.gang is None or status.gang.attempt != status.attempt:
@@ -303,7 +310,7 @@ def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodVi
 def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
     status = draft.status
     started = [p for p in by_rank.values() if p.running or p.phase in ("Running", "Succeeded")]
-    if len(started) == spec.distribution.nodes:
+    if len(started) == draft.nodes(spec):
         if not status.is_true("Running"):
             draft.event("Normal", "GangRunning", f"attempt {status.attempt}: all {len(started)} worker(s) are running")
         draft.set("Running", "True", "GangRunning", f"all {len(started)} worker(s) are running")
@@ -313,7 +320,7 @@ def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) ->
         return
     draft.phase("Starting")
     trouble = why_not_running(list(by_rank.values()))
-    reason, message = trouble or ("Starting", f"{len(started)} of {spec.distribution.nodes} worker(s) running")
+    reason, message = trouble or ("Starting", f"{len(started)} of {draft.nodes(spec)} worker(s) running")
     if trouble is not None and (old := status.condition("Running")) is not None and old.reason != reason:
         draft.event("Warning", reason, message)
     draft.set("Running", "False", reason, message)
@@ -326,7 +333,7 @@ def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) ->
         return
     waited = human_duration(seconds(spec.run_policy.gang_timeout))
     text = f"gang not running after {waited} (runPolicy.gangTimeout), its resources are given back: {message}"
-    end_attempt(draft, spec, Failure("Disruption", "GangTimeout", text, ""))
+    end_attempt(draft, spec, Failure("Disruption", GANG_TIMEOUT, text, ""))
 
 
 def _report(draft: Draft) -> None:
@@ -368,10 +375,13 @@ def _finish(draft: Draft, spec: FineTuneJobSpec, rank_zero: PodView) -> StageRes
 
 
 def _account(draft: Draft, spec: FineTuneJobSpec) -> None:
-    gang = draft.status.gang
+    gang, admission, usage = draft.status.gang, draft.status.admission, draft.status.usage
     begun = parse_time(gang.started_at) if gang is not None else None
     if begun is None or not spec.distribution.gpus_per_node:
         return
     ends = [p.finished for p in workers(draft) if p.finished is not None]
     held = max(0.0, ((max(ends) if ends else draft.now) - begun).total_seconds())
-    draft.status.usage.gpu_seconds += round(held * spec.distribution.nodes * spec.distribution.gpus_per_node)
+    gpu_seconds = round(held * draft.nodes(spec) * spec.distribution.gpus_per_node)
+    usage.gpu_seconds += gpu_seconds
+    if admission is not None and admission.price_per_hour is not None:
+        usage.cost = round((usage.cost or 0.0) + gpu_seconds / 3600 * admission.price_per_hour, 4)

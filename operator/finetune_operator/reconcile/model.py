@@ -10,6 +10,8 @@ from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
+from ..queueing.model import Verdict
+
 Object = dict[str, Any]
 
 
@@ -43,6 +45,8 @@ class PodView:
     """The DisruptionTarget condition is set."""
     node: str = ""
     """The node it was bound to."""
+    admission: str = ""
+    """What its gang was admitted to, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,8 @@ class Observed:
     """Nodes of pods that are being deleted which are gone or not ready: their kubelets will not confirm anything."""
     suspect_nodes: tuple[str, ...] = ()
     """Nodes that jobs kept failing on lately."""
+    verdict: Verdict | None = None
+    """What the scheduler has decided, unless it has not looked yet."""
     now: datetime
 
 

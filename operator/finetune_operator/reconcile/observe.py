@@ -54,6 +54,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         waiting_message=str(waiting.get("message") or ""),
         unschedulable=str(scheduled.get("message") or "") if scheduled.get("status") == "False" else "",
         node=str((raw.get("spec") or {}).get("nodeName") or ""),
+        admission=str((metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION, "")),
         disrupted=(conditions.get("DisruptionTarget") or {}).get("status") == "True",
     )
 

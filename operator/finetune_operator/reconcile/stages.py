@@ -22,7 +22,7 @@ _POD_GRACE_SECONDS = 20
 def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType) -> StageResult | None:
     """Bring a stage forward by one step. Returns its result when it is done, else None."""
     retry = draft.status.stages.get(stage, StageRetry())
-    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.retries)
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.retries, draft.status.admission)
     name = manifest["metadata"]["name"]
     _drop_other_tries(draft, stage, name)
     child = next((j for j in draft.observed.jobs if j.name == name), None)

@@ -8,7 +8,7 @@ from finetune_api import names
 from finetune_api.contract import Env
 from finetune_api.scalars import quantity
 from finetune_api.spec import ComputeResources
-from finetune_api.status import Plan
+from finetune_api.status import AdmissionStatus, Plan
 
 from ..settings import Settings
 from .common import JobRef, Manifest, metadata, pod_spec, with_hash
@@ -33,8 +33,16 @@ def service(job: JobRef) -> Manifest:
     )
 
 
-def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int, avoid: tuple[str, ...] = ()) -> Manifest:
-    """The pod of one node rank in one attempt, rather not on the nodes to avoid."""
+def worker(
+    job: JobRef,
+    settings: Settings,
+    plan: Plan,
+    rank: int,
+    attempt: int,
+    avoid: tuple[str, ...] = (),
+    admission: AdmissionStatus | None = None,
+) -> Manifest:
+    """The pod of one node rank in one attempt, where it was admitted to, rather not on the nodes to avoid."""
     name = names.worker_name(job.name, rank)
     subdomain = names.service_name(job.name)
     spec = pod_spec(
@@ -59,9 +67,27 @@ def worker(job: JobRef, settings: Settings, plan: Plan, rank: int, attempt: int,
         field = {"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}
         term = {"weight": 100, "preference": {"matchFields": [field]}}
         spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+    put_on(spec, admission)
+    if admission is not None and admission.topology is not None:
+        spec["nodeSelector"] = {**spec.get("nodeSelector", {}), admission.topology.key: admission.topology.value}
     spec["tolerations"] = [*spec.get("tolerations", []), *_while_unreachable(job, settings)]
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata(job, name, **labels), "spec": spec}
+    meta = metadata(job, name, **labels)
+    if admission is not None:
+        meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+
+
+def put_on(spec: Manifest, admission: AdmissionStatus | None) -> None:
+    """Let a pod onto the nodes of the flavour that it was admitted to, and onto no others."""
+    if admission is None:
+        return
+    if admission.node_labels:
+        spec["nodeSelector"] = {**spec.get("nodeSelector", {}), **admission.node_labels}
+    own = spec.get("tolerations", [])
+    more = [t for t in ({k: v for k, v in t.to_wire().items() if v} for t in admission.tolerations) if t not in own]
+    if more:
+        spec["tolerations"] = [*own, *more]
 
 
 def _while_unreachable(job: JobRef, settings: Settings) -> list[Manifest]:

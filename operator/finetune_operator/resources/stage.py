@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from finetune_api import names
 from finetune_api.contract import Stage
+from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
 from .common import JobRef, Manifest, metadata, pod_spec
-from .gang import gpus
+from .gang import gpus, put_on
 
 
-def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int) -> Manifest:
+def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int, admission: AdmissionStatus | None = None) -> Manifest:
     """The Job of prepare, evaluate or publish. Only evaluate asks for a GPU, and only where training uses some."""
     extended = gpus(job, min(1, job.spec.distribution.gpus_per_node)) if stage == "evaluate" else {}
     requests = {"cpu": settings.stage_cpu, "memory": settings.stage_memory, **extended}
     template = metadata(job, "", **{names.LABEL_STAGE: stage})
+    pod = pod_spec(
+        job,
+        settings,
+        stage,
+        resources={"requests": requests, **({"limits": extended} if extended else {})},
+        env={},
+        shared_memory=job.spec.resources.shared_memory if extended else None,
+    )
+    if extended:
+        put_on(pod, admission)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -23,14 +34,7 @@ def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int) -> Mani
             "backoffLimit": 0,
             "template": {
                 "metadata": {"labels": template["labels"]},
-                "spec": pod_spec(
-                    job,
-                    settings,
-                    stage,
-                    resources={"requests": requests, **({"limits": extended} if extended else {})},
-                    env={},
-                    shared_memory=job.spec.resources.shared_memory if extended else None,
-                ),
+                "spec": pod,
             },
         },
     }

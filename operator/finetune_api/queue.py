@@ -1,0 +1,212 @@
+"""FineTuneQueue: how many GPUs of which kind a team may use, and who goes first. Cluster-scoped."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import APIModel, Rule
+from .scalars import DNSLabel, Duration, QualifiedName
+from .spec.common import LabelMap
+from .spec.run import Toleration
+from .status import Condition
+
+QUEUE_KIND, QUEUE_PLURAL = "FineTuneQueue", "finetunequeues"
+DEFAULT_QUEUE = "default"
+"""Queue of jobs that name none, where their namespace names none either."""
+ANNOTATION_QUEUE = "finetune.dev/queue"
+"""On a namespace: the queue of its jobs that name none."""
+Amount = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class Flavour(APIModel):
+    """One kind of GPU. Queues of a cohort share what bears the same name."""
+
+    name: DNSLabel
+    """Name of the flavour, for example h100."""
+    resource_name: QualifiedName = "nvidia.com/gpu"
+    """Extended resource that it counts: GPUs, MIG slices or shared GPUs by their own names; cpu counts the cores of jobs without GPUs."""
+    node_labels: LabelMap = Field(default_factory=dict)
+    """Labels of the nodes that have it; the worker pods select them."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
+    """Taints of those nodes; the worker pods tolerate them."""
+    nominal_quota: Amount
+    """How many belong to this queue."""
+    borrowing_limit: Amount | None = None
+    """How many more it may use while others of its cohort leave theirs idle. Unset: all of them."""
+    lending_limit: Amount | None = None
+    """How many of its own it lends. Unset: all of them."""
+    nodes: Literal["Existing", "Autoscaled"] = "Existing"
+    """`Existing`: a gang is admitted when it fits on the nodes that are there. `Autoscaled`: within quota at once, nodes come when pods wait."""
+    price_per_hour: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
+    """Price of one for an hour, in any currency; gives `status.usage.cost` of the jobs."""
+
+
+class LabelRequirement(APIModel):
+    """A requirement on a label, as in metav1.LabelSelector."""
+
+    key: QualifiedName
+    """Label key."""
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    """`In`, `NotIn`, `Exists` or `DoesNotExist`."""
+    values: Annotated[list[Annotated[str, Field(max_length=63)]], Field(max_length=64)] = []
+    """Values for `In` and `NotIn`."""
+
+
+class NamespaceSelector(APIModel):
+    """Namespaces by their labels. All of it must hold; an empty one selects every namespace."""
+
+    match_labels: LabelMap = Field(default_factory=dict)
+    """Labels that a namespace must have."""
+    match_expressions: Annotated[list[LabelRequirement], Field(max_length=16)] = []
+    """Requirements on its labels."""
+
+    def selects(self, labels: dict[str, str]) -> bool:
+        """Whether a namespace with these labels is selected."""
+        if any(labels.get(key) != value for key, value in self.match_labels.items()):
+            return False
+        for rule in self.match_expressions:
+            there = rule.key in labels
+            holds = {
+                "In": there and labels.get(rule.key) in rule.values,
+                "NotIn": not there or labels.get(rule.key) not in rule.values,
+                "Exists": there,
+                "DoesNotExist": not there,
+            }[rule.operator]
+            if not holds:
+                return False
+        return True
+
+
+class QueuePreemption(APIModel):
+    """When running jobs are asked to save and give way. They keep their place and go on from their checkpoint."""
+
+    within_queue: Literal["Never", "LowerPriority"] = "LowerPriority"
+    """Whether a job may displace jobs of lower priority in this queue."""
+    reclaim_within_cohort: Literal["Never", "LowerPriority", "Any"] = "Any"
+    """Which jobs of queues that have borrowed are displaced when this queue wants its own quota back."""
+    minimum_run_time: Duration = "10m"
+    """Jobs of this queue are not displaced before they had their GPUs so long."""
+
+
+class QueueLimits(APIModel):
+    """What one namespace may have of the queue."""
+
+    max_gpus_per_namespace: Amount | None = None
+    """Most units of all flavours that one namespace's jobs hold at a time."""
+    max_jobs_per_namespace: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Most jobs of one namespace that hold GPUs at a time."""
+    max_priority: Annotated[int, Field(ge=-2_147_483_648, le=2_000_000_000)] | None = None
+    """Highest priority that counts here; jobs of higher classes wait and run with this one."""
+
+
+class FineTuneQueueSpec(APIModel):
+    """Quota, order and rights of a queue."""
+
+    cohort: DNSLabel | None = None
+    """Queues of one cohort lend each other what they do not use. Unset: nothing is lent or borrowed."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Share of the cohort's idle GPUs that this queue gets, relative to the others."""
+    flavours: Annotated[
+        list[Flavour],
+        Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ]
+    """Kinds of GPUs; a job takes the first that has its resource name, its node labels and room."""
+    namespace_selector: NamespaceSelector | None = None
+    """Whose jobs may wait here. Unset: jobs of every namespace."""
+    ordering: Literal["StrictFIFO", "BestEffortFIFO"] = "BestEffortFIFO"
+    """`BestEffortFIFO` lets later jobs go first while the first has no room, `StrictFIFO` never."""
+    backfill_for: Duration = "30m"
+    """How long others may pass a job that waits; then what becomes free is kept for it."""
+    preemption: QueuePreemption = Field(default_factory=QueuePreemption)
+    """Who gives way to whom."""
+    limits: QueueLimits = Field(default_factory=QueueLimits)
+    """What one namespace may have."""
+    usage_half_life: Duration = "24h"
+    """How fast past use is forgotten when shares are compared."""
+    stop_policy: Literal["None", "Hold", "HoldAndDrain"] = "None"
+    """`Hold` admits nothing more, `HoldAndDrain` also lets running jobs save and wait."""
+
+    RULES = (
+        Rule(
+            cel="self.flavours.all(f, !has(f.borrowingLimit) || has(self.cohort))",
+            message="flavours[].borrowingLimit needs a cohort to borrow from: set cohort, or remove borrowingLimit",
+            holds=lambda m: m.cohort is not None or all(f.borrowing_limit is None for f in m.flavours),
+        ),
+        Rule(
+            cel="self.flavours.all(f, !has(f.lendingLimit) || has(self.cohort))",
+            message="flavours[].lendingLimit needs a cohort to lend to: set cohort, or remove lendingLimit",
+            holds=lambda m: m.cohort is not None or all(f.lending_limit is None for f in m.flavours),
+        ),
+    )
+
+
+class FlavourUsage(APIModel):
+    """What is used of a flavour."""
+
+    name: str
+    """Name of the flavour."""
+    nominal: int = 0
+    """The queue's own."""
+    used: int = 0
+    """Held by its jobs."""
+    borrowed: int = 0
+    """Of those, what belongs to others of the cohort."""
+
+
+class NamespaceUsage(APIModel):
+    """Past use of one namespace."""
+
+    name: str
+    """Namespace."""
+    gpu_seconds: float = 0
+    """GPU-seconds, those long ago counting less."""
+
+
+class UsageHistory(APIModel):
+    """Past use, by which shares are compared. Decays by half in every `usageHalfLife`."""
+
+    gpu_seconds: float = 0
+    """GPU-seconds of the queue, those long ago counting less."""
+    namespaces: Annotated[list[NamespaceUsage], Field(max_length=256)] = []
+    """By namespace, the largest first."""
+    updated_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    """When it was last counted."""
+
+
+class Oldest(APIModel):
+    """The job that waits longest."""
+
+    job: str
+    """namespace/name."""
+    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """Since when."""
+
+
+class FineTuneQueueStatus(APIModel):
+    """Who has the GPUs, and who waits."""
+
+    conditions: Annotated[
+        list[Condition],
+        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = []
+    """Active: whether jobs are admitted."""
+    pending: int = 0
+    """Jobs that wait."""
+    admitted: int = 0
+    """Jobs that hold GPUs."""
+    flavours: Annotated[list[FlavourUsage], Field(max_length=16)] = []
+    """Use of each flavour."""
+    used: int = 0
+    """Units of all flavours in use."""
+    nominal: int = 0
+    """Units of all flavours that belong to the queue."""
+    borrowed: int = 0
+    """Units borrowed from others of the cohort."""
+    share: float = 0
+    """Weighted dominant share of the cohort, past use included; who has less goes first."""
+    oldest_waiting: Oldest | None = None
+    """The job that waits longest."""
+    history: UsageHistory = Field(default_factory=UsageHistory)
+    """Past use."""

@@ -1,0 +1,154 @@
+"""How much of each flavour a queue may still have, and whose share is least.
+
+The arithmetic of borrowing and lending is that of Kueue's cohorts (kueue.sigs.k8s.io/docs/concepts/cluster_queue): what a queue
+does not lend is its alone, the rest of all nominal quotas is a pool. The share is dominant resource fairness (Ghodsi et
+al., NSDI 2011), weighted, over use now plus decayed past use.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+
+from finetune_api.queue import FineTuneQueueSpec, Flavour, UsageHistory
+from finetune_api.scalars import seconds
+
+from .model import Queue, Workload
+
+UNLIMITED = 1_000_000_000
+
+
+class Ledger:
+    """Use of every flavour by every queue, in the making while a pass admits, frees and reserves."""
+
+    def __init__(self, queues: Iterable[Queue], now: datetime) -> None:
+        self.queues = {queue.name: queue for queue in queues}
+        self.used: dict[tuple[str, str], int] = defaultdict(int)
+        """(queue, flavour) -> units"""
+        self.by_namespace: dict[tuple[str, str], int] = defaultdict(int)
+        """(queue, namespace) -> units"""
+        self.jobs: dict[tuple[str, str], int] = defaultdict(int)
+        """(queue, namespace) -> jobs"""
+        self._cohorts: dict[tuple[str, str], list[tuple[str, Flavour]]] = defaultdict(list)
+        self._shares: dict[str, float] = {}
+        self._past = {queue.name: average_use(queue.history, queue.spec, now) for queue in self.queues.values()}
+        for queue in self.queues.values():
+            for flavour in queue.spec.flavours:
+                self._cohorts[_cohort(queue), flavour.name].append((queue.name, flavour))
+
+    def take(self, queue: str, flavour: str, namespace: str, units: int, sign: int = 1) -> None:
+        """Count what a job holds."""
+        self._shares.clear()
+        self.used[queue, flavour] += sign * units
+        self.by_namespace[queue, namespace] += sign * units
+        self.jobs[queue, namespace] += sign
+
+    def reserve(self, queue: str, flavour: str, units: int) -> None:
+        """Keep units from being lent; they belong to nobody yet."""
+        self._shares.clear()
+        self.used[queue, flavour] += units
+
+    @contextmanager
+    def given(self, gone: Iterable[Workload]) -> Iterator[None]:
+        """As if these jobs held nothing."""
+        held = [(w.held, w.namespace) for w in gone if w.held is not None]
+        for h, namespace in held:
+            self.take(h.queue, h.flavour, namespace, h.total, -1)
+        try:
+            yield
+        finally:
+            for h, namespace in held:
+                self.take(h.queue, h.flavour, namespace, h.total)
+
+    def available(self, queue: str, flavour: Flavour) -> int:
+        """Units that the queue may take now, borrowed ones included."""
+        own = self.queues[queue].spec
+        used = self.used[queue, flavour.name]
+        if own.cohort is None:
+            return flavour.nominal_quota - used
+        pool = 0
+        for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavour.name]:
+            kept = theirs.nominal_quota - _lends(theirs)
+            pool += _lends(theirs) - max(0, self.used[name, theirs.name] - kept)
+        guaranteed = flavour.nominal_quota - _lends(flavour)
+        free = max(0, guaranteed - used) + max(0, pool)
+        limit = UNLIMITED if flavour.borrowing_limit is None else flavour.nominal_quota + flavour.borrowing_limit
+        return min(free, limit - used)
+
+    def most(self, queue: str, flavour: Flavour) -> int:
+        """Units that the queue could ever have."""
+        if self.queues[queue].spec.cohort is None:
+            return flavour.nominal_quota
+        others = sum(_lends(theirs) for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavour.name] if name != queue)
+        extra = others if flavour.borrowing_limit is None else min(others, flavour.borrowing_limit)
+        return flavour.nominal_quota + extra
+
+    def borrows(self, queue: str, flavour: Flavour, units: int = 0) -> bool:
+        """Whether the queue has, with so many units more, more than its own."""
+        return self.used[queue, flavour.name] + units > flavour.nominal_quota
+
+    def share(self, queue: str) -> float:
+        """Weighted dominant share of the cohort's nominal quota, past use included."""
+        known = self._shares.get(queue)
+        if known is not None:
+            return known
+        own = self.queues[queue]
+        shares = [
+            self.used[queue, flavour.name] / total
+            for flavour in own.spec.flavours
+            if (total := sum(f.nominal_quota for _, f in self._cohorts[_cohort(own), flavour.name]))
+        ]
+        total = sum(f.nominal_quota for flavour in own.spec.flavours for _, f in self._cohorts[_cohort(own), flavour.name])
+        past = self._past[queue] / total if total else 0.0
+        found = self._shares[queue] = (max(shares, default=0.0) + past) / own.spec.weight
+        return found
+
+
+def _cohort(queue: Queue) -> str:
+    return f"c/{queue.spec.cohort}" if queue.spec.cohort is not None else f"q/{queue.name}"
+
+
+def _lends(flavour: Flavour) -> int:
+    return flavour.nominal_quota if flavour.lending_limit is None else min(flavour.lending_limit, flavour.nominal_quota)
+
+
+def _decay(spec: FineTuneQueueSpec, since: datetime, now: datetime) -> float:
+    half_life = max(1, seconds(spec.usage_half_life))
+    passed = max(0.0, (now - since).total_seconds())
+    return float(0.5 ** (passed / half_life))
+
+
+def average_use(history: UsageHistory, spec: FineTuneQueueSpec, now: datetime) -> float:
+    """Units in use on average over the past: constant use of n gives n."""
+    return _average(history.gpu_seconds, history, spec, now)
+
+
+def namespace_use(history: UsageHistory, spec: FineTuneQueueSpec, now: datetime) -> Mapping[str, float]:
+    """The same by namespace."""
+    return {entry.name: _average(entry.gpu_seconds, history, spec, now) for entry in history.namespaces}
+
+
+def _average(total: float, history: UsageHistory, spec: FineTuneQueueSpec, now: datetime) -> float:
+    at = datetime.fromisoformat(history.updated_at) if history.updated_at else now
+    window = max(1, seconds(spec.usage_half_life)) / 0.6931471805599453  # the integral of the decay
+    return total * _decay(spec, at, now) / window
+
+
+def counted(
+    history: UsageHistory, spec: FineTuneQueueSpec, using: Mapping[str, int], since: datetime, now: datetime, stamp: str
+) -> UsageHistory:
+    """The history with what each namespace has held since the last count."""
+    decay, passed = _decay(spec, since, now), max(0.0, (now - since).total_seconds())
+    past = {entry.name: entry.gpu_seconds * decay for entry in history.namespaces}
+    for namespace, units in using.items():
+        past[namespace] = past.get(namespace, 0.0) + units * passed
+    kept = sorted(((round(total, 1), name) for name, total in past.items() if total >= 1), key=lambda item: (-item[0], item[1]))[:256]
+    return UsageHistory.model_validate(
+        {
+            "gpuSeconds": round(history.gpu_seconds * decay + sum(using.values()) * passed, 1),
+            "namespaces": [{"name": name, "gpuSeconds": total} for total, name in kept],
+            "updatedAt": stamp,
+        }
+    )

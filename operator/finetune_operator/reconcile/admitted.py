@@ -1,0 +1,116 @@
+"""Where a job stands in its queue: what the scheduler decided becomes its condition Admitted, its place, and its right to pods."""
+
+from __future__ import annotations
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AdmissionStatus, QueueStatus, TopologyDomain
+
+from ..queueing.model import IMPLICIT, Admission, Verdict
+from .draft import Draft
+from .failures import Failure
+from .gang import next_attempt, release, workers
+from .model import parse_time, rfc3339
+
+
+def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    """Whether the gang may have its GPUs, by what is on record. A decision is put on record first and acted on in the next pass."""
+    verdict = draft.observed.verdict
+    if draft.status.is_true("Admitted"):
+        if verdict is not None and verdict.action == "preempt":
+            _give_way(draft, spec, verdict)
+            return False
+        if verdict is not None and verdict.action == "resize" and verdict.admission is not None:
+            _resize(draft, spec, verdict.admission, verdict.message)
+            return False
+        return True
+    if draft.status.condition("Admitted") is None and _recover(draft):
+        return False
+    draft.phase("Queued")
+    if not release(draft) or draft.held_back() or verdict is None:
+        return False
+    if verdict.action == "admit" and verdict.admission is not None:
+        _admit(draft, spec, verdict.admission, verdict.message)
+    elif verdict.action == "wait":
+        _wait(draft, verdict)
+    return False
+
+
+def _recover(draft: Draft) -> bool:
+    """Whether a gang runs that the status does not know: somebody wiped it, and the pods say what they were admitted to."""
+    running = [p for p in workers(draft) if p.phase not in ("Succeeded", "Failed") and not p.deleting]
+    for pod in running:
+        try:
+            draft.status.admission = AdmissionStatus.model_validate_json(pod.admission)
+        except ValueError:
+            continue
+        draft.set("Admitted", "True", "Recovered", "the gang was found running, and keeps what it was admitted to")
+        return True
+    return False
+
+
+def _admit(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: str) -> None:
+    status = draft.status
+    if not _fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
+        return
+    if status.queue is not None and (since := parse_time(status.queue.since)) is not None:
+        status.usage.queued_seconds += max(0, round((draft.now - since).total_seconds()))
+    status.queue = None
+    status.admission = _on_record(draft, admission)
+    draft.set("Admitted", "True", "Admitted" if admission.queue != IMPLICIT else "NoQueue", message)
+    draft.event("Normal", "Admitted", message)
+    draft.phase("Starting")
+
+
+def _on_record(draft: Draft, admission: Admission) -> AdmissionStatus:
+    return AdmissionStatus(
+        queue=admission.queue or None,
+        flavour=admission.flavour or None,
+        nodes=admission.pods,
+        node_labels=dict(admission.node_labels),
+        tolerations=list(admission.tolerations),
+        topology=TopologyDomain(key=admission.topology[0], value=admission.topology[1]) if admission.topology is not None else None,
+        price_per_hour=admission.price_per_hour,
+        admitted_at=rfc3339(draft.now),
+    )
+
+
+def _fit_plan(draft: Draft, world_size: int) -> bool:
+    """The plan for so many processes: the same global batch."""
+    plan = draft.status.plan
+    if plan is None or plan.world_size == world_size:
+        return True
+    try:
+        draft.status.plan = plan.spread_over(world_size)
+    except ValueError as failure:
+        draft.fail("PlanMismatch", str(failure))
+        return False
+    return True
+
+
+def _wait(draft: Draft, verdict: Verdict) -> None:
+    status = draft.status
+    since = status.queue.since if status.queue is not None else rfc3339(draft.now)
+    place = f"position {verdict.position}" + (f" in queue {verdict.queue}" if verdict.queue else "") + ": " if verdict.position else ""
+    status.queue = QueueStatus(name=verdict.queue or None, position=verdict.position or None, message=place + verdict.message, since=since)
+    if draft.before.queue is None:
+        draft.event("Normal", "Queued", place + verdict.message)
+    draft.set("Admitted", "False", verdict.reason, verdict.message)
+
+
+def _give_way(draft: Draft, spec: FineTuneJobSpec, verdict: Verdict) -> None:
+    status = draft.status
+    if workers(draft):
+        next_attempt(draft, spec, Failure("Stopped", "Preempted", verdict.message, ""), verdict.message)
+        status.retry_after = None
+    draft.set("Admitted", "False", "Preempted", verdict.message)
+    status.queue = QueueStatus(name=verdict.queue or None, message=verdict.message, since=rfc3339(draft.now))
+    draft.event("Normal", "Preempted", verdict.message)
+    draft.phase("Queued")
+
+
+def _resize(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: str) -> None:
+    if workers(draft):
+        next_attempt(draft, spec, Failure("Stopped", "Resized", message, ""), message)
+        draft.status.retry_after = None
+    if _fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
+        draft.status.admission = _on_record(draft, admission)

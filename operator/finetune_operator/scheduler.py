@@ -1,0 +1,322 @@
+"""The thin edge around queueing.decide(): look at the cluster, decide, wake the jobs that something was decided about.
+
+What is decided here is an intention: the job's own pass puts it on record, conditionally, and only the record counts. Until
+it is seen there, it is assumed to hold, so that nothing is given away twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from finetune_api.queue import FineTuneQueueStatus, FlavourUsage, Oldest
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Condition
+from finetune_api.validation import InvalidDocument, parse_spec
+
+from . import metrics
+from .cluster.client import APIError, Cluster, Object
+from .cluster.store import Key, Store
+from .queueing import Admission, Decisions, Snapshot, Verdict, decide, view
+from .queueing.model import Ask, Held, Queue, Workload
+from .queueing.quota import counted
+from .reconcile.model import parse_time, rfc3339
+from .settings import Settings
+
+log = logging.getLogger("finetune.scheduler")
+_DEBOUNCE = 0.05
+_IDLE_SECONDS = 60.0
+_NEAR = 20
+"""Places in a queue of which every change is told; farther back once a minute."""
+_FAR_SECONDS = 60.0
+_STATUS_SECONDS = 5.0
+_HISTORY_SECONDS = 60.0
+
+
+@dataclasses.dataclass
+class World:
+    """What is not the operator's own: as of the last LIST."""
+
+    queues: dict[str, Object] = dataclasses.field(default_factory=dict)
+    nodes: list[Object] | None = None
+    pods: list[tuple[str, str, dict[str, int]]] = dataclasses.field(default_factory=list)
+    """(UID, node, requests) of every pod that holds something of a node."""
+    namespaces: dict[str, Object] = dataclasses.field(default_factory=dict)
+    priorities: dict[str, int] = dataclasses.field(default_factory=dict)
+    default_priority: int = 0
+    at: float = float("-inf")
+    took: float = 0.0
+
+
+class Scheduler:
+    """One per operator; only the one that acts runs it."""
+
+    def __init__(self, cluster: Cluster, store: Store, settings: Settings, wake: Callable[[Key], None]) -> None:
+        self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
+        self._world = World()
+        self._specs: dict[str, tuple[int, FineTuneJobSpec, Ask]] = {}
+        self._verdicts: dict[str, Verdict] = {}
+        self._intended: dict[str, Verdict] = {}
+        """Admissions and evictions that are not on record yet."""
+        self._told: dict[str, float] = {}
+        self._dirty = asyncio.Event()
+        self._queue_written: dict[str, float] = {}
+        self._took = 0.0
+
+    def verdict(self, uid: str) -> Verdict | None:
+        """What is decided about a job; None before it was looked at."""
+        return self._verdicts.get(uid)
+
+    def recorded(self, uid: str) -> None:
+        """The job's status was written: what was decided before is used up."""
+        if self._intended.pop(uid, None) is not None or (v := self._verdicts.get(uid)) is None or v.action == "resize":
+            self._verdicts.pop(uid, None)
+        self.poke()
+
+    def poke(self) -> None:
+        """Something changed."""
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Decide again whenever something changed, and every few seconds while somebody waits. Until cancelled."""
+        while True:
+            try:
+                await self.once()
+            except APIError as failure:
+                log.info("again soon: %s", failure)
+            except Exception:
+                log.exception("the scheduler's pass failed")
+            waits = any(v.action == "wait" for v in self._verdicts.values())
+            try:
+                async with asyncio.timeout(self._settings.snapshot_seconds if waits else _IDLE_SECONDS):
+                    await self._dirty.wait()
+            except TimeoutError:
+                pass
+            await asyncio.sleep(max(_DEBOUNCE, 4 * self._took))  # under load at most a fifth of the time is spent here
+
+    async def once(self) -> Decisions:
+        """One pass."""
+        self._dirty.clear()
+        await self._refresh()
+        began = time.monotonic()
+        snapshot = self._snapshot(self._cluster.now())
+        decisions = decide(snapshot)
+        self._took = time.monotonic() - began
+        metrics.SCHEDULING_SECONDS.observe(self._took)
+        self._note(snapshot, decisions)
+        await self._report(snapshot, decisions)
+        return decisions
+
+    # looking
+
+    async def _refresh(self) -> None:
+        """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
+        world, began = self._world, time.monotonic()
+        if began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
+            return
+        queues = await self._list("FineTuneQueue")
+        # one that serves a single namespace does not see what others hold: quota alone decides then
+        nodes = await self._list("Node") if not self._settings.watch_namespace else None
+        found = World(
+            queues={raw["metadata"]["name"]: raw for raw in queues or ()},
+            nodes=nodes,
+            namespaces={raw["metadata"]["name"]: raw for raw in (await self._list("Namespace") if queues else None) or ()},
+        )
+        for raw in await self._list("PriorityClass") or ():
+            found.priorities[raw["metadata"]["name"]] = int(raw.get("value", 0))
+            if raw.get("globalDefault"):
+                found.default_priority = int(raw.get("value", 0))
+        if nodes:
+            found.pods = await self._pods()
+        found.at, found.took = time.monotonic(), time.monotonic() - began
+        self._world = found
+
+    async def _list(self, kind: str) -> list[Object] | None:
+        """All objects of a kind; None where the operator may not look, or the kind is not served."""
+        try:
+            return [raw async for raw in self._cluster.list(kind)]
+        except APIError as failure:
+            if failure.status not in (403, 404):
+                raise
+            return None
+
+    async def _pods(self) -> list[tuple[str, str, dict[str, int]]]:
+        found = []
+        async for raw in self._cluster.list("Pod"):
+            node = (raw.get("spec") or {}).get("nodeName")
+            if node and (raw.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
+                found.append((raw["metadata"]["uid"], node, view.requests(raw["spec"])))
+        return found
+
+    def _snapshot(self, now: datetime) -> Snapshot:
+        world, ours = self._world, set[str]()
+        workloads = []
+        keys = self._store.job_keys()
+        for key in keys:
+            workload = self._workload(key, now, ours)
+            if workload is not None:
+                workloads.append(self._as_intended(workload, now))
+        used: dict[str, Counter[str]] = defaultdict(Counter)
+        for uid, node, amounts in world.pods:
+            if uid not in ours:  # those are counted with their job, as they are now
+                used[node].update(amounts)
+        for gone in self._specs.keys() - {w.uid for w in workloads}:
+            for known in (self._specs, self._verdicts, self._intended, self._told):
+                known.pop(gone, None)  # type: ignore[attr-defined]
+        return Snapshot(
+            now=now,
+            workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
+            queues=tuple(q for raw in world.queues.values() if (q := view.queue(raw)) is not None),
+            nodes=tuple(view.node(raw, used[raw["metadata"]["name"]]) for raw in world.nodes) if world.nodes is not None else None,
+            namespaces={name: view.namespace(raw) for name, raw in world.namespaces.items()},
+            autoscaled=self._settings.autoscaled,
+        )
+
+    def _workload(self, key: Key, now: datetime, ours: set[str]) -> Workload | None:
+        raw = self._store.job(key)
+        if raw is None or raw["metadata"].get("deletionTimestamp"):
+            return None
+        pods = self._store.gpu_pods(raw["metadata"]["uid"])
+        ours.update(pod.uid for pod in pods)
+        spec = self._spec(raw)
+        if spec is None:
+            return None
+        name = spec[0].scheduling.priority_class_name
+        priority = self._world.priorities.get(name, 0) if name is not None else self._world.default_priority
+        return view.workload(raw, *spec, pods, priority, self._settings, now)
+
+    def _spec(self, raw: Object) -> tuple[FineTuneJobSpec, Ask] | None:
+        uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))
+        known = self._specs.get(uid)
+        if known is None or known[0] != generation:
+            try:
+                spec = parse_spec(raw.get("spec"), strict=False)
+            except InvalidDocument:
+                return known[1:] if known is not None else None
+            known = self._specs[uid] = generation, spec, view.ask_of(spec)
+        return known[1:]
+
+    def _as_intended(self, workload: Workload, now: datetime) -> Workload:
+        intended = self._intended.get(workload.uid)
+        if intended is None:
+            return workload
+        held = workload.held
+        if intended.action == "preempt" and held is not None and not held.stopping:
+            return dataclasses.replace(workload, held=dataclasses.replace(held, stopping=True))
+        if intended.action == "admit" and intended.admission is not None and workload.waits and held is None:
+            granted = _assumed(intended.admission, workload.ask, now)
+            return dataclasses.replace(workload, held=granted, waits=False)
+        del self._intended[workload.uid]
+        return workload
+
+    # telling
+
+    def _note(self, snapshot: Snapshot, decisions: Decisions) -> None:
+        now = time.monotonic()
+        for workload in snapshot.workloads:
+            uid = workload.uid
+            new = self._intended.get(uid) or decisions.verdicts.get(uid)
+            old = self._verdicts.get(uid)
+            if new is None:
+                self._verdicts.pop(uid, None)
+                continue
+            if new.action in ("admit", "preempt"):
+                self._intended[uid] = new
+            self._verdicts[uid] = new
+            if new == old:
+                continue
+            moved = old is None or (new.action, new.reason) != (old.action, old.reason)
+            if moved or new.position <= _NEAR or now - self._told.get(uid, float("-inf")) >= _FAR_SECONDS:
+                self._told[uid] = now
+                self._wake((workload.namespace, workload.name))
+
+    async def _report(self, snapshot: Snapshot, decisions: Decisions) -> None:
+        metrics.PENDING.clear()
+        metrics.QUEUE_USED.clear()
+        for name, report in decisions.queues.items():
+            metrics.PENDING.labels(queue=name).set(report.pending)
+            for flavour, units in report.used.items():
+                metrics.QUEUE_USED.labels(queue=name, flavour=flavour).set(units)
+        for queue in snapshot.queues:
+            await self._write(queue, snapshot, decisions)
+
+    async def _write(self, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> None:
+        raw, since = self._world.queues[queue.name], time.monotonic() - self._queue_written.get(queue.name, float("-inf"))
+        if since < _STATUS_SECONDS:
+            return
+        status = queue_status(queue, raw, snapshot, decisions)
+        old = dict(raw.get("status") or {})
+        new: dict[str, Any] = status.to_wire()
+        if {**old, "history": None} == {**new, "history": None} and (since < _HISTORY_SECONDS or status.history.gpu_seconds < 1):
+            return
+        try:
+            answer = await self._cluster.replace_status({**raw, "status": new}, urgent=False)
+        except APIError as failure:
+            if failure.transient:
+                raise
+            log.info("queue %s: status refused: %s", queue.name, failure)
+            self._world.at = float("-inf")  # it changed, or is gone
+            return
+        self._queue_written[queue.name] = time.monotonic()
+        self._world.queues[queue.name] = answer
+
+
+def _assumed(admission: Admission, ask: Ask, now: datetime) -> Held:
+    return Held(
+        queue=admission.queue,
+        flavour=admission.flavour,
+        pods=admission.pods,
+        units=ask.units,
+        since=now,
+        topology=admission.topology,
+        bound=admission.place,
+    )
+
+
+def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:
+    """A queue's status from what was decided."""
+    report, spec = decisions.queues[queue.name], queue.spec
+    using: Counter[str] = Counter()
+    for workload in snapshot.workloads:
+        if workload.held is not None and workload.held.queue == queue.name:
+            using[workload.namespace] += workload.held.total
+    flavours = [
+        FlavourUsage(
+            name=f.name,
+            nominal=f.nominal_quota,
+            used=report.used.get(f.name, 0),
+            borrowed=max(0, report.used.get(f.name, 0) - f.nominal_quota),
+        )
+        for f in spec.flavours
+    ]
+    stamp = rfc3339(snapshot.now)
+    since = parse_time(queue.history.updated_at) or snapshot.now
+    stopped = spec.stop_policy != "None"
+    old: Object = next((c for c in (raw.get("status") or {}).get("conditions") or () if c.get("type") == "Active"), {})
+    value = "False" if stopped else "True"
+    active = Condition(
+        type="Active",
+        status="False" if stopped else "True",
+        reason="Stopped" if stopped else "Ready",
+        message=f"stopPolicy is {spec.stop_policy}" if stopped else "jobs are admitted",
+        last_transition_time=old.get("lastTransitionTime", stamp) if old.get("status") == value else stamp,
+        observed_generation=int(raw["metadata"].get("generation", 0)),
+    )
+    return FineTuneQueueStatus(
+        conditions=[active],
+        pending=report.pending,
+        admitted=report.admitted,
+        flavours=flavours,
+        used=sum(f.used for f in flavours),
+        nominal=sum(f.nominal for f in flavours),
+        borrowed=sum(f.borrowed for f in flavours),
+        share=report.share,
+        oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
+        history=counted(queue.history, spec, using, since, snapshot.now, stamp),
+    )
