@@ -81,8 +81,9 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
 
 def test_one_namespace_needs_no_cluster_wide_rights_on_objects() -> None:
     found = render({"watchNamespace": "team-a"})
-    wide = [r for d in found if d["kind"] == "ClusterRole" and "aggregate" not in str(d["metadata"]["labels"]) for r in d["rules"]]
-    assert [(r["resources"], r["verbs"]) for r in wide] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
+    bound = {d["roleRef"]["name"] for d in found if d["kind"] == "ClusterRoleBinding"}
+    wide = [r for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"] in bound for r in d["rules"]]
+    assert [(r["resources"], r["verbs"]) for r in wide] == [(["tokenreviews"], ["create"]), (["nodes"], ["get", "list"])]
 
 
 def test_rights_are_named_one_by_one() -> None:
@@ -95,8 +96,8 @@ def test_rights_are_named_one_by_one() -> None:
 
 def test_new_servers_get_the_schema_with_cel() -> None:
     """Old ones get the other file; the end-to-end tests install it on one."""
-    crd = next(d for d in render({}) if d["kind"] == "CustomResourceDefinition")
-    assert "x-kubernetes-validations" in yaml.safe_dump(crd)
+    crds = [d for d in render({}) if d["kind"] == "CustomResourceDefinition"]
+    assert len(crds) == 2 and all("x-kubernetes-validations" in yaml.safe_dump(crd) for crd in crds)
 
 
 @pytest.mark.parametrize(

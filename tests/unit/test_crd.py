@@ -15,14 +15,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.base import APIModel
-from finetune_api.crd import crd, generated, structural_schema
+from finetune_api.crd import crd, generated, queue_crd, structural_schema
+from finetune_api.queue import FineTuneQueueSpec
 from finetune_api.reference import reference
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import InvalidDocument, parse_spec
 from tests.factory import FULL, MINIMAL
 
 REPO = Path(__file__).parents[2]
-SPEC = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+CRDS = {"FineTuneJob": crd(), "FineTuneQueue": queue_crd()}
+QUEUE: dict[str, Any] = {
+    "cohort": "all",
+    "flavours": [{"name": "h100", "nominalQuota": 16, "borrowingLimit": 8, "nodeLabels": {"gpu": "h100"}, "pricePerHour": 2.5}],
+    "namespaceSelector": {"matchLabels": {"team": "a"}},
+}
+
+
+def _schema(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = CRDS[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    return found
+
+
+SPEC, QUEUE_SPEC = _schema("FineTuneJob")["spec"], _schema("FineTuneQueue")["spec"]
 
 
 def test_generated_files_are_fresh() -> None:
@@ -31,10 +45,11 @@ def test_generated_files_are_fresh() -> None:
     assert (REPO / "docs" / "reference.md").read_text() == reference(), "run `make crds`: docs/reference.md"
 
 
+@pytest.mark.parametrize("kind", CRDS)
 @pytest.mark.parametrize("version", ["1.25", "1.37"])
-def test_the_crd_is_valid_for_old_and_new_servers(version: str) -> None:
+def test_the_crd_is_valid_for_old_and_new_servers(version: str, kind: str) -> None:
     """1.20 is asked itself, in the component tests: no package ships its schemas any more."""
-    kubernetes_validate.validate(crd(), version, strict=True)
+    kubernetes_validate.validate(CRDS[kind], version, strict=True)
 
 
 def _walk(node: dict[str, Any], path: str = "spec") -> Any:
@@ -45,8 +60,9 @@ def _walk(node: dict[str, Any], path: str = "spec") -> Any:
         yield from _walk(node["items"], f"{path}[]")
 
 
-def test_every_field_is_described_and_structural() -> None:
-    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+@pytest.mark.parametrize("kind", CRDS)
+def test_every_field_is_described_and_structural(kind: str) -> None:
+    schema = _schema(kind)
     for root in ("spec", "status"):
         for path, node in _walk(schema[root], root):
             assert "type" in node, path
@@ -55,10 +71,11 @@ def test_every_field_is_described_and_structural() -> None:
                 assert node.get("description"), f"{path} has no description"
 
 
-def test_strings_and_lists_are_bounded() -> None:
+@pytest.mark.parametrize("kind", CRDS)
+def test_strings_and_lists_are_bounded(kind: str) -> None:
     unbounded = [
         path
-        for path, node in _walk(SPEC)
+        for path, node in _walk(_schema(kind)["spec"])
         if (node["type"] == "string" and "enum" not in node and "maxLength" not in node)
         or (node["type"] == "array" and "maxItems" not in node)
     ]
@@ -100,7 +117,7 @@ def _strict(node: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if not key.startswith("x-")}
 
 
-VALIDATOR = jsonschema.Draft202012Validator(_strict(SPEC))
+VALIDATOR, QUEUE_VALIDATOR = (jsonschema.Draft202012Validator(_strict(schema)) for schema in (SPEC, QUEUE_SPEC))
 
 
 @functools.cache
@@ -146,6 +163,16 @@ def _model_accepts(document: Any) -> bool:
     except InvalidDocument:
         return False
     return True
+
+
+def _queue_accepted_by(document: Any) -> tuple[bool, bool]:
+    """(by the server, by the model)"""
+    server = QUEUE_VALIDATOR.is_valid(document) and _cel_holds(QUEUE_SPEC, _with_defaults(QUEUE_SPEC, document))
+    try:
+        FineTuneQueueSpec.model_validate(document, extra="forbid", by_alias=True, by_name=False)
+    except ValueError:
+        return server, False
+    return server, True
 
 
 def test_minimal_and_full_are_accepted_by_both() -> None:
@@ -239,6 +266,32 @@ def test_schema_and_models_agree(data: st.DataObject) -> None:
     assert server == model, f"server {server}, model {model}: {document}\n{list(VALIDATOR.iter_errors(document))[:2]}"
 
 
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_queue_schema_and_model_agree(data: st.DataObject) -> None:
+    """The same for FineTuneQueue."""
+    document = copy.deepcopy(QUEUE)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path, node = data.draw(st.sampled_from(_paths(QUEUE_SPEC)))
+        target: Any = document
+        for part in path[:-1]:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target[path[-1]] = data.draw(_values(node))
+    if _null_inside(document):
+        return
+    server, model = _queue_accepted_by(document)
+    assert server == model, f"server {server}, model {model}: {document}"
+
+
+def test_rules_of_queues() -> None:
+    assert _queue_accepted_by(QUEUE) == (True, True)
+    for limit in ("borrowingLimit", "lendingLimit"):
+        alone = {"flavours": [{"name": "any", "nominalQuota": 8, limit: 2}]}
+        assert QUEUE_VALIDATOR.is_valid(alone) and _queue_accepted_by(alone) == (False, False), limit
+    assert _queue_accepted_by({"flavours": []}) == (False, False)
+
+
 def test_every_rule_is_exercised() -> None:
     """Each CEL rule refuses at least one document that the Python rule refuses too, and the same ones."""
     from tests.unit.test_validation import BAD
@@ -271,4 +324,4 @@ def _pairs(node: dict[str, Any], value: Any, path: str = "spec") -> Any:
 
 
 def test_the_model_has_no_field_without_docstring() -> None:
-    assert all(field.description for field in FineTuneJobSpec.model_fields.values())
+    assert all(field.description for model in (FineTuneJobSpec, FineTuneQueueSpec) for field in model.model_fields.values())

@@ -8,6 +8,7 @@ kubelets do meanwhile. Whatever it chooses, the invariants hold, and once it sto
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import itertools
 import os
@@ -27,6 +28,7 @@ from finetune_operator.cluster.client import APIError, Object
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import Controller
 from finetune_operator.progress.board import ProgressBoard
+from finetune_operator.queueing import Verdict
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, RESULTS, after, container_status, ended, job, merged, stamp
 
@@ -39,7 +41,7 @@ SPEC = merged(
     publish=[{"uri": "pvc://published/support"}],
     runPolicy={"maxRestarts": 1000, "gangTimeout": "30d"},
 )
-SETTINGS = Settings(progress_url="none", backoff_base_seconds=0, stage_retries=1000, status_interval_seconds=0)
+SETTINGS = Settings(progress_url="none", backoff_base_seconds=0, stage_retries=1000, status_interval_seconds=0, snapshot_seconds=0)
 
 
 class Died(BaseException):
@@ -199,6 +201,7 @@ class Machine(RuleBasedStateMachine):
     def go_on(self, but: str = "") -> None:
         """Everybody does their part, but pods of one stage do not end."""
         self.deliver_everything()
+        self.schedule(0, "")
         self.work(0, "")
         self.deletions_end(137)
         self.job_controller()
@@ -231,6 +234,22 @@ class Machine(RuleBasedStateMachine):
         self.server.trouble = (after, what) if what else None
         self.run(self.controller.process(KEY))
         self.server.trouble = None
+
+    @rule(after=st.integers(0, 6), what=st.sampled_from(["", "", "", "refuse", "die"]))
+    def schedule(self, after: int, what: str) -> None:
+        """One look at the queue."""
+        self.server.trouble = (after, what) if what else None
+        with contextlib.suppress(APIError):
+            self.run(self.controller.scheduler.once())
+        self.server.trouble = None
+
+    @rule()
+    def gives_way(self) -> None:
+        """The scheduler wants the GPUs for somebody else."""
+        if self.status.is_true("Admitted") and not self.status.is_true("Trained"):
+            self.faults += 1
+            uid = self.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
+            self.controller.scheduler._verdicts[uid] = Verdict(action="preempt", reason="Preempted", message="for another")
 
     @rule()
     def crash(self) -> None:

@@ -53,6 +53,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "exactly one of splitFraction and uri",
     ),
     ("fsdp on CPU", {"distribution": {"gpusPerNode": 0, "strategy": "fsdp"}}, "fsdp needs GPUs"),
+    ("more than there are", {"distribution": {"nodes": 2, "minNodes": 3}}, "distribution.minNodes is more than"),
     ("offload without DeepSpeed", {"distribution": {"offload": "optimizer"}}, "offload needs distribution.strategy"),
     (
         "offload of parameters",
