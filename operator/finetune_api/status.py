@@ -248,6 +248,10 @@ class AdmissionStatus(APIModel):
     """Where scheduling.topologyKey keeps the gang together."""
     price_per_hour: float | None = None
     """Price of one unit for an hour."""
+    planned_nodes: Annotated[list[str], Field(max_length=512)] = []
+    """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
+    attempt: int = 0
+    """Attempt that it was planned for."""
     admitted_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
     """When."""
 

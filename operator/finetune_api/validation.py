@@ -6,11 +6,12 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from . import API_VERSION, KIND
+from .queue import FineTuneQueueSpec
 from .scalars import DNS_LABEL_PATTERN, DNS_SUBDOMAIN_PATTERN, DURATION_PATTERN, QUALIFIED_NAME_PATTERN, QUANTITY_PATTERN
 from .spec import FineTuneJobSpec
 from .uris import EXPECTED
@@ -24,6 +25,7 @@ _PATTERN_HINTS = {
     QUALIFIED_NAME_PATTERN: "expected a name such as nvidia.com/gpu",
 }
 MAX_ERRORS = 20
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,19 @@ def parse_spec(raw: Any, *, strict: bool = True) -> FineTuneJobSpec:
 
     Raises InvalidDocument.
     """
+    return _parse(FineTuneJobSpec, raw, strict=strict)
+
+
+def parse_queue(document: Mapping[str, Any]) -> FineTuneQueueSpec:
+    """Parse a whole FineTuneQueue document strictly. Raises InvalidDocument."""
+    return _parse(FineTuneQueueSpec, document.get("spec"), strict=True)
+
+
+def _parse(model: type[Spec], raw: Any, *, strict: bool) -> Spec:
     try:
-        return FineTuneJobSpec.model_validate(raw, extra="forbid" if strict else "ignore", by_alias=True, by_name=False)
+        return model.model_validate(raw, extra="forbid" if strict else "ignore", by_alias=True, by_name=False)
     except ValidationError as failure:
-        raise InvalidDocument([_explain(error) for error in failure.errors(include_url=False)]) from None
+        raise InvalidDocument([_explain(model, error) for error in failure.errors(include_url=False)]) from None
 
 
 def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
@@ -80,7 +91,7 @@ def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
     return dict(metadata or {}), parse_spec(document.get("spec"), strict=True)
 
 
-def _explain(error: Any) -> FieldError:
+def _explain(model: type[BaseModel], error: Any) -> FieldError:
     location = error["loc"]
     path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     value, kind, context = error.get("input"), error["type"], error.get("ctx", {})
@@ -89,7 +100,7 @@ def _explain(error: Any) -> FieldError:
     if kind == "missing":
         return FieldError(path, "is required")
     if kind == "extra_forbidden":
-        return FieldError(path, "unknown field" + _did_you_mean(str(location[-1]), _siblings(location)))
+        return FieldError(path, "unknown field" + _did_you_mean(str(location[-1]), _siblings(model, location)))
     if kind == "literal_error":
         expected = str(context.get("expected", ""))
         choices = re.findall(r"'([^']*)'", expected)
@@ -113,8 +124,8 @@ def _did_you_mean(word: str, choices: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else (f"; known here: {', '.join(sorted(choices))}" if len(choices) < 16 else "")
 
 
-def _siblings(location: tuple[Any, ...]) -> list[str]:
-    model: Any = FineTuneJobSpec
+def _siblings(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    model: Any = root
     for part in location[:-1]:
         if isinstance(part, int) or model is None:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 
@@ -25,10 +26,34 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("file", type=Path, nargs="+")
     watch = commands.add_parser("watch", help="follow a job in a cluster until it ends")
     watch.add_argument("name")
-    watch.add_argument("-n", "--namespace")
-    watch.add_argument("--kubeconfig")
-    watch.add_argument("--context")
+    queues = commands.add_parser("queues", help="who has the GPUs, and who waits for what")
+    why = commands.add_parser("why", help="why a job waits")
+    why.add_argument("name")
+    simulate = commands.add_parser("simulate", help="what would happen with another job, quota or node")
+    simulate.add_argument("-f", "--file", type=Path, action="append", default=[], help="YAML file with FineTuneJobs to add")
+    simulate.add_argument("--quota", action="append", default=[], metavar="QUEUE/FLAVOUR=UNITS", help="another nominal quota")
+    simulate.add_argument("--node", action="append", default=[], metavar="NODE[=COUNT]", help="more nodes like one that is there, all free")
+    for command in (watch, queues, why, simulate):
+        command.add_argument("-n", "--namespace")
+        command.add_argument("--kubeconfig")
+        command.add_argument("--context")
     return parser
+
+
+def _on_queues(arguments: argparse.Namespace, console: Console) -> int:
+    from . import queues
+
+    reader = queues.Reader(arguments.kubeconfig, arguments.context)
+    try:
+        if arguments.command == "queues":
+            return asyncio.run(queues.queues(reader, console))
+        if arguments.command == "why":
+            return asyncio.run(queues.why(reader, arguments.name, arguments.namespace, console))
+        wanted = arguments.file, arguments.quota, arguments.node
+        return asyncio.run(queues.simulate(reader, *wanted, arguments.namespace, console))
+    except queues.WrongInput as failure:
+        print(failure, file=sys.stderr)
+        return 2
 
 
 def main() -> None:
@@ -38,12 +63,17 @@ def main() -> None:
     try:
         if arguments.command == "validate":
             for path in arguments.file:
-                for metadata, _ in read_jobs(path):
+                found = read_jobs(path)
+                if not found:
+                    console.print(f"{path}: is valid", highlight=False)
+                for metadata, _ in found:
                     console.print(f"{path}: FineTuneJob {metadata.get('name')} is valid", highlight=False)
         elif arguments.command == "watch":
             from .watch import watch
 
             sys.exit(watch(arguments.name, arguments.namespace, arguments.kubeconfig, arguments.context, console))
+        elif arguments.command in ("queues", "why", "simulate"):
+            sys.exit(_on_queues(arguments, console))
         else:
             from .local import MissingVolume, run_local
 

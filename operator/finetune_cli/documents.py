@@ -1,4 +1,4 @@
-"""Read FineTuneJob documents from YAML files."""
+"""Read FineTuneJob documents from YAML files, and check the FineTuneQueues beside them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from finetune_api import KIND
+from finetune_api.queue import QUEUE_KIND
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.validation import FieldError, InvalidDocument, parse_job
+from finetune_api.validation import FieldError, InvalidDocument, parse_job, parse_queue
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,9 +45,13 @@ def read_jobs(path: Path) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
         raise InvalidDocument([FieldError("", f"{path}: {failure.strerror}")]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         raise InvalidDocument([FieldError("", f"{path} is no YAML: {failure}")]) from None
-    jobs = [
+    ours = [
         d for d in documents if not isinstance(d, dict) or d.get("kind") == KIND or str(d.get("kind", "")).lower().startswith("finetune")
     ]
-    if not jobs:
+    queues = [d for d in ours if isinstance(d, dict) and d.get("kind") == QUEUE_KIND]
+    for document in queues:
+        parse_queue(document)
+    jobs = [d for d in ours if d not in queues]
+    if not jobs and not queues:
         raise InvalidDocument([FieldError("", f"{path} holds no {KIND}")])
     return [parse_job(d) for d in jobs]

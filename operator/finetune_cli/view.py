@@ -61,7 +61,7 @@ class JobView:
                 mark = {"True": "✓", "False": "✗", "Unknown": "…"}[condition.status]
                 if condition.type == "Failed":
                     mark = "✗"
-                elif condition.status == "False" and condition.reason in _PASSING:
+                elif condition.status == "False" and (condition.reason in _PASSING or condition.type == "Admitted"):
                     mark = "…"
                 news.append(f"{mark} {condition.type}: {condition.message or condition.reason}")
         return news
@@ -81,6 +81,8 @@ class JobView:
         if status.phase in ("Failed", "Suspended"):
             line.append(status.phase, style="bold red")
         parts: list[RenderableType] = [line]
+        if status.phase == "Queued" and status.queue is not None:
+            parts.append(Text(status.queue.message, style="yellow"))
         progress = status.progress
         if progress is not None and progress.total_steps:
             row = Table.grid(padding=(0, 1))

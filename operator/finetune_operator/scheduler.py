@@ -68,6 +68,8 @@ class Scheduler:
         self._dirty = asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
+        self._owed = False
+        """A queue's status is to be written, but not so soon after the last."""
 
     def verdict(self, uid: str) -> Verdict | None:
         """What is decided about a job; None before it was looked at."""
@@ -92,7 +94,7 @@ class Scheduler:
                 log.info("again soon: %s", failure)
             except Exception:
                 log.exception("the scheduler's pass failed")
-            waits = any(v.action == "wait" for v in self._verdicts.values())
+            waits = self._owed or any(v.action == "wait" for v in self._verdicts.values())
             try:
                 async with asyncio.timeout(self._settings.snapshot_seconds if waits else _IDLE_SECONDS):
                     await self._dirty.wait()
@@ -114,6 +116,11 @@ class Scheduler:
         return decisions
 
     # looking
+
+    async def look(self) -> Snapshot:
+        """The cluster as it is now; nothing is decided."""
+        await self._refresh()
+        return self._snapshot(self._cluster.now())
 
     async def _refresh(self) -> None:
         """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
@@ -237,6 +244,7 @@ class Scheduler:
                 self._wake((workload.namespace, workload.name))
 
     async def _report(self, snapshot: Snapshot, decisions: Decisions) -> None:
+        self._owed = False
         metrics.PENDING.clear()
         metrics.QUEUE_USED.clear()
         for name, report in decisions.queues.items():
@@ -248,12 +256,13 @@ class Scheduler:
 
     async def _write(self, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> None:
         raw, since = self._world.queues[queue.name], time.monotonic() - self._queue_written.get(queue.name, float("-inf"))
-        if since < _STATUS_SECONDS:
-            return
         status = queue_status(queue, raw, snapshot, decisions)
         old = dict(raw.get("status") or {})
         new: dict[str, Any] = status.to_wire()
         if {**old, "history": None} == {**new, "history": None} and (since < _HISTORY_SECONDS or status.history.gpu_seconds < 1):
+            return
+        if since < _STATUS_SECONDS:
+            self._owed = True
             return
         try:
             answer = await self._cluster.replace_status({**raw, "status": new}, urgent=False)

@@ -25,7 +25,7 @@ from tests.cluster.shell import REPO
 from tests.factory import RESULTS, container_status, ended
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
-CRD = REPO / "charts" / "finetune-operator" / "files" / "finetunejobs-before-1.25.yaml"
+CRDS = sorted((REPO / "charts" / "finetune-operator" / "files").glob("*-before-1.25.yaml"))
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,8 @@ def cluster() -> Iterator[LocalCluster]:
     target = LocalCluster("component", size=0)
     target.down(quiet=True)
     target.up()
-    target.define(CRD)
+    for crd in CRDS:
+        target.define(crd)
     yield target
     target.down(quiet=True)
 

@@ -293,13 +293,15 @@ def _in_cluster() -> bool:
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and _TOKEN.exists()
 
 
-async def connect(qps: float = DEFAULT_QPS, burst: int = DEFAULT_BURST) -> KubernetesCluster:
+async def connect(
+    qps: float = DEFAULT_QPS, burst: int = DEFAULT_BURST, *, kubeconfig: str | None = None, context: str | None = None
+) -> KubernetesCluster:
     """Connect with the pod's service account, or with the kubeconfig outside a cluster."""
     configuration = kubernetes_client.Configuration()
-    if _in_cluster():
+    if _in_cluster() and kubeconfig is None:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
-        await kubernetes_config.load_kube_config(client_configuration=configuration)
+        await kubernetes_config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
     return KubernetesCluster(kubernetes_client.ApiClient(configuration), RateLimit(qps, burst))
 
 

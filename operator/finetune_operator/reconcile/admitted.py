@@ -70,6 +70,8 @@ def _on_record(draft: Draft, admission: Admission) -> AdmissionStatus:
         tolerations=list(admission.tolerations),
         topology=TopologyDomain(key=admission.topology[0], value=admission.topology[1]) if admission.topology is not None else None,
         price_per_hour=admission.price_per_hour,
+        planned_nodes=[node for node, pods in admission.place for _ in range(pods)],
+        attempt=draft.status.attempt,
         admitted_at=rfc3339(draft.now),
     )
 

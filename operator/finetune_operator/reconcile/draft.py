@@ -28,6 +28,8 @@ class Draft:
         self.actions: list[Action] = []
         self.events: list[Event] = []
         self.requeue: list[datetime] = []
+        self.last_words = False
+        """Something was learnt from a pod that may be gone in a moment: it is put on record at once."""
 
     def job_ref(self, spec: FineTuneJobSpec) -> JobRef:
         """Identity and spec for the builders of manifests."""
@@ -115,6 +117,6 @@ class Draft:
             actions=tuple(self.actions),
             events=tuple(self.events),
             status=self.status if changed else None,
-            urgent=self.status != quiet,
+            urgent=self.last_words or self.status != quiet,
             requeue_at=min(self.requeue) if self.requeue else None,
         )

@@ -19,6 +19,8 @@ from .stages import why_not_running
 
 _RESTARTS_KEPT = 20
 _LOOK_AGAIN = 10.0
+_TAKEN_SECONDS = 60
+"""How long a gang waits for the scheduler on nodes that had room when it was admitted."""
 GANG_TIMEOUT = "GangTimeout"
 """Reason of an attempt whose pods did not all start: it gives its admission back."""
 STOPPING = "Stopping"
@@ -65,6 +67,7 @@ def note_checkpoints(draft: Draft) -> None:
         step = words.result.get("checkpointStep") if words is not None else None
         if isinstance(step, int) and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
             _checkpoint(draft, step, rfc3339(pod.finished or draft.now))
+            draft.last_words = True
 
 
 def _checkpoint(draft: Draft, step: int, saved_at: str) -> None:
@@ -327,12 +330,15 @@ def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) ->
     if status.gang is None:
         return
     begun = parse_time(status.gang.started_at) or draft.now
-    left = (begun + timedelta(seconds=seconds(spec.run_policy.gang_timeout)) - draft.now).total_seconds()
+    limit, which = seconds(spec.run_policy.gang_timeout), "runPolicy.gangTimeout"
+    planned = status.admission is not None and status.admission.planned_nodes
+    if reason == "Unschedulable" and planned and limit > _TAKEN_SECONDS:  # no node is on its way, and half a gang holds GPUs in vain
+        limit, which = _TAKEN_SECONDS, "somebody else took its place"
+    left = (begun + timedelta(seconds=limit) - draft.now).total_seconds()
     if left > 0:
         draft.wait(left)
         return
-    waited = human_duration(seconds(spec.run_policy.gang_timeout))
-    text = f"gang not running after {waited} (runPolicy.gangTimeout), its resources are given back: {message}"
+    text = f"gang not running after {human_duration(limit)} ({which}), its resources are given back: {message}"
     end_attempt(draft, spec, Failure("Disruption", GANG_TIMEOUT, text, ""))
 
 

@@ -63,10 +63,8 @@ def worker(
         shared_memory=job.spec.resources.shared_memory,
     )
     spec.update(hostname=name, subdomain=subdomain, terminationGracePeriodSeconds=settings.termination_grace_seconds)
-    if avoid:  # preferred, not required: a small cluster must not stand still for it
-        field = {"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}
-        term = {"weight": 100, "preference": {"matchFields": [field]}}
-        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+    if terms := _rather(rank, attempt, avoid, admission):  # preferred, not required: the scheduler knows volumes and zones, too
+        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": terms}}
     put_on(spec, admission)
     if admission is not None and admission.topology is not None:
         spec["nodeSelector"] = {**spec.get("nodeSelector", {}), admission.topology.key: admission.topology.value}
@@ -76,6 +74,19 @@ def worker(
     if admission is not None:
         meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+
+
+def _rather(rank: int, attempt: int, avoid: tuple[str, ...], admission: AdmissionStatus | None) -> list[Manifest]:
+    """The node that was planned for this pod, and none that jobs kept failing on. A field may be compared with one value at a time."""
+
+    def term(operator: str, nodes: tuple[str, ...]) -> Manifest:
+        fields = [{"key": "metadata.name", "operator": operator, "values": [node]} for node in nodes]
+        return {"weight": 100, "preference": {"matchFields": fields}}
+
+    terms = [term("NotIn", avoid)] if avoid else []
+    if admission is not None and admission.attempt == attempt and rank < len(admission.planned_nodes):
+        terms.append(term("In", (admission.planned_nodes[rank],)))
+    return terms
 
 
 def put_on(spec: Manifest, admission: AdmissionStatus | None) -> None:

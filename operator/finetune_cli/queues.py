@@ -1,0 +1,183 @@
+"""`finetune queues`, `finetune why` and `finetune simulate`: who has the GPUs, who waits for what, and what would happen if."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kubernetes.aio import config as kubernetes_config
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune_api.status import read_status
+from finetune_operator.cluster.client import CHILD_KINDS, KubernetesCluster, connect
+from finetune_operator.cluster.store import Store
+from finetune_operator.controller import SELECTOR
+from finetune_operator.queueing import Decisions, Snapshot, decide, view
+from finetune_operator.queueing.model import Node, Queue, Workload
+from finetune_operator.queueing.quota import UNLIMITED
+from finetune_operator.scheduler import Scheduler
+from finetune_operator.settings import Settings
+
+from .documents import read_jobs
+
+_BAR = 20
+
+
+class WrongInput(ValueError):
+    """An argument that says nothing."""
+
+
+class Reader:
+    """The cluster as the operator sees it; nothing is written."""
+
+    def __init__(self, kubeconfig: str | None, context: str | None) -> None:
+        self._kubeconfig, self._context = kubeconfig, context
+        self.store = Store()
+
+    async def snapshot(self) -> Snapshot:
+        """Jobs, queues, nodes and pods."""
+        cluster = await connect(kubeconfig=self._kubeconfig, context=self._context)
+        try:
+            await self._fill(cluster)
+            return await Scheduler(cluster, self.store, Settings(), lambda _: None).look()
+        finally:
+            await cluster.close()
+
+    async def _fill(self, cluster: KubernetesCluster) -> None:
+        async for raw in cluster.list("FineTuneJob"):
+            self.store.put_job(raw)
+        for kind in ("Pod", "Job"):
+            assert kind in CHILD_KINDS
+            async for raw in cluster.list(kind, "", SELECTOR):
+                self.store.put_child(kind, raw)
+
+    async def namespace(self, given: str | None) -> str:
+        """The namespace given, else that of the context."""
+        if given is not None:
+            return given
+        contexts, active = kubernetes_config.list_kube_config_contexts(self._kubeconfig)
+        chosen = next((c for c in contexts if c["name"] == self._context), active)
+        return str((chosen.get("context") or {}).get("namespace", "default"))
+
+
+async def queues(reader: Reader, console: Console) -> int:
+    """Use of every queue and flavour, and the jobs that wait with what they wait for."""
+    snapshot = await reader.snapshot()
+    decisions = decide(snapshot)
+    for name, report in decisions.queues.items():
+        queue = next((q for q in snapshot.queues if q.name == name), None)
+        title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"
+        cohort = f", cohort {queue.spec.cohort}, share {report.share:.2f}" if queue is not None and queue.spec.cohort is not None else ""
+        console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
+        for flavour in queue.spec.flavours if queue is not None else ():
+            console.print(_usage(flavour.name, report.used.get(flavour.name, 0), flavour.nominal_quota), highlight=False)
+        rows = [w for w in snapshot.workloads if (v := decisions.verdicts.get(w.uid)) and v.action == "wait" and v.queue == name]
+        for workload in sorted(rows, key=lambda w: decisions.verdicts[w.uid].position or 10**9):
+            verdict = decisions.verdicts[workload.uid]
+            place = f"{verdict.position}." if verdict.position else " -"
+            console.print(f"  {place:>4} {workload.label}: {verdict.message}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _usage(name: str, used: int, nominal: int) -> Text:
+    full = min(_BAR, round(_BAR * used / nominal)) if nominal else 0
+    line = Text(f"  {name:<16} ")
+    line.append("█" * full, style="green" if used <= nominal else "yellow").append("░" * (_BAR - full), style="dim")
+    return line.append(f" {used} of {nominal}" + (f", {used - nominal} borrowed" if used > nominal else ""))
+
+
+async def why(reader: Reader, name: str, namespace: str | None, console: Console) -> int:
+    """What a job waits for, or what it holds."""
+    space = await reader.namespace(namespace)
+    snapshot = await reader.snapshot()
+    raw = reader.store.job((space, name))
+    if raw is None:
+        console.print(f"FineTuneJob {space}/{name} is not there", style="bold red")
+        return 2
+    status = read_status(raw.get("status"))
+    verdict = decide(snapshot).verdicts.get(raw["metadata"]["uid"])
+    console.print(f"{space}/{name}: {status.phase}", style="bold", highlight=False)
+    for condition in status.conditions:
+        if condition.status != "True" or condition.type in ("Failed", "Admitted"):
+            console.print(f"  {condition.type}={condition.status} {condition.reason}: {condition.message}", markup=False, highlight=False)
+    if verdict is not None and verdict.action == "wait":
+        place = f"position {verdict.position} in " if verdict.position else ""
+        queue = f"queue {verdict.queue}" if verdict.queue else "the implicit queue"
+        console.print(f"  {place}{queue}: {verdict.message}", markup=False, highlight=False, style="yellow")
+    elif verdict is not None and verdict.message:
+        console.print(f"  {verdict.action}: {verdict.message}", markup=False, highlight=False)
+    return 0
+
+
+async def simulate(reader: Reader, files: list[Path], quotas: list[str], nodes: list[str], namespace: str | None, console: Console) -> int:
+    """Decide with and without the jobs, quotas and nodes given, and show what would change. Raises WrongInput, InvalidDocument."""
+    space = await reader.namespace(namespace)
+    now = await reader.snapshot()
+    then = dataclasses.replace(
+        now,
+        workloads=(*now.workloads, *(w for path in files for w in _extra(path, space, now))),
+        queues=_with_quotas(now.queues, quotas),
+        nodes=(*now.nodes, *_machines(nodes, now)) if now.nodes is not None else None,
+    )
+    before, after = decide(now), decide(then)
+    table = Table("job", "now", "then", box=None)
+    for workload in then.workloads:
+        old, new = _outcome(before, workload.uid), _outcome(after, workload.uid)
+        if old != new:
+            table.add_row(workload.label, old, new)
+    console.print(table if table.row_count else "nothing would change")
+    return 0
+
+
+def _extra(path: Path, namespace: str, snapshot: Snapshot) -> Iterable[Workload]:
+    for metadata, spec in read_jobs(path):
+        name = str(metadata.get("name") or metadata.get("generateName"))
+        yield Workload(
+            uid=f"simulated-{name}",
+            namespace=str(metadata.get("namespace") or namespace),
+            name=f"{name} (simulated)",
+            queue=spec.scheduling.queue,
+            since=snapshot.now,
+            waits_since=snapshot.now,
+            ask=view.ask_of(spec),
+            waits=True,
+        )
+
+
+def _with_quotas(queues: tuple[Queue, ...], changes: list[str]) -> tuple[Queue, ...]:
+    found = {queue.name: queue for queue in queues}
+    for change in changes:
+        match = re.fullmatch(r"([^/=]+)/([^/=]+)=(\d+)", change)
+        queue = found.get(match.group(1)) if match else None
+        if match is None or queue is None or match.group(2) not in {f.name for f in queue.spec.flavours}:
+            known = ", ".join(f"{q.name}/{f.name}" for q in queues for f in q.spec.flavours) or "none"
+            raise WrongInput(f"--quota {change}: write QUEUE/FLAVOUR=UNITS; there are: {known}")
+        quota = min(UNLIMITED, int(match.group(3)))
+        flavours = [f.model_copy(update={"nominal_quota": quota}) if f.name == match.group(2) else f for f in queue.spec.flavours]
+        found[queue.name] = dataclasses.replace(queue, spec=queue.spec.model_copy(update={"flavours": flavours}))
+    return tuple(found.values())
+
+
+def _machines(like: list[str], snapshot: Snapshot) -> Iterable[Node]:
+    known = {node.name: node for node in snapshot.nodes or ()}
+    for text in like:
+        name, _, count = text.partition("=")
+        if name not in known or not (count or "1").isdigit():
+            raise WrongInput(
+                f"--node {text}: write NODE or NODE=COUNT for nodes like one that is there: {', '.join(sorted(known)) or 'none'}"
+            )
+        for n in range(int(count or 1)):
+            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, usable=True)
+
+
+def _outcome(decisions: Decisions, uid: str) -> str:
+    verdict = decisions.verdicts.get(uid)
+    if verdict is None:
+        return "-"
+    words: dict[str, Any] = {"admit": "starts", "keep": "runs on", "preempt": "gives way", "resize": "grows", "refuse": "is refused"}
+    return words.get(verdict.action) or f"waits: {verdict.message}"

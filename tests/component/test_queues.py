@@ -1,0 +1,266 @@
+"""FineTuneQueue on a real API server: turns, explanations, giving way, nodes. The test plays kubelet."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from finetune_api import GROUP, VERSION
+from finetune_api.contract import ExitCode, StageResult
+from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from tests.component.conftest import Api, Kubelet, Operator, until
+from tests.factory import MINIMAL, ended, merged
+
+GPU = "example.com/gpu"
+SAVED = ended(int(ExitCode.STOPPED), StageResult(reason="Stopped", message="saved", result={"checkpointStep": 7}).dumps())
+MakeQueue = Callable[..., str]
+
+
+@pytest.fixture
+def make_queue(api: Api) -> Iterator[MakeQueue]:
+    """FineTuneQueues of this test; they are cluster-scoped."""
+    made: list[str] = []
+
+    def make(quota: int, **spec: Any) -> str:
+        name = f"q-{uuid.uuid4().hex[:6]}"
+        flavour = {"name": "any", "resourceName": GPU, "nominalQuota": quota, **spec.pop("flavour", {})}
+        selector = {"matchLabels": {"kubernetes.io/metadata.name": api.namespace}} if spec.pop("ours", False) else None
+        body = {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": QUEUE_KIND,
+            "metadata": {"name": name},
+            "spec": {"flavours": [flavour], **({"namespaceSelector": selector} if selector else {}), **spec},
+        }
+        api.custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body)
+        made.append(name)
+        return name
+
+    yield make
+    for name in made:
+        with contextlib.suppress(client.ApiException):
+            api.custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
+
+
+@pytest.fixture
+def priority(api: Api) -> Iterator[str]:
+    """A PriorityClass of 1000."""
+    name = f"urgent-{uuid.uuid4().hex[:6]}"
+    scheduling = client.SchedulingV1Api(api.core.api_client)
+    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1000})
+    yield name
+    scheduling.delete_priority_class(name)
+
+
+def gpu_job(queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, **scheduling: Any) -> dict[str, Any]:
+    fewest = {"minNodes": min_nodes} if min_nodes is not None else {}
+    return merged(
+        MINIMAL,
+        distribution={"nodes": nodes, "gpusPerNode": gpus, **fewest},
+        resources={"gpuResourceName": GPU},
+        scheduling={**({"queue": queue} if queue is not None else {}), **scheduling},
+    )
+
+
+def queue_status(api: Api, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = api.custom.get_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
+    return dict(found.get("status") or {})
+
+
+def phase_of(api: Api, name: str) -> str:
+    return str(api.status(name).get("phase"))
+
+
+class Leaving:
+    """Pods that are deleted save, say so and vanish, as with a kubelet and a trainer."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            with contextlib.suppress(client.ApiException):
+                for pod in self.api.pods():
+                    if pod.metadata.deletion_timestamp is None:
+                        if pod.spec.node_name is None and pod.status.phase == "Running":
+                            self.bind(pod.metadata.name)
+                    elif pod.status.phase == "Running":
+                        self.api.set_pod(pod.metadata.name, SAVED)
+                    else:
+                        self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=0)
+
+    def bind(self, name: str) -> None:
+        """A pod without a node would be gone at once when it is deleted."""
+        target = client.V1ObjectReference(kind="Node", name=self.api.namespace)
+        body = client.V1Binding(metadata=client.V1ObjectMeta(name=name), target=target)
+        self.api.core.create_namespaced_pod_binding(name, self.api.namespace, body, _preload_content=False)
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def leaving(api: Api) -> Iterator[Leaving]:
+    add_node(api, api.namespace, "0")
+    played = Leaving(api)
+    yield played
+    played.end()
+    api.core.delete_node(api.namespace)
+
+
+def add_node(api: Api, name: str, gpus: str) -> None:
+    """A node that is ready, as far as the API knows."""
+    room = {GPU: gpus, "cpu": "8", "memory": "32Gi", "pods": "110"}
+    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", "lastHeartbeatTime": "2100-01-01T00:00:00Z"}
+    api.core.create_node({"metadata": {"name": name}})
+    api.core.patch_node_status(name, {"status": {"capacity": room, "allocatable": room, "conditions": [ready]}})
+    api.core.patch_node(name, {"spec": {"taints": []}})
+
+
+def test_jobs_wait_for_their_turn_and_say_what_for(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:
+    queue = make_queue(6)
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, nodes=2, gpus=2), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    api.create_job(gpu_job(queue, gpus=4), name="second")
+    until("second waits", lambda: phase_of(api, "second") == "Queued" and api.condition("Admitted", "second"))
+    told = api.condition("Admitted", "second")
+    assert (told["status"], told["reason"]) == ("False", "WaitingForQuota") and "waits for 2 of 4 example.com/gpu" in told["message"]
+    place = api.status("second")["queue"]
+    assert (place["name"], place["position"]) == (queue, 1) and place["message"].startswith(f"position 1 in queue {queue}")
+    assert not [name for name, _ in api.workers() if name.startswith("second")], "no pod before its turn"
+    until("the queue's status", lambda: queue_status(api, queue).get("pending") == 1, 20)
+    status = queue_status(api, queue)
+    assert (status["used"], status["nominal"], status["admitted"]) == (4, 6, 1)
+    assert status["oldestWaiting"]["job"] == f"{api.namespace}/second"
+    table = api.cluster.kubectl("get", "ftq", queue).splitlines()
+    assert table[0].split()[:6] == ["NAME", "COHORT", "USED", "QUOTA", "BORROWED", "ADMITTED"]
+    kubelet.hold = set()
+    until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")
+    usage = api.status("second")["usage"]
+    assert usage["queuedSeconds"] >= 1
+    assert api.status("second")["admission"]["queue"] == queue
+    until("all is free", lambda: (queue_status(api, queue).get("used"), queue_status(api, queue).get("pending")) == (0, 0), 30)
+
+
+def test_f12_urgent_work_displaces_and_the_displaced_goes_on_from_its_checkpoint(
+    api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue, priority: str
+) -> None:
+    queue = make_queue(2, preemption={"minimumRunTime": "1s"})
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, nodes=2), name="long")
+    until("long trains", lambda: phase_of(api, "long") == "Training")
+
+    until("its pods have nodes", lambda: all(p.spec.node_name for p in api.pods() if p.status.phase == "Running"))
+    api.create_job(gpu_job(queue, priorityClassName=priority), name="urgent")
+    until("long gave way", lambda: phase_of(api, "long") == "Queued")
+    until("urgent trains", lambda: phase_of(api, "urgent") == "Training")
+    until("the checkpoint is known", lambda: api.status("long").get("checkpoint"))
+    status = api.status("long")
+    assert status["restarts"][0]["reason"] == "Preempted" and status["restarts"][0]["counted"] is False
+    assert "gives way to" in status["restarts"][0]["message"] and status["checkpoint"]["step"] == 7
+    assert status["usage"]["lostSeconds"] == 0
+    assert api.condition("Admitted", "long")["status"] == "False"
+    kubelet.hold = set()
+    until("both end", lambda: phase_of(api, "long") == phase_of(api, "urgent") == "Succeeded")
+    assert api.status("long")["attempt"] == 1 and api.status("long")["restartsCounted"] == 0
+
+
+def test_a14_another_teams_queue(api: Api, operator: Operator, kubelet: Kubelet, make_queue: MakeQueue) -> None:
+    closed = make_queue(8, namespaceSelector={"matchLabels": {"team": "somebody-else"}})
+    api.create_job(gpu_job(closed))
+    until("it waits", lambda: api.condition("Admitted").get("reason") == "QueueNotAllowed")
+    assert f"jobs of namespace {api.namespace} may not use queue {closed}" in api.condition("Admitted")["message"]
+    api.patch_job({"spec": {"scheduling": {"queue": "nowhere"}}})
+    until("it says so", lambda: api.condition("Admitted").get("reason") == "QueueNotFound")
+    open_ = make_queue(8)
+    api.patch_job({"spec": {"scheduling": {"queue": open_}}})
+    until("it ends", lambda: phase_of(api, "support") == "Succeeded")
+
+
+def test_a_namespaces_default_queue(api: Api, operator: Operator, kubelet: Kubelet, make_queue: MakeQueue) -> None:
+    queue = make_queue(8)
+    api.core.patch_namespace(api.namespace, {"metadata": {"annotations": {"finetune.dev/queue": queue}}})
+    api.create_job(gpu_job(None))
+    until("it ends", lambda: phase_of(api, "support") == "Succeeded")
+    assert api.status()["admission"]["queue"] == queue
+
+
+def test_suspended_jobs_hold_nothing(api: Api, operator: Operator, kubelet: Kubelet, leaving: Leaving, make_queue: MakeQueue) -> None:
+    queue = make_queue(1)
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    api.create_job(gpu_job(queue), name="second")
+    until("second waits", lambda: api.condition("Admitted", "second").get("reason") == "WaitingForQuota")
+    api.patch_job({"spec": {"runPolicy": {"suspend": True}}}, name="first")
+    until("second trains", lambda: phase_of(api, "second") == "Training")
+    assert api.condition("Admitted", "first")["reason"] == "Suspended"
+    api.patch_job({"spec": {"runPolicy": {"suspend": False}}}, name="first")
+    until("first waits", lambda: phase_of(api, "first") == "Queued")
+    kubelet.hold = set()
+    until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")
+
+
+def test_the_operator_dies_between_deciding_and_writing(api: Api, operator: Operator, kubelet: Kubelet, make_queue: MakeQueue) -> None:
+    """Quota is never given twice, however often the operator starts anew."""
+    queue = make_queue(2)
+    for n in range(6):
+        api.create_job(gpu_job(queue), name=f"job-{n}")
+    most = 0
+
+    def over() -> bool:
+        nonlocal most
+        live = [
+            p for p in api.pods() if p.metadata.labels.get("finetune.dev/stage") == "train" and p.status.phase in ("Pending", "Running")
+        ]
+        most = max(most, len(live))
+        return all(phase_of(api, f"job-{n}") == "Succeeded" for n in range(6))
+
+    for _ in range(4):
+        with contextlib.suppress(AssertionError):
+            until("a while", over, 2.0)
+        operator.kill()
+        operator.start()
+    until("all end", over, 90)
+    assert most <= 2, "never more than the quota"
+
+
+@pytest.fixture
+def machines(api: Api) -> Iterator[None]:
+    """Two nodes with 4 GPUs each, as far as the API knows."""
+    label = f"m-{uuid.uuid4().hex[:6]}"
+    for n in range(2):
+        add_node(api, f"{label}-{n}", "4")
+    yield
+    for n in range(2):
+        api.core.delete_node(f"{label}-{n}")
+
+
+def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator: Operator, machines: None) -> None:
+    """One operator for the whole cluster: gangs wait until they fit as a whole, and what never fits is refused at once."""
+    operator.kill()
+    operator.start(FINETUNE_WATCH_NAMESPACE="", FINETUNE_SNAPSHOT_SECONDS="0.5")
+    api.create_job(gpu_job(None, nodes=2, gpus=8), name="never")
+    until("refused", lambda: phase_of(api, "never") == "Failed")
+    failed = api.condition("Failed", "never")
+    assert failed["reason"] == "NoNodeFits" and "distribution.gpusPerNode 4 with distribution.nodes 4" in failed["message"]
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(None, nodes=2, gpus=2), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    api.create_job(gpu_job(None, nodes=2, gpus=4), name="second")
+    until("second waits", lambda: api.condition("Admitted", "second").get("reason") == "WaitingForNodes")
+    assert "waits for 4 of 8 example.com/gpu: 4 are free" in api.condition("Admitted", "second")["message"]
+    api.create_job(gpu_job(None, gpus=1), name="third")
+    until("third passes it", lambda: phase_of(api, "third") == "Training")
+    kubelet.hold = set()
+    until("all end", lambda: all(phase_of(api, name) == "Succeeded" for name in ("first", "second", "third")))
