@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes import client
 
 from finetune_api import GROUP, VERSION
@@ -264,3 +269,61 @@ def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator
     until("third passes it", lambda: phase_of(api, "third") == "Training")
     kubelet.hold = set()
     until("all end", lambda: all(phase_of(api, name) == "Succeeded" for name in ("first", "second", "third")))
+
+
+def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
+    api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue
+) -> None:
+    queue = make_queue(1, preemption={"minimumRunTime": "1s"})
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, nodes=2, min_nodes=1))
+    until("it trains", lambda: phase_of(api, "support") == "Training")
+    status = api.status()
+    assert (status["admission"]["nodes"], status["totalGpus"], len(api.workers())) == (1, 1, 1)
+    assert "1 of 2 worker pods" in api.condition("Admitted")["message"]
+    before = status["plan"]
+    until("its pod has a node", lambda: all(p.spec.node_name for p in api.pods() if p.status.phase == "Running"))
+    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": 2}]
+    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+    # an idle operator looks at quotas once a minute; another job's coming makes it look at once
+    api.create_job(gpu_job(queue, gpus=4), name="never")
+    until("it grows", lambda: len(api.workers()) == 2 and phase_of(api, "support") == "Training", 90)
+    status = api.status()
+    assert status["admission"]["nodes"] == 2 and status["restarts"][0]["reason"] == "Resized" and status["restartsCounted"] == 0
+    assert status["checkpoint"]["step"] == 7 and status["usage"]["lostSeconds"] == 0
+    after = status["plan"]
+    batch = [p["worldSize"] * p["perDeviceBatchSize"] * p["gradientAccumulation"] for p in (before, after)]
+    assert (before["worldSize"], after["worldSize"]) == (1, 2) and batch[0] == batch[1]
+    kubelet.hold = set()
+    until("it ends", lambda: phase_of(api, "support") == "Succeeded")
+
+
+def test_the_command_line_says_who_waits_for_what(
+    api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, machines: None, tmp_path: Path
+) -> None:
+    queue = make_queue(2)
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, gpus=2), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    api.create_job(gpu_job(queue, gpus=1), name="second")
+    until("second waits", lambda: phase_of(api, "second") == "Queued")
+
+    def finetune(*words: str) -> str:
+        command = [sys.executable, "-m", "finetune_cli", *words, "--kubeconfig", str(api.cluster.kubeconfig), "-n", api.namespace]
+        env = {**os.environ, "COLUMNS": "200"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = finetune("queues")
+    assert f"queue {queue}: 1 admitted, 1 waiting" in told and "2 of 2" in told
+    assert f"1. {api.namespace}/second: waits for 1 of 1 {GPU}" in told
+    told = finetune("why", "second")
+    assert "second: Queued" in told and f"position 1 in queue {queue}: waits for 1 of 1" in told
+    told = finetune("simulate", "--quota", f"{queue}/any=3")
+    assert "second" in told and "starts" in told
+    job = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": "third"}, "spec": gpu_job(queue)}
+    (tmp_path / "third.yaml").write_text(yaml.safe_dump(job))
+    told = finetune("simulate", "-f", str(tmp_path / "third.yaml"))
+    assert "third (simulated)" in told and "waits for 1 of 1" in told
+    assert finetune("simulate", "--quota", f"{queue}/any=2").strip() == "nothing would change"

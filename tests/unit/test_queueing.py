@@ -173,6 +173,9 @@ def test_an_elastic_gang_starts_with_fewer_and_grows_when_nobody_waits() -> None
     assert grown.action == "resize" and grown.admission is not None and grown.admission.pods == 4
     assert why(decided(small, on=nodes(3)), "a").action == "keep"
     assert why(decided(small, waiting("b", ask(9, 8)), on=nodes(4)), "a").action == "keep", "others first"
+    mine, hopeless = running("a", ask((4, 2, 1), 8), "p", "any", {"node-0": 1, "node-1": 1}, pods=2), waiting("b", ask(1, 8), "q")
+    grown = why(decided(mine, hopeless, queues=(queue("p", 32), queue("q", 4)), on=nodes(4)), "a")
+    assert grown.action == "resize", "what can never run holds nobody back"
     fresh = running("a", ask((4, 2, 1), 8), pods=2, nodes={"node-0": 1, "node-1": 1}, since=after(-60))
     assert why(decided(fresh, on=nodes(4)), "a").action == "keep", "not at once: each change costs a restart"
 

@@ -22,6 +22,8 @@ from .placement import Fleet, Place, never_fits
 from .preemption import candidates, effective_priority, victims
 from .quota import UNLIMITED, Ledger, namespace_use
 
+_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit")
+"""Reasons of waiting that no free GPU would end."""
 _PREEMPTION_TRIES = 8
 """Jobs per queue and pass that others are looked for to give way to."""
 
@@ -376,7 +378,12 @@ class _Pass:
     # gangs that may grow
 
     def _grow(self) -> None:
-        wanted = {w.ask.resource for waiting in self.waiting.values() for w in waiting if self.verdicts[w.uid].action == "wait"}
+        wanted = {
+            w.ask.resource
+            for waiting in self.waiting.values()
+            for w in waiting
+            if (v := self.verdicts[w.uid]).action == "wait" and v.reason not in _NOT_FOR_ROOM
+        }
         for workload in self.running:
             held, ask = workload.held, workload.ask
             assert held is not None
