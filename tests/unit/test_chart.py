@@ -20,7 +20,8 @@ VALUES: list[dict[str, Any]] = [
         "priorityClassName": "system-cluster-critical",
     },
     {
-        "settings": {"workers": 4, "progressUrl": "none", "backoffBaseSeconds": 0.5},
+        "queueing": {"autoscaled": True},
+        "settings": {"workers": 4, "apiQps": 20.5, "snapshotSeconds": 1, "progressUrl": "none", "backoffBaseSeconds": 0.5},
         "trainer": {"image": {"repository": "r/t", "tag": "9"}, "allowCPU": True, "imagePullSecrets": ["a", "b"]},
         "imagePullSecrets": [{"name": "x"}],
         "nodeSelector": {"a": "b"},

@@ -21,15 +21,28 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "examples" / "READ
 def test_pages(page: Path, tmp_path: Path) -> None:
     text = page.read_text()
     for index, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.S)):
-        if "kind: FineTuneJob" in block:
+        if "kind: FineTune" in block:
             path = tmp_path / f"{index}.yaml"
             path.write_text(block)
-            assert read_jobs(path)
+            assert bool(read_jobs(path)) == ("kind: FineTuneJob" in block)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
     makefile = (REPO / "Makefile").read_text()
     for target in re.findall(r"`make ([a-z]+)`", text):
         assert f"\n{target}:" in makefile, f"{page.name}: make {target}"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_valid(path: Path) -> None:
+    if "kind: FineTune" in path.read_text():
+        read_jobs(path)
+
+
+def test_every_reason_a_job_waits_for_is_explained() -> None:
+    page = (REPO / "docs" / "queues.md").read_text()
+    source = (REPO / "operator" / "finetune_operator" / "queueing" / "admission.py").read_text()
+    reasons = set(re.findall(r'"((?:Waiting|Queue|Never|Namespace|Stopping|NoNode)[A-Za-z]*)"', source)) - {"QueueReport"}
+    assert len(reasons) >= 9 and not {r for r in reasons if f"`{r}`" not in page}
 
 
 def test_every_reason_of_the_trainer_is_explained() -> None:
