@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from decimal import Decimal
 from typing import Annotated
@@ -30,6 +31,7 @@ _SUFFIX = {
 }
 
 
+@functools.lru_cache(maxsize=256)
 def seconds(duration: str) -> int:
     """Seconds in a duration such as `90s`, `10m`, `1h30m` or `7d`. Raises ValueError when it is none."""
     if not re.fullmatch(DURATION_PATTERN, duration):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune_api.queue import FineTuneQueueSpec, UsageHistory
 from finetune_operator.queueing import Decisions, Snapshot, Verdict, decide
 from finetune_operator.queueing.model import Ask, Held, Namespace, Node, Queue, Taint, Workload
-from finetune_operator.queueing.placement import never_fits, tolerates
+from finetune_operator.queueing.placement import Fleet, never_fits, tolerates
 from finetune_operator.queueing.quota import counted
 from tests.factory import NOW, after, stamp
 
@@ -161,7 +161,7 @@ def test_f16_what_no_node_can_ever_hold_is_refused_with_the_largest_shape() -> N
     assert "distribution.gpusPerNode 8 with distribution.nodes 4" in why(found, "a").message
     busy = tuple(dataclasses.replace(n, used={GPU: 8}, usable=False) for n in nodes(2))
     assert why(decided(waiting("a", ask(1, 8)), on=busy), "a").action == "wait", "it will be free"
-    assert never_fits(ask(1, 1), nodes(2, allocatable={"cpu": 4})) is None, "nodes with GPUs may come"
+    assert never_fits(ask(1, 1), Fleet(nodes(2, allocatable={"cpu": 4}))) is None, "nodes with GPUs may come"
 
 
 def test_an_elastic_gang_starts_with_fewer_and_grows_when_nobody_waits() -> None:

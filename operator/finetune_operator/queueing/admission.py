@@ -11,13 +11,14 @@ import dataclasses
 import heapq
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from finetune_api.queue import DEFAULT_QUEUE, FineTuneQueueSpec, Flavour
 from finetune_api.scalars import human_duration, seconds
 
 from .line import Line
-from .model import IMPLICIT, Admission, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
+from .model import IMPLICIT, Admission, Ask, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
 from .placement import Fleet, Place, never_fits
 from .preemption import candidates, effective_priority, victims
 from .quota import UNLIMITED, Ledger, namespace_use
@@ -43,6 +44,8 @@ class _Pass:
         self.waiting: dict[str, list[Workload]] = defaultdict(list)
         self.stopping: list[Workload] = []
         self.running: list[Workload] = []
+        self.later: tuple[Ledger, Fleet | None] | None = None
+        """Quota and nodes as they will be when those that give way are gone"""
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
@@ -96,7 +99,7 @@ class _Pass:
         if name is None:
             self.verdicts[workload.uid] = Verdict(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
             return
-        never = never_fits(workload.ask, self.snapshot.nodes or ()) if held is None else None
+        never = never_fits(workload.ask, self.fleet) if held is None and self.fleet is not None else None
         if never is not None and not self._autoscaled(name, workload):
             self.verdicts[workload.uid] = Verdict(action="refuse", reason="NoNodeFits", message=never, queue=name)
         elif workload.waits:
@@ -108,16 +111,16 @@ class _Pass:
                 return IMPLICIT, ("", "")
             return None, ("QueueNotFound", f"scheduling.queue: there is no FineTuneQueue {workload.queue!r}, nor any other; remove it")
         home = self.snapshot.namespaces.get(workload.namespace)
+        name = workload.queue or (home.queue if home is not None else None) or DEFAULT_QUEUE
+        if name in self.ledger.queues and self._may_use(self.ledger.queues[name], workload.namespace):
+            return name, ("", "")
         allowed = [name for name, queue in sorted(self.ledger.queues.items()) if self._may_use(queue, workload.namespace)]
         known = f"this namespace may use: {', '.join(allowed[:8]) or 'none'}"
-        name = workload.queue or (home.queue if home is not None else None) or DEFAULT_QUEUE
         if name not in self.ledger.queues:
             if workload.queue is None and name == DEFAULT_QUEUE:
                 return None, ("QueueNotFound", f"the job names no queue, and there is none called {DEFAULT_QUEUE}; {known}")
             return None, ("QueueNotFound", f"there is no FineTuneQueue {name!r}; {known}")
-        if name not in allowed:
-            return None, ("QueueNotAllowed", f"jobs of namespace {workload.namespace} may not use queue {name}; {known}")
-        return name, ("", "")
+        return None, ("QueueNotAllowed", f"jobs of namespace {workload.namespace} may not use queue {name}; {known}")
 
     def _may_use(self, queue: Queue, namespace: str) -> bool:
         selector = queue.spec.namespace_selector
@@ -143,14 +146,40 @@ class _Pass:
     # turns
 
     def _drain(self) -> None:
-        for workload in list(self.running):
+        for workload in self.running:
             assert workload.held is not None
             queue = self.ledger.queues.get(workload.held.queue)
             if queue is not None and queue.spec.stop_policy == "HoldAndDrain":
                 self._preempt(workload, f"queue {queue.name} is drained (stopPolicy)")
 
+    def _take(self, ask: Ask, place: Place) -> None:
+        for fleet in (self.fleet, self.later[1] if self.later is not None else None):
+            if fleet is not None:
+                fleet.take(place, ask.per_pod)
+
+    def _after(self) -> tuple[Ledger, Fleet | None]:
+        """Quota and nodes without those that give way. Made when it is first asked for."""
+        if self.later is None:
+            self.later = self.ledger.copy(), self.fleet.copy() if self.fleet is not None else None
+            for workload in self.stopping:
+                self._let_go(workload)
+        return self.later
+
+    def _let_go(self, workload: Workload, sign: int = -1) -> None:
+        held = workload.held
+        if held is not None and self.later is not None:
+            ledger, fleet = self.later
+            ledger.take(held.queue, held.flavour, workload.namespace, held.total, sign)
+            if fleet is not None:
+                fleet.take(held.bound, workload.ask.per_pod, sign)
+
+    def _ledgers(self) -> Iterator[Ledger]:
+        yield self.ledger
+        if self.later is not None:
+            yield self.later[0]
+
     def _preempt(self, workload: Workload, message: str) -> None:
-        self.running.remove(workload)
+        self.running = [w for w in self.running if w is not workload]
         self.stopping.append(workload)
         self.verdicts[workload.uid] = Verdict(action="preempt", reason="Preempted", message=message, queue=workload.held.queue)  # type: ignore[union-attr]
 
@@ -257,29 +286,30 @@ class _Pass:
         ask = workload.ask
         if not self._flavours(name, workload):
             if ask.resource == "cpu" and all(f.resource_name != "cpu" for f in self.ledger.queues[name].spec.flavours):
-                self.ledger.take(name, "", workload.namespace, 0)
+                for ledger in self._ledgers():
+                    ledger.take(name, "", workload.namespace, 0)
                 return Admission(queue=name, flavour="", pods=ask.pods[0])
             return None
         for pods in ask.pods:
-            found = self._find(name, workload, pods)
+            found = self._find(name, workload, pods, self.ledger, self.fleet)
             if found is not None:
                 flavour, place = found
-                self.ledger.take(name, flavour.name, workload.namespace, pods * ask.units)
-                if self.fleet is not None:
-                    self.fleet.take(place, ask.per_pod)
+                for ledger in self._ledgers():
+                    ledger.take(name, flavour.name, workload.namespace, pods * ask.units)
+                self._take(ask, place)
                 return self._admission(name, flavour, pods, workload, place)
         return None
 
-    def _find(self, name: str, workload: Workload, pods: int) -> tuple[Flavour, Place] | None:
+    def _find(self, name: str, workload: Workload, pods: int, ledger: Ledger, fleet: Fleet | None) -> tuple[Flavour, Place] | None:
         """The first flavour with room for so many pods, one of the queue's own quota before a borrowed one."""
         units = pods * workload.ask.units
         flavours = self._flavours(name, workload)
-        for flavour in sorted(flavours, key=lambda f: self.ledger.borrows(name, f, units)):
-            if units > self.ledger.available(name, flavour):
+        for flavour in sorted(flavours, key=lambda f: ledger.borrows(name, f, units)):
+            if units > ledger.available(name, flavour):
                 continue
-            if self.fleet is None or flavour.nodes == "Autoscaled" or not workload.ask.units:
+            if fleet is None or flavour.nodes == "Autoscaled" or not workload.ask.units:
                 return flavour, ()
-            place = self.fleet.place(workload.ask, pods, flavour)
+            place = fleet.place(workload.ask, pods, flavour)
             if place is not None:
                 return flavour, place
         return None
@@ -300,37 +330,31 @@ class _Pass:
         """Wait for those that give way already, or ask others to; None when that would not help."""
         pods = workload.ask.pods[-1]
 
-        def found(gone: list[Workload]) -> tuple[Flavour, Place] | None:
-            with ExitStack() as stack:
-                stack.enter_context(self.ledger.given(gone))
-                if self.fleet is not None:
-                    stack.enter_context(self.fleet.given([(w.held, w.ask) for w in gone if w.held is not None]))
-                return self._find(name, workload, pods)
+        def room() -> tuple[Flavour, Place] | None:
+            return self._find(name, workload, pods, *self._after())
 
-        room = found(self.stopping) if self.stopping else None
-        if room is None:
+        found = room() if self.stopping else None
+        if found is None:
             if self.tries[name] >= _PREEMPTION_TRIES:
                 return None
             self.tries[name] += 1
+            ledger = self._after()[0]
             for flavour in self._flavours(name, workload):
-                ordered = candidates(workload, priority, name, flavour, pods, self.running, self.ledger, self.snapshot.now)
-                chosen = victims(ordered, name, self.ledger, lambda gone: found([*self.stopping, *gone]) is not None)
+                ordered = candidates(workload, priority, name, flavour, pods, self.running, ledger, self.snapshot.now)
+                chosen = victims(ordered, name, ledger, self._let_go, lambda other: self._let_go(other, 1), lambda: room() is not None)
+                for victim in chosen:
+                    same = victim.held is not None and victim.held.queue == name
+                    how = f"priority {priority}" if same else f"queue {name} takes its quota back"
+                    self._preempt(victim, f"gives way to {workload.label} ({how})")
                 if chosen:
-                    for victim in chosen:
-                        how = (
-                            f"priority {priority}"
-                            if victim.held is not None and victim.held.queue == name
-                            else f"queue {name} takes its quota back"
-                        )
-                        self._preempt(victim, f"gives way to {workload.label} ({how})")
-                    room = found(self.stopping)
+                    found = room()
                     break
-        if room is None:
+        if found is None:
             return None
-        flavour, place = room
-        self.ledger.reserve(name, flavour.name, pods * workload.ask.units)
-        if self.fleet is not None:
-            self.fleet.take(place, workload.ask.per_pod)
+        flavour, place = found
+        for ledger in self._ledgers():
+            ledger.reserve(name, flavour.name, pods * workload.ask.units)
+        self._take(workload.ask, place)
         return "WaitingForPreemption", f"waits for {len(self.stopping)} job(s) that save their checkpoints and give way"
 
     def _keep_for(self, name: str, workload: Workload) -> None:
@@ -340,9 +364,10 @@ class _Pass:
             return
         flavour = max(flavours, key=lambda f: self.ledger.available(name, f))
         free = self.ledger.available(name, flavour)
-        self.ledger.reserve(name, flavour.name, max(0, min(free, pods * ask.units)))
+        for ledger in self._ledgers():
+            ledger.reserve(name, flavour.name, max(0, min(free, pods * ask.units)))
         if self.fleet is not None and flavour.nodes == "Existing":
-            self.fleet.reserve(ask, pods, flavour)
+            self._take(ask, self.fleet.soonest(ask, pods, flavour))
 
     # explanations
 
@@ -394,10 +419,10 @@ class _Pass:
                 continue
             for pods in (p for p in ask.pods if p > held.pods):
                 with ExitStack() as stack:
-                    stack.enter_context(self.ledger.given([workload]))
+                    stack.enter_context(self.ledger.given(held, workload.namespace))
                     if self.fleet is not None:
-                        stack.enter_context(self.fleet.given([(held, ask)]))
-                    found = self._find(held.queue, workload, pods)
+                        stack.enter_context(self.fleet.given(held, ask))
+                    found = self._find(held.queue, workload, pods, self.ledger, self.fleet)
                 if found is not None:
                     flavour, place = found
                     more = self._admission(held.queue, flavour, pods, workload, place)

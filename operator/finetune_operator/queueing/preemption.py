@@ -40,22 +40,36 @@ def candidates(
     return [other for _, other in sorted(found, key=lambda item: item[0])]  # type: ignore[arg-type, return-value]
 
 
-def victims(ordered: list[Workload], queue: str, ledger: Ledger, fits: Callable[[list[Workload]], bool]) -> list[Workload]:
-    """The fewest of the candidates, cheapest first, without which the gang fits; none when it would not fit without all of them."""
+def victims(
+    ordered: list[Workload],
+    queue: str,
+    ledger: Ledger,
+    let_go: Callable[[Workload], None],
+    keep: Callable[[Workload], None],
+    fits: Callable[[], bool],
+) -> list[Workload]:
+    """The fewest of the candidates, cheapest first, without which the gang fits; none when it would not fit without all of them.
+
+    `let_go` and `keep` change what `ledger` and `fits` look at; those that are returned have been let go.
+    """
     chosen: list[Workload] = []
     for other in ordered:
-        with ledger.given(chosen):
-            if other.held is not None and other.held.queue != queue and not _has_borrowed(other, ledger):
-                continue  # what its queue still has is its own
+        if other.held is not None and other.held.queue != queue and not _has_borrowed(other, ledger):
+            continue  # what its queue still has is its own
+        let_go(other)
         chosen.append(other)
-        if fits(chosen):
+        if fits():
             break
     else:
+        for other in chosen:
+            keep(other)
         return []
     for other in reversed(chosen[:-1]):  # the last one made it fit
-        fewer = [c for c in chosen if c is not other]
-        if fits(fewer):
-            chosen = fewer
+        keep(other)
+        if fits():
+            chosen.remove(other)
+        else:
+            let_go(other)
     return chosen
 
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from finetune_api.queue import FineTuneQueueSpec, Flavour, UsageHistory
 from finetune_api.scalars import seconds
 
-from .model import Queue, Workload
+from .model import Held, Queue
 
 UNLIMITED = 1_000_000_000
 
@@ -24,6 +24,7 @@ class Ledger:
     """Use of every flavour by every queue, in the making while a pass admits, frees and reserves."""
 
     def __init__(self, queues: Iterable[Queue], now: datetime) -> None:
+        self._now = now
         self.queues = {queue.name: queue for queue in queues}
         self.used: dict[tuple[str, str], int] = defaultdict(int)
         """(queue, flavour) -> units"""
@@ -51,16 +52,20 @@ class Ledger:
         self.used[queue, flavour] += units
 
     @contextmanager
-    def given(self, gone: Iterable[Workload]) -> Iterator[None]:
-        """As if these jobs held nothing."""
-        held = [(w.held, w.namespace) for w in gone if w.held is not None]
-        for h, namespace in held:
-            self.take(h.queue, h.flavour, namespace, h.total, -1)
+    def given(self, held: Held, namespace: str) -> Iterator[None]:
+        """As if this gang held nothing."""
+        self.take(held.queue, held.flavour, namespace, held.total, -1)
         try:
             yield
         finally:
-            for h, namespace in held:
-                self.take(h.queue, h.flavour, namespace, h.total)
+            self.take(held.queue, held.flavour, namespace, held.total)
+
+    def copy(self) -> Ledger:
+        """The same, to go another way from here."""
+        other = Ledger((), self._now)
+        other.queues, other._cohorts, other._past = self.queues, self._cohorts, self._past
+        other.used, other.by_namespace, other.jobs = self.used.copy(), self.by_namespace.copy(), self.jobs.copy()
+        return other
 
     def available(self, queue: str, flavour: Flavour) -> int:
         """Units that the queue may take now, borrowed ones included."""
