@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import operator, prepare, trainer
+from . import operator, prepare, queueing, trainer
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["operator", "prepare", "trainer", []], default=[])
-    which = parser.parse_args().which or ["operator", "prepare", "trainer"]
+    parser.add_argument("which", nargs="*", choices=["operator", "queueing", "prepare", "trainer", []], default=[])
+    which = parser.parse_args().which or ["operator", "queueing", "prepare", "trainer"]
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
+    if "queueing" in which:
+        results["queueing"] = queueing.bench()
     if "prepare" in which:
         results["prepare"] = prepare.bench()
     if "trainer" in which:

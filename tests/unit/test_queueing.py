@@ -14,6 +14,7 @@ from finetune_operator.queueing import Decisions, Snapshot, Verdict, decide
 from finetune_operator.queueing.model import Ask, Held, Namespace, Node, Queue, Taint, Workload
 from finetune_operator.queueing.placement import Fleet, never_fits, tolerates
 from finetune_operator.queueing.quota import counted
+from tests.bench.queueing import Arrival, simulate
 from tests.factory import NOW, after, stamp
 
 GPU = "nvidia.com/gpu"
@@ -562,3 +563,25 @@ def test_more_quota_never_runs_less_of_a_single_queue(snapshot: Snapshot, which:
     flavour = q.spec.flavours[0].model_copy(update={"nominal_quota": q.spec.flavours[0].nominal_quota + 3})
     large = dataclasses.replace(small, queues=(Queue(name=q.name, spec=q.spec.model_copy(update={"flavours": [flavour]})),))
     assert admitted(decide(small)) <= admitted(decide(large))
+
+
+# over time, by simulation
+
+
+def test_a_large_job_is_passed_for_so_long_and_no_longer() -> None:
+    """Small jobs keep coming, more than there is room for; one needs every GPU."""
+    stream = [Arrival(n * 15.0, waiting(f"s{n:03}", ask(1, 1), "q"), 300.0) for n in range(400)]
+    whole = Arrival(100.0, waiting("whole", ask(2, 8), "q"), 300.0)
+    done = simulate([*stream, whole], (queue("q", 16),), nodes(2))
+    waited = done["whole"][0] - 100
+    assert 1800 <= waited <= 1800 + 300 + 15, "backfillFor, and until those that ran then have ended"
+    never = simulate([*stream, whole], (queue("q", 16, backfillFor="30d"),), nodes(2))
+    assert never["whole"][0] >= 400 * 15, "this is what it is for"
+
+
+def test_what_is_displaced_ends_too_and_nobody_goes_to_and_fro() -> None:
+    urgent = [Arrival(600.0 + n * 100, waiting(f"u{n}", ask(1, 8), "q", priority=10), 200.0) for n in range(3)]
+    long = Arrival(0.0, waiting("long", ask(2, 8), "q"), 3000.0)
+    done = simulate([long, *urgent], (queue("q", 16),), nodes(2))
+    assert all(done[f"u{n}"][0] - (600 + n * 100) < 100 for n in range(3)), "two at once"
+    assert done["long"][1] <= 3000 + 600, "it lost its turn once, for as long as they ran"
