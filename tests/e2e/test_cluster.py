@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from finetune_api import names
+from finetune_api import API_VERSION, names
+from finetune_api.queue import QUEUE_KIND
 from tests.cluster import helm, loader
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
@@ -109,6 +111,39 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
     assert status["phase"] == "Succeeded", user.story()
     trained = next(c["message"] for c in status["conditions"] if c["type"] == "Trained")
     assert f"from the checkpoint at step {suspended}" in trained and "300 steps" in trained
+
+
+@pytest.fixture
+def queue(user: User) -> Iterator[str]:
+    """A queue of two GPUs, and a PriorityClass of the same name."""
+    name = user.namespace
+    flavour = {"name": "any", "nominalQuota": 2}
+    spec = {"flavours": [flavour], "preemption": {"minimumRunTime": "1s"}}
+    user.apply(
+        {"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": name}, "spec": spec},
+        {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": 1000},
+    )
+    yield name
+    user.kubectl("delete", f"finetunequeue/{name}", f"priorityclass/{name}")
+
+
+def test_f12_urgent_work_gets_the_gpus_and_the_other_goes_on_where_it_was(user: User, queue: str) -> None:
+    document = gang("modest", steps=200, scheduling={"queue": queue})
+    document["spec"]["checkpoint"] = {"every": "1h"}
+    user.apply(document)
+    user.until("it trains", lambda: user.status("modest").get("progress", {}).get("step", 0) > 3, 240)
+    user.apply(manifest("urgent", distribution={"gpusPerNode": 1}, scheduling={"queue": queue, "priorityClassName": queue}))
+    user.until("it gives way", lambda: user.status("modest")["phase"] == "Queued", 240)
+    user.until("urgent trains", lambda: user.status("urgent")["phase"] in ("Training", "Evaluating"), 120)
+    status = user.status("modest")
+    saved, restart = status["checkpoint"]["step"], status["restarts"][0]
+    assert restart["reason"] == "Preempted" and restart["counted"] is False and saved > 3
+    assert user.ended("urgent")["phase"] == "Succeeded", user.story()
+    status = user.ended("modest")
+    assert status["phase"] == "Succeeded", user.story()
+    trained = next(c["message"] for c in status["conditions"] if c["type"] == "Trained")
+    assert f"from the checkpoint at step {saved}" in trained and status["usage"]["lostSeconds"] <= 5
+    assert status["usage"]["queuedSeconds"] > 0 and status["restartsCounted"] == 0
 
 
 def test_f33_an_upgrade_of_the_chart_touches_no_running_gang(user: User) -> None:
