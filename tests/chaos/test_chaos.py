@@ -2,7 +2,8 @@
 
 Two operators (one acts, one stands by) serve jobs of every shape. A played kubelet runs the pods, so that hundreds of
 gangs cost nothing; what real containers do when they are disturbed is tests/e2e's business. Struck are the operators,
-the API server, etcd, the controller manager, pods, child objects and the jobs themselves.
+their network, the API server, etcd, the controller manager, kubelets, pods, child objects and the jobs themselves. The
+clocks of the operators are a day and three hours ahead.
 
 FINETUNE_CHAOS_SEED and FINETUNE_CHAOS_FAULTS change the run.
 """
@@ -13,9 +14,11 @@ import contextlib
 import os
 import random
 import signal
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from kubernetes import client
 
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
+from tests.chaos.wire import Wire
+from tests.cluster import debian
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import CommandFailed
 from tests.component.conftest import Api, Operator, until
@@ -33,6 +38,7 @@ from tests.factory import MINIMAL, RESULTS, container_status, ended, merged
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED", "20261121"))
 FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS", "200"))
 JOBS = 20
+FAKETIME = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu", "faketime/libfaketime.so.1")
 EVALUATED = {
     "dataset": {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
     "evaluation": {"gate": {"minImprovement": 0.1}},
@@ -60,6 +66,8 @@ class World:
         self.due = {name: FAULTS * (n + 1) // JOBS for n, name in enumerate(self.shapes)}
         """Faults before a job's training may end: some are disturbed for long, whatever this machine's speed."""
         self.calm = False
+        self.silent = 0
+        """Rounds in which the kubelets do nothing."""
         self.attempts: Counter[str] = Counter()
         self.ended: dict[str, str] = {}
         self.struck: Counter[str] = Counter()
@@ -84,8 +92,10 @@ class World:
                     self.broken.append(f"two pods of {key}")
                 seen.add(key)
                 live[job] += 1
-            with contextlib.suppress(client.ApiException):
-                self.move(pod, stage)
+            if not self.silent:
+                with contextlib.suppress(client.ApiException):
+                    self.move(pod, stage)
+        self.silent = max(0, self.silent - 1)
         for job, count in live.items():
             if count > self.shapes[job].get("distribution", {}).get("nodes", 1):
                 self.broken.append(f"{job} holds {count} pods")
@@ -154,6 +164,10 @@ class World:
         self.api.cluster.kubectl("-n", self.api.namespace, "delete", name, "--wait=false")
         return f"child deleted: {name}"
 
+    def kubelets_silent(self) -> str:
+        self.silent = self.rng.randint(2, 12)
+        return "kubelets are silent"
+
     def suspended(self) -> str:
         names_ = self.running()
         if not names_:
@@ -171,15 +185,22 @@ class Operators:
         self.env = {"FINETUNE_LEASE": "operator", "FINETUNE_NAMESPACE": api.namespace, "FINETUNE_LEASE_SECONDS": "4"}
         self.env |= {"FINETUNE_RESYNC_SECONDS": "10", "FINETUNE_STAGE_RETRIES": "1000", "FINETUNE_BACKOFF_LIMIT_SECONDS": "2"}
         self.both = [Operator(api, folder / f"{n}.log") for n in range(2)]
-        for one in self.both:
-            one.start(**self.env)
+        self.wires = []
+        for n in range(2):
+            (place := folder / str(n)).mkdir()
+            self.wires.append(Wire(api.cluster.kubeconfig, place))
+        debian.ensure({str(FAKETIME): "libfaketime"})
+        self.revive()
 
     def revive(self) -> None:
-        for one in self.both:
+        for one, wire, ahead in zip(self.both, self.wires, ("+1d", "+3h"), strict=True):
             if one.process is None or one.process.poll() is not None:
-                one.start(**self.env)
+                clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+                one.start(KUBECONFIG=str(wire.kubeconfig), **clock, **self.env)
 
     def end(self) -> None:
+        for wire in self.wires:
+            wire.close()
         for one in self.both:
             if one.process is not None and one.process.poll() is None:
                 one.process.send_signal(signal.SIGCONT)
@@ -209,6 +230,13 @@ def faults(world: World, cluster: LocalCluster, operators: Operators, rng: rando
         one.process.send_signal(signal.SIGCONT)
         return "an operator was frozen"
 
+    def network_cut() -> str:
+        wire = rng.choice(operators.wires)
+        wire.cut()
+        time.sleep(rng.uniform(0.5, 5))
+        wire.mend()
+        return "an operator's network was cut"
+
     def frozen(name: str, most: float) -> Callable[[], str]:
         def strike() -> str:
             cluster.signal(name, signal.SIGSTOP)
@@ -232,6 +260,8 @@ def faults(world: World, cluster: LocalCluster, operators: Operators, rng: rando
         (30, world.suspended),
         (20, operator_killed),
         (10, operator_frozen),
+        (12, network_cut),
+        (10, world.kubelets_silent),
         (6, restarted("kube-apiserver")),
         (4, restarted("etcd")),
         (6, restarted("kube-controller-manager")),
@@ -280,6 +310,9 @@ def test_twenty_jobs_survive_two_hundred_faults(api: Api, operators: Operators, 
         assert len(status["restarts"]) == min(20, status["attempt"]), "every attempt's end is on record"
         done = [c["type"] for c in status["conditions"] if c["status"] == "True"]
         assert "Trained" in done and ("Published" in done) == ("publish" in world.shapes[name])
+        times = [c["lastTransitionTime"] for c in status["conditions"]] + [r["time"] for r in status["restarts"]] + [status["finishedAt"]]
+        late = datetime.now(UTC) + timedelta(seconds=60)
+        assert all(datetime.fromisoformat(t) < late for t in times), "the API server's time, whatever the operators' clocks say"
         story = [(e.reason, e.message) for e in api.core.list_namespaced_event(api.namespace).items if e.involved_object.name == name]
         for attempt in range(1, status["attempt"] + 1):
             assert any(r == "GangRestarted" and m.startswith(f"attempt {attempt} goes on") for r, m in story), (name, attempt, story)

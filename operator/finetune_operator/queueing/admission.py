@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
 
-from finetune_api.queue import DEFAULT_QUEUE, FineTuneQueueSpec, Flavour
+from finetune_api.queue import DEFAULT_QUEUE, Flavour
 from finetune_api.scalars import human_duration, seconds
 
+from . import explain
+from .books import Books, Room
 from .line import Line
-from .model import IMPLICIT, Admission, Ask, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
+from .model import IMPLICIT, Admission, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
 from .placement import Fleet, Place, never_fits
 from .preemption import candidates, effective_priority, victims
-from .quota import UNLIMITED, Ledger, namespace_use
+from .quota import Ledger, implicit_queue, namespace_use
 
 _NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit")
 """Reasons of waiting that no free GPU would end."""
@@ -37,15 +36,12 @@ def decide(snapshot: Snapshot) -> Decisions:
 class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        queues = snapshot.queues or (_implicit(snapshot),)
-        self.ledger = Ledger(queues, snapshot.now)
-        self.fleet = Fleet(snapshot.nodes) if snapshot.nodes is not None else None
+        queues = snapshot.queues or (implicit_queue(snapshot),)
+        self.books = Books(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
+        self.ledger, self.fleet = self.books.ledger, self.books.fleet
         self.verdicts: dict[str, Verdict] = {}
         self.waiting: dict[str, list[Workload]] = defaultdict(list)
-        self.stopping: list[Workload] = []
         self.running: list[Workload] = []
-        self.later: tuple[Ledger, Fleet | None] | None = None
-        """Quota and nodes as they will be when those that give way are gone"""
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
@@ -89,7 +85,7 @@ class _Pass:
     def _sort(self, workload: Workload) -> None:
         held = workload.held
         if held is not None and held.stopping:
-            self.stopping.append(workload)
+            self.books.stopping.append(workload)
         elif held is not None:
             self.running.append(workload)
             self.verdicts[workload.uid] = Verdict(action="keep", queue=held.queue)
@@ -152,35 +148,9 @@ class _Pass:
             if queue is not None and queue.spec.stop_policy == "HoldAndDrain":
                 self._preempt(workload, f"queue {queue.name} is drained (stopPolicy)")
 
-    def _take(self, ask: Ask, place: Place) -> None:
-        for fleet in (self.fleet, self.later[1] if self.later is not None else None):
-            if fleet is not None:
-                fleet.take(place, ask.per_pod)
-
-    def _after(self) -> tuple[Ledger, Fleet | None]:
-        """Quota and nodes without those that give way. Made when it is first asked for."""
-        if self.later is None:
-            self.later = self.ledger.copy(), self.fleet.copy() if self.fleet is not None else None
-            for workload in self.stopping:
-                self._let_go(workload)
-        return self.later
-
-    def _let_go(self, workload: Workload, sign: int = -1) -> None:
-        held = workload.held
-        if held is not None and self.later is not None:
-            ledger, fleet = self.later
-            ledger.take(held.queue, held.flavour, workload.namespace, held.total, sign)
-            if fleet is not None:
-                fleet.take(held.bound, workload.ask.per_pod, sign)
-
-    def _ledgers(self) -> Iterator[Ledger]:
-        yield self.ledger
-        if self.later is not None:
-            yield self.later[0]
-
     def _preempt(self, workload: Workload, message: str) -> None:
         self.running = [w for w in self.running if w is not workload]
-        self.stopping.append(workload)
+        self.books.stopping.append(workload)
         self.verdicts[workload.uid] = Verdict(action="preempt", reason="Preempted", message=message, queue=workload.held.queue)  # type: ignore[union-attr]
 
     def _take_turns(self) -> None:
@@ -237,7 +207,7 @@ class _Pass:
         if queue.spec.stop_policy != "None":
             self._wait(name, workload, "QueueStopped", f"queue {name} admits nothing now (stopPolicy {queue.spec.stop_policy})")
             return 0, ""
-        if (limit := self._limit(queue, workload)) is not None:
+        if (limit := explain.limit(self.books, queue, workload)) is not None:
             self._wait(name, workload, "NamespaceLimit", limit)
             return 0, ""
         if workload.held is not None:
@@ -249,13 +219,15 @@ class _Pass:
         if admission is not None:
             units = admission.pods * workload.ask.units
             self.verdicts[workload.uid] = Verdict(
-                action="admit", reason="Admitted", message=_granted(workload, admission), queue=name, admission=admission
+                action="admit", reason="Admitted", message=explain.granted(workload, admission), queue=name, admission=admission
             )
             return units, ""
         if kind in self.failed:
             reason, message = self.failed[kind]
         else:
-            reason, message = self._make_room(name, workload, priority) or self._why(name, workload)
+            reason, message = self._make_room(name, workload, priority) or explain.shortage(
+                self.books, queue, workload, self._flavours(name, workload)
+            )
             self.failed[kind] = reason, message
         self._wait(name, workload, reason, message)
         if reason == "WaitingForPreemption":
@@ -271,47 +243,20 @@ class _Pass:
             return 0, f"behind {workload.label}, which has waited {human_duration(waited)}: what becomes free is kept for it (backfillFor)"
         return 0, ""
 
-    def _limit(self, queue: Queue, workload: Workload) -> str | None:
-        limits, space = queue.spec.limits, (queue.name, workload.namespace)
-        held, jobs = self.ledger.by_namespace[space], self.ledger.jobs[space]
-        if limits.max_jobs_per_namespace is not None and jobs >= limits.max_jobs_per_namespace:
-            return f"namespace {workload.namespace} has {jobs} jobs in queue {queue.name}, its limit (maxJobsPerNamespace)"
-        need = workload.ask.pods[-1] * workload.ask.units
-        if limits.max_gpus_per_namespace is not None and held + need > limits.max_gpus_per_namespace:
-            return f"namespace {workload.namespace} holds {held} of {limits.max_gpus_per_namespace} in queue {queue.name} (maxGpusPerNamespace), this job needs {need}"
-        return None
-
     def _fit(self, name: str, workload: Workload) -> Admission | None:
         """Admit it when all of it fits now, with as many pods as do."""
-        ask = workload.ask
-        if not self._flavours(name, workload):
+        ask, flavours = workload.ask, self._flavours(name, workload)
+        if not flavours:
             if ask.resource == "cpu" and all(f.resource_name != "cpu" for f in self.ledger.queues[name].spec.flavours):
-                for ledger in self._ledgers():
-                    ledger.take(name, "", workload.namespace, 0)
+                self.books.give(name, "", workload, 0, ())
                 return Admission(queue=name, flavour="", pods=ask.pods[0])
             return None
         for pods in ask.pods:
-            found = self._find(name, workload, pods, self.ledger, self.fleet)
+            found = self.books.room(name, workload, pods, flavours)
             if found is not None:
                 flavour, place = found
-                for ledger in self._ledgers():
-                    ledger.take(name, flavour.name, workload.namespace, pods * ask.units)
-                self._take(ask, place)
+                self.books.give(name, flavour.name, workload, pods, place)
                 return self._admission(name, flavour, pods, workload, place)
-        return None
-
-    def _find(self, name: str, workload: Workload, pods: int, ledger: Ledger, fleet: Fleet | None) -> tuple[Flavour, Place] | None:
-        """The first flavour with room for so many pods, one of the queue's own quota before a borrowed one."""
-        units = pods * workload.ask.units
-        flavours = self._flavours(name, workload)
-        for flavour in sorted(flavours, key=lambda f: ledger.borrows(name, f, units)):
-            if units > ledger.available(name, flavour):
-                continue
-            if fleet is None or flavour.nodes == "Autoscaled" or not workload.ask.units:
-                return flavour, ()
-            place = fleet.place(workload.ask, pods, flavour)
-            if place is not None:
-                return flavour, place
         return None
 
     def _admission(self, queue: str, flavour: Flavour, pods: int, workload: Workload, place: Place) -> Admission:
@@ -328,20 +273,20 @@ class _Pass:
 
     def _make_room(self, name: str, workload: Workload, priority: int) -> tuple[str, str] | None:
         """Wait for those that give way already, or ask others to; None when that would not help."""
-        pods = workload.ask.pods[-1]
+        books, pods, flavours = self.books, workload.ask.pods[-1], self._flavours(name, workload)
 
-        def room() -> tuple[Flavour, Place] | None:
-            return self._find(name, workload, pods, *self._after())
+        def room() -> Room | None:
+            return books.room(name, workload, pods, flavours, later=True)
 
-        found = room() if self.stopping else None
+        found = room() if books.stopping else None
         if found is None:
             if self.tries[name] >= _PREEMPTION_TRIES:
                 return None
             self.tries[name] += 1
-            ledger = self._after()[0]
-            for flavour in self._flavours(name, workload):
+            ledger = books.later[0]
+            for flavour in flavours:
                 ordered = candidates(workload, priority, name, flavour, pods, self.running, ledger, self.snapshot.now)
-                chosen = victims(ordered, name, ledger, self._let_go, lambda other: self._let_go(other, 1), lambda: room() is not None)
+                chosen = victims(ordered, name, ledger, books.let_go, books.keep, lambda: room() is not None)
                 for victim in chosen:
                     same = victim.held is not None and victim.held.queue == name
                     how = f"priority {priority}" if same else f"queue {name} takes its quota back"
@@ -352,53 +297,21 @@ class _Pass:
         if found is None:
             return None
         flavour, place = found
-        for ledger in self._ledgers():
-            ledger.reserve(name, flavour.name, pods * workload.ask.units)
-        self._take(workload.ask, place)
-        return "WaitingForPreemption", f"waits for {len(self.stopping)} job(s) that save their checkpoints and give way"
+        books.reserve(name, flavour.name, pods * workload.ask.units, workload.ask, place)
+        return "WaitingForPreemption", f"waits for {len(books.stopping)} job(s) that save their checkpoints and give way"
 
     def _keep_for(self, name: str, workload: Workload) -> None:
-        ask, pods = workload.ask, workload.ask.pods[-1]
-        flavours = self._flavours(name, workload)
-        if not flavours:
-            return
+        """Keep what becomes free for a job: of quota what is its queue's own, and the nodes that it would have soonest."""
+        ask, pods, flavours = workload.ask, workload.ask.pods[-1], self._flavours(name, workload)
         flavour = max(flavours, key=lambda f: self.ledger.available(name, f))
-        free = self.ledger.available(name, flavour)
-        for ledger in self._ledgers():
-            ledger.reserve(name, flavour.name, max(0, min(free, pods * ask.units)))
-        if self.fleet is not None and flavour.nodes == "Existing":
-            self._take(ask, self.fleet.soonest(ask, pods, flavour))
-
-    # explanations
+        own = flavour.nominal_quota - self.ledger.used[name, flavour.name]
+        units = max(0, min(self.ledger.available(name, flavour), own, pods * ask.units))
+        place = self.fleet.soonest(ask, pods, flavour) if self.fleet is not None and flavour.nodes == "Existing" else ()
+        self.books.reserve(name, flavour.name, units, ask, place)
 
     def _wait(self, name: str, workload: Workload, reason: str, message: str) -> None:
         self.position[name] += 1
         self.verdicts[workload.uid] = Verdict(action="wait", reason=reason, message=message, queue=name, position=self.position[name])
-
-    def _why(self, name: str, workload: Workload) -> tuple[str, str]:
-        ask = workload.ask
-        flavours = self._flavours(name, workload)
-        if not flavours:
-            offered = ", ".join(sorted({f.resource_name for f in self.ledger.queues[name].spec.flavours}))
-            return "NeverAdmitted", f"queue {name} has no flavour of {ask.resource} for this job's nodeSelector; it has {offered}"
-        need = ask.pods[-1] * ask.units
-        most = max(self.ledger.most(name, f) for f in flavours)
-        if need > most:
-            return "NeverAdmitted", f"needs {need} {ask.resource}, queue {name} can have {most} at most, borrowed ones included"
-        quota = {f.name: max(0, self.ledger.available(name, f)) for f in flavours}
-        best = max(quota.values())
-        if best < need:
-            rest = ", ".join(f"{left} left of {flavour}" for flavour, left in quota.items())
-            return "WaitingForQuota", f"waits for {need - best} of {need} {ask.resource}: quota has {rest}"
-        fitting = [f for f in flavours if quota[f.name] >= need]
-        free = max((self.fleet.free_units(ask, f) for f in fitting), default=0) if self.fleet is not None else 0
-        if free < need:
-            return "WaitingForNodes", f"waits for {need - free} of {need} {ask.resource}: {free} are free on the nodes that it may use"
-        where = f" within one {ask.topology_key}" if ask.topology_key else ""
-        return (
-            "WaitingForNodes",
-            f"{free} {ask.resource} are free, but not {ask.units} for each of {ask.pods[-1]} pod(s){where}, with the CPU and memory they ask for",
-        )
 
     # gangs that may grow
 
@@ -418,11 +331,7 @@ class _Pass:
             if (self.snapshot.now - held.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
                 continue
             for pods in (p for p in ask.pods if p > held.pods):
-                with ExitStack() as stack:
-                    stack.enter_context(self.ledger.given(held, workload.namespace))
-                    if self.fleet is not None:
-                        stack.enter_context(self.fleet.given(held, ask))
-                    found = self._find(held.queue, workload, pods, self.ledger, self.fleet)
+                found = self.books.room_instead(held.queue, workload, pods, self._flavours(held.queue, workload))
                 if found is not None:
                     flavour, place = found
                     more = self._admission(held.queue, flavour, pods, workload, place)
@@ -442,44 +351,11 @@ class _Pass:
             assert workload.held is not None
             used[workload.held.flavour] += workload.held.total
         waiting = [w for w in self.waiting.get(name, ()) if self.verdicts[w.uid].action == "wait"]
-        oldest = min(waiting, key=lambda w: (w.since, w.uid), default=None)
+        oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
         return QueueReport(
             pending=len(waiting),
             admitted=sum(1 for w in mine if w.held is not None and not w.held.stopping),
             used=dict(used),
             share=round(self.ledger.share(name), 4),
-            oldest=(oldest.label, oldest.since) if oldest is not None else None,
+            oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
         )
-
-
-def _granted(workload: Workload, admission: Admission) -> str:
-    ask = workload.ask
-    size = f"{admission.pods} of {ask.pods[0]} worker pods" if admission.pods < ask.pods[0] else f"{admission.pods} worker pod(s)"
-    what = f"{admission.pods * ask.units} {ask.resource}" if ask.units else "no GPUs"
-    where = (
-        f"queue {admission.queue}" + (f", flavour {admission.flavour}" if admission.flavour else "")
-        if admission.queue
-        else "no FineTuneQueue"
-    )
-    return f"{size} with {what} ({where})"
-
-
-def _implicit(snapshot: Snapshot) -> Queue:
-    """One queue over everything there is."""
-    resources = sorted({w.ask.resource for w in snapshot.workloads if w.ask.resource != "cpu"})
-    flavours = [
-        Flavour.model_construct(
-            name=re.sub(r"[^a-z0-9]+", "-", resource.lower()),
-            resource_name=resource,
-            node_labels={},
-            tolerations=[],
-            nominal_quota=UNLIMITED,
-            borrowing_limit=None,
-            lending_limit=None,
-            nodes="Autoscaled" if snapshot.autoscaled else "Existing",
-            price_per_hour=None,
-        )
-        for resource in resources
-    ]
-    spec = FineTuneQueueSpec(flavours=[Flavour(name="none", nominal_quota=0)]).model_copy(update={"flavours": flavours})
-    return Queue(name=IMPLICIT, spec=spec)

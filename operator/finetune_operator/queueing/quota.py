@@ -7,6 +7,7 @@ al., NSDI 2011), weighted, over use now plus decayed past use.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from datetime import datetime
 from finetune_api.queue import FineTuneQueueSpec, Flavour, UsageHistory
 from finetune_api.scalars import seconds
 
-from .model import Held, Queue
+from .model import IMPLICIT, Held, Queue, Snapshot
 
 UNLIMITED = 1_000_000_000
 
@@ -157,3 +158,24 @@ def counted(
             "updatedAt": stamp,
         }
     )
+
+
+def implicit_queue(snapshot: Snapshot) -> Queue:
+    """One queue over everything there is, for clusters without a FineTuneQueue."""
+    resources = sorted({w.ask.resource for w in snapshot.workloads if w.ask.resource != "cpu"})
+    flavours = [
+        Flavour.model_construct(
+            name=re.sub(r"[^a-z0-9]+", "-", resource.lower()),
+            resource_name=resource,
+            node_labels={},
+            tolerations=[],
+            nominal_quota=UNLIMITED,
+            borrowing_limit=None,
+            lending_limit=None,
+            nodes="Autoscaled" if snapshot.autoscaled else "Existing",
+            price_per_hour=None,
+        )
+        for resource in resources
+    ]
+    spec = FineTuneQueueSpec(flavours=[Flavour(name="none", nominal_quota=0)]).model_copy(update={"flavours": flavours})
+    return Queue(name=IMPLICIT, spec=spec)
