@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _on_queues(arguments: argparse.Namespace, console: Console) -> int:
+    from finetune_operator.cluster.client import APIError
+
     from . import queues
 
     reader = queues.Reader(arguments.kubeconfig, arguments.context)
@@ -51,7 +53,7 @@ def _on_queues(arguments: argparse.Namespace, console: Console) -> int:
             return asyncio.run(queues.why(reader, arguments.name, arguments.namespace, console))
         wanted = arguments.file, arguments.quota, arguments.node
         return asyncio.run(queues.simulate(reader, *wanted, arguments.namespace, console))
-    except queues.WrongInput as failure:
+    except (queues.WrongInput, APIError) as failure:
         print(failure, file=sys.stderr)
         return 2
 

@@ -128,12 +128,16 @@ def queue(user: User) -> Iterator[str]:
 
 
 def test_f12_urgent_work_gets_the_gpus_and_the_other_goes_on_where_it_was(user: User, queue: str) -> None:
-    document = gang("modest", steps=200, scheduling={"queue": queue})
+    document = gang("modest", steps=400, scheduling={"queue": queue})
     document["spec"]["checkpoint"] = {"every": "1h"}
     user.apply(document)
-    user.until("it trains", lambda: user.status("modest").get("progress", {}).get("step", 0) > 3, 240)
-    user.apply(manifest("urgent", distribution={"gpusPerNode": 1}, scheduling={"queue": queue, "priorityClassName": queue}))
-    user.until("it gives way", lambda: user.status("modest")["phase"] == "Queued", 240)
+    user.until("it is admitted", lambda: user.status("modest")["admission"], 240)
+    user.apply(manifest("urgent", distribution={"gpusPerNode": 1}, scheduling={"queue": queue}))
+    user.until("urgent waits", lambda: user.status("urgent")["phase"] == "Queued", 240)
+    user.until("modest trains", lambda: user.status("modest")["progress"]["step"] > 3, 240)
+    patch = {"spec": {"scheduling": {"priorityClassName": queue}}}
+    user.kubectl("patch", "finetunejob", "urgent", "--type=merge", "-p", json.dumps(patch))
+    user.until("modest gives way", lambda: user.status("modest")["phase"] == "Queued", 60)
     user.until("urgent trains", lambda: user.status("urgent")["phase"] in ("Training", "Evaluating"), 120)
     status = user.status("modest")
     saved, restart = status["checkpoint"]["step"], status["restarts"][0]

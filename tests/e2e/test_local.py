@@ -173,7 +173,7 @@ def test_f30_a_loss_that_is_no_number_stops_the_run_with_advice(tmp_path: Path, 
     assert "learningRate" in status.conditions[-1].message and "at step 1" in status.conditions[-1].message
 
 
-def test_the_gate_holds_back_what_is_not_better(tmp_path: Path, tiny_model: Path) -> None:
+def test_f29_the_gate_holds_back_what_is_not_better(tmp_path: Path, tiny_model: Path) -> None:
     lazy = tuning(hyperparameters={**HYPER, "maxSteps": 1, "learningRate": 1e-9})
     status, _ = run(tmp_path, tiny_model, "lazy", tuning=lazy, evaluation={"metrics": ["loss"], "gate": {"minImprovement": 0.5}})
     assert status.phase == "Failed" and status.conditions[-1].reason == "GateNotPassed"

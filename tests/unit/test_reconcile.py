@@ -525,7 +525,7 @@ def test_lost_seconds_are_counted_from_the_last_checkpoint() -> None:
     assert world.status.usage.lost_seconds == 30
 
 
-def test_out_of_memory_halves_the_batch_and_keeps_the_global_batch() -> None:
+def test_f9_out_of_memory_halves_the_batch_and_keeps_the_global_batch() -> None:
     world = World().to_training()
     for expected in ((2, 8), (1, 16)):
         world.fail("worker", ExitCode.OUT_OF_MEMORY)
@@ -614,7 +614,7 @@ def test_f14_image_pull_failure_is_said_and_resources_are_given_back() -> None:
     assert all(attempt == 1 for _, attempt in workers(world))
 
 
-def test_repeated_gang_timeouts_back_off() -> None:
+def test_f15_repeated_gang_timeouts_back_off() -> None:
     world = World(merged(MINIMAL, runPolicy={"gangTimeout": "1m"}))
     world.settle()
     world.succeed("prepare", PREPARED)
@@ -647,7 +647,7 @@ def test_why_a_stage_does_not_start(field: str, value: str, reason: str) -> None
     assert "support-prepare-1" in world.jobs and "support-prepare-0" not in world.jobs
 
 
-def test_the_gate() -> None:
+def test_f29_the_gate() -> None:
     world = World(EVALUATED).to_training()
     world.succeed("worker", TRAINED)
     world.settle()
@@ -710,7 +710,7 @@ def test_suspend_before_anything_started() -> None:
     assert world.status.phase == "Suspended" and not world.jobs
 
 
-def test_deadline_and_ttl() -> None:
+def test_f26_deadline_and_ttl() -> None:
     world = World(merged(MINIMAL, runPolicy={"activeDeadline": "1h", "ttlAfterFinished": "1d"})).to_training()
     assert world.step().requeue_at == after(3600)
     world.time = 3601

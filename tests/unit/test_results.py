@@ -191,7 +191,7 @@ def test_a21_a_link_out_of_the_volume_is_refused(shelf: Shelf) -> None:
     assert not list(outside.iterdir())
 
 
-def test_an_interrupted_publish_is_taken_up_again(shelf: Shelf) -> None:
+def test_f28_an_interrupted_publish_is_taken_up_again(shelf: Shelf) -> None:
     aside = shelf.folder / "published" / "team" / ".model.11111111.partial"
     aside.mkdir(parents=True)
     (aside / "half").write_text("x")
