@@ -95,9 +95,12 @@ class Controller:
         uid = job["metadata"]["uid"]
         observed = self.store.observe(key, self.cluster.now(), self.board.latest(uid))
         assert observed is not None
+        accepted = await self._accepted(job)
+        if may_have_changed(job):
+            self.scheduler.begun_with(uid, accepted)
         observed = dataclasses.replace(
             observed,
-            accepted=await self._accepted(job),
+            accepted=accepted,
             lost_nodes=await self._lost_nodes(observed),
             suspect_nodes=self._suspect_nodes(),
             verdict=self.scheduler.verdict(uid),

@@ -26,6 +26,7 @@ from .cluster.store import Key, Store
 from .queueing import Admission, Decisions, Snapshot, Verdict, decide, view
 from .queueing.model import Ask, Held, Queue, Workload
 from .queueing.quota import counted
+from .reconcile.accepted import may_have_changed, with_changes
 from .reconcile.model import parse_time, rfc3339
 from .settings import Settings
 
@@ -46,7 +47,7 @@ class World:
     queues: dict[str, Object] = dataclasses.field(default_factory=dict)
     nodes: list[Object] | None = None
     pods: list[tuple[str, str, dict[str, int]]] = dataclasses.field(default_factory=list)
-    """(UID, node, requests) of every pod that holds something of a node."""
+    """(UID, node, requests) of every pod that holds something of a node, but for the jobs' workers: those are known as they are."""
     namespaces: dict[str, Object] = dataclasses.field(default_factory=dict)
     priorities: dict[str, int] = dataclasses.field(default_factory=dict)
     default_priority: int = 0
@@ -61,6 +62,8 @@ class Scheduler:
         self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
         self._world = World()
         self._specs: dict[str, tuple[int, FineTuneJobSpec, Ask]] = {}
+        self._accepted: dict[str, FineTuneJobSpec | None] = {}
+        """What jobs began with whose spec may have been changed since; None where the present one holds"""
         self._verdicts: dict[str, Verdict] = {}
         self._intended: dict[str, Verdict] = {}
         """Admissions and evictions that are not on record yet."""
@@ -74,6 +77,13 @@ class Scheduler:
     def verdict(self, uid: str) -> Verdict | None:
         """What is decided about a job; None before it was looked at."""
         return self._verdicts.get(uid)
+
+    def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> None:
+        """A job's spec may have been changed: it goes on, and is counted, with this one."""
+        if uid not in self._accepted or self._accepted[uid] != spec:
+            self._accepted[uid] = spec
+            self._specs.pop(uid, None)
+            self.poke()
 
     def recorded(self, uid: str) -> None:
         """The job's status was written: what was decided before is used up."""
@@ -157,6 +167,8 @@ class Scheduler:
         found = []
         async for raw in self._cluster.list("Pod"):
             node = (raw.get("spec") or {}).get("nodeName")
+            if self._store.is_worker(raw["metadata"]["uid"]):
+                continue
             if node and (raw.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
                 found.append((raw["metadata"]["uid"], node, view.requests(raw["spec"])))
         return found
@@ -173,8 +185,8 @@ class Scheduler:
         for uid, node, amounts in world.pods:
             if uid not in ours:  # those are counted with their job, as they are now
                 used[node].update(amounts)
-        for gone in self._specs.keys() - {w.uid for w in workloads}:
-            for known in (self._specs, self._verdicts, self._intended, self._told):
+        for gone in (self._specs.keys() | self._accepted.keys()) - {w.uid for w in workloads}:
+            for known in (self._specs, self._accepted, self._verdicts, self._intended, self._told):
                 known.pop(gone, None)  # type: ignore[attr-defined]
         return Snapshot(
             now=now,
@@ -189,11 +201,11 @@ class Scheduler:
         raw = self._store.job(key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             return None
-        pods = self._store.gpu_pods(raw["metadata"]["uid"])
-        ours.update(pod.uid for pod in pods)
         spec = self._spec(raw)
         if spec is None:
             return None
+        pods = self._store.gpu_pods(raw["metadata"]["uid"])
+        ours.update(pod.uid for pod in pods)
         name = spec[0].scheduling.priority_class_name
         priority = self._world.priorities.get(name, 0) if name is not None else self._world.default_priority
         return view.workload(raw, *spec, pods, priority, self._settings, now)
@@ -202,10 +214,20 @@ class Scheduler:
         uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))
         known = self._specs.get(uid)
         if known is None or known[0] != generation:
+            changed = may_have_changed(raw)
+            if changed and uid not in self._accepted:  # its own pass finds out what it began with
+                if known is not None:
+                    return known[1:]
+                if "admission" not in raw["status"]:
+                    return None
+            kept = self._accepted.get(uid) if changed else None
             try:
                 spec = parse_spec(raw.get("spec"), strict=False)
             except InvalidDocument:
-                return known[1:] if known is not None else None
+                if kept is None:
+                    return known[1:] if known is not None else None
+                spec = kept
+            spec = with_changes(kept, spec) if kept is not None else spec
             known = self._specs[uid] = generation, spec, view.ask_of(spec)
         return known[1:]
 

@@ -327,3 +327,23 @@ def test_the_command_line_says_who_waits_for_what(
     told = finetune("simulate", "-f", str(tmp_path / "third.yaml"))
     assert "third (simulated)" in told and "waits for 1 of 1" in told
     assert finetune("simulate", "--quota", f"{queue}/any=2").strip() == "nothing would change"
+
+
+def test_f24_a_changed_shape_neither_gets_nor_frees_gpus(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:
+    """A job is counted as it began: one that says it needs less meanwhile is not let in for it, nor does a running one make room."""
+    queue = make_queue(4)
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, gpus=4), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    api.create_job(gpu_job(queue, gpus=2), name="second")
+    until("second waits", lambda: phase_of(api, "second") == "Queued")
+    api.patch_job({"spec": {"distribution": {"gpusPerNode": 1}}}, name="first")
+    api.patch_job({"spec": {"distribution": {"gpusPerNode": 0}}}, name="second")
+    until("both are told", lambda: all(api.condition("Accepted", name)["reason"] == "ChangeIgnored" for name in ("first", "second")))
+    for _ in range(2):  # also an operator that starts anew
+        with pytest.raises(AssertionError):
+            until("second starts", lambda: phase_of(api, "second") != "Queued", 4)
+        operator.kill()
+        operator.start()
+    kubelet.hold = set()
+    until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")

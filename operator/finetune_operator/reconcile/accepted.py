@@ -42,6 +42,11 @@ def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
         draft.set("Accepted", "True", REASON, message)
     else:
         draft.set("Accepted", "True", "Valid", "the spec is valid")
+    return with_changes(kept, wanted)
+
+
+def with_changes(kept: FineTuneJobSpec, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
+    """The spec that a job began with, and of the present one what may change."""
     scheduling = {"queue": wanted.scheduling.queue, "priority_class_name": wanted.scheduling.priority_class_name}
     return kept.model_copy(update={"run_policy": wanted.run_policy, "scheduling": kept.scheduling.model_copy(update=scheduling)})
 
