@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from kubernetes import client, config
 
 from finetune_api import GROUP, PLURAL, VERSION, names
@@ -145,7 +146,7 @@ class Kubelet:
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
-            with contextlib.suppress(client.ApiException):
+            with contextlib.suppress(client.ApiException, urllib3.exceptions.HTTPError):
                 pods = self.api.pods()
                 self._check(pods)
                 for pod in pods:
