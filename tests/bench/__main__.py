@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import operator, prepare, queueing, trainer
+from . import faults, operator, prepare, queueing, trainer
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["operator", "queueing", "prepare", "trainer", []], default=[])
-    which = parser.parse_args().which or ["operator", "queueing", "prepare", "trainer"]
+    parser.add_argument("which", nargs="*", choices=["operator", "queueing", "prepare", "trainer", "faults", []], default=[])
+    which = parser.parse_args().which or ["operator", "queueing", "prepare", "trainer", "faults"]
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
@@ -22,6 +22,8 @@ def main() -> None:
         results["prepare"] = prepare.bench()
     if "trainer" in which:
         results["trainer"] = trainer.bench()
+    if "faults" in which:
+        results["faults"] = faults.bench()
     print(json.dumps(results, indent=1))
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from finetune_api import names
 from finetune_operator.cluster.store import Store
+from finetune_operator.reconcile.failures import classify
+from finetune_operator.reconcile.observe import pod_view
 from finetune_operator.workqueue import WorkQueue
-from tests.factory import NOW, UID, container_status, job, stamp
+from tests.factory import NOW, UID, container_status, ended, job, stamp
 
 KEY = ("team-a", "support")
 
@@ -174,3 +176,16 @@ async def test_workers_end_when_cancelled_in_the_very_moment_of_a_wake_up() -> N
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=2)
         assert done, "a worker swallowed its cancellation"
+
+
+def test_an_evicted_pod_is_told_by_its_own_reason_not_by_its_containers() -> None:
+    raw = {
+        "metadata": {"name": "support-worker-0", "uid": "p", "labels": {names.LABEL_STAGE: "train"}},
+        "spec": {"nodeName": "node-1"},
+        "status": {**ended(137), "reason": "Terminated", "message": "Pod was terminated in response to imminent node shutdown."},
+    }
+    seen = pod_view(raw)
+    assert (seen.reason, seen.exit_code, seen.node) == ("Terminated", 137, "node-1")
+    assert classify(seen).cause == "Disruption"
+    raw["status"] = ended(137, reason="OOMKilled")
+    assert pod_view(raw).reason == "OOMKilled"
