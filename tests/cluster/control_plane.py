@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import ssl
 import time
@@ -18,10 +20,12 @@ FIRST_SERVICE = "10.96.0.1"
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that is free now, and that no outgoing connection is given later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)  # Linux takes those of connections from 32768 on
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(what: str, ready: Callable[[], bool], seconds: float, logs: Path | None = None) -> None:

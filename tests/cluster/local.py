@@ -10,6 +10,7 @@ import platform
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from . import addons, binaries, control_plane, debian, images, nodes, processes
@@ -110,12 +111,18 @@ class LocalCluster:
                 os.kill(pid, number)
 
     def restart(self, name: str) -> None:
-        """Kill a process of the control plane, and start it again with the same command when its ports are free."""
+        """Kill a process of the control plane, and start it again with the same command until it stays: its port may be taken."""
         commands = list(self._running(name).values())
         self.signal(name, signal.SIGKILL)
         wait_for(f"the end of {name}", lambda: not self._running(name), 10)
+
+        def stays(words: list[str]) -> bool:
+            processes.start(self.name, name, words, self.state / "logs")
+            time.sleep(0.5)
+            return bool(self._running(name))
+
         for words in commands:
-            processes.start(self.name, name, list(words), self.state / "logs")
+            wait_for(f"{name} again", lambda words=words: stays(list(words)), 60, self.state / "logs")  # type: ignore[misc]
 
     def load(self, image: images.Image) -> None:
         """Put an image on every node."""
