@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -117,12 +118,12 @@ class LocalCluster:
         wait_for(f"the end of {name}", lambda: not self._running(name), 10)
 
         def stays(words: list[str]) -> bool:
-            processes.start(self.name, name, words, self.state / "logs")
+            processes.start(self.name, name, [*words], self.state / "logs")
             time.sleep(0.5)
             return bool(self._running(name))
 
         for words in commands:
-            wait_for(f"{name} again", lambda words=words: stays(list(words)), 60, self.state / "logs")  # type: ignore[misc]
+            wait_for(f"{name} again", functools.partial(stays, words), 60, self.state / "logs")
 
     def load(self, image: images.Image) -> None:
         """Put an image on every node."""
