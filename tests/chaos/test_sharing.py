@@ -25,7 +25,7 @@ from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from tests.component.conftest import Api, Operator
 from tests.factory import RESULTS, container_status, ended
 
-SEED, JOBS, NODES, GPUS = 20261121, 100, 4, 8
+SEED, JOBS, NODES, GPUS = 20261121, 60, 4, 8
 GPU = "example.com/gpu"
 SHAPES = ((1, 1), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (2, 8))
 AWAY = (client.ApiException, urllib3.exceptions.HTTPError)
