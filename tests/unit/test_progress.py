@@ -33,6 +33,9 @@ class Reviews:
         self.count = 0
         self.down = False
 
+    def now(self) -> datetime:
+        return NOW
+
     async def review_token(self, token: str, audience: str) -> dict[str, Any]:
         self.count += 1
         if self.down:
@@ -126,10 +129,10 @@ def test_a_report_with_everything_goes_over_the_wire() -> None:
 
 def test_newest_wins() -> None:
     board = ProgressBoard()
-    assert board.put("j", ProgressReport(attempt=1, step=5, total_steps=9))
-    assert not board.put("j", ProgressReport(attempt=1, step=4, total_steps=9))
-    assert not board.put("j", ProgressReport(attempt=0, step=8, total_steps=9))
-    assert board.put("j", ProgressReport(attempt=2, step=0, total_steps=9))
+    assert board.put("j", ProgressReport(attempt=1, step=5, total_steps=9), NOW)
+    assert not board.put("j", ProgressReport(attempt=1, step=4, total_steps=9), NOW)
+    assert not board.put("j", ProgressReport(attempt=0, step=8, total_steps=9), NOW)
+    assert board.put("j", ProgressReport(attempt=2, step=0, total_steps=9), NOW)
     board.forget("j")
     assert board.latest("j") is None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 from finetune_api.contract import ProgressReport
 
@@ -13,12 +13,12 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._latest: dict[str, tuple[ProgressReport, datetime]] = {}
 
-    def put(self, job_uid: str, report: ProgressReport, now: datetime | None = None) -> bool:
+    def put(self, job_uid: str, report: ProgressReport, now: datetime) -> bool:
         """Remember a report. Returns whether it was news."""
         known = self._latest.get(job_uid)
         if known is not None and (report.attempt, report.step) < (known[0].attempt, known[0].step):
             return False
-        self._latest[job_uid] = (report, now or datetime.now(UTC))
+        self._latest[job_uid] = (report, now)
         return True
 
     def latest(self, job_uid: str) -> tuple[ProgressReport, datetime] | None:

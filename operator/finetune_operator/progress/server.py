@@ -95,7 +95,7 @@ class ProgressServer:
         current = int((job.get("status") or {}).get("attempt", 0))
         if labels.get(names.LABEL_RANK) != "0" or labels.get(names.LABEL_ATTEMPT) != str(report.attempt) or report.attempt < current:
             raise web.HTTPForbidden(text="only rank 0 of the current attempt reports progress")
-        if self._board.put(job["metadata"]["uid"], report):
+        if self._board.put(job["metadata"]["uid"], report, self._cluster.now()):
             self._wake((namespace, name))
         return web.Response(status=204)
 
