@@ -73,7 +73,6 @@ def test_f15_half_of_a_gang_is_no_gang(api: Api, kubelet: Kubelet, operator: Ope
     until("it gives up", lambda: api.status().get("attempt", 0) >= 1)
     status = api.status()
     assert status["restarts"][0]["reason"] == "GangTimeout" and status["restarts"][0]["counted"] is False
-    assert "GangTimeout" in [c["reason"] for c in status["conditions"] if c["type"] in ("Admitted", "Running")] or status["attempt"] > 1
     kubelet.override, kubelet.hold = None, set()
     status = ends(api)
     assert status["phase"] == "Succeeded" and status["restartsCounted"] == 0
