@@ -86,6 +86,8 @@ class QueuePreemption(APIModel):
     """Whether a job may displace jobs of lower priority in this queue."""
     reclaim_within_cohort: Literal["Never", "LowerPriority", "Any"] = "Any"
     """Which jobs of queues that have borrowed are displaced when this queue wants its own quota back."""
+    fair_sharing: bool = False
+    """Whether this queue may also borrow what queues with a larger share have borrowed, down to an equal share."""
     minimum_run_time: Duration = "10m"
     """Jobs of this queue are not displaced before they had their GPUs so long."""
 

@@ -427,6 +427,26 @@ def test_a_queue_takes_its_own_back_and_no_more() -> None:
     assert not [v for v in decided(*borrowed, waiting("mine", ask(1, 8), "q"), queues=polite).verdicts.values() if v.action == "preempt"]
 
 
+def test_what_is_borrowed_is_shared_where_a_queue_wants_that() -> None:
+    """Two queues without a quota of their own borrow from a third that is idle."""
+
+    def cohort(**preemption: Any) -> tuple[Queue, ...]:
+        return queue("q", 0, "c", preemption=preemption), queue("r", 0, "c"), queue("idle", 8, "c")
+
+    borrowed = [running(f"b{n}", ask(1, 2), "r", "any", saved_at=after(-60 - n)) for n in range(4)]
+
+    def displaced(found: Decisions) -> int:
+        return sum(v.action == "preempt" for v in found.verdicts.values())
+
+    mine = waiting("mine", ask(1, 4), "q")
+    assert displaced(decided(*borrowed, mine, queues=cohort())) == 0, "not without being asked for"
+    assert displaced(decided(*borrowed, mine, queues=cohort(fairSharing=True))) == 2, "half of it"
+    assert displaced(decided(*borrowed, waiting("mine", ask(1, 6), "q"), queues=cohort(fairSharing=True))) == 0, "no more than half"
+    even = [*borrowed[:2], *(running(f"m{n}", ask(1, 2), "q", "any") for n in range(2))]
+    back = cohort(fairSharing=True)[0], queue("r", 0, "c", preemption={"fairSharing": True}), queue("idle", 8, "c")
+    assert displaced(decided(*even, waiting("more", ask(1, 2), "r"), queues=back)) == 0, "and nobody takes it back again"
+
+
 def test_who_gives_way_is_waited_for_and_its_room_is_kept() -> None:
     leaving = running("low", ask(1, 8), "q", "any", {"node-0": 1}, stopping=True)
     back = dataclasses.replace(leaving, waits=True)

@@ -19,7 +19,7 @@ from .books import Books, Room
 from .line import Line
 from .model import IMPLICIT, Admission, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
 from .placement import Fleet, Place, never_fits
-from .preemption import candidates, effective_priority, victims
+from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
 
 _NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit")
@@ -285,11 +285,15 @@ class _Pass:
             self.tries[name] += 1
             ledger = books.later[0]
             for flavour in flavours:
-                ordered = candidates(workload, priority, name, flavour, pods, self.running, ledger, self.snapshot.now)
-                chosen = victims(ordered, name, ledger, books.let_go, books.keep, lambda: room() is not None)
+                wish = Wish(workload=workload, priority=priority, queue=name, flavour=flavour, pods=pods)
+                ordered = candidates(wish, self.running, ledger, self.snapshot.now)
+                chosen = victims(wish, ordered, ledger, books.let_go, books.keep, lambda: room() is not None)
                 for victim in chosen:
                     same = victim.held is not None and victim.held.queue == name
-                    how = f"priority {priority}" if same else f"queue {name} takes its quota back"
+                    back = (
+                        f"queue {name} takes its quota back" if not ledger.borrows(name, flavour, wish.units) else f"queue {name} has less"
+                    )
+                    how = f"priority {priority}" if same else back
                     self._preempt(victim, f"gives way to {workload.label} ({how})")
                 if chosen:
                     found = room()

@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.queue import Flavour
 from finetune_api.scalars import seconds
 
-from .model import Workload
+from .model import Held, Workload
 from .quota import Ledger
 
 
-def candidates(
-    wanting: Workload, priority: int, queue: str, flavour: Flavour, pods: int, running: Iterable[Workload], ledger: Ledger, now: datetime
-) -> list[Workload]:
-    """Jobs that may be asked to give way to this one, the cheapest first."""
-    own = ledger.queues[queue].spec
-    units = pods * wanting.ask.units
-    reclaims = own.cohort is not None and not ledger.borrows(queue, flavour, units)
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """A job that does not fit, and what it wants."""
+
+    workload: Workload
+    priority: int
+    """The one that counts in its queue."""
+    queue: str
+    flavour: Flavour
+    pods: int
+
+    @property
+    def units(self) -> int:
+        """Units in all."""
+        return self.pods * self.workload.ask.units
+
+
+def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: datetime) -> list[Workload]:
+    """Jobs that may be asked to give way: those of other queues first, then the lowest priority, then who loses least."""
     found: list[tuple[tuple[object, ...], Workload]] = []
     for other in running:
         held = other.held
-        if held is None or held.stopping or held.queue not in ledger.queues or other.ask.resource != wanting.ask.resource:
+        if held is None or held.stopping or held.queue not in ledger.queues or other.ask.resource != wish.workload.ask.resource:
             continue
-        theirs = ledger.queues[held.queue].spec
-        if (now - held.since).total_seconds() < seconds(theirs.preemption.minimum_run_time):
+        shortest = seconds(ledger.queues[held.queue].spec.preemption.minimum_run_time)
+        if (now - held.since).total_seconds() < shortest or not _may_displace(wish, other, held, ledger):
             continue
-        if held.queue == queue:
-            if own.preemption.within_queue == "Never" or effective_priority(other, theirs.limits.max_priority) >= priority:
-                continue
-        else:
-            policy = own.preemption.reclaim_within_cohort
-            lower = effective_priority(other, theirs.limits.max_priority) < priority
-            allowed = reclaims and theirs.cohort == own.cohort and held.flavour == flavour.name
-            if not allowed or policy == "Never" or (policy == "LowerPriority" and not lower) or not _has_borrowed(other, ledger):
-                continue
-        found.append(((held.queue == queue, effective_priority(other, None), _cost(other, now), -held.since.timestamp(), other.uid), other))
+        order = held.queue == wish.queue, effective_priority(other, None), _cost(other, held, now), -held.since.timestamp(), other.uid
+        found.append((order, other))
     return [other for _, other in sorted(found, key=lambda item: item[0])]  # type: ignore[arg-type, return-value]
 
 
+def _may_displace(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bool:
+    own, theirs = ledger.queues[wish.queue].spec, ledger.queues[held.queue].spec
+    lower = effective_priority(other, theirs.limits.max_priority) < wish.priority
+    if held.queue == wish.queue:
+        return own.preemption.within_queue == "LowerPriority" and lower
+    if own.cohort is None or theirs.cohort != own.cohort or held.flavour != wish.flavour.name or not _has_borrowed(held, ledger):
+        return False  # what its queue still has is its own
+    if ledger.borrows(wish.queue, wish.flavour, wish.units):
+        return own.preemption.fair_sharing and _is_fairer(wish, other, held, ledger)
+    policy = own.preemption.reclaim_within_cohort
+    return policy == "Any" or (policy == "LowerPriority" and lower)
+
+
+def _is_fairer(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bool:
+    """Whether the other queue still has no smaller share after the exchange: then nobody would want to undo it."""
+    with ledger.given(held, other.namespace):
+        theirs = ledger.share(held.queue)
+        ledger.take(wish.queue, wish.flavour.name, wish.workload.namespace, wish.units)
+        own = ledger.share(wish.queue)
+        ledger.take(wish.queue, wish.flavour.name, wish.workload.namespace, wish.units, -1)
+    return own <= theirs
+
+
 def victims(
+    wish: Wish,
     ordered: list[Workload],
-    queue: str,
     ledger: Ledger,
     let_go: Callable[[Workload], None],
     keep: Callable[[Workload], None],
@@ -54,8 +82,8 @@ def victims(
     """
     chosen: list[Workload] = []
     for other in ordered:
-        if other.held is not None and other.held.queue != queue and not _has_borrowed(other, ledger):
-            continue  # what its queue still has is its own
+        if other.held is None or not _may_displace(wish, other, other.held, ledger):  # those before it have changed the shares
+            continue
         let_go(other)
         chosen.append(other)
         if fits():
@@ -78,17 +106,11 @@ def effective_priority(workload: Workload, limit: int | None) -> int:
     return workload.priority if limit is None else min(workload.priority, limit)
 
 
-def _has_borrowed(workload: Workload, ledger: Ledger) -> bool:
-    held = workload.held
-    if held is None:
-        return False
+def _has_borrowed(held: Held, ledger: Ledger) -> bool:
     flavour = next((f for f in ledger.queues[held.queue].spec.flavours if f.name == held.flavour), None)
     return flavour is not None and ledger.borrows(held.queue, flavour)
 
 
-def _cost(workload: Workload, now: datetime) -> float:
+def _cost(workload: Workload, held: Held, now: datetime) -> float:
     """GPU-seconds since its last checkpoint: what is lost if it cannot save in time, and what saving costs grows alike."""
-    held = workload.held
-    if held is None:
-        return 0.0
     return max(0.0, (now - (held.saved_at or held.since)).total_seconds()) * held.total
