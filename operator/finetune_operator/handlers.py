@@ -11,6 +11,7 @@ from typing import Any
 import kopf
 
 from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api.queue import QUEUE_PLURAL
 
 from .cluster.client import CHILD_KINDS, RESOURCES
 from .controller import SELECTOR, Controller
@@ -90,3 +91,9 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
 
     for kind in CHILD_KINDS:
         watch(kind)
+
+    if not settings.watch_namespace:  # queues have no namespace: an operator of one may not see them
+
+        @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
+        async def on_queue(event: kopf.RawEvent, **_: Any) -> None:
+            controller.scheduler.queue_event(dict(event["object"]), deleted=event["type"] == "DELETED")

@@ -68,6 +68,9 @@ class Scheduler:
         self._intended: dict[str, Verdict] = {}
         """Admissions and evictions that are not on record yet."""
         self._told: dict[str, float] = {}
+        self._generations: dict[str, Any] = {}
+        self._stale = False
+        """A queue has changed since the last LIST began."""
         self._dirty = asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
@@ -89,6 +92,18 @@ class Scheduler:
         """The job's status was written: what was decided before is used up."""
         if self._intended.pop(uid, None) is not None or (v := self._verdicts.get(uid)) is None or v.action == "resize":
             self._verdicts.pop(uid, None)
+        self.poke()
+
+    def queue_event(self, raw: Object, *, deleted: bool) -> None:
+        """A FineTuneQueue was seen, or is gone. Its spec decides; its status is this operator's own."""
+        name, generation = raw["metadata"]["name"], raw["metadata"].get("generation")
+        if deleted:
+            self._generations.pop(name, None)
+        elif self._generations.get(name) == generation:
+            return
+        else:
+            self._generations[name] = generation
+        self._stale = True
         self.poke()
 
     def poke(self) -> None:
@@ -135,8 +150,9 @@ class Scheduler:
     async def _refresh(self) -> None:
         """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
         world, began = self._world, time.monotonic()
-        if began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
+        if not self._stale and began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
             return
+        self._stale = False
         queues = await self._list("FineTuneQueue")
         # one that serves a single namespace does not see what others hold: quota alone decides then
         nodes = await self._list("Node") if not self._settings.watch_namespace else None
@@ -292,7 +308,7 @@ class Scheduler:
             if failure.transient:
                 raise
             log.info("queue %s: status refused: %s", queue.name, failure)
-            self._world.at = float("-inf")  # it changed, or is gone
+            self._stale = True  # it changed, or is gone
             return
         self._queue_written[queue.name] = time.monotonic()
         self._world.queues[queue.name] = answer

@@ -347,3 +347,15 @@ def test_f24_a_changed_shape_neither_gets_nor_frees_gpus(api: Api, kubelet: Kube
         operator.start()
     kubelet.hold = set()
     until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")
+
+
+def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, machines: None) -> None:
+    """An operator of the whole cluster watches queues: nobody waits for its next look around."""
+    operator.kill()
+    operator.start(FINETUNE_WATCH_NAMESPACE="", FINETUNE_SNAPSHOT_SECONDS="3600")
+    queue = make_queue(0)
+    api.create_job(gpu_job(queue))
+    until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")
+    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": 1}]
+    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+    until("it ends", lambda: phase_of(api, "support") == "Succeeded", 30)
