@@ -69,8 +69,8 @@ class Scheduler:
         """Admissions and evictions that are not on record yet."""
         self._told: dict[str, float] = {}
         self._generations: dict[str, Any] = {}
-        self._stale = False
-        """A queue has changed since the last LIST began."""
+        self._changes, self._listed = 0, 0
+        """Changes of queues that were seen, and those that the last LIST came after"""
         self._dirty = asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
@@ -103,7 +103,7 @@ class Scheduler:
             return
         else:
             self._generations[name] = generation
-        self._stale = True
+        self._changes += 1
         self.poke()
 
     def poke(self) -> None:
@@ -150,9 +150,9 @@ class Scheduler:
     async def _refresh(self) -> None:
         """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
         world, began = self._world, time.monotonic()
-        if not self._stale and began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
+        changes = self._changes
+        if changes == self._listed and began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
             return
-        self._stale = False
         queues = await self._list("FineTuneQueue")
         # one that serves a single namespace does not see what others hold: quota alone decides then
         nodes = await self._list("Node") if not self._settings.watch_namespace else None
@@ -168,7 +168,7 @@ class Scheduler:
         if nodes:
             found.pods = await self._pods()
         found.at, found.took = time.monotonic(), time.monotonic() - began
-        self._world = found
+        self._world, self._listed = found, changes
 
     async def _list(self, kind: str) -> list[Object] | None:
         """All objects of a kind; None where the operator may not look, or the kind is not served."""
@@ -308,7 +308,7 @@ class Scheduler:
             if failure.transient:
                 raise
             log.info("queue %s: status refused: %s", queue.name, failure)
-            self._stale = True  # it changed, or is gone
+            self._changes += 1  # it changed, or is gone
             return
         self._queue_written[queue.name] = time.monotonic()
         self._world.queues[queue.name] = answer
