@@ -72,6 +72,11 @@ def gpu_job(queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | N
     )
 
 
+def set_quota(api: Api, queue: str, quota: int) -> None:
+    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": quota}]
+    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+
+
 def queue_status(api: Api, name: str) -> dict[str, Any]:
     found: dict[str, Any] = api.custom.get_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
     return dict(found.get("status") or {})
@@ -283,8 +288,7 @@ def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
     assert "1 of 2 worker pods" in api.condition("Admitted")["message"]
     before = status["plan"]
     until("its pod has a node", lambda: all(p.spec.node_name for p in api.pods() if p.status.phase == "Running"))
-    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": 2}]
-    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+    set_quota(api, queue, 2)
     # an idle operator looks at quotas once a minute; another job's coming makes it look at once
     api.create_job(gpu_job(queue, gpus=4), name="never")
     until("it grows", lambda: len(api.workers()) == 2 and phase_of(api, "support") == "Training", 90)
@@ -356,6 +360,5 @@ def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Oper
     queue = make_queue(0)
     api.create_job(gpu_job(queue))
     until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")
-    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": 1}]
-    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+    set_quota(api, queue, 1)
     until("it ends", lambda: phase_of(api, "support") == "Succeeded", 30)
