@@ -380,7 +380,8 @@ class Machine(RuleBasedStateMachine):
         if raw["spec"]["runPolicy"].get("suspend", False) != suspend:
             self.faults += suspend
             policy = {**raw["spec"]["runPolicy"], "suspend": suspend}
-            self.server.put("FineTuneJob", {**raw, "metadata": dict(raw["metadata"]), "spec": {**raw["spec"], "runPolicy": policy}})
+            meta = {**raw["metadata"], "generation": raw["metadata"]["generation"] + 1}
+            self.server.put("FineTuneJob", {**raw, "metadata": meta, "spec": {**raw["spec"], "runPolicy": policy}})
 
     # what always holds
 
