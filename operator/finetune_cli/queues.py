@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.status import read_status
-from finetune_operator.cluster.client import CHILD_KINDS, KubernetesCluster, connect
+from finetune_operator.cluster.client import KubernetesCluster, connect
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import SELECTOR
 from finetune_operator.queueing import Decisions, Snapshot, decide, view
@@ -52,11 +52,10 @@ class Reader:
         async for raw in cluster.list("FineTuneJob"):
             self.store.put_job(raw)
         for kind in ("Pod", "Job"):
-            assert kind in CHILD_KINDS
             async for raw in cluster.list(kind, "", SELECTOR):
                 self.store.put_child(kind, raw)
 
-    async def namespace(self, given: str | None) -> str:
+    def namespace(self, given: str | None) -> str:
         """The namespace given, else that of the context."""
         if given is not None:
             return given
@@ -93,7 +92,7 @@ def _usage(name: str, used: int, nominal: int) -> Text:
 
 async def why(reader: Reader, name: str, namespace: str | None, console: Console) -> int:
     """What a job waits for, or what it holds."""
-    space = await reader.namespace(namespace)
+    space = reader.namespace(namespace)
     snapshot = await reader.snapshot()
     raw = reader.store.job((space, name))
     if raw is None:
@@ -116,7 +115,7 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
 
 async def simulate(reader: Reader, files: list[Path], quotas: list[str], nodes: list[str], namespace: str | None, console: Console) -> int:
     """Decide with and without the jobs, quotas and nodes given, and show what would change. Raises WrongInput, InvalidDocument."""
-    space = await reader.namespace(namespace)
+    space = reader.namespace(namespace)
     now = await reader.snapshot()
     then = dataclasses.replace(
         now,

@@ -329,10 +329,6 @@ def _assumed(admission: Admission, ask: Ask, now: datetime) -> Held:
 def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:
     """A queue's status from what was decided."""
     report, spec = decisions.queues[queue.name], queue.spec
-    using: Counter[str] = Counter()
-    for workload in snapshot.workloads:
-        if workload.held is not None and workload.held.queue == queue.name:
-            using[workload.namespace] += workload.held.total
     flavours = [
         FlavourUsage(
             name=f.name,
@@ -365,5 +361,5 @@ def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decis
         borrowed=sum(f.borrowed for f in flavours),
         share=report.share,
         oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
-        history=counted(queue.history, spec, using, since, snapshot.now, stamp),
+        history=counted(queue.history, spec, report.by_namespace, since, snapshot.now, stamp),
     )

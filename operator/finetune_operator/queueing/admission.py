@@ -17,7 +17,7 @@ from finetune_api.scalars import human_duration, seconds
 from . import explain
 from .books import Books, Room
 from .line import Line
-from .model import IMPLICIT, Admission, Decisions, Queue, QueueReport, Snapshot, Verdict, Workload
+from .model import IMPLICIT, Admission, Decisions, Held, Queue, QueueReport, Snapshot, Verdict, Workload
 from .placement import Fleet, Place, never_fits
 from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
@@ -56,7 +56,11 @@ class _Pass:
         self._drain()
         self._take_turns()
         self._grow()
-        return Decisions(verdicts=self.verdicts, queues={name: self._report(name) for name in self.ledger.queues})
+        held: dict[str, list[tuple[str, Held]]] = defaultdict(list)
+        for workload in self.snapshot.workloads:
+            if workload.held is not None:
+                held[workload.held.queue].append((workload.namespace, workload.held))
+        return Decisions(verdicts=self.verdicts, queues={name: self._report(name, held[name]) for name in self.ledger.queues})
 
     # who has what, who wants what
 
@@ -348,18 +352,19 @@ class _Pass:
                         self.fleet.take(place, ask.per_pod)
                     break
 
-    def _report(self, name: str) -> QueueReport:
-        mine = [w for w in self.snapshot.workloads if w.held is not None and w.held.queue == name]
+    def _report(self, name: str, mine: list[tuple[str, Held]]) -> QueueReport:
         used: Counter[str] = Counter()
-        for workload in mine:
-            assert workload.held is not None
-            used[workload.held.flavour] += workload.held.total
+        by_namespace: Counter[str] = Counter()
+        for namespace, held in mine:
+            used[held.flavour] += held.total
+            by_namespace[namespace] += held.total
         waiting = [w for w in self.waiting.get(name, ()) if self.verdicts[w.uid].action == "wait"]
         oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
         return QueueReport(
             pending=len(waiting),
-            admitted=sum(1 for w in mine if w.held is not None and not w.held.stopping),
+            admitted=sum(1 for _, held in mine if not held.stopping),
             used=dict(used),
+            by_namespace=dict(by_namespace),
             share=round(self.ledger.share(name), 4),
             oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
         )

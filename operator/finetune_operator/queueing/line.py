@@ -18,23 +18,22 @@ class Line:
         grouped: dict[int, dict[str, list[Workload]]] = defaultdict(lambda: defaultdict(list))
         for workload in waiting:
             grouped[-effective_priority(workload, limit)][workload.namespace].append(workload)
-        self._levels: list[tuple[int, dict[str, deque[Workload]], list[tuple[float, str]]]] = []
-        for level, spaces in sorted(grouped.items()):
+        self._levels: list[tuple[dict[str, deque[Workload]], list[tuple[float, str]]]] = []
+        for _, spaces in sorted(grouped.items(), reverse=True):  # the highest priority last, where it is taken off
             lines = {name: deque(sorted(members, key=lambda w: (w.since, w.uid))) for name, members in spaces.items()}
-            self._levels.append((level, lines, []))
-        self._levels.reverse()
+            self._levels.append((lines, []))
         self._fill()
 
     def _fill(self) -> None:
         if self._levels:
-            _, lines, heap = self._levels[-1]
+            lines, heap = self._levels[-1]
             heap.extend((self._use.get(name, 0.0), name) for name in lines)
             heapq.heapify(heap)
 
     def peek(self) -> Workload | None:
         """Whose turn it is."""
         while self._levels:
-            _, lines, heap = self._levels[-1]
+            lines, heap = self._levels[-1]
             while heap:
                 use, name = heap[0]
                 if name not in lines or use != self._use.get(name, 0.0):  # an old entry
@@ -50,7 +49,7 @@ class Line:
 
     def drop(self, workload: Workload, units: int = 0) -> None:
         """It had its turn, and was given so many units."""
-        _, lines, heap = self._levels[-1]
+        lines, heap = self._levels[-1]
         name = workload.namespace
         lines[name].popleft()
         if not lines[name]:

@@ -175,6 +175,8 @@ class QueueReport:
     admitted: int = 0
     used: Mapping[str, int] = field(default_factory=dict)
     """By flavour."""
+    by_namespace: Mapping[str, int] = field(default_factory=dict)
+    """The same by namespace."""
     share: float = 0.0
     oldest: tuple[str, datetime] | None = None
     """(namespace/name, since when) of the job that waits longest."""
