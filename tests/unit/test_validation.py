@@ -52,7 +52,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"dataset": {**EVAL, "eval": {"splitFraction": 0.1, "uri": "pvc://a/b"}}},
         "exactly one of splitFraction and uri",
     ),
-    ("fsdp on CPU", {"distribution": {"gpusPerNode": 0, "strategy": "fsdp"}}, "fsdp needs GPUs"),
     ("more than there are", {"distribution": {"nodes": 2, "minNodes": 3}}, "distribution.minNodes is more than"),
     ("offload without DeepSpeed", {"distribution": {"offload": "optimizer"}}, "offload needs distribution.strategy"),
     (

@@ -27,6 +27,7 @@ def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
     """Keyword arguments of transformers.TrainingArguments."""
     spec, hyper = context.spec, context.spec.tuning.hyperparameters
     dtype, sharded = models.compute_dtype(cuda, hyper.precision), plan.strategy.startswith("deepspeed")
+    configured = not cuda and (sharded or plan.strategy == "fsdp")
     stopping = hyper.early_stopping
     return {
         "output_dir": context.layout.checkpoints,
@@ -53,11 +54,11 @@ def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
         "neftune_noise_alpha": hyper.neftune_noise_alpha,
         "torch_compile": hyper.torch_compile,
         "use_liger_kernel": hyper.fused_kernels == "auto" and cuda and importlib.util.find_spec("liger_kernel") is not None,
-        "use_cpu": not cuda and not sharded,  # accelerate would run DDP instead of DeepSpeed
+        "use_cpu": not cuda and not configured,  # accelerate would run DDP instead of DeepSpeed
         "ddp_backend": None if cuda or sharded or plan.world_size == 1 else "gloo",
         "ddp_find_unused_parameters": False,
         "deepspeed": deepspeed_config(plan) if sharded else None,
-        "accelerator_config": {"use_configured_state": sharded and not cuda},
+        "accelerator_config": {"use_configured_state": configured},
         "fsdp": True if plan.strategy == "fsdp" else None,
         "logging_steps": 1,
         "logging_first_step": True,

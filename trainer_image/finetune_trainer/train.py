@@ -98,6 +98,8 @@ def _cpu_environment(strategy: str, local: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // max(1, local))
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "CUDA_VISIBLE_DEVICES": ""}
     # accelerate leaves DeepSpeed out in silence and runs DDP when it is told to use the CPU; without a GPU it does so anyway
+    if strategy == "fsdp":
+        return env
     return {**env, "DS_ACCELERATOR": "cpu"} if strategy.startswith("deepspeed") else {**env, "ACCELERATE_USE_CPU": "true"}
 
 
@@ -111,7 +113,7 @@ def _launcher(plan: Plan, nodes: int, rank: int, address: str, port: str) -> tup
     local = plan.world_size // nodes
     place = {"MASTER_ADDR": address, "MASTER_PORT": port}
     if local == 1:
-        alone = plan.world_size == 1 and not plan.strategy.startswith("deepspeed")
+        alone = plan.world_size == 1 and plan.strategy == "ddp"
         ranks = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(plan.world_size), "LOCAL_WORLD_SIZE": "1", **place}
         return [sys.executable], {} if alone else ranks
     command = [sys.executable, "-m", "accelerate.commands.launch"]

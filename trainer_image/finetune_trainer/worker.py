@@ -75,6 +75,8 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
         _prefer_plain_collectives()
         if not cuda:
             _start_deepspeed_on_cpu()
+    elif plan.strategy == "fsdp" and not cuda:
+        _start_fsdp_on_cpu()
     kind = OBJECTIVES[context.spec.tuning.objective]
     arguments = kind.arguments(context, common(context, plan, cuda))  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
@@ -174,6 +176,17 @@ def _start_deepspeed_on_cpu() -> None:
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
+
+
+def _start_fsdp_on_cpu() -> None:
+    """Start the process group for FSDP over gloo.
+
+    PyTorch shards on CPU as well; accelerate asks for FSDP only where it counts several GPUs, and would run DDP in silence.
+    """
+    from accelerate import DistributedType, PartialState
+
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
 
 
 def _check_world(arguments: Any, plan: Plan) -> None:

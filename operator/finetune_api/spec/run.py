@@ -36,11 +36,6 @@ class Distribution(APIModel):
             holds=lambda m: m.min_nodes is None or m.min_nodes <= m.nodes,
         ),
         Rule(
-            cel="self.strategy != 'fsdp' || self.gpusPerNode > 0",
-            message="distribution.strategy fsdp needs GPUs: set distribution.gpusPerNode to 1 or more, or use ddp or a deepspeed strategy",
-            holds=lambda m: m.strategy != "fsdp" or m.gpus_per_node > 0,
-        ),
-        Rule(
             cel="self.offload == 'none' || self.strategy in ['deepspeed-zero2', 'deepspeed-zero3']",
             message="distribution.offload needs distribution.strategy deepspeed-zero2 or deepspeed-zero3; set one, or offload to none",
             holds=lambda m: m.offload == "none" or m.strategy in ("deepspeed-zero2", "deepspeed-zero3"),
