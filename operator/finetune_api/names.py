@@ -61,6 +61,11 @@ def worker_name(job_name: str, rank: int) -> str:
     return f"{base_name(job_name)}-worker-{rank}"
 
 
+def group_name(job_name: str, attempt: int) -> str:
+    """What another scheduler knows the gang of one attempt by: Kueue's pod group, Volcano's PodGroup."""
+    return f"{base_name(job_name)}-attempt-{attempt}"
+
+
 def stage_name(job_name: str, stage: Stage, retry: int) -> str:
     """Child Job of a single-pod stage."""
     return f"{base_name(job_name)}-{stage}-{retry}"

@@ -14,7 +14,7 @@ from collections import Counter
 from finetune_api import names
 from finetune_api.contract import JobFile
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, read_status
 
 from . import metrics
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, event_manifest
@@ -26,6 +26,7 @@ from .reconcile.accepted import may_have_changed
 from .reconcile.failures import suspects
 from .reconcile.model import Action, Apply, Create, Delete, Event, Observed
 from .reconcile.observe import owner_uid
+from .resources.backends import GROUP_KINDS
 from .scheduler import Scheduler
 from .settings import Settings
 from .workqueue import WorkQueue
@@ -62,7 +63,8 @@ class Controller:
                 await self._resync_until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
-            group.create_task(self.scheduler.run())
+            if self.settings.queueing_backend == "builtin":
+                group.create_task(self.scheduler.run())
             group.create_task(self.queue.run(self.process, self.settings.workers))
 
     async def process(self, key: Key) -> None:
@@ -103,6 +105,7 @@ class Controller:
             accepted=accepted,
             lost_nodes=await self._lost_nodes(observed),
             suspect_nodes=self._suspect_nodes(),
+            group=await self._group(job),
             verdict=self.scheduler.verdict(uid),
         )
         plan = reconcile(observed, self.settings)
@@ -130,6 +133,20 @@ class Controller:
                 raise
         except (ValueError, KeyError, TypeError):
             log.warning("%s/%s: its job.json cannot be read", meta["namespace"], meta["name"])
+        return None
+
+    async def _group(self, job: Object) -> Object | None:
+        """What another scheduler says of the gang. Asked for only while the job waits for it."""
+        status, backend = read_status(job.get("status")), self.settings.queueing_backend
+        if backend == "builtin" or status.phase != "Queued":
+            return None
+        meta = job["metadata"]
+        for kind in GROUP_KINDS[backend]:
+            try:
+                return await self.cluster.get(kind, meta["namespace"], names.group_name(meta["name"], status.attempt))
+            except APIError as failure:
+                if failure.transient:
+                    raise  # not allowed to look, or not there: the pods will tell
         return None
 
     def _suspect_nodes(self) -> tuple[str, ...]:
@@ -166,7 +183,9 @@ class Controller:
         """Carry the actions out: shared objects first, then pods all at once."""
         for action in actions:
             if isinstance(action, Apply):
-                self.store.put_child(action.manifest["kind"], await self.cluster.apply(action.manifest))
+                made = await self.cluster.apply(action.manifest)
+                if action.manifest["kind"] in CHILD_KINDS:
+                    self.store.put_child(action.manifest["kind"], made)
         rest = [self._one(job, action) for action in actions if not isinstance(action, Apply)]
         for result in await asyncio.gather(*rest, return_exceptions=True):
             if isinstance(result, BaseException):

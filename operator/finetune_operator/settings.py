@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+BACKENDS = ("builtin", "kueue", "volcano")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -43,6 +45,8 @@ class Settings:
     backoff_base_seconds: float = 10.0
     """First back-off; doubles with each retry."""
     backoff_limit_seconds: float = 360.0
+    queueing_backend: str = "builtin"
+    """Who decides when a gang may start: `builtin`, or `kueue` or `volcano`, which then must be there."""
     autoscaled: bool = False
     """Without any FineTuneQueue: nodes come when pods wait, so gangs are not held back until they fit on those that are there."""
     snapshot_seconds: float = 5.0
@@ -87,6 +91,8 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
         text = environ[variable]
         try:
             values[item.name] = _convert(text, item.default)
+            if item.name == "queueing_backend" and text not in BACKENDS:
+                raise ValueError(f"write one of {', '.join(BACKENDS)}")
         except ValueError as failure:
             raise ValueError(f"{variable}={text!r}: {failure}") from None
     return Settings(**values)  # type: ignore[arg-type]

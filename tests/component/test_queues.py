@@ -101,17 +101,18 @@ class Leaving:
                 for pod in self.api.pods():
                     if pod.metadata.deletion_timestamp is None:
                         if pod.spec.node_name is None and pod.status.phase == "Running":
-                            self.bind(pod.metadata.name)
+                            self.bind_to(self.api, pod.metadata.name)
                     elif pod.status.phase == "Running":
                         self.api.set_pod(pod.metadata.name, SAVED)
                     else:
                         self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=0)
 
-    def bind(self, name: str) -> None:
+    @staticmethod
+    def bind_to(api: Api, name: str) -> None:
         """A pod without a node would be gone at once when it is deleted."""
-        target = client.V1ObjectReference(kind="Node", name=self.api.namespace)
+        target = client.V1ObjectReference(kind="Node", name=api.namespace)
         body = client.V1Binding(metadata=client.V1ObjectMeta(name=name), target=target)
-        self.api.core.create_namespaced_pod_binding(name, self.api.namespace, body, _preload_content=False)
+        api.core.create_namespaced_pod_binding(name, api.namespace, body, _preload_content=False)
 
     def end(self) -> None:
         self._stop.set()

@@ -64,9 +64,12 @@ RESOURCES = {
         Resource("Namespace", "namespaces"),
         Resource("PriorityClass", "priorityclasses", "scheduling.k8s.io"),
         Resource("Lease", "leases", "coordination.k8s.io"),
+        Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta2"),
+        Resource("PodGroup", "podgroups", "scheduling.volcano.sh", "v1beta1"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
     )
 }
+RESOURCES["Workload/v1beta1"] = Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta1")
 CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")
 
 

@@ -8,8 +8,9 @@ from finetune_api.status import AdmissionStatus, QueueStatus, TopologyDomain
 from ..queueing.model import IMPLICIT, Admission, Verdict
 from .draft import Draft
 from .failures import Failure
-from .gang import next_attempt, release, workers
+from .gang import next_attempt, release
 from .model import parse_time, rfc3339
+from .usage import workers
 
 
 def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
@@ -52,13 +53,19 @@ def _admit(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: s
     status = draft.status
     if not _fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
         return
-    if status.queue is not None and (since := parse_time(status.queue.since)) is not None:
-        status.usage.queued_seconds += max(0, round((draft.now - since).total_seconds()))
-    status.queue = None
+    end_wait(draft)
     status.admission = _on_record(draft, admission)
     draft.set("Admitted", "True", "Admitted" if admission.queue != IMPLICIT else "NoQueue", message)
     draft.event("Normal", "Admitted", message)
     draft.phase("Starting")
+
+
+def end_wait(draft: Draft) -> None:
+    """The job waits no longer; the time that it did is on its account."""
+    status = draft.status
+    if status.queue is not None and (since := parse_time(status.queue.since)) is not None:
+        status.usage.queued_seconds += max(0, round((draft.now - since).total_seconds()))
+    status.queue = None
 
 
 def _on_record(draft: Draft, admission: Admission) -> AdmissionStatus:

@@ -22,9 +22,11 @@ from .accepted import REASON, as_accepted
 from .admitted import admitted
 from .draft import Draft
 from .failures import Failure
-from .gang import next_attempt, note_checkpoints, release, run_gang, workers
+from .gang import next_attempt, note_checkpoints, release, run_gang
+from .handed import handed_over
 from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
 from .stages import run_stage
+from .usage import workers
 
 
 def reconcile(observed: Observed, settings: Settings) -> Plan:
@@ -102,7 +104,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         if not _prepared(draft, result):
             return
     if not status.is_true("Trained"):
-        if not admitted(draft, spec):
+        if not (admitted if draft.settings.queueing_backend == "builtin" else handed_over)(draft, spec):
             return
         result = run_gang(draft, spec)
         if result is None:

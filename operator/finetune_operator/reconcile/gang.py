@@ -11,11 +11,13 @@ from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, Gang, Restart
 
+from ..resources.common import Manifest
 from ..resources.gang import service, worker
 from .draft import Draft
 from .failures import FROM_OUTSIDE, NEAR_SECONDS, Failure, first_failure, verdict
 from .model import Apply, Create, Delete, PodView, is_within, parse_time, rfc3339
 from .stages import why_not_running
+from .usage import account, holds_since, lost_seconds, workers
 
 _RESTARTS_KEPT = 20
 _LOOK_AGAIN = 10.0
@@ -25,13 +27,6 @@ GANG_TIMEOUT = "GangTimeout"
 """Reason of an attempt whose pods did not all start: it gives its admission back."""
 STOPPING = "Stopping"
 """Reason of Running while a gang that lost a pod saves its checkpoint."""
-
-
-def workers(draft: Draft) -> list[PodView]:
-    """All worker pods, of every attempt."""
-    return [p for p in draft.observed.pods if p.stage == "train"]
-
-
 _QUICK_SECONDS = 10
 """Grace of pods whose gang broke: without one of them the others can save nothing."""
 
@@ -75,17 +70,23 @@ def _checkpoint(draft: Draft, step: int, saved_at: str) -> None:
     draft.status.checkpoint = old.model_copy(update={"step": step, "saved_at": saved_at})
 
 
-def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
-    """Bring the gang forward by one step. Returns rank 0's result when all workers succeeded, else None."""
-    status, nodes = draft.status, draft.nodes(spec)
-    pods = workers(draft)
+def drop_stale(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    """Delete the pods of earlier attempts. Returns whether none is left."""
+    status, pods, nodes = draft.status, workers(draft), draft.nodes(spec)
     # pods know their attempt: a status that was wiped does not make the count start again
     status.attempt = max([status.attempt, *(p.attempt for p in pods)])
     stale = [p for p in pods if p.attempt < status.attempt or p.rank >= nodes]
-    if stale:
-        _delete(draft, stale)
+    _delete(draft, stale)
+    return not stale
+
+
+def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
+    """Bring the gang forward by one step. Returns rank 0's result when all workers succeeded, else None."""
+    status, nodes = draft.status, draft.nodes(spec)
+    if not drop_stale(draft, spec):
         draft.phase("Starting")
         return None
+    pods = workers(draft)
     by_rank = {p.rank: p for p in pods}
     _report(draft)
 
@@ -188,7 +189,7 @@ def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:
                 f"failed after {status.restarts_counted} restarts without a new checkpoint between them (runPolicy.maxRestarts). {message}"
             )
     if ending is not None:
-        _account(draft, spec)
+        account(draft, spec)
         draft.set("Trained", "False", ending, message)
         draft.fail(ending, message)
         return
@@ -207,10 +208,10 @@ def _progressed(draft: Draft) -> bool:
 def next_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure, message: str, *, counted: bool = False) -> None:
     """Put the end of this attempt on record and set the next one up."""
     status = draft.status
-    _account(draft, spec)
+    account(draft, spec)
     saved = status.checkpoint.step if status.checkpoint is not None else None
     if failure.cause != "Stopped":  # on request: the gang saves a checkpoint now
-        status.usage.lost_seconds += _lost(draft)
+        status.usage.lost_seconds += lost_seconds(draft)
     status.restarts = [
         *status.restarts,
         Restart(
@@ -254,17 +255,6 @@ def _same_in_a_row(restarts: list[Restart]) -> int:
     return count
 
 
-def _lost(draft: Draft) -> int:
-    """Seconds since the newest checkpoint of an attempt that ran."""
-    gang, saved = draft.status.gang, draft.status.checkpoint
-    begun = parse_time(gang.running_since) if gang is not None else None
-    if begun is None:
-        return 0
-    ends = [p.finished for p in workers(draft) if p.finished is not None]
-    kept = parse_time(saved.saved_at) if saved is not None else None
-    return round(max(0.0, ((max(ends) if ends else draft.now) - max(begun, kept or begun)).total_seconds()))
-
-
 def _halve_batch(draft: Draft) -> bool:
     plan = draft.status.plan
     if plan is None or plan.per_device_batch_size % 2:
@@ -279,26 +269,34 @@ def _halve_batch(draft: Draft) -> bool:
     return True
 
 
-def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
-    status, job = draft.status, draft.job_ref(spec)
+def manifest_of(draft: Draft, spec: FineTuneJobSpec, rank: int) -> Manifest:
+    """The worker pod of a rank in this attempt."""
+    status = draft.status
     assert status.plan is not None
-    missing = [rank for rank in range(draft.nodes(spec)) if rank not in by_rank]
-    headless = service(job)
+    return worker(draft.job_ref(spec), draft.settings, status.plan, rank, status.attempt, draft.observed.suspect_nodes, status.admission)
+
+
+def create_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> bool:
+    """Make the pods that are not there yet, all at once. Returns whether any was missing."""
+    headless = service(draft.job_ref(spec))
     key = ("Service", headless["metadata"]["name"])
     if draft.observed.applied.get(key) != headless["metadata"]["annotations"][names.ANNOTATION_HASH]:
         draft.actions.append(Apply(headless))
-    if missing:
-        avoid = draft.observed.suspect_nodes
-        draft.actions.extend(
-            Create(worker(job, draft.settings, status.plan, rank, status.attempt, avoid, status.admission)) for rank in missing
-        )
+    missing = [rank for rank in range(draft.nodes(spec)) if rank not in by_rank]
+    draft.actions.extend(Create(manifest_of(draft, spec, rank)) for rank in missing)
+    return bool(missing)
+
+
+def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
+    status = draft.status
+    if create_missing(draft, spec, by_rank):
         draft.phase("Starting")
         draft.wait(5)
     elif status.gang is None or status.gang.attempt != status.attempt:
         status.gang = Gang(
             attempt=status.attempt,
             pod_uids=[by_rank[rank].uid for rank in sorted(by_rank)],
-            started_at=rfc3339(min(p.created for p in by_rank.values())),
+            started_at=rfc3339(holds_since(draft, by_rank)),
             avoided_nodes=list(draft.observed.suspect_nodes[:16]),
         )
         pods = "1 worker pod" if len(by_rank) == 1 else f"{len(by_rank)} worker pods"
@@ -375,19 +373,6 @@ def _finish(draft: Draft, spec: FineTuneJobSpec, rank_zero: PodView) -> StageRes
         )
         end_attempt(draft, spec, failure)
         return None
-    _account(draft, spec)
+    account(draft, spec)
     draft.set("Running", "False", "Completed", "all workers have ended")
     return result
-
-
-def _account(draft: Draft, spec: FineTuneJobSpec) -> None:
-    gang, admission, usage = draft.status.gang, draft.status.admission, draft.status.usage
-    begun = parse_time(gang.started_at) if gang is not None else None
-    if begun is None or not spec.distribution.gpus_per_node:
-        return
-    ends = [p.finished for p in workers(draft) if p.finished is not None]
-    held = max(0.0, ((max(ends) if ends else draft.now) - begun).total_seconds())
-    gpu_seconds = round(held * draft.nodes(spec) * spec.distribution.gpus_per_node)
-    usage.gpu_seconds += gpu_seconds
-    if admission is not None and admission.price_per_hour is not None:
-        usage.cost = round((usage.cost or 0.0) + gpu_seconds / 3600 * admission.price_per_hour, 4)

@@ -61,6 +61,8 @@ class ChildJobView:
     failed: bool = False
     message: str = ""
     deleting: bool = False
+    suspended: bool = False
+    """Kueue has not let it start yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Observed:
     """The spec that the job began with, when the present one may be another."""
     lost_nodes: frozenset[str] = frozenset()
     """Nodes of pods that are being deleted which are gone or not ready: their kubelets will not confirm anything."""
+    group: Object | None = None
+    """What another scheduler says of the gang (settings.queueing_backend): Kueue's Workload or Volcano's PodGroup."""
     suspect_nodes: tuple[str, ...] = ()
     """Nodes that jobs kept failing on lately."""
     verdict: Verdict | None = None

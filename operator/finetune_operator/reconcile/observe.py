@@ -71,5 +71,6 @@ def job_view(raw: dict[str, Any]) -> ChildJobView:
         complete="Complete" in conditions,
         failed="Failed" in conditions,
         message=str((conditions.get("Failed") or {}).get("message") or ""),
+        suspended=bool((raw.get("spec") or {}).get("suspend")),
         deleting=bool(metadata.get("deletionTimestamp")),
     )

@@ -10,11 +10,14 @@ from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, StageRetry
 
+from ..resources.backends import local_queue
 from ..resources.stage import stage_job
 from .draft import Draft
 from .failures import Failure, classify
 from .model import Create, Delete, PodView, is_within, parse_time, rfc3339
 
+QUEUED = "Queued"
+"""Reason of a stage whose Job Kueue has not let start yet"""
 #: a finished Job whose pod is not in sight for so long has lost it
 _POD_GRACE_SECONDS = 20
 
@@ -50,7 +53,12 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
         else:
             message = child.message or f"the pod of Job {name} is gone"
             _retry(draft, spec, stage, condition, Failure("Disruption", "PodDeleted", message, name))
+    elif child.suspended:
+        draft.set(condition, "Unknown", QUEUED, f"Job {name} waits in queue {local_queue(spec)} for its GPU")
     else:
+        if (known := draft.status.condition(condition)) is not None and known.reason == QUEUED:  # it has waited long enough
+            draft.set(condition, "Unknown", "Started", f"{stage} was started")
+            draft.status.stages[stage] = retry.model_copy(update={"started_at": rfc3339(draft.now)})
         _watch_start(draft, spec, stage, condition, pods)
     return None
 

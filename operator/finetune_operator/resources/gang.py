@@ -11,6 +11,7 @@ from finetune_api.spec import ComputeResources
 from finetune_api.status import AdmissionStatus, Plan
 
 from ..settings import Settings
+from .backends import hand_over
 from .common import JobRef, Manifest, metadata, pod_spec, with_hash
 
 MAIN_PORT = 29500
@@ -73,7 +74,9 @@ def worker(
     meta = metadata(job, name, **labels)
     if admission is not None:
         meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+    hand_over(pod, job, settings, attempt, plan.nodes(job.spec.distribution.gpus_per_node))
+    return pod
 
 
 def _rather(rank: int, attempt: int, avoid: tuple[str, ...], admission: AdmissionStatus | None) -> list[Manifest]:

@@ -7,6 +7,7 @@ from finetune_api.contract import Stage
 from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
+from .backends import hand_over_stage
 from .common import JobRef, Manifest, metadata, pod_spec
 from .gang import gpus, put_on
 
@@ -26,7 +27,7 @@ def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int, admissi
     )
     if extended:
         put_on(pod, admission)
-    return {
+    manifest = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata(job, names.stage_name(job.name, stage, retry), **{names.LABEL_STAGE: stage}),
@@ -38,3 +39,6 @@ def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int, admissi
             },
         },
     }
+    if extended:
+        hand_over_stage(manifest, job, settings)
+    return manifest
