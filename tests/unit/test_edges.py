@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
+import pytest
+from kubernetes.aio.client import ApiClient, Configuration
+
+from finetune_operator.cluster.client import KubernetesCluster
 from finetune_operator.cluster.clock import ServerClock
 from finetune_operator.cluster.limits import Priority, RateLimit
 from tests.factory import NOW
@@ -31,6 +35,24 @@ async def test_a_burst_then_so_many_a_second_the_urgent_first() -> None:
     assert waited == sorted(waited, key=lambda turn: (Priority[turn[0]], turn[1])), "by priority, then by age"
 
 
+async def test_the_limit_that_is_set_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle limit had no length, and was taken for none: the default's fifty a second held, whatever was set."""
+    turns: list[Priority] = []
+
+    class Noted(RateLimit):
+        async def acquire(self, priority: Priority) -> None:
+            turns.append(priority)
+
+    async def answer(*_: object) -> dict[str, object]:
+        return {}
+
+    cluster = KubernetesCluster(ApiClient(Configuration(host="http://localhost")), Noted(1, 1))
+    monkeypatch.setattr(cluster, "_once", answer)
+    await cluster.get("Pod", "n", "p")
+    assert turns == [Priority.LOOK]
+    await cluster.close()
+
+
 async def test_who_gives_up_waiting_takes_no_turn() -> None:
     limit = RateLimit(20, 1)
     await limit.acquire(Priority.ACT)
@@ -39,7 +61,7 @@ async def test_who_gives_up_waiting_takes_no_turn() -> None:
     given_up.cancel()
     async with asyncio.timeout(2):
         await limit.acquire(Priority.LOOK)
-    assert len(limit) == 0
+    assert limit.waiting == 0
 
 
 def test_f31_the_api_servers_time_whatever_the_local_clock_says() -> None:

@@ -133,7 +133,7 @@ class KubernetesCluster:
     def __init__(self, api: kubernetes_client.ApiClient, limit: RateLimit | None = None) -> None:
         self._api = api
         self._clock = ServerClock()
-        self._limit = limit or RateLimit(DEFAULT_QPS, DEFAULT_BURST)
+        self._limit = limit if limit is not None else RateLimit(DEFAULT_QPS, DEFAULT_BURST)
         self.calls: Counter[tuple[str, str]] = Counter()
         """Requests by (verb, kind)."""
 

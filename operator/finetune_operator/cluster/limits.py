@@ -31,7 +31,8 @@ class RateLimit:
         self._order = itertools.count()
         self._pump: asyncio.Task[None] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
         """Requests that wait."""
         return len(self._waiting)
 

@@ -1,0 +1,308 @@
+"""Kueue's own scheduling workload against the operator on a real API server, with simulated execution.
+
+15,000 jobs in 5 cohorts of 6 queues (kubernetes-sigs/kueue, test/performance/scheduler). Kueue's harness has no pods, its
+runner marks Workloads as finished after their run time; here the operator's pods, child Jobs and ConfigMaps are simulated in
+its own process, and end after the job's run time. FineTuneJobs, FineTuneQueues, status and Events are real.
+
+`python -m tests.bench.kueue_workload` runs it; `operator` and `generate` are its two processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import kopf
+import yaml
+
+from finetune_api import API_VERSION, KIND, names
+from finetune_api.contract import StageResult
+from finetune_api.queue import QUEUE_KIND
+from finetune_operator import handlers
+from finetune_operator.cluster.client import CHILD_KINDS, APIError, KubernetesCluster, Object, connect
+from finetune_operator.cluster.store import Store
+from finetune_operator.controller import Controller
+from finetune_operator.progress.board import ProgressBoard
+from finetune_operator.settings import Settings
+from tests.cluster import binaries, control_plane, debian, processes
+from tests.cluster.shell import CACHE, REPO
+from tests.factory import MINIMAL, PLAN, PREPARED, TRAINED, ended, merged
+
+NAME = "bench-kueue"
+COHORTS, QUEUES, QUOTA, BORROWING = 5, 6, 20, 100
+CLASSES = (("small", 350, 1, 0.2, 50, 0.1), ("medium", 100, 5, 0.5, 100, 0.5), ("large", 50, 20, 1.0, 200, 1.2))
+"""Name, jobs per queue, units, seconds, priority, seconds between two."""
+PUBLISHED = {"seconds": 351, "least_use_of_a_queue": 0.559, "time_to_admission": {"large": 16.5, "medium": 76.8, "small": 215}}
+"""Kueue's own figures."""
+_SECONDS = {name: seconds for name, _, _, seconds, *_ in CLASSES}
+_UNITS = {name: units for name, _, units, *_ in CLASSES}
+_GPU = "example.com/unit"
+_QPS, _BURST = 2000.0, 4000
+_LIMIT = 1800.0
+
+
+class Simulated(KubernetesCluster):
+    """The API server for jobs, queues and events; what would run is played here."""
+
+    controller: Controller
+    notes: Any
+
+    def prepare_to_play(self, controller: Controller, notes: Path) -> None:
+        """Events go to this controller; what happened when goes into a file."""
+        self.controller, self.notes = controller, notes.open("w", buffering=1)
+        self._objects: dict[tuple[str, str, str], Object] = {}
+        self._serial = itertools.count(1)
+
+    def _made(self, manifest: Object) -> Object:
+        meta = {**manifest["metadata"], "uid": str(uuid.uuid4()), "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+        made = {**manifest, "metadata": {**meta, "resourceVersion": str(next(self._serial))}}
+        self._objects[manifest["kind"], meta["namespace"], meta["name"]] = made
+        return made
+
+    def _becomes(self, made: Object, status: Object) -> None:
+        key = (made["kind"], made["metadata"]["namespace"], made["metadata"]["name"])
+        if self._objects.get(key, {}).get("metadata", {}).get("uid") != made["metadata"]["uid"]:
+            return  # it gave way
+        changed = {**made, "metadata": {**made["metadata"], "resourceVersion": str(next(self._serial))}, "status": status}
+        self._objects[key] = changed
+        self.controller.child_event(made["kind"], changed, deleted=False)
+
+    async def apply(self, manifest: Object) -> Object:
+        return self._made(manifest)
+
+    async def create(self, manifest: Object) -> Object:
+        kind, meta, loop = manifest["kind"], manifest["metadata"], asyncio.get_running_loop()
+        if kind not in CHILD_KINDS:
+            return await super().create(manifest)
+        if (kind, meta["namespace"], meta["name"]) in self._objects:
+            raise APIError(409, "AlreadyExists", meta["name"])
+        made = self._made(manifest)
+        if kind == "Job":
+            units = next(u for name, u in _UNITS.items() if meta["labels"][names.LABEL_JOB].startswith(name))
+            plan = {**PLAN, "worldSize": units, "perDeviceBatchSize": 1, "gradientAccumulation": 20 // units}
+            words = StageResult(reason="DataReady", message="100 rows", result={**PREPARED.result, "plan": plan})
+            owner = [{"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": made["metadata"]["uid"], "controller": True}]
+            pod_meta = {**meta, "name": f"{meta['name']}-x", "ownerReferences": owner}
+            pod = self._made({"apiVersion": "v1", "kind": "Pod", "metadata": pod_meta, "spec": {}})
+            loop.call_soon(self._becomes, pod, ended(0, words.dumps()))
+        elif kind == "Pod":
+            seconds = next(s for name, s in _SECONDS.items() if meta["name"].startswith(name))
+            loop.call_later(seconds, self._becomes, made, ended(0, TRAINED.dumps(), at=datetime.now(UTC)))
+        return made
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
+        if kind not in CHILD_KINDS:
+            return await super().delete(kind, namespace, name, uid, grace_seconds)
+        if (gone := self._objects.pop((kind, namespace, name), None)) is not None:
+            asyncio.get_running_loop().call_soon(lambda: self.controller.child_event(kind, gone, deleted=True))
+        return None
+
+    def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
+        if kind not in CHILD_KINDS:
+            return super().list(kind, namespace, selector)
+
+        async def played() -> AsyncIterator[Object]:
+            for (found, *_), raw in list(self._objects.items()):
+                if found == kind:
+                    yield raw
+
+        return played()
+
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
+        answer = await super().replace_status(raw, urgent=urgent)
+        if raw["kind"] == KIND:
+            status = answer["status"]
+            since = {c["type"]: c["status"] for c in status.get("conditions", ())}
+            if since.get("Admitted") == "True" or status.get("finishedAt"):
+                told = {"name": raw["metadata"]["name"], "at": time.time(), "finished": status.get("phase")}
+                self.notes.write(json.dumps(told) + "\n")
+        return answer
+
+
+async def operate(notes: Path) -> None:
+    """The operator over the simulated cluster."""
+    found = await connect(_QPS, _BURST)
+    found.__class__ = Simulated
+    cluster: Any = found
+    settings = Settings(progress_url="none", resync_seconds=3600, snapshot_seconds=1.0)
+    controller = Controller(cluster, Store(), ProgressBoard(), settings)
+    cluster.prepare_to_play(controller, notes)
+    registry = kopf.OperatorRegistry()
+    handlers.register(registry, controller, settings)
+    watches = kopf.operator(registry=registry, settings=handlers.kopf_settings(), standalone=True, clusterwide=True)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(watches)
+        group.create_task(controller.run())
+        group.create_task(_measure(cluster, notes.with_suffix(".calls")))
+
+
+async def _measure(cluster: KubernetesCluster, into: Path) -> None:
+    while True:
+        await asyncio.sleep(2)
+        counted = json.dumps({f"{verb} {kind}": count for (verb, kind), count in cluster.calls.items()})
+        await asyncio.to_thread(into.write_text, counted)
+
+
+async def generate(notes: Path, share: float) -> None:
+    """Create the jobs when they are due, as fast as the API server takes them."""
+    cluster = await connect(_QPS, _BURST)
+    arrivals = []
+    for cohort, number in itertools.product(range(COHORTS), range(QUEUES)):
+        for kind, count, units, _, _, every in CLASSES:
+            for n in range(round(count * share)):
+                arrivals.append((n * every, f"{kind}-{cohort}-{number}-{n}", f"c{cohort}-q{number}", kind, units))
+    began, turns = time.time(), asyncio.Semaphore(32)
+    with notes.open("w", buffering=1) as sink:
+
+        async def one(name: str, queue: str, kind: str, units: int) -> None:
+            spec = merged(
+                MINIMAL,
+                tuning={"hyperparameters": {"globalBatchSize": 20}},
+                distribution={"nodes": 2, "gpusPerNode": units // 2} if units > 16 else {"gpusPerNode": units},
+                resources={"gpuResourceName": _GPU},
+                scheduling={"queue": queue, "priorityClassName": kind},
+            )
+            body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name, "namespace": "bench"}, "spec": spec}
+            async with turns:
+                await cluster.create(body)
+            sink.write(json.dumps({"name": name, "at": time.time()}) + "\n")
+
+        async with asyncio.TaskGroup() as group:
+            for at, name, queue, kind, units in sorted(arrivals):
+                await asyncio.sleep(max(0.0, began + at - time.time()))
+                group.create_task(one(name, queue, kind, units))
+    await cluster.close()
+
+
+async def _set_up(admin: Path) -> None:
+    cluster = await connect(_QPS, _BURST, kubeconfig=str(admin))
+    await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench"}})
+    for kind, _, _, _, priority, _ in CLASSES:
+        await cluster.create({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": kind}, "value": priority})
+    for cohort, number in itertools.product(range(COHORTS), range(QUEUES)):
+        flavour = {"name": "any", "resourceName": _GPU, "nominalQuota": QUOTA, "borrowingLimit": BORROWING, "nodes": "Autoscaled"}
+        preemption = {"withinQueue": "LowerPriority", "reclaimWithinCohort": "Any", "minimumRunTime": "0s"}
+        spec = {"cohort": f"c{cohort}", "flavours": [flavour], "preemption": preemption}
+        await cluster.create({"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": f"c{cohort}-q{number}"}, "spec": spec})
+    await cluster.close()
+
+
+def bench(share: float = 1.0) -> dict[str, Any]:
+    """Run it; `share` is the part of each class's jobs. Wall time, least use of a queue, time to admission per class."""
+    state = CACHE / "clusters" / NAME
+    processes.end(lambda: processes.of(NAME))
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True)
+    debian.ensure(debian.RUNTIME)
+    running: list[subprocess.Popen[bytes]] = []
+    created, told = state / "created.jsonl", state / "told.jsonl"
+
+    def start(admin: Path, *words: object) -> subprocess.Popen[bytes]:
+        sink = (state / f"{words[0]}.log").open("wb")
+        command = [sys.executable, "-m", "tests.bench.kueue_workload", *map(str, words)]
+        env = {**os.environ, "PYTHONPATH": f"{REPO}/operator:{REPO}", "KUBECONFIG": str(admin)}
+        running.append(subprocess.Popen(command, env=env, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT))
+        return running[-1]
+
+    try:
+        flags = ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=2000"]
+        _, admin = control_plane.start(NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags)
+        _define(admin)
+        asyncio.run(_set_up(admin))
+        operator = start(admin, "operator", told)
+        time.sleep(6)
+        generator = start(admin, "generate", created, share)
+        _wait(operator, generator, created, told)
+        return _summary(created, told, json.loads(told.with_suffix(".calls").read_text()))
+    finally:
+        for process in running:
+            process.kill()
+        processes.end(lambda: processes.of(NAME))
+
+
+def _define(admin: Path) -> None:
+    from kubernetes import client, config
+
+    custom = client.CustomObjectsApi(config.new_client_from_config(str(admin)))
+    for crd in sorted((REPO / "charts/finetune-operator/files").glob("*-before-1.25.yaml")):
+        custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", yaml.safe_load(crd.read_text()))
+    time.sleep(4)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line
+            found.append(json.loads(line))
+    return found
+
+
+def _wait(operator: subprocess.Popen[bytes], generator: subprocess.Popen[bytes], created: Path, told: Path) -> None:
+    deadline = time.monotonic() + _LIMIT
+    while time.monotonic() < deadline:
+        time.sleep(2)
+        if operator.poll() is not None or generator.poll() not in (None, 0):
+            raise RuntimeError(f"a process has ended: {told.parent}")
+        done = {n["name"] for n in _lines(told) if n["finished"] in ("Succeeded", "Failed")}
+        if generator.poll() == 0 and len(done) >= len(_lines(created)):
+            time.sleep(2)
+            return
+    raise TimeoutError(f"not within {_LIMIT:.0f} s: {told.parent}")
+
+
+def _summary(created: Path, told: Path, calls: dict[str, int]) -> dict[str, Any]:
+    began = {n["name"]: n["at"] for n in _lines(created)}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    final: dict[str, float] = {}
+    for note in _lines(told):
+        if note["finished"] in ("Succeeded", "Failed"):
+            final[note["name"]] = note["at"]
+        else:
+            first.setdefault(note["name"], note["at"])
+            last.setdefault(note["name"], note["at"])
+    waits: dict[str, list[float]] = defaultdict(list)
+    used: dict[str, float] = defaultdict(float)
+    for name, at in began.items():
+        kind, cohort, number, _ = name.split("-")
+        waits[kind].append(first.get(name, final[name]) - at)
+        used[f"c{cohort}-q{number}"] += _UNITS[kind] * (final[name] - first.get(name, final[name]))
+    wall = max(final.values()) - min(began.values())
+    return {
+        "jobs": len(began),
+        "seconds": round(wall, 1),
+        "least_use_of_a_queue": round(min(used.values()) / (QUOTA * wall), 3),
+        "time_to_admission": {kind: round(statistics.mean(found), 1) for kind, found in waits.items()},
+        "seconds_until_all_were_created": round(max(began.values()) - min(began.values()), 1),
+        "api_calls_per_job": {call: round(count / len(began), 2) for call, count in sorted(calls.items()) if count > len(began) / 10},
+        "published_by_kueue": PUBLISHED,
+    }
+
+
+def main() -> None:
+    """One of the two processes, or all of it with a share of the jobs."""
+    match sys.argv[1:]:
+        case ["operator", notes]:
+            asyncio.run(operate(Path(notes)))
+        case ["generate", notes, share]:
+            asyncio.run(generate(Path(notes), float(share)))
+        case words:
+            print(json.dumps(bench(float(words[0]) if words else 1.0), indent=1))
+
+
+if __name__ == "__main__":
+    main()
