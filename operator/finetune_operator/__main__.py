@@ -10,20 +10,22 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from . import handlers, metrics
+from . import certificate, handlers, metrics
+from .certificate import Certificate, Identity
 from .cluster.client import KubernetesCluster, connect
 from .cluster.lease import Lease
 from .cluster.store import Store
 from .controller import Controller
-from .progress import certificate
 from .progress.board import ProgressBoard
 from .progress.server import ProgressServer
 from .settings import Settings, from_environment
+from .webhooks import AdmissionServer, Bundle
 
 log = logging.getLogger("finetune")
 
@@ -58,19 +60,33 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
     return app
 
 
+def _trust(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
+    """What must know a certificate before it is served: the API server, and the pods that report progress."""
+    bundle = Bundle(cluster, settings.webhook_configuration) if settings.webhook_configuration else None
+
+    async def look(new: Certificate) -> None:
+        if bundle is not None:
+            await bundle.put(new.authorities)
+        controller.trust(new.authorities)
+
+    return look
+
+
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Ends with an exception when any part of it ends: crash-only."""
     cluster = await connect(settings.api_qps, settings.api_burst)
-    identity = await certificate.ensure(cluster, settings)
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate)
+    identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
+    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
     controller = Controller(cluster, store, board, settings, lease)
     server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
+    endpoints = server.application()
+    endpoints.add_routes(AdmissionServer(cluster, settings).routes())
     runners = [
         await _serve(_probes(controller, cluster, settings), settings.probe_port),
-        await _serve(server.application(), settings.progress_port, ssl_context=identity.ssl_context()),
+        await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
     ]
     registry = kopf.OperatorRegistry()
     handlers.register(registry, controller, settings)
@@ -83,12 +99,17 @@ async def run(settings: Settings) -> None:
         namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
         stop_flag=stop,
     )
-    tasks = [asyncio.create_task(watches, name="kopf"), asyncio.create_task(controller.run(), name="controller")]
+    tasks = [
+        asyncio.create_task(watches, name="kopf"),
+        asyncio.create_task(controller.run(), name="controller"),
+        asyncio.create_task(identity.keep(_trust(controller, cluster, settings)), name="certificate"),
+    ]
     # kopf handles SIGTERM and SIGINT: it ends without an error, and takes younger tasks with it
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     failed = [(task.get_name(), error) for task in done if not task.cancelled() and (error := task.exception()) is not None]
     stop.set()
-    tasks[1].cancel()
+    for task in tasks[1:]:
+        task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     if lease is not None:
         await lease.release()  # nothing acts any more

@@ -85,6 +85,13 @@ class Controller:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
             metrics.QUEUE_DEPTH.set(len(self.queue))
 
+    def trust(self, authorities: str) -> None:
+        """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
+        if authorities != self.settings.ca_bundle:
+            self.settings = dataclasses.replace(self.settings, ca_bundle=authorities)
+            for key in self.store.job_keys():
+                self.queue.add(key)
+
     def _failed(self, key: Key, reason: str, message: str, *, expected: bool) -> None:
         metrics.RECONCILE_ERRORS.labels(reason=reason[:64]).inc()
         delay = self.queue.retry(key)

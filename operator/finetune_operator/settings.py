@@ -29,6 +29,12 @@ class Settings:
     """How long a replica that vanished keeps the lease."""
     tls_secret: str = ""
     """Secret that keeps the progress endpoint's certificate; empty keeps it in memory (outside the cluster)."""
+    tls_managed: bool = False
+    """Somebody else (cert-manager) writes that Secret."""
+    certificate_seconds: float = 60.0
+    """Time between two looks at the certificate and at the webhooks' trust in it."""
+    webhook_configuration: str = ""
+    """Name of the webhook configurations that get the certificate authority; empty leaves them alone."""
     progress_port: int = 8443
     progress_url: str = ""
     """URL that pods report to; empty derives it from the Service; `none` switches reports off."""

@@ -80,6 +80,7 @@ def start(cluster: str, state: Path, binaries: Path, address: str, *, extra_apis
             f"--tls-cert-file={certificate}", f"--tls-private-key-file={key}", f"--client-ca-file={authority.path}",
             f"--kubelet-client-certificate={client_certificate}", f"--kubelet-client-key={client_key}",
             f"--kubelet-certificate-authority={authority.path}", "--kubelet-preferred-address-types=InternalIP",
+            "--enable-aggregator-routing=true",  # no kube-proxy on the host: webhooks are reached at their pods' addresses
             "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-signing-key-file={authority.service_account_key}",

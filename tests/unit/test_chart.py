@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import helm_python as helm
@@ -19,6 +21,9 @@ VALUES: list[dict[str, Any]] = [
         "image": {"repository": "r/o", "tag": "sha256:" + "0" * 64},
         "priorityClassName": "system-cluster-critical",
     },
+    {"webhook": {"certManager": True}, "queueing": {"backend": "kueue"}},
+    {"webhook": {"enabled": False}, "queueing": {"backend": "volcano"}, "replicas": 2},
+    {"watchNamespace": "team-a", "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
     {
         "queueing": {"autoscaled": True},
         "settings": {"workers": 4, "apiQps": 20.5, "snapshotSeconds": 1, "progressUrl": "none", "backoffBaseSeconds": 0.5},
@@ -32,8 +37,17 @@ VALUES: list[dict[str, Any]] = [
 ]
 
 
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    with helm.Chart.load(str(CHART)) as chart:
+def chart_for(version: str, folder: Path) -> Path:
+    """The chart as a server of that version gets it; helm_python renders for one version only."""
+    chart = folder / version
+    shutil.copytree(CHART, chart)
+    template = chart / "templates" / "webhooks.yaml"
+    template.write_text(template.read_text().replace(".Capabilities.KubeVersion.Version", f'"{version}.0"'))
+    return chart
+
+
+def render(values: dict[str, Any], folder: Path = CHART) -> list[dict[str, Any]]:
+    with helm.Chart.load(str(folder)) as chart:
         chart.validate_schema(chart.merge_values(values))
         rendered = chart.render(values, name="finetune-operator", namespace="finetune-system", is_install=True)
     texts = [text for path, text in rendered.items() if path.endswith(".yaml")]
@@ -46,18 +60,19 @@ def test_lint_is_clean() -> None:
 
 
 @pytest.mark.parametrize("values", VALUES, ids=range(len(VALUES)))
-def test_rendered_manifests_are_valid(values: dict[str, Any]) -> None:
+def test_rendered_manifests_are_valid(tmp_path: Path, values: dict[str, Any]) -> None:
     found = render(values)
     kinds = [d["kind"] for d in found]
     assert kinds.count("Deployment") == 1
     assert ("CustomResourceDefinition" in kinds) == (values.get("crds", {}).get("install", True))
     for version in ("1.25", "1.37"):
-        for document in found:
-            kubernetes_validate.validate(document, version, strict=True)
+        for document in render(values, chart_for(version, tmp_path)):
+            if not document["apiVersion"].startswith("cert-manager.io/"):
+                kubernetes_validate.validate(document, version, strict=True)
 
 
 def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
-    deployment = next(d for d in render(VALUES[3]) if d["kind"] == "Deployment")
+    deployment = next(d for d in render(VALUES[-1]) if d["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     container = pod["containers"][0]
@@ -108,3 +123,26 @@ def test_new_servers_get_the_schema_with_cel() -> None:
 def test_misspelt_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(helm.HelmError):
         render(values)
+
+
+@pytest.mark.parametrize(("version", "update"), [("1.20", "Ignore"), ("1.31", "Fail")])
+def test_a19_no_webhook_can_hold_up_a_deletion_or_another_kind(tmp_path: Path, version: str, update: str) -> None:
+    found = [d for d in render({}, chart_for(version, tmp_path)) if d["kind"].endswith("WebhookConfiguration")]
+    assert len(found) == 2
+    for configuration in found:
+        for webhook in configuration["webhooks"]:
+            (rule,) = webhook["rules"]
+            assert rule["apiGroups"] == ["finetune.dev"] and set(rule["resources"]) <= {"finetunejobs", "finetunequeues"}
+            assert webhook["sideEffects"] == "None", "dry runs work"
+            if rule["operations"] == ["UPDATE"]:  # the garbage collector takes finalizers away by updates
+                assert webhook["failurePolicy"] == update
+                assert (webhook.get("matchConditions") is not None) == (update == "Fail")
+            else:
+                assert rule["operations"] == ["CREATE"] and webhook["failurePolicy"] == "Fail"
+
+
+def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes() -> None:
+    found = render({"watchNamespace": "team-a"})
+    assert not [d for d in found if d["kind"].endswith("WebhookConfiguration")]
+    (role,) = [d for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"].endswith("-cluster")]
+    assert [(r["resources"], r["verbs"]) for r in role["rules"]] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,9 +13,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, StageResult, progress_audience, read_stage_result
+from finetune_operator import certificate
 from finetune_operator.cluster.client import APIError
 from finetune_operator.cluster.store import Store
-from finetune_operator.progress import certificate
 from finetune_operator.progress import server as progress_server
 from finetune_operator.progress.board import ProgressBoard
 from finetune_operator.progress.server import ProgressServer
@@ -175,3 +177,40 @@ def test_last_words_fit_the_kubelets_limit_and_keep_the_result() -> None:
     back = read_stage_result(text)
     assert back is not None and back.result == words.result and back.reason == "InvalidRows"
     assert read_stage_result("Traceback (most recent call last):") is None
+
+
+async def test_a_new_certificate_is_trusted_before_it_is_served_and_beside_the_one_before() -> None:
+    hosts, held = certificate.hosts_of(Settings(namespace="ns")), {}
+    old = certificate.generate(hosts, NOW - timedelta(days=3600))
+
+    class Secrets:
+        async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+            return {"metadata": {"name": name, "namespace": namespace}, "data": dict(held)}
+
+        async def replace(self, manifest: dict[str, Any]) -> dict[str, Any]:
+            held.update(manifest["data"])
+            return manifest
+
+    held.update({"tls.crt": _encoded(old.certificate), "tls.key": _encoded(old.key)})
+    settings = Settings(tls_secret="tls", namespace="ns", certificate_seconds=0.01)
+    identity = certificate.Identity(Secrets(), settings, old)  # type: ignore[arg-type]
+    seen: list[tuple[str, bool]] = []
+
+    twice = asyncio.Event()
+
+    async def look(new: certificate.Certificate) -> None:
+        seen.append((new.authorities, identity.certificate == new))
+        if len(seen) == 2:
+            twice.set()
+
+    task = asyncio.create_task(identity.keep(look))
+    await asyncio.wait_for(twice.wait(), 10)
+    task.cancel()
+    new = identity.certificate
+    assert new.fits(hosts, NOW) and new.authorities == new.certificate + old.certificate
+    assert seen[0] == (new.authorities, False), "trusted before it is served"
+    assert seen[1] == (new.authorities, True), "and no newer one is made"
+
+
+def _encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()

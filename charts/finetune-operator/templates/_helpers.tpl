@@ -19,3 +19,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $tag := .image.tag | default .appVersion -}}
 {{- if hasPrefix "sha256:" $tag -}}{{ .image.repository }}@{{ $tag }}{{- else -}}{{ .image.repository }}:{{ $tag }}{{- end -}}
 {{- end }}
+
+{{- /* Webhooks are cluster-scoped: one that serves a single namespace has none unless cert-manager trusts it for us. */ -}}
+{{- define "finetune.webhooks" -}}
+{{- if and .Values.webhook.enabled (or (eq .Values.watchNamespace "") .Values.webhook.certManager) -}}true{{- end -}}
+{{- end }}

@@ -66,6 +66,8 @@ RESOURCES = {
         Resource("Lease", "leases", "coordination.k8s.io"),
         Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta2"),
         Resource("PodGroup", "podgroups", "scheduling.volcano.sh", "v1beta1"),
+        Resource("ValidatingWebhookConfiguration", "validatingwebhookconfigurations", "admissionregistration.k8s.io"),
+        Resource("MutatingWebhookConfiguration", "mutatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
     )
 }
@@ -269,7 +271,7 @@ class KubernetesCluster:
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""
         kind, meta = manifest["kind"], manifest["metadata"]
-        path = RESOURCES[kind].path(meta["namespace"], meta["name"])
+        path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"])
         return await self.request("PUT", path, kind=kind, verb="replace", body=manifest, query={"fieldManager": names.MANAGER})
 
     def now(self) -> datetime:

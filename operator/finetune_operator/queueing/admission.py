@@ -17,7 +17,7 @@ from finetune_api.scalars import human_duration, seconds
 from . import explain
 from .books import Books, Room
 from .line import Line
-from .model import IMPLICIT, Admission, Decisions, Held, Queue, QueueReport, Snapshot, Verdict, Workload
+from .model import IMPLICIT, Admission, Decisions, Held, Queue, QueueReport, Snapshot, Verdict, Workload, may_use
 from .placement import Fleet, Place, never_fits
 from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
@@ -123,9 +123,7 @@ class _Pass:
         return None, ("QueueNotAllowed", f"jobs of namespace {workload.namespace} may not use queue {name}; {known}")
 
     def _may_use(self, queue: Queue, namespace: str) -> bool:
-        selector = queue.spec.namespace_selector
-        home = self.snapshot.namespaces.get(namespace)
-        return selector is None or (home is not None and selector.selects(dict(home.labels)))
+        return may_use(queue, self.snapshot.namespaces.get(namespace))
 
     def _flavour(self, queue: str, flavour: str) -> Flavour | None:
         known = self.ledger.queues.get(queue)

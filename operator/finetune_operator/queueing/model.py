@@ -124,6 +124,12 @@ class Namespace:
     """Its default queue."""
 
 
+def may_use(queue: Queue, home: Namespace | None) -> bool:
+    """Whether a queue is for the jobs of a namespace."""
+    selector = queue.spec.namespace_selector
+    return selector is None or (home is not None and selector.selects(dict(home.labels)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """Everything that a decision depends on."""

@@ -20,6 +20,12 @@ def _frozen(spec: FineTuneJobSpec) -> dict[str, Any]:
     return wire
 
 
+def frozen_changes(kept: FineTuneJobSpec, wanted: FineTuneJobSpec) -> list[str]:
+    """Blocks that differ although they are fixed once a job has begun."""
+    before, now = _frozen(kept), _frozen(wanted)
+    return sorted(block for block in {*before, *now} if before.get(block) != now.get(block))
+
+
 def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
     """The spec as the job began with it, with the present run policy, queue and priority.
 
@@ -29,8 +35,7 @@ def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
     if kept is None:
         draft.set("Accepted", "True", "Valid", "the spec is valid")
         return wanted
-    before, now = _frozen(kept), _frozen(wanted)
-    changed = sorted(block for block in {*before, *now} if before.get(block) != now.get(block))
+    changed = frozen_changes(kept, wanted)
     if changed:
         message = (
             f"{', '.join(f'spec.{block}' for block in changed)} cannot change once the job has begun: ignored, it goes on as it was. "

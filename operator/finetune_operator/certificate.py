@@ -1,10 +1,14 @@
-"""The progress endpoint's certificate: made by the operator, kept in a Secret, renewed in time."""
+"""The certificate of the operator's endpoints: made by the operator (or cert-manager), kept in a Secret, renewed while it runs."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
+import logging
 import ssl
 import tempfile
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,29 +18,45 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ..cluster.client import APIError, KubernetesCluster
-from ..settings import Settings
+from .cluster.client import APIError, KubernetesCluster
+from .settings import Settings
 
+log = logging.getLogger("finetune.certificate")
 _LIFETIME, _RENEW_BEFORE = timedelta(days=3650), timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """PEM texts. The certificate is its own authority: pods trust it and nothing else."""
+    """PEM texts."""
 
     certificate: str
     key: str
+    authorities: str = ""
+    """What clients trust. The certificate is its own authority; beside a new one is the one before, until all have the new one."""
 
     def ssl_context(self) -> ssl.SSLContext:
         """Server side, TLS 1.2 or later."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.load_into(context)
+        return context
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Serve this one from the next connection on."""
         with tempfile.TemporaryDirectory() as folder:  # ssl reads keys from files only
             pem = Path(folder, "tls.pem")
             pem.touch(mode=0o600)
             pem.write_text(self.key + self.certificate)
             context.load_cert_chain(pem)
-        return context
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is a certificate at all."""
+        try:
+            x509.load_pem_x509_certificate(self.certificate.encode())
+        except ValueError:
+            return False
+        return True
 
     def fits(self, hosts: list[str], now: datetime) -> bool:
         """Whether it names the hosts and will not expire soon."""
@@ -51,7 +71,7 @@ class Certificate:
 def generate(hosts: list[str], now: datetime) -> Certificate:
     """A new self-signed certificate for the hosts."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "finetune-operator progress")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "finetune-operator")])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -72,7 +92,7 @@ def generate(hosts: list[str], now: datetime) -> Certificate:
 
 
 def hosts_of(settings: Settings) -> list[str]:
-    """Names that pods may reach the endpoint by."""
+    """Names that pods and the API server reach the endpoints by."""
     service, namespace = settings.service_name, settings.namespace
     return [f"{service}.{namespace}.svc", f"{service}.{namespace}.svc.cluster.local", "localhost"]
 
@@ -80,22 +100,28 @@ def hosts_of(settings: Settings) -> list[str]:
 async def ensure(cluster: KubernetesCluster, settings: Settings) -> Certificate:
     """The certificate in the chart's Secret; made or renewed when needed. Without a Secret, a new one.
 
-    Several operators may start at once: the write is conditional, and who loses takes the winner's.
+    Several operators may look at once: the write is conditional, and who loses takes the winner's.
     """
     hosts, now = hosts_of(settings), datetime.now(UTC)
     if not settings.tls_secret:
-        return generate(hosts, now)
+        new = generate(hosts, now)
+        return dataclasses.replace(new, authorities=new.certificate)
     while True:
         secret = await cluster.get("Secret", settings.namespace, settings.tls_secret)
         data = {k: base64.b64decode(v).decode(errors="replace") for k, v in (secret.get("data") or {}).items()}
-        known = Certificate(data.get("tls.crt", ""), data.get("tls.key", ""))
+        known = Certificate(data.get("tls.crt", ""), data.get("tls.key", ""), data.get("ca.crt") or data.get("tls.crt", ""))
+        if settings.tls_managed:
+            if known.certificate and known.key:
+                return known
+            log.info("waiting for the certificate in Secret %s", settings.tls_secret)
+            await asyncio.sleep(2)
+            continue
         if known.fits(hosts, now):
             return known
         new = generate(hosts, now)
-        secret["data"] = {
-            "tls.crt": base64.b64encode(new.certificate.encode()).decode(),
-            "tls.key": base64.b64encode(new.key.encode()).decode(),
-        }
+        new = dataclasses.replace(new, authorities=new.certificate + (known.certificate if known.readable else ""))
+        texts = {"tls.crt": new.certificate, "tls.key": new.key, "ca.crt": new.authorities}
+        secret["data"] = {name: base64.b64encode(text.encode()).decode() for name, text in texts.items()}
         try:
             await cluster.replace({"apiVersion": "v1", "kind": "Secret", **secret})
         except APIError as failure:
@@ -103,3 +129,25 @@ async def ensure(cluster: KubernetesCluster, settings: Settings) -> Certificate:
                 raise
             continue
         return new
+
+
+class Identity:
+    """The certificate that is served now."""
+
+    def __init__(self, cluster: KubernetesCluster, settings: Settings, first: Certificate) -> None:
+        self._cluster, self._settings, self.certificate = cluster, settings, first
+        self.context = first.ssl_context()
+
+    async def keep(self, look: Callable[[Certificate], Awaitable[None]]) -> None:
+        """Look at the Secret again and again, and let everybody trust what is there before it is served. Until cancelled."""
+        while True:
+            try:
+                new = await ensure(self._cluster, self._settings) if self._settings.tls_secret else self.certificate
+                await look(new)
+                if new != self.certificate:
+                    log.info("serving a new certificate")
+                    new.load_into(self.context)
+                    self.certificate = new
+            except (APIError, ssl.SSLError) as failure:
+                log.warning("the certificate is looked at again later: %s", failure)
+            await asyncio.sleep(self._settings.certificate_seconds)

@@ -1,0 +1,137 @@
+"""The admission webhooks behind a real API server: the chart's own configuration, with the test's address in place of the Service."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from finetune_api import names
+from finetune_operator import certificate
+from finetune_operator.settings import Settings
+from finetune_operator.webhooks.server import MUTATE
+from tests.cluster.control_plane import free_port
+from tests.cluster.local import kubectl
+from tests.component.conftest import Api, Operator, until
+from tests.factory import MINIMAL, merged
+from tests.unit.test_chart import chart_for, render
+
+CONFIGURATIONS = ("ValidatingWebhookConfiguration", "MutatingWebhookConfiguration")
+Start = Callable[..., None]
+
+
+@pytest.fixture
+def webhooks(api: Api, operator: Operator, tmp_path: Any) -> Iterator[Start]:
+    """Configure the webhooks for this namespace, and start the operator with them."""
+    operator.kill()
+    api.core.patch_namespace(api.namespace, {"metadata": {"labels": {"ours": api.namespace}}})
+    admission = client.AdmissionregistrationV1Api(api.core.api_client)
+    chart = chart_for("1.20", tmp_path)
+
+    def start(**settings: str) -> None:
+        port = str(free_port())
+        settings.update(FINETUNE_PROGRESS_PORT=port, FINETUNE_WEBHOOK_CONFIGURATION=api.namespace, FINETUNE_CERTIFICATE_SECONDS="0.5")
+        operator.start(**settings)
+        for kind, create in zip(
+            CONFIGURATIONS,
+            (admission.create_validating_webhook_configuration, admission.create_mutating_webhook_configuration),
+            strict=True,
+        ):
+            body = next(d for d in render({}, chart) if d["kind"] == kind)
+            body["metadata"] = {"name": api.namespace}
+            for webhook in body["webhooks"]:
+                path = webhook["clientConfig"].pop("service")["path"]
+                webhook["clientConfig"]["url"] = f"https://localhost:{port}{path}"
+                webhook["namespaceSelector"] = {"matchLabels": {"ours": api.namespace}}
+                webhook["rules"][0]["scope"] = "Namespaced"
+            create(body)
+        until("webhooks that are trusted", lambda: apply(api, "probe", MINIMAL, "--dry-run=server").returncode == 0)
+
+    yield start
+    for delete in (admission.delete_validating_webhook_configuration, admission.delete_mutating_webhook_configuration):
+        with contextlib.suppress(client.ApiException):
+            delete(api.namespace)
+
+
+def apply(api: Api, name: str, spec: dict[str, Any], *flags: str) -> subprocess.CompletedProcess[str]:
+    """`kubectl apply` as a user does it."""
+    document = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+    command = [kubectl(), "--kubeconfig", api.cluster.kubeconfig, "-n", api.namespace, "apply", "-f", "-", *flags]
+    return subprocess.run(command, input=json.dumps(document), capture_output=True, text=True, check=False)
+
+
+def test_a_user_applies(api: Api, webhooks: Start) -> None:
+    """Refusals name field, value and fix; warnings are shown; who applied is noted and cannot be changed."""
+    webhooks()
+    code = merged(MINIMAL, model={"uri": "hf://org/model@1a2b3c4", "trustRemoteCode": True})
+    refused = apply(api, "bad", code)
+    assert refused.returncode == 1 and "spec.model.trustRemoteCode: runs code of the model's repository" in refused.stderr
+    rules = merged(MINIMAL, evaluation={"metrics": ["loss"]})  # a rule in CEL, which servers before 1.25 do not know
+    assert "evaluation needs held-out rows: set dataset.eval.splitFraction" in apply(api, "bad", rules).stderr
+    taken = apply(api, "good", MINIMAL)
+    assert taken.returncode == 0 and "Warning: spec.dataset.eval is not set" in taken.stderr
+    stamp = names.ANNOTATION_CREATED_BY
+    creator = api.job("good")["metadata"]["annotations"][stamp]
+    assert creator
+    api.patch_job({"metadata": {"annotations": {stamp: "somebody else"}}}, "good")
+    assert api.job("good")["metadata"]["annotations"][stamp] == creator
+    until("it runs", lambda: api.status("good").get("phase") == "Preparing")
+    changed = apply(api, "good", merged(MINIMAL, tuning={"method": "dora"}))
+    assert changed.returncode == 0 and "Warning: spec.tuning cannot change once the job has begun" in changed.stderr
+
+
+@pytest.mark.parametrize("propagation", ["Background", "Foreground"])
+def test_a19_an_operator_that_is_down_holds_up_no_deletion(api: Api, webhooks: Start, operator: Operator, propagation: str) -> None:
+    webhooks()
+    assert apply(api, "support", MINIMAL).returncode == 0
+    until("it runs", lambda: api.status().get("phase") == "Preparing")
+    operator.kill()
+    refused = apply(api, "another", MINIMAL)
+    assert refused.returncode == 1 and "failed calling webhook" in refused.stderr, "what nobody looked at is not taken"
+    api.custom.delete_namespaced_custom_object(
+        "finetune.dev", "v1alpha1", api.namespace, "finetunejobs", "support", propagation_policy=propagation
+    )
+
+    def gone() -> bool:
+        try:
+            api.job()
+        except client.ApiException as failure:
+            return bool(failure.status == 404)
+        return False
+
+    until("it is gone", gone)
+
+
+def test_a19_a_certificate_that_expires_is_renewed_while_the_operator_runs(api: Api, webhooks: Start) -> None:
+    """And one that somebody replaced."""
+    api.core.create_namespaced_secret(api.namespace, {"metadata": {"name": "tls"}})
+    webhooks(FINETUNE_TLS_SECRET="tls", FINETUNE_NAMESPACE=api.namespace)
+    hosts = certificate.hosts_of(Settings(namespace=api.namespace))
+    old = certificate.generate(hosts, datetime.now(UTC) - timedelta(days=3640))
+
+    def encoded(text: str) -> str:
+        return base64.b64encode(text.encode()).decode()
+
+    data = {"tls.crt": encoded(old.certificate), "tls.key": encoded(old.key), "ca.crt": None}
+    api.core.patch_namespaced_secret("tls", api.namespace, {"data": data})
+    admission = client.AdmissionregistrationV1Api(api.core.api_client)
+
+    def trusted() -> str:
+        found = admission.read_mutating_webhook_configuration(api.namespace).webhooks[0].client_config
+        assert found.url.endswith(MUTATE)
+        return base64.b64decode(found.ca_bundle).decode()
+
+    until("both are trusted", lambda: old.certificate in trusted() and trusted().count("BEGIN CERTIFICATE") == 2)
+    until("the new one is served", lambda: apply(api, "after", MINIMAL, "--dry-run=server").returncode == 0)
+    # somebody takes the trust away
+    for patch in (admission.patch_validating_webhook_configuration, admission.patch_mutating_webhook_configuration):
+        broken = [{"op": "replace", "path": "/webhooks/0/clientConfig/caBundle", "value": encoded(old.certificate)}]
+        patch(api.namespace, broken)
+    until("it is trusted again", lambda: apply(api, "again", MINIMAL, "--dry-run=server").returncode == 0)
