@@ -41,6 +41,8 @@ class Flavour(APIModel):
     """`Existing`: a gang is admitted when it fits on the nodes that are there. `Autoscaled`: within quota at once, nodes come when pods wait."""
     price_per_hour: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
     """Price of one for an hour, in any currency; gives `status.usage.cost` of the jobs."""
+    teraflops: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    """Dense 16-bit TFLOP/s of one by its data sheet (989 for an H100, 312 for an A100); gives an estimate of time and cost at admission, at 35 % of it."""
 
 
 class LabelRequirement(APIModel):
@@ -93,12 +95,16 @@ class QueuePreemption(APIModel):
 
 
 class QueueLimits(APIModel):
-    """What one namespace may have of the queue."""
+    """What one namespace, and one user, may have of the queue."""
 
     max_gpus_per_namespace: Amount | None = None
     """Most units of all flavours that one namespace's jobs hold at a time."""
     max_jobs_per_namespace: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Most jobs of one namespace that hold GPUs at a time."""
+    max_gpus_per_user: Amount | None = None
+    """Most units of all flavours that one user's jobs hold at a time. Users are those that created the jobs, as the operator's webhook notes them."""
+    max_jobs_per_user: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Most jobs of one user that hold GPUs at a time."""
     max_priority: Annotated[int, Field(ge=-2_147_483_648, le=2_000_000_000)] | None = None
     """Highest priority that counts here; jobs of higher classes wait and run with this one."""
 
@@ -124,7 +130,7 @@ class FineTuneQueueSpec(APIModel):
     preemption: QueuePreemption = Field(default_factory=QueuePreemption)
     """Who gives way to whom."""
     limits: QueueLimits = Field(default_factory=QueueLimits)
-    """What one namespace may have."""
+    """What one namespace, and one user, may have."""
     usage_half_life: Duration = "24h"
     """How fast past use is forgotten when shares are compared."""
     stop_policy: Literal["None", "Hold", "HoldAndDrain"] = "None"

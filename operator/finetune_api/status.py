@@ -116,6 +116,8 @@ class Plan(APIModel):
     """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
     total_steps: int = 0
     """Optimizer steps in all."""
+    estimated_petaflops: float = 0.0
+    """Estimated floating-point operations of the whole training, times 10^15; 0 where nothing is estimated."""
     reason: str = ""
     """Why this strategy and batch size were chosen."""
 
@@ -248,6 +250,10 @@ class AdmissionStatus(APIModel):
     """Where scheduling.topologyKey keeps the gang together."""
     price_per_hour: float | None = None
     """Price of one unit for an hour."""
+    estimated_duration: str | None = None
+    """Estimated time of the whole training, where the flavour says how fast it is; while it runs status.progress.eta is better."""
+    estimated_cost: float | None = None
+    """Its price."""
     planned_nodes: Annotated[list[str], Field(max_length=512)] = []
     """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
     attempt: int = 0

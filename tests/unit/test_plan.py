@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from finetune_api.scalars import human_duration
 from finetune_api.validation import parse_spec
+from finetune_operator.reconcile import usage
 from finetune_trainer.errors import UserError
 from finetune_trainer.memory import GIB, Memory, ModelShape, Setting, estimate, human_bytes
 from finetune_trainer.plan import make_plan
@@ -30,6 +32,20 @@ def spec(method: str = "lora", gpus: int = 1, nodes: int = 1, memory: str | None
 
 def full(shape: ModelShape) -> ModelShape:
     return ModelShape(**{**shape.__dict__, "trainable": shape.parameters})
+
+
+def test_the_work_is_estimated() -> None:
+    """A thousand rows of 500 tokens, three epochs in batches of 64: 16 steps an epoch."""
+    plan = make_plan(spec("full", gpus=8, memory="80Gi", hyper={"gradientCheckpointing": False}), 1000, full(LLAMA_8B), tokens=500_000)
+    seen = 48 * 64 * 500
+    assert plan.estimated_petaflops == pytest.approx(6 * LLAMA_8B.parameters * seen / 1e15, rel=1e-3)
+    frozen = make_plan(spec(gpus=8, memory="80Gi", hyper={"gradientCheckpointing": True}), 1000, LLAMA_8B, tokens=500_000)
+    assert frozen.estimated_petaflops == pytest.approx((6 * LLAMA_8B.parameters + 2 * LLAMA_8B.trainable) * seen / 1e15, rel=1e-3)
+    # eight H100 at 35 % of 989 TFLOP/s
+    duration, cost = usage.estimate(plan, 989, 3.0)
+    seconds = plan.estimated_petaflops / (0.989 * 0.35 * 8)
+    assert duration == human_duration(seconds) and cost == round(seconds / 3600 * 8 * 3.0, 2)
+    assert usage.estimate(plan, None, 3.0) == (None, None) and usage.estimate(plan, 989, None)[1] is None
 
 
 @pytest.mark.parametrize(

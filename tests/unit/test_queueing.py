@@ -299,6 +299,17 @@ def test_a14_priorities_are_bounded_and_namespaces_limited() -> None:
     assert "holds 2 of 2" in limited.message
 
 
+def test_a15_a_user_is_limited_in_all_namespaces_together() -> None:
+    fair = queue("q", 8, limits={"maxJobsPerUser": 2, "maxGpusPerUser": 3})
+    ann = [dataclasses.replace(waiting(f"a{n}", queue="q", namespace=f"team-{n}"), user="ann@example.com") for n in range(3)]
+    bob = dataclasses.replace(waiting("b", ask(1, 4), queue="q"), user="bob")
+    found = decided(*ann, bob, waiting("nobody", queue="q"), queues=(fair,))
+    assert len(admitted(found) & {w.uid for w in ann}) == 2 and "nobody" in admitted(found), "whom the webhook has not noted is not counted"
+    assert why(found, "b").reason == "UserLimit" and "user bob holds 0 of 3" in why(found, "b").message
+    third = next(v for v in found.verdicts.values() if "ann@example.com" in v.message)
+    assert third.reason == "UserLimit" and "has 2 jobs" in third.message
+
+
 def test_stopped_queues() -> None:
     hold = decided(running("r", ask(1, 8), "q", "any"), waiting("a", queue="q"), queues=(queue("q", 16, stopPolicy="Hold"),))
     assert why(hold, "a").reason == "QueueStopped" and why(hold, "r").action == "keep"

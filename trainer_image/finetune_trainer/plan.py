@@ -18,8 +18,8 @@ _SHARD_PARAMETERS = 3_000_000_000
 """Models over this size get their parameters sharded when every weight is trained and the GPUs' memory is not known."""
 
 
-def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: int = 0) -> Plan:
-    """The plan for so many rows and a model of this shape. Raises UserError when nothing fits `resources.gpuMemory`."""
+def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: int = 0, tokens: int = 0) -> Plan:
+    """The plan for so many rows (of so many tokens together) and a model of this shape. Raises UserError when nothing fits `resources.gpuMemory`."""
     hyper = spec.tuning.hyperparameters
     element = 4 if hyper.precision == "fp32" or spec.distribution.gpus_per_node == 0 else 2
     known = spec.resources.gpu_memory
@@ -49,9 +49,21 @@ def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: i
         gradient_checkpointing=chosen.gradient_checkpointing,
         estimated_memory_per_gpu=human_bytes(memory.total),
         total_steps=total,
+        estimated_petaflops=_work(spec, shape, chosen, total * hyper.global_batch_size * tokens / rows),
         reason=f"{_why(spec, chosen, shape, limit)}; {spec.world_size} process(es) x {chosen.batch} rows x {accumulation} accumulation = "
         f"{hyper.global_batch_size} rows a step; memory: {_parts(memory)}",
     )
+
+
+def _work(spec: FineTuneJobSpec, shape: ModelShape, chosen: Setting, tokens: float) -> float:
+    """Operations of training on so many tokens, x 10^15: 2 per parameter and token forwards and 2 backwards, 2 more for each
+    that learns, and 2 more to recompute activations (Kaplan et al. 2020, appendix B; attention is left out). Objectives that
+    generate, or ask a second model, are not estimated.
+    """
+    if spec.tuning.objective not in ("sft", "pretrain", "reward"):
+        return 0.0
+    each = (6 if chosen.gradient_checkpointing else 4) * shape.parameters + 2 * shape.trainable
+    return round(tokens * each / 1e15, 3)
 
 
 def _settings(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> Iterator[Setting]:

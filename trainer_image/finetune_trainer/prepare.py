@@ -45,7 +45,7 @@ def prepare(context: Context) -> StageResult:
         desk.read_all()
         desk.compare()
         desk.check_enough()
-        plan = make_plan(spec, desk.rows_per_epoch, shape, teacher=teacher.parameters(context))
+        plan = make_plan(spec, desk.rows_per_epoch, shape, teacher=teacher.parameters(context), tokens=desk.tokens)
         status = desk.write()
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, desk.report(status, plan), samples(store, tokeniser.tokenizer))

@@ -22,7 +22,7 @@ from .placement import Fleet, Place, never_fits
 from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
 
-_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit")
+_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit", "UserLimit")
 """Reasons of waiting that no free GPU would end."""
 _PREEMPTION_TRIES = 8
 """Jobs per queue and pass that others are looked for to give way to."""
@@ -66,7 +66,7 @@ class _Pass:
 
     def _count(self, workload: Workload) -> None:
         if (held := workload.held) is not None:
-            self.ledger.take(held.queue, held.flavour, workload.namespace, held.total)
+            self.ledger.take(held.queue, held.flavour, workload.owners, held.total)
             if self.fleet is not None:
                 self.fleet.take(held.bound, workload.ask.per_pod)
 
@@ -161,7 +161,9 @@ class _Pass:
         for name, waiting in sorted(self.waiting.items()):
             queue = self.ledger.queues[name]
             past = namespace_use(queue.history, queue.spec, self.snapshot.now)
-            use = {space: past.get(space, 0.0) + self.ledger.by_namespace[name, space] for space in {w.namespace for w in waiting}}
+            use = {
+                space: past.get(space, 0.0) + self.ledger.by_owner[name, f"namespace {space}"] for space in {w.namespace for w in waiting}
+            }
             lines[name] = Line(waiting, use, queue.spec.limits.max_priority)
         for _, name in sorted(
             (head.waits_since, name) for name, line in lines.items() if (head := line.peek()) and self._overdue(name, head)
@@ -210,7 +212,7 @@ class _Pass:
             self._wait(name, workload, "QueueStopped", f"queue {name} admits nothing now (stopPolicy {queue.spec.stop_policy})")
             return 0, ""
         if (limit := explain.limit(self.books, queue, workload)) is not None:
-            self._wait(name, workload, "NamespaceLimit", limit)
+            self._wait(name, workload, *limit)
             return 0, ""
         if workload.held is not None:
             self._wait(name, workload, "Stopping", "its pods still save and end")
@@ -269,6 +271,7 @@ class _Pass:
             node_labels=tuple(sorted(flavour.node_labels.items())),
             tolerations=tuple(flavour.tolerations),
             price_per_hour=flavour.price_per_hour,
+            teraflops=flavour.teraflops,
             topology=self.fleet.domain(workload.ask, place) if self.fleet is not None else None,
             place=place,
         )
@@ -345,7 +348,7 @@ class _Pass:
                     self.verdicts[workload.uid] = Verdict(
                         action="resize", reason="Resized", message=message, queue=held.queue, admission=more
                     )
-                    self.ledger.take(held.queue, flavour.name, workload.namespace, (pods - held.pods) * ask.units)
+                    self.ledger.take(held.queue, flavour.name, workload.owners, (pods - held.pods) * ask.units, jobs=0)
                     if self.fleet is not None:
                         self.fleet.take(place, ask.per_pod)
                     break

@@ -39,7 +39,7 @@ class Books:
         held = workload.held
         if held is not None:
             ledger, fleet = self.later
-            ledger.take(held.queue, held.flavour, workload.namespace, held.total, sign)
+            ledger.take(held.queue, held.flavour, workload.owners, held.total, sign)
             if fleet is not None:
                 fleet.take(held.bound, workload.ask.per_pod, sign)
 
@@ -50,7 +50,7 @@ class Books:
     def give(self, queue: str, flavour: str, workload: Workload, pods: int, place: Place) -> None:
         """A job gets so many pods."""
         for ledger, fleet in self._both():
-            ledger.take(queue, flavour, workload.namespace, pods * workload.ask.units)
+            ledger.take(queue, flavour, workload.owners, pods * workload.ask.units)
             if fleet is not None:
                 fleet.take(place, workload.ask.per_pod)
 
@@ -80,7 +80,7 @@ class Books:
         held = workload.held
         assert held is not None
         with ExitStack() as stack:
-            stack.enter_context(self.ledger.given(held, workload.namespace))
+            stack.enter_context(self.ledger.given(held, workload.owners))
             if self.fleet is not None:
                 stack.enter_context(self.fleet.given(held, workload.ask))
             return self.room(queue, workload, pods, flavours)

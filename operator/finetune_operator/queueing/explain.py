@@ -17,16 +17,21 @@ def granted(workload: Workload, admission: Admission) -> str:
     return f"{size} with {what} ({f'queue {admission.queue}{flavour}' if admission.queue else 'no FineTuneQueue'})"
 
 
-def limit(books: Books, queue: Queue, workload: Workload) -> str | None:
-    """Why the job's namespace may have no more of the queue, or None."""
-    limits, space = queue.spec.limits, (queue.name, workload.namespace)
-    held, jobs = books.ledger.by_namespace[space], books.ledger.jobs[space]
-    if limits.max_jobs_per_namespace is not None and jobs >= limits.max_jobs_per_namespace:
-        return f"namespace {workload.namespace} has {jobs} jobs in queue {queue.name}, its limit (maxJobsPerNamespace)"
-    need = workload.ask.pods[-1] * workload.ask.units
-    if limits.max_gpus_per_namespace is not None and held + need > limits.max_gpus_per_namespace:
-        of = f"{held} of {limits.max_gpus_per_namespace}"
-        return f"namespace {workload.namespace} holds {of} in queue {queue.name} (maxGpusPerNamespace), this job needs {need}"
+def limit(books: Books, queue: Queue, workload: Workload) -> tuple[str, str] | None:
+    """(reason, message): why the job's namespace or user may have no more of the queue, or None."""
+    limits, need = queue.spec.limits, workload.ask.pods[-1] * workload.ask.units
+    for owner in workload.owners:
+        kind = owner.split(" ", 1)[0].capitalize()
+        most_jobs, most = (
+            (limits.max_jobs_per_user, limits.max_gpus_per_user)
+            if kind == "User"
+            else (limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
+        )
+        held, jobs = books.ledger.by_owner[queue.name, owner], books.ledger.jobs[queue.name, owner]
+        if most_jobs is not None and jobs >= most_jobs:
+            return f"{kind}Limit", f"{owner} has {jobs} jobs in queue {queue.name}, the limit (maxJobsPer{kind})"
+        if most is not None and held + need > most:
+            return f"{kind}Limit", f"{owner} holds {held} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
     return None
 
 

@@ -90,6 +90,8 @@ class Workload:
     name: str
     queue: str | None
     """The queue that it names."""
+    user: str = ""
+    """Who created it, where the webhook has noted that."""
     priority: int = 0
     since: datetime
     """Its age, which gives it its place; a job that gave way keeps it."""
@@ -104,6 +106,11 @@ class Workload:
     def label(self) -> str:
         """namespace/name."""
         return f"{self.namespace}/{self.name}"
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Whose limits it counts towards."""
+        return (f"namespace {self.namespace}", *([f"user {self.user}"] if self.user else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,7 @@ class Admission:
     node_labels: tuple[tuple[str, str], ...] = ()
     tolerations: tuple[Toleration, ...] = ()
     price_per_hour: float | None = None
+    teraflops: float | None = None
     topology: tuple[str, str] | None = None
     """(node label, value) that the pods are kept together by."""
     place: tuple[tuple[str, int], ...] = ()

@@ -60,11 +60,11 @@ def _may_displace(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bo
 
 def _is_fairer(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bool:
     """Whether the other queue still has no smaller share after the exchange: then nobody would want to undo it."""
-    with ledger.given(held, other.namespace):
+    with ledger.given(held, other.owners):
         theirs = ledger.share(held.queue)
-        ledger.take(wish.queue, wish.flavour.name, wish.workload.namespace, wish.units)
+        ledger.take(wish.queue, wish.flavour.name, wish.workload.owners, wish.units)
         own = ledger.share(wish.queue)
-        ledger.take(wish.queue, wish.flavour.name, wish.workload.namespace, wish.units, -1)
+        ledger.take(wish.queue, wish.flavour.name, wish.workload.owners, wish.units, -1)
     return own <= theirs
 
 

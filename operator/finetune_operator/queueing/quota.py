@@ -29,10 +29,10 @@ class Ledger:
         self.queues = {queue.name: queue for queue in queues}
         self.used: dict[tuple[str, str], int] = defaultdict(int)
         """(queue, flavour) -> units"""
-        self.by_namespace: dict[tuple[str, str], int] = defaultdict(int)
-        """(queue, namespace) -> units"""
+        self.by_owner: dict[tuple[str, str], int] = defaultdict(int)
+        """(queue, `namespace n` or `user u`) -> units"""
         self.jobs: dict[tuple[str, str], int] = defaultdict(int)
-        """(queue, namespace) -> jobs"""
+        """The same -> jobs"""
         self._cohorts: dict[tuple[str, str], list[tuple[str, Flavour]]] = defaultdict(list)
         self._shares: dict[str, float] = {}
         self._past = {queue.name: average_use(queue.history, queue.spec, now) for queue in self.queues.values()}
@@ -40,12 +40,13 @@ class Ledger:
             for flavour in queue.spec.flavours:
                 self._cohorts[_cohort(queue), flavour.name].append((queue.name, flavour))
 
-    def take(self, queue: str, flavour: str, namespace: str, units: int, sign: int = 1) -> None:
-        """Count what a job holds."""
+    def take(self, queue: str, flavour: str, owners: Iterable[str], units: int, sign: int = 1, *, jobs: int = 1) -> None:
+        """Count what a job holds; more of a job that is counted already is `jobs` 0."""
         self._shares.clear()
         self.used[queue, flavour] += sign * units
-        self.by_namespace[queue, namespace] += sign * units
-        self.jobs[queue, namespace] += sign
+        for owner in owners:
+            self.by_owner[queue, owner] += sign * units
+            self.jobs[queue, owner] += sign * jobs
 
     def reserve(self, queue: str, flavour: str, units: int) -> None:
         """Keep units from being lent; they belong to nobody yet."""
@@ -53,19 +54,19 @@ class Ledger:
         self.used[queue, flavour] += units
 
     @contextmanager
-    def given(self, held: Held, namespace: str) -> Iterator[None]:
+    def given(self, held: Held, owners: tuple[str, ...]) -> Iterator[None]:
         """As if this gang held nothing."""
-        self.take(held.queue, held.flavour, namespace, held.total, -1)
+        self.take(held.queue, held.flavour, owners, held.total, -1)
         try:
             yield
         finally:
-            self.take(held.queue, held.flavour, namespace, held.total)
+            self.take(held.queue, held.flavour, owners, held.total)
 
     def copy(self) -> Ledger:
         """The same, to go another way from here."""
         other = Ledger((), self._now)
         other.queues, other._cohorts, other._past = self.queues, self._cohorts, self._past
-        other.used, other.by_namespace, other.jobs = self.used.copy(), self.by_namespace.copy(), self.jobs.copy()
+        other.used, other.by_owner, other.jobs = self.used.copy(), self.by_owner.copy(), self.jobs.copy()
         return other
 
     def available(self, queue: str, flavour: Flavour) -> int:
@@ -174,6 +175,7 @@ def implicit_queue(snapshot: Snapshot) -> Queue:
             lending_limit=None,
             nodes="Autoscaled" if snapshot.autoscaled else "Existing",
             price_per_hour=None,
+            teraflops=None,
         )
         for resource in resources
     ]

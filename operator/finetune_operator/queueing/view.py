@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+from finetune_api import names
 from finetune_api.queue import ANNOTATION_QUEUE, FineTuneQueueSpec, FineTuneQueueStatus
 from finetune_api.scalars import quantity
 from finetune_api.spec import FineTuneJobSpec
@@ -157,6 +158,7 @@ def workload(
         namespace=meta["namespace"],
         name=meta["name"],
         queue=spec.scheduling.queue,
+        user=str(_object(meta.get("annotations")).get(names.ANNOTATION_CREATED_BY) or ""),
         priority=priority,
         since=created,
         waits_since=parse_time(waiting.get("since")) or now,

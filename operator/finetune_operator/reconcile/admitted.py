@@ -10,7 +10,7 @@ from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, release
 from .model import parse_time, rfc3339
-from .usage import workers
+from .usage import estimate, workers
 
 
 def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
@@ -69,7 +69,10 @@ def end_wait(draft: Draft) -> None:
 
 
 def _on_record(draft: Draft, admission: Admission) -> AdmissionStatus:
+    duration, cost = estimate(draft.status.plan, admission.teraflops, admission.price_per_hour)
     return AdmissionStatus(
+        estimated_duration=duration,
+        estimated_cost=cost,
         queue=admission.queue or None,
         flavour=admission.flavour or None,
         nodes=admission.pods,
