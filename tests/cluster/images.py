@@ -221,6 +221,24 @@ def operator() -> Image:
     return _image("operator", OPERATOR, site_packages("operator"), REPO / "operator" / "requirements.lock", folders, {})
 
 
+def played(folder: Path) -> Image:
+    """An image with nothing but Python and a folder's `<name>_trainer.py`, for benchmarks of what is around the training."""
+    base, code = base_layer(), _code_layer("played", [folder])
+    script = next(folder.glob("*_trainer.py"))
+    config: dict[str, object] = {
+        "User": USER,
+        "WorkingDir": "/tmp",
+        "Entrypoint": ["python3", f"/opt/finetune/app/{folder.name}/{script.name}"],
+    }
+    key = digest_of(base.digest, code.digest, json.dumps(config))
+    reference = f"localhost/finetune-played:{key}"
+
+    def build(target: Path) -> None:
+        _archive(target / "image.tar", reference, [base, code], config, [base, code])
+
+    return Image(reference, [cached("image-played", key, build) / "image.tar"])
+
+
 def load(image: Image, node_root: Path, ctr: list[str]) -> None:
     """Import an image into a node's containerd, unless the node has it already."""
     marker = node_root / "images" / image.archives[-1].parent.name

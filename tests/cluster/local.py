@@ -17,7 +17,7 @@ from pathlib import Path
 from . import addons, binaries, control_plane, debian, images, nodes, processes
 from .control_plane import wait_for
 from .environment import site_packages
-from .shell import CACHE, REPO, CommandFailed, run, say, step
+from .shell import CACHE, REPO, CommandFailed, digest_of, run, say, step
 
 GPUS_PER_NODE = 8
 _STORAGE_CLASS = {
@@ -49,6 +49,10 @@ class LocalCluster:
         return self.state / "pki" / "admin.kubeconfig"
 
     @property
+    def _made_of(self) -> Path:
+        return self.state / "made-of"
+
+    @property
     def volumes(self) -> Path:
         """Folders behind the claims."""
         return self.state / "volumes"
@@ -71,8 +75,10 @@ class LocalCluster:
         wait_for(f"the resources of {resources.name}", served, 60, self.state / "logs")
 
     def is_up(self) -> bool:
-        """Whether it runs and its nodes are ready."""
+        """Whether it runs as this checkout would start it, and its nodes are ready."""
         if not self.kubeconfig.exists() or not processes.of(self.name):
+            return False
+        if not self._made_of.exists() or self._made_of.read_text() != _sources():
             return False
         try:
             found = json.loads(self.kubectl("get", "nodes", "-o", "json", "--request-timeout=5s"))["items"]
@@ -135,6 +141,7 @@ class LocalCluster:
 
     def _start(self, built: Path) -> None:
         self.state.mkdir(parents=True)
+        self._made_of.write_text(_sources())
         self.volumes.mkdir()
         address = "127.0.0.1"
         if self.size:
@@ -183,6 +190,11 @@ class LocalCluster:
             nodes.remove_bridge()
         processes.unmount_below(self.state)
         shutil.rmtree(self.state, ignore_errors=True)
+
+
+def _sources() -> str:
+    """What decides how it is started."""
+    return digest_of(*(Path(__file__).with_name(name) for name in ("control_plane.py", "nodes.py", "local.py")))
 
 
 def kubectl() -> Path:
