@@ -29,6 +29,7 @@ from .reconcile.observe import owner_uid
 from .resources.backends import GROUP_KINDS
 from .scheduler import Scheduler
 from .settings import Settings
+from .telemetry import Telemetry
 from .workqueue import WorkQueue
 
 log = logging.getLogger("finetune.controller")
@@ -43,6 +44,7 @@ class Controller:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue()
         self.scheduler = Scheduler(cluster, store, settings, self.queue.add)
+        self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
         self._suspects: tuple[str, ...] = ()
         self._suspects_at = float("-inf")
@@ -260,6 +262,7 @@ class Controller:
                     self.store.put_job(await self.cluster.get("FineTuneJob", meta["namespace"], meta["name"]))
             raise
         self._written[uid] = time.monotonic()
+        self.telemetry.wrote(job, read_status(job.get("status")), plan.status)
         self.store.put_job(answer)
         self.scheduler.recorded(uid)
         self.queue.add(key)  # what was decided is on record: act on it
@@ -272,6 +275,7 @@ class Controller:
             uid = raw["metadata"]["uid"]
             self.board.forget(uid)
             self._written.pop(uid, None)
+            self.telemetry.forget(uid)
             key = self.store.drop_job(raw)
         else:
             key = self.store.put_job(raw)

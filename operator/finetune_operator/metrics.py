@@ -1,4 +1,4 @@
-"""Prometheus metrics of the operator. Labels are bounded: no object names."""
+"""Prometheus metrics of the operator. Labels are bounded: names of jobs only on the gauges of those that train now."""
 
 from __future__ import annotations
 
@@ -17,5 +17,19 @@ ADMISSION_REVIEWS = Counter("finetune_admission_reviews_total", "Requests to the
 SCHEDULING_SECONDS = Histogram(
     "finetune_scheduling_duration_seconds", "Time of one scheduling pass over all jobs", buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10)
 )
+_WAITS = (1, 10, 60, 300, 1800, 7200, 43_200, 172_800)
+ADMISSION_WAIT = Histogram("finetune_admission_wait_seconds", "Time that an admitted job waited for its GPUs", ["queue"], buckets=_WAITS)
+FINISHED = Counter("finetune_jobs_finished_total", "Jobs that ended", ["result", "reason"])
+RESTARTS = Counter("finetune_restarts_total", "Attempts that ended and are followed by another", ["cause"])
+GPU_SECONDS = Counter("finetune_gpu_seconds_total", "GPU time that ended attempts held", ["namespace", "queue"])
+LOST_SECONDS = Counter("finetune_lost_seconds_total", "Training since the last checkpoint that ended attempts lost", ["namespace"])
+QUEUED_SECONDS = Counter("finetune_queued_seconds_total", "Time that jobs waited for their GPUs", ["namespace", "queue"])
+COST = Counter("finetune_cost_total", "Price of the GPU time, where its flavour has one", ["namespace", "queue"])
+_JOB = ["namespace", "name"]
+TRAINING_STEP = Gauge("finetune_training_step", "Optimizer steps done, of jobs that train now", _JOB)
+TRAINING_TOTAL_STEPS = Gauge("finetune_training_total_steps", "Optimizer steps in all, of jobs that train now", _JOB)
+TRAINING_LOSS = Gauge("finetune_training_loss", "Loss of the last step, of jobs that train now", _JOB)
+TOKENS_PER_SECOND = Gauge("finetune_training_tokens_per_second", "Tokens per second over all workers, of jobs that train now", _JOB)
+REPORTED_AT = Gauge("finetune_training_reported_timestamp_seconds", "When rank 0 was last heard of, of jobs that train now", _JOB)
 PENDING = Gauge("finetune_queue_pending_jobs", "Jobs that wait in a queue", ["queue"])
 QUEUE_USED = Gauge("finetune_queue_used", "Units of a flavour that a queue's jobs hold", ["queue", "flavour"])

@@ -1,0 +1,69 @@
+"""Metrics of transitions: each counts once, and jobs that end leave no gauge behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import REGISTRY
+
+from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Progress, Restart, Usage
+from finetune_operator import telemetry
+from finetune_operator.telemetry import Telemetry
+from tests.factory import job
+
+WHEN = "2026-11-21T12:00:00Z"
+
+
+def value(metric: str, /, **labels: str) -> float:
+    return REGISTRY.get_sample_value(metric, labels) or 0.0
+
+
+def condition(type_: Any) -> Condition:
+    return Condition(type=type_, status="True", reason="Because", message="", last_transition_time=WHEN, observed_generation=1)
+
+
+def test_transitions_are_counted_once() -> None:
+    raw, told = job(name="counted", namespace="tele", uid="u-counted"), Telemetry()
+    waits = FineTuneJobStatus(phase="Queued")
+    admission = AdmissionStatus(queue="research", nodes=1, admitted_at=WHEN)
+    runs = FineTuneJobStatus(
+        phase="Training",
+        conditions=[condition("Admitted")],
+        admission=admission,
+        usage=Usage(queued_seconds=90),
+        progress=Progress(step=5, total_steps=10, loss=1.5, tokens_per_second=100.0, reported_at=WHEN),
+    )
+    restart = Restart(attempt=0, cause="Hang", reason="Hang", message="", time=WHEN)
+    restarted = runs.model_copy(update={"restarts": [restart], "usage": Usage(queued_seconds=90, gpu_seconds=60, lost_seconds=7, cost=0.5)})
+    ended = restarted.model_copy(update={"phase": "Succeeded", "conditions": [condition("Admitted"), condition("Succeeded")]})
+    hangs, finished = value("finetune_restarts_total", cause="Hang"), {"result": "Succeeded", "reason": "Because"}
+    before = value("finetune_jobs_finished_total", **finished)
+    told.wrote(raw, waits, runs)
+    labels = {"namespace": "tele", "name": "counted"}
+    assert value("finetune_training_step", **labels) == 5 and value("finetune_training_loss", **labels) == 1.5
+    told.wrote(raw, runs, restarted)
+    told.wrote(raw, restarted, restarted)
+    told.wrote(raw, restarted, ended)
+    told.wrote(raw, ended, ended)
+    assert value("finetune_restarts_total", cause="Hang") == hangs + 1
+    assert value("finetune_jobs_finished_total", **finished) == before + 1
+    assert value("finetune_gpu_seconds_total", namespace="tele", queue="research") == 60
+    assert value("finetune_lost_seconds_total", namespace="tele") == 7
+    assert value("finetune_cost_total", namespace="tele", queue="research") == 0.5
+    assert value("finetune_queued_seconds_total", namespace="tele", queue="research") == 90
+    assert value("finetune_admission_wait_seconds_count", queue="research") == 1
+    assert REGISTRY.get_sample_value("finetune_training_step", labels) is None, "it does not train any more"
+
+
+def test_a16_the_number_of_jobs_with_gauges_is_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(telemetry, "MOST_JOBS", 3)
+    told, trains = Telemetry(), FineTuneJobStatus(phase="Training", progress=Progress(step=1, total_steps=2))
+    for n in range(5):
+        told.wrote(job(name=f"many-{n}", namespace="tele", uid=f"u-{n}"), FineTuneJobStatus(), trains)
+    shown = [n for n in range(5) if value("finetune_training_total_steps", namespace="tele", name=f"many-{n}")]
+    assert shown == [0, 1, 2]
+    told.forget("u-0")
+    told.wrote(job(name="many-4", namespace="tele", uid="u-4"), FineTuneJobStatus(), trains)
+    assert value("finetune_training_total_steps", namespace="tele", name="many-4") == 2
+    for n in range(5):
+        told.forget(f"u-{n}")
