@@ -17,7 +17,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus, read_status
 
 from . import metrics
-from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, event_manifest
+from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, child_kinds, event_manifest
 from .cluster.lease import Lease
 from .cluster.store import Key, Store
 from .progress.board import ProgressBoard
@@ -301,7 +301,7 @@ class Controller:
             self.store.put_job(raw)
             jobs.add(raw["metadata"]["uid"])
         self.store.prune_jobs(jobs)
-        for kind in CHILD_KINDS:
+        for kind in child_kinds(network_policies=self.settings.network_policies):
             seen = set()
             async for raw in self.cluster.list(kind, namespace, SELECTOR):
                 self.store.put_child(kind, raw)

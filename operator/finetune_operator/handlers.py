@@ -13,7 +13,7 @@ import kopf
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.queue import QUEUE_PLURAL
 
-from .cluster.client import CHILD_KINDS, RESOURCES
+from .cluster.client import CHILD_KINDS, RESOURCES, child_kinds
 from .controller import SELECTOR, Controller
 from .settings import Settings
 
@@ -89,7 +89,7 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
             if (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
                 controller.child_event(kind, raw, deleted=event["type"] == "DELETED")
 
-    for kind in CHILD_KINDS:
+    for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
 
     if not settings.watch_namespace:  # queues have no namespace: an operator of one may not see them

@@ -13,6 +13,8 @@ BACKENDS = ("builtin", "kueue", "volcano")
 class Settings:
     """Settings of the operator. Every field can be set as FINETUNE_<NAME IN CAPITALS>."""
 
+    network_policies: bool = False
+    """Make a NetworkPolicy for each job: its pods are reached by each other alone, and reach no metadata service."""
     trainer_image: str = "finetune-trainer:latest"
     """Image of all stages."""
     image_pull_policy: str = "IfNotPresent"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import helm_python as helm
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 
+from finetune_operator import metrics as _metrics  # noqa: F401 - registers them
 from tests.cluster.helm import CHART
 
 VALUES: list[dict[str, Any]] = [
@@ -23,6 +27,16 @@ VALUES: list[dict[str, Any]] = [
     },
     {"webhook": {"certManager": True}, "queueing": {"backend": "kueue"}},
     {"webhook": {"enabled": False}, "queueing": {"backend": "volcano"}, "replicas": 2},
+    {
+        "replicas": 2,
+        "metrics": {
+            "labels": {"release": "prometheus"},
+            "serviceMonitor": {"enabled": True},
+            "rules": {"enabled": True},
+            "dashboard": {"enabled": True},
+        },
+        "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
+    },
     {"watchNamespace": "team-a", "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
     {
         "queueing": {"autoscaled": True},
@@ -41,8 +55,8 @@ def chart_for(version: str, folder: Path) -> Path:
     """The chart as a server of that version gets it; helm_python renders for one version only."""
     chart = folder / version
     shutil.copytree(CHART, chart)
-    template = chart / "templates" / "webhooks.yaml"
-    template.write_text(template.read_text().replace(".Capabilities.KubeVersion.Version", f'"{version}.0"'))
+    for template in (chart / "templates").glob("*.yaml"):
+        template.write_text(template.read_text().replace(".Capabilities.KubeVersion.Version", f'"{version}.0"'))
     return chart
 
 
@@ -67,7 +81,7 @@ def test_rendered_manifests_are_valid(tmp_path: Path, values: dict[str, Any]) ->
     assert ("CustomResourceDefinition" in kinds) == (values.get("crds", {}).get("install", True))
     for version in ("1.25", "1.37"):
         for document in render(values, chart_for(version, tmp_path)):
-            if not document["apiVersion"].startswith("cert-manager.io/"):
+            if not document["apiVersion"].startswith(("cert-manager.io/", "monitoring.coreos.com/")):
                 kubernetes_validate.validate(document, version, strict=True)
 
 
@@ -146,3 +160,36 @@ def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes() 
     assert not [d for d in found if d["kind"].endswith("WebhookConfiguration")]
     (role,) = [d for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"].endswith("-cluster")]
     assert [(r["resources"], r["verbs"]) for r in role["rules"]] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
+
+
+def _exported() -> set[str]:
+    """Names of all series that the operator exports."""
+    found = set()
+    for family in REGISTRY.collect():
+        names = [family.name]
+        if family.type == "counter":
+            names = [f"{family.name}_total"]
+        if family.type == "histogram":
+            names = [f"{family.name}_{part}" for part in ("bucket", "count", "sum")]
+        found.update(name for name in names if name.startswith("finetune_"))
+    return found
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    dashboard = json.loads((CHART / "files" / "dashboard.json").read_text())
+    asked = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = {name for expr in asked for name in re.findall(r"\bfinetune_[a-z_]+", expr)}
+    assert used <= _exported(), used - _exported()
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids)) and all(panel["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"])
+
+
+def test_every_alert_has_a_runbook() -> None:
+    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    runbooks = (CHART.parent.parent / "docs" / "runbooks.md").read_text()
+    for rule in (rule for group in alerts["groups"] for rule in group["rules"]):
+        assert f"## {rule['alert']}\n" in runbooks
+        assert rule["annotations"]["runbook"].endswith(f"runbooks.md#{rule['alert'].lower()}")
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")

@@ -17,19 +17,20 @@ from finetune_api.contract import JobFile
 from finetune_api.status import Plan
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
-from finetune_operator.resources.shared import config_map, workspace
+from finetune_operator.resources.shared import config_map, network_policy, workspace
 from finetune_operator.resources.stage import stage_job
 from finetune_operator.settings import Settings, from_environment
 from tests.factory import FULL, MINIMAL, PLAN, merged, ref
 
 GOLDEN = Path(__file__).parent / "golden"
-SETTINGS = Settings(trainer_image="registry.example/finetune-trainer:1", image_pull_secrets=("pull",))
+SETTINGS = Settings(network_policies=True, trainer_image="registry.example/finetune-trainer:1", image_pull_secrets=("pull",))
 PARSED = Plan.model_validate(PLAN)
 
 
 def manifests(spec: dict[str, Any]) -> list[dict[str, Any]]:
     job = ref(spec)
     found = [
+        network_policy(job, SETTINGS),
         config_map(job, SETTINGS),
         workspace(job),
         service(job),

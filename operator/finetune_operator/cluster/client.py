@@ -57,6 +57,7 @@ RESOURCES = {
         Resource("ConfigMap", "configmaps"),
         Resource("Service", "services"),
         Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
+        Resource("NetworkPolicy", "networkpolicies", "networking.k8s.io"),
         Resource("Event", "events"),
         Resource("Secret", "secrets"),
         Resource(QUEUE_KIND, QUEUE_PLURAL, GROUP, VERSION),
@@ -72,7 +73,13 @@ RESOURCES = {
     )
 }
 RESOURCES["Workload/v1beta1"] = Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta1")
-CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")
+CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim", "NetworkPolicy")
+"""What a job owns."""
+
+
+def child_kinds(*, network_policies: bool) -> tuple[str, ...]:
+    """Kinds that the operator makes and watches. Where it makes no NetworkPolicies it may not look at them."""
+    return tuple(kind for kind in CHILD_KINDS if network_policies or kind != "NetworkPolicy")
 
 
 class APIError(Exception):

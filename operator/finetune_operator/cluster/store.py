@@ -18,6 +18,7 @@ from finetune_api.status import Restart, read_status
 
 from ..reconcile.model import ChildJobView, Observed, PodView
 from ..reconcile.observe import job_view, owner_uid, pod_view
+from .client import CHILD_KINDS
 
 Object = dict[str, Any]
 Key = tuple[str, str]
@@ -46,7 +47,7 @@ class Store:
     def __init__(self) -> None:
         self._jobs: dict[Key, Object] = {}
         self._keys: dict[str, Key] = {}
-        self._children: dict[str, dict[str, _Entry]] = {k: {} for k in ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim")}
+        self._children: dict[str, dict[str, _Entry]] = {kind: {} for kind in CHILD_KINDS}
         self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
         """By the job's UID: as it stands in its status, and parsed"""

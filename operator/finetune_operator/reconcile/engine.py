@@ -16,7 +16,7 @@ from finetune_api.status import Artifact, CheckpointStatus, DatasetStatus, Evalu
 from finetune_api.status import Plan as WorkPlan
 from finetune_api.validation import InvalidDocument, parse_spec
 
-from ..resources.shared import config_map, workspace
+from ..resources.shared import config_map, network_policy, workspace
 from ..settings import Settings
 from .accepted import REASON, as_accepted
 from .admitted import admitted
@@ -140,13 +140,15 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
     job = draft.job_ref(spec)
-    for manifest in (config_map(job, draft.settings), workspace(job)):
+    for manifest in (network_policy(job, draft.settings), config_map(job, draft.settings), workspace(job)):
         if manifest is None:
             continue
         key = (manifest["kind"], manifest["metadata"]["name"])
         seen = draft.observed.applied.get(key)
         # a claim's spec cannot change once made: only a missing one is applied
-        if seen is None or (manifest["kind"] == "ConfigMap" and seen != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]):
+        if seen is None or (
+            manifest["kind"] != "PersistentVolumeClaim" and seen != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]
+        ):
             draft.actions.append(Apply(manifest))
 
 

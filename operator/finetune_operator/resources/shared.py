@@ -1,4 +1,4 @@
-"""Objects that all stages of a job share: the ConfigMap with job.json, and the workspace claim."""
+"""Objects that all stages of a job share: the ConfigMap with job.json, the workspace claim, and the NetworkPolicy."""
 
 from __future__ import annotations
 
@@ -35,6 +35,32 @@ def workspace(job: JobRef) -> Manifest | None:
                 "accessModes": [template.access_mode],
                 "resources": {"requests": {"storage": template.storage}},
                 **({"storageClassName": template.storage_class_name} if template.storage_class_name else {}),
+            },
+        }
+    )
+
+
+_METADATA = ("169.254.0.0/16", "fd00:ec2::254/128")
+"""Link-local addresses, where clouds hand out the node's credentials."""
+
+
+def network_policy(job: JobRef, settings: Settings) -> Manifest | None:
+    """The pods of a job are reached by each other alone, and reach everything but the cloud's metadata. None where none is wanted."""
+    if not settings.network_policies:
+        return None
+    own = {"matchLabels": {names.LABEL_JOB_UID: job.uid}}
+    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), _METADATA, strict=True)]
+    dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]  # a node's own cache has a link-local address, too
+    return with_hash(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": metadata(job, names.service_name(job.name)),
+            "spec": {
+                "podSelector": own,
+                "policyTypes": ["Ingress", "Egress"],
+                "ingress": [{"from": [{"podSelector": own}]}],
+                "egress": [{"to": everywhere}, {"to": [{"podSelector": own}]}, {"ports": dns}],
             },
         }
     )
