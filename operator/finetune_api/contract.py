@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import human_duration
+from .scalars import Count, human_duration
 from .spec import FineTuneJobSpec
-from .status import Progress
+from .status import Artifact, DatasetStatus, Plan, Progress
 
 Stage = Literal["prepare", "train", "evaluate", "publish"]
 
@@ -97,8 +97,8 @@ class JobFile(APIModel):
 class StageResult(APIModel):
     """A stage's last words, its termination message: short JSON that reaches the job's conditions."""
 
-    reason: Annotated[str, Field(max_length=128)]
-    """CamelCase reason."""
+    reason: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    """CamelCase reason, as a condition takes it."""
     message: Annotated[str, Field(max_length=3000)] = ""
     """What happened and what to do, for people."""
     result: dict[str, Any] = Field(default_factory=dict)
@@ -116,29 +116,62 @@ class StageResult(APIModel):
 
 
 def read_stage_result(text: str) -> StageResult | None:
-    """The stage result in a termination message, or None when it holds something else (a log tail, say)."""
+    """The stage result in a termination message, or None when it holds something else (a log tail, say).
+
+    The pod wrote it, and may have been made to write anything.
+    """
     try:
         return StageResult.model_validate(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+class Prepared(APIModel):
+    """What prepare's StageResult holds."""
+
+    dataset: DatasetStatus
+    plan: Plan
+
+
+class Published(APIModel):
+    """What publish's StageResult holds."""
+
+    artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
+
+
+class TrainingResult(APIModel):
+    """What train's StageResult holds."""
+
+    steps: Count
+    """Optimizer steps done."""
+    resumed_from: Count = 0
+    """Step of the checkpoint that it began from."""
+    loss: float | None = None
+    """Of the last step."""
+    epoch: Annotated[float, Field(ge=0)] | None = None
+    """Passes over the rows."""
+    tokens_per_second: Annotated[float, Field(ge=0)] | None = None
+    """Over all workers."""
+    checkpoint_step: Count | None = None
+    """Step of the newest checkpoint."""
 
 
 class ProgressReport(APIModel):
     """What training rank 0 sends to the operator's progress endpoint."""
 
-    attempt: Annotated[int, Field(ge=0)]
-    step: Annotated[int, Field(ge=0)]
-    total_steps: Annotated[int, Field(ge=0)]
+    attempt: Count
+    step: Count
+    total_steps: Count
     epoch: Annotated[float, Field(ge=0)] = 0
     loss: float | None = None
     eval_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_second: Annotated[float, Field(ge=0)] | None = None
-    eta_seconds: Annotated[float, Field(ge=0)] | None = None
-    checkpoint_step: Annotated[int, Field(ge=0)] | None = None
-    checkpoint_every: Annotated[float, Field(ge=0)] | None = None
-    resumed_from: Annotated[int, Field(ge=0)] = 0
-    skipped_checkpoints: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)] = []
+    eta_seconds: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    checkpoint_step: Count | None = None
+    checkpoint_every: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    resumed_from: Count = 0
+    skipped_checkpoints: Annotated[list[Count], Field(max_length=8)] = []
 
 
 def progress_of(report: ProgressReport, reported_at: str | None = None) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from decimal import Decimal
 from typing import Annotated
 
@@ -45,6 +46,15 @@ def quantity(text: str) -> Decimal:
     if match is None or match.group(2) not in _SUFFIX:
         raise ValueError(f"{text!r} is not a quantity; write for example 500m, 16 or 200Gi")
     return Decimal(match.group(1)) * _SUFFIX[match.group(2)]
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number that JSON carries exactly."""
+
+
+def printable(text: str) -> str:
+    """Text without control characters, escape sequences and characters that change the direction of writing; lines and tabs stay."""
+    return "".join(c if c in "\n\t" or not unicodedata.category(c).startswith("C") else "\ufffd" for c in text)
 
 
 def human_duration(total: float) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
+from .scalars import Count
 from .spec.run import Toleration
 
 Phase = Literal[
@@ -81,17 +82,17 @@ class Progress(APIModel):
 class DatasetStatus(APIModel):
     """What prepare found in the data."""
 
-    train: int = 0
+    train: Count = 0
     """Training rows."""
-    eval: int = 0
+    eval: Count = 0
     """Held-out rows."""
-    tokens: int = 0
+    tokens: Count = 0
     """Tokens in the training rows, after truncation."""
     format: str = ""
     """Format of the rows."""
-    dropped: dict[str, int] = Field(default_factory=dict)
+    dropped: dict[str, Count] = Field(default_factory=dict)
     """Rows left out, by cause."""
-    warnings: dict[str, int] = Field(default_factory=dict)
+    warnings: dict[str, Count] = Field(default_factory=dict)
     """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
     digest: str = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
@@ -100,11 +101,11 @@ class DatasetStatus(APIModel):
 class Plan(APIModel):
     """How the work is spread; fixed in prepare, before GPUs are asked for."""
 
-    world_size: int
+    world_size: Annotated[int, Field(ge=1, le=1_000_000)]
     """Training processes over all worker pods."""
-    per_device_batch_size: int
+    per_device_batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
     """Rows per process and forward pass."""
-    gradient_accumulation: int
+    gradient_accumulation: Annotated[int, Field(ge=1, le=1_000_000)]
     """Forward passes per optimizer step."""
     strategy: str
     """The parallel strategy in use."""
@@ -114,9 +115,9 @@ class Plan(APIModel):
     """Whether activations are recomputed in the backward pass."""
     estimated_memory_per_gpu: str = Field(default="", alias="estimatedMemoryPerGPU")
     """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
-    total_steps: int = 0
+    total_steps: Count = 0
     """Optimizer steps in all."""
-    estimated_petaflops: float = 0.0
+    estimated_petaflops: Annotated[float, Field(ge=0)] = 0.0
     """Estimated floating-point operations of the whole training, times 10^15; 0 where nothing is estimated."""
     reason: str = ""
     """Why this strategy and batch size were chosen."""
@@ -165,7 +166,7 @@ class EvaluationStatus(APIModel):
     """Metrics of the base model."""
     tuned: dict[str, float] = Field(default_factory=dict)
     """Metrics of the tuned model."""
-    examples: int = 0
+    examples: Count = 0
     """Held-out rows compared on."""
     improvement: float | None = None
     """Improvement of the gate's metric (of the first metric without a gate): relative for loss and perplexity, absolute for the others."""
@@ -182,7 +183,7 @@ class Artifact(APIModel):
     """Where it is."""
     digest: str
     """sha256 over the published files' names and contents."""
-    bytes: int
+    bytes: Count
     """Size of the published files."""
 
 

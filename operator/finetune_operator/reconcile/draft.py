@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Literal
 
+from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
 
@@ -43,7 +44,7 @@ class Draft:
 
     def set(self, type_: ConditionType, status: Literal["True", "False", "Unknown"], reason: str, message: str = "") -> None:
         """Set a condition; its transition time moves only when its status changes. A change of it is an Event."""
-        message = message[:MESSAGE_LIMIT]
+        message = printable(message[:MESSAGE_LIMIT])
         old = self.status.condition(type_)
         moved = old is None or old.status != status
         if old is not None and not moved and (old.reason, old.message) == (reason, message):
@@ -62,7 +63,7 @@ class Draft:
 
     def event(self, type_: Literal["Normal", "Warning"], reason: str, message: str) -> None:
         """Tell the user; posted once however often this pass is repeated."""
-        self.events.append(Event(type_, reason, message[:1000]))
+        self.events.append(Event(type_, reason, printable(message[:1000])))
 
     def wait(self, seconds: float) -> None:
         """Look again after so many seconds, whatever happens."""

@@ -7,13 +7,14 @@ crash. A decision that deletes evidence is put into the status first and acted o
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from finetune_api import names
-from finetune_api.contract import StageResult
+from finetune_api.base import APIModel
+from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, DatasetStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
-from finetune_api.status import Plan as WorkPlan
+from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..resources.shared import config_map, network_policy, workspace
@@ -109,13 +110,17 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         result = run_gang(draft, spec)
         if result is None:
             return
-        _trained(draft, result)
+        if not _trained(draft, result):
+            return
     if spec.evaluation is not None and not status.is_true("Evaluated"):
         draft.phase("Evaluating")
         result = run_stage(draft, spec, "evaluate", "Evaluated")
         if result is None:
             return
-        status.evaluation = EvaluationStatus.model_validate(result.result)
+        evaluation = _found(draft, "evaluate", EvaluationStatus, result.result)
+        if evaluation is None:
+            return
+        status.evaluation = evaluation
         draft.set("Evaluated", "True", result.reason, result.message)
         draft.event("Normal", "Evaluated", result.message)
     if status.evaluation is not None and status.evaluation.gate == "NotPassed":
@@ -129,7 +134,10 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         result = run_stage(draft, spec, "publish", "Published")
         if result is None:
             return
-        status.artifacts = [Artifact.model_validate(item) for item in result.result.get("artifacts", [])]
+        published = _found(draft, "publish", Published, result.result)
+        if published is None:
+            return
+        status.artifacts = published.artifacts
         draft.set("Published", "True", result.reason, result.message)
         draft.event("Normal", "Published", result.message)
     draft.set("Succeeded", "True", "Completed", _summary(status))
@@ -153,37 +161,49 @@ def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
 
 
 def _prepared(draft: Draft, result: StageResult) -> bool:
-    try:
-        draft.status.dataset = DatasetStatus.model_validate(result.result.get("dataset"))
-        draft.status.plan = WorkPlan.model_validate(result.result.get("plan"))
-    except ValueError as failure:
-        draft.fail("PrepareFailed", f"prepare and operator are of different versions: {failure}")
+    prepared = _found(draft, "prepare", Prepared, result.result)
+    if prepared is None:
         return False
+    draft.status.dataset, draft.status.plan = prepared.dataset, prepared.plan
     draft.set("DataReady", "True", result.reason, result.message)
     draft.event("Normal", "DataReady", result.message)
     return True
 
 
-def _trained(draft: Draft, result: StageResult) -> None:
-    status, final = draft.status, result.result
-    steps = int(final.get("steps", 0))
+def _trained(draft: Draft, result: StageResult) -> bool:
+    status, final = draft.status, _found(draft, "train", TrainingResult, result.result)
+    if final is None:
+        return False
     old = status.progress or Progress()
     status.progress = old.model_copy(
         update={
-            "step": steps,
-            "total_steps": steps,
+            "step": final.steps,
+            "total_steps": final.steps,
             "percent": 100,
-            "loss": final.get("loss", old.loss),
-            "epoch": float(final.get("epoch", old.epoch)),
-            "tokens_per_second": final.get("tokensPerSecond", old.tokens_per_second),
+            "loss": old.loss if final.loss is None else final.loss,
+            "epoch": old.epoch if final.epoch is None else final.epoch,
+            "tokens_per_second": old.tokens_per_second if final.tokens_per_second is None else final.tokens_per_second,
             "eta": "0s",
             "reported_at": rfc3339(draft.now),
         }
     )
-    if (saved := final.get("checkpointStep")) is not None:
-        status.checkpoint = CheckpointStatus(step=int(saved), saved_at=rfc3339(draft.now))
+    if final.checkpoint_step is not None:
+        status.checkpoint = CheckpointStatus(step=final.checkpoint_step, saved_at=rfc3339(draft.now))
     draft.set("Trained", "True", result.reason, result.message)
     draft.event("Normal", "Trained", result.message)
+    return True
+
+
+Words = TypeVar("Words", bound=APIModel)
+
+
+def _found(draft: Draft, stage: Stage, model: type[Words], raw: dict[str, Any]) -> Words | None:
+    """What a stage says it found. The job fails when it is not what the stage of this release says: a pod wrote it."""
+    try:
+        return model.model_validate(raw)
+    except ValueError as failure:
+        draft.fail(f"{stage.capitalize()}Failed", f"{stage} ended with a result that the operator cannot read: {failure}")
+        return None
 
 
 def _summary(status: FineTuneJobStatus) -> str:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from finetune_api import names
 from finetune_api.contract import PEER_LOST, ExitCode, StageResult, progress_of, read_stage_result
-from finetune_api.scalars import human_duration, seconds
+from finetune_api.scalars import human_duration, printable, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, Gang, Restart
 
@@ -60,7 +60,7 @@ def note_checkpoints(draft: Draft) -> None:
     for pod in workers(draft):
         words = read_stage_result(pod.message) if pod.phase in ("Succeeded", "Failed") else None
         step = words.result.get("checkpointStep") if words is not None else None
-        if isinstance(step, int) and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
+        if isinstance(step, int) and 0 <= step <= 2**53 and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
             _checkpoint(draft, step, rfc3339(pod.finished or draft.now))
             draft.last_words = True
 
@@ -221,7 +221,7 @@ def next_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure, message:
             pod=failure.pod,
             node=failure.node,
             checkpoint_step=saved,
-            message=message[:2000],
+            message=printable(message[:2000]),
             time=rfc3339(draft.now),
             counted=counted,
         ),

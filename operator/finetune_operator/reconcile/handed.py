@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AdmissionStatus, QueueStatus
 
 from ..resources.backends import local_queue, pod_group
 from .admitted import end_wait
-from .draft import Draft
+from .draft import MESSAGE_LIMIT, Draft
 from .gang import create_missing, drop_stale, manifest_of
 from .model import Apply, PodView, rfc3339
 from .usage import workers
@@ -59,7 +60,7 @@ def handed_over(draft: Draft, spec: FineTuneJobSpec) -> bool:
         draft.actions.append(Apply(group))
     queue = local_queue(spec)
     since = status.queue.since if status.queue is not None else rfc3339(draft.now)
-    status.queue = QueueStatus(name=queue, message=standing.message, since=since)
+    status.queue = QueueStatus(name=queue, message=printable(standing.message[:MESSAGE_LIMIT]), since=since)
     if draft.before.queue is None:
         draft.event("Normal", "Queued", f"attempt {status.attempt} waits in {backend}'s queue {queue}")
     draft.set("Admitted", "False", f"WaitsFor{backend}", standing.message)
