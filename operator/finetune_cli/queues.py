@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kubernetes.aio import config as kubernetes_config
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +22,7 @@ from finetune_operator.queueing.quota import UNLIMITED
 from finetune_operator.scheduler import Scheduler
 from finetune_operator.settings import Settings
 
+from .cluster import namespace_of
 from .documents import read_jobs
 
 _BAR = 20
@@ -57,11 +57,7 @@ class Reader:
 
     def namespace(self, given: str | None) -> str:
         """The namespace given, else that of the context."""
-        if given is not None:
-            return given
-        contexts, active = kubernetes_config.list_kube_config_contexts(self._kubeconfig)
-        chosen = next((c for c in contexts if c["name"] == self._context), active)
-        return str((chosen.get("context") or {}).get("namespace", "default"))
+        return namespace_of(self._kubeconfig, self._context, given)
 
 
 async def queues(reader: Reader, console: Console) -> int:

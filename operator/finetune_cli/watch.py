@@ -10,15 +10,14 @@ from rich.console import Console
 from finetune_api import GROUP, PLURAL, VERSION
 from finetune_api.status import FineTuneJobStatus, read_status
 
+from .cluster import namespace_of
 from .view import JobView
 
 
 def watch(name: str, namespace: str | None, kubeconfig: str | None, context: str | None, console: Console) -> int:
     """Draw until the job has ended. Returns the exit code: 0 succeeded, 1 failed, 2 not found."""
     config.load_kube_config(kubeconfig, context=context)
-    if namespace is None:
-        _, active = config.list_kube_config_contexts(kubeconfig)
-        namespace = (active.get("context") or {}).get("namespace", "default")
+    namespace = namespace_of(kubeconfig, context, namespace)
     api = client.CustomObjectsApi()
     misses = 0
 

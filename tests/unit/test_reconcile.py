@@ -300,7 +300,18 @@ def test_prepare_of_another_version() -> None:
     world.settle()
     world.succeed("prepare", StageResult(reason="DataReady", result={"dataset": {}, "plan": {}}))
     world.settle()
-    assert "different versions" in world.status.condition("Failed").message  # type: ignore[union-attr]
+    assert "prepare ended with a result that the operator cannot read" in world.status.condition("Failed").message  # type: ignore[union-attr]
+
+
+def test_a_job_is_cancelled_for_good() -> None:
+    world = World(TWO).to_training()
+    world.job["spec"]["runPolicy"] = {"cancel": True}
+    world.settle()
+    assert world.status.phase == "Failed" and world.status.condition("Failed").reason == "Cancelled"  # type: ignore[union-attr]
+    assert workers(world) == []
+    world.job["spec"]["runPolicy"] = {"cancel": False}
+    world.settle()
+    assert world.status.phase == "Failed" and workers(world) == [], "what has ended does not begin again"
 
 
 def test_f8_one_failing_worker_restarts_the_whole_gang() -> None:

@@ -149,6 +149,8 @@ class RunPolicy(APIModel):
 
     suspend: bool = False
     """Stop and give the GPUs back; set to false to go on from the last checkpoint. May be changed at any time."""
+    cancel: bool = False
+    """End the job now, for good: it fails with Cancelled, its checkpoints and reports stay until it is deleted."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 5
     """Gang restarts after failures, without a new checkpoint between them, before the job fails. Disruptions do not count. May be changed at any time."""
     failure_policy: FailurePolicy | None = None

@@ -70,7 +70,7 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
 def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
     note_checkpoints(draft)
     draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
-    if not _past_deadline(draft, spec) and not _suspended(draft, spec):
+    if not _cancelled(draft, spec) and not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
     if draft.status.finished:
         release(draft)
@@ -214,6 +214,14 @@ def _summary(status: FineTuneJobStatus) -> str:
     if status.artifacts:
         parts.append("published to " + ", ".join(a.uri for a in status.artifacts))
     return "; ".join(parts) or "training completed; the result is in the workspace"
+
+
+def _cancelled(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    if not spec.run_policy.cancel:
+        return False
+    draft.fail("Cancelled", "runPolicy.cancel is true: the job has ended, its checkpoints are kept until it is deleted")
+    _stop_jobs(draft)
+    return True
 
 
 def _past_deadline(draft: Draft, spec: FineTuneJobSpec) -> bool:

@@ -38,7 +38,7 @@ def account(draft: Draft, spec: FineTuneJobSpec) -> None:
         usage.cost = round((usage.cost or 0.0) + gpu_seconds / 3600 * admission.price_per_hour, 4)
 
 
-_UTILISATION = 0.35
+UTILISATION = 0.35
 """Of a GPU's peak, while it fine-tunes: 0.3 to 0.5 is what is reported."""
 
 
@@ -46,7 +46,7 @@ def estimate(plan: Plan | None, teraflops: float | None, price_per_hour: float |
     """(duration, cost) of a whole training before it begins, on so many GPUs of so many TFLOP/s each."""
     if plan is None or not plan.estimated_petaflops or teraflops is None:
         return None, None
-    seconds = plan.estimated_petaflops * 1000 / (teraflops * _UTILISATION * plan.world_size)
+    seconds = plan.estimated_petaflops * 1000 / (teraflops * UTILISATION * plan.world_size)
     cost = None if price_per_hour is None else round(seconds / 3600 * plan.world_size * price_per_hour, 2)
     return human_duration(max(1.0, seconds)), cost
 
