@@ -23,6 +23,8 @@ Phase = Literal[
     "Suspended",
 ]
 ConditionType = Literal[
+    "Ready",
+    "Stalled",
     "Accepted",
     "DataReady",
     "Admitted",

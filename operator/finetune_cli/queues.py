@@ -98,7 +98,7 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
     verdict = decide(snapshot).verdicts.get(raw["metadata"]["uid"])
     console.print(f"{space}/{name}: {status.phase}", style="bold", highlight=False)
     for condition in status.conditions:
-        if condition.status != "True" or condition.type in ("Failed", "Admitted"):
+        if condition.type != "Ready" and (condition.status != "True" or condition.type in ("Failed", "Admitted")):
             console.print(f"  {condition.type}={condition.status} {condition.reason}: {condition.message}", markup=False, highlight=False)
     if verdict is not None and verdict.action == "wait":
         place = f"position {verdict.position} in " if verdict.position else ""

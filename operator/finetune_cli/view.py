@@ -55,6 +55,8 @@ class JobView:
             self.losses.append(progress.loss)
         news = []
         for condition in status.conditions:
+            if condition.type in ("Ready", "Stalled"):  # the others say it
+                continue
             state = (condition.status, condition.reason)
             if self._seen.get(condition.type) != state:
                 self._seen[condition.type] = state

@@ -173,7 +173,7 @@ def test_the_undisturbed_story() -> None:
     assert status.evaluation is not None and status.evaluation.gate == "Passed"
     assert status.progress is not None and status.progress.percent == 100
     assert [c.type for c in status.conditions if c.status == "True"] == [
-        "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert world.events == [
         "PrepareStarted", "DataReady", "Admitted", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",

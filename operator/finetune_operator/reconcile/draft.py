@@ -106,8 +106,21 @@ class Draft:
         now = next((c for c in self.status.conditions if c.type == before.type), before)
         return now if before.type == "Admitted" and (now.status, now.reason) == (before.status, before.reason) else before
 
+    def _summarise(self) -> None:
+        """Ready and Stalled, by which Flux and `kubectl wait` know an end (kstatus); they stand first and follow from the rest."""
+        ended = self.status.condition("Succeeded" if self.status.phase == "Succeeded" else "Failed")
+        if self.status.phase in ("Succeeded", "Failed") and ended is not None:
+            self.set("Ready", "True" if self.status.phase == "Succeeded" else "False", ended.reason, ended.message)
+            if self.status.phase == "Failed":
+                self.set("Stalled", "True", ended.reason, ended.message)
+        else:
+            self.set("Ready", "False", self.status.phase, "the job has not ended")
+        summary = ("Ready", "Stalled")
+        self.status.conditions.sort(key=lambda c: summary.index(c.type) if c.type in summary else len(summary))
+
     def plan(self) -> Plan:
         """The finished plan; without a status when nothing changed."""
+        self._summarise()
         self.status.observed_generation = self.generation
         changed = self.status != self.before
         quiet = self.before.model_copy(update={"progress": self.status.progress, "checkpoint": self.status.checkpoint})
