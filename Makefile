@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs clean-cache
+.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs site sbom clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,12 @@ format: setup  ## Format the code
 crds: setup  ## Generate crds/, the chart's copy and the field reference
 	$(VENV) -m finetune_api.crd .
 	$(VENV) -m finetune_api.reference docs/reference.md
+
+site: setup  ## The documentation as a site, in out/site
+	$(VENV) -m mkdocs build --strict
+
+sbom: setup  ## Bills of materials with licences of both images, in out/
+	$(VENV) -m tests.cluster.sbom out
 
 lock: setup  ## Pin the newest versions that pyproject.toml allows
 	$(VENV) -m tests.cluster.lock

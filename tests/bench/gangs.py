@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -66,19 +67,21 @@ class Watch:
 
     def crash(self, node: str) -> int:
         """SIGKILL to the containers of every gang on a node, at once."""
-        uids = [p["metadata"]["uid"] for p in self.pods() if p["spec"].get("nodeName") == node and p["status"]["phase"] == "Running"]
+        there = {p["metadata"]["name"] for p in self.pods() if p["spec"].get("nodeName") == node and p["status"]["phase"] == "Running"}
         killed = 0
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                group, command = (process / "cgroup").read_text(), (process / "cmdline").read_bytes()
-                if b"played_trainer" in command and any(uid in group or uid.replace("-", "_") in group for uid in uids):
+                if b"played_trainer" not in (process / "cmdline").read_bytes():
+                    continue
+                words = (process / "environ").read_bytes().split(b"\0")
+                if any(word.startswith(b"FINETUNE_POD_NAME=") and word.decode().partition("=")[2] in there for word in words):
                     os.kill(int(process.name), signal.SIGKILL)
                     killed += 1
         return killed
 
 
-def bench() -> dict[str, Any]:
-    """Run it."""
+def bench(jobs: int = JOBS) -> dict[str, Any]:
+    """Run it with so many jobs."""
     cluster, rng = LocalCluster("finetune"), random.Random(SEED)
     played = images.played(_PLAYED)
     cluster.down(quiet=True)
@@ -89,13 +92,13 @@ def bench() -> dict[str, Any]:
         values["trainer"].update(image={"repository": repository, "tag": tag}, stageResources={"cpu": "10m", "memory": "16Mi"})
         values["settings"].update(apiQps=200, snapshotSeconds=1)
         helm.install(cluster.kubeconfig, values)
-        return _run(cluster, rng)
+        return _run(cluster, rng, jobs)
     finally:
         cluster.down(quiet=True)
 
 
-def _run(cluster: LocalCluster, rng: random.Random) -> dict[str, Any]:
-    shapes = {f"job-{n:03}": rng.choice(SHAPES) for n in range(JOBS)}
+def _run(cluster: LocalCluster, rng: random.Random, count: int) -> dict[str, Any]:
+    shapes = {f"job-{n:03}": rng.choice(SHAPES) for n in range(count)}
     documents: list[dict[str, Any]] = []
     for tenant in TENANTS:
         documents += [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": tenant}}]
@@ -125,7 +128,7 @@ def _run(cluster: LocalCluster, rng: random.Random) -> dict[str, Any]:
     while time.monotonic() - began < LIMIT:
         jobs = json.loads(cluster.kubectl("get", "finetunejobs", "-A", "-o", "json"))["items"]
         phases = Counter(str((job.get("status") or {}).get("phase", "Pending")) for job in jobs)
-        if phases["Succeeded"] + phases["Failed"] == JOBS:
+        if phases["Succeeded"] + phases["Failed"] == count:
             break
         watch.look(backlog=phases["Queued"] >= 10)
         if time.monotonic() - struck > (BETWEEN / 2 if away else BETWEEN):
@@ -152,7 +155,7 @@ def _run(cluster: LocalCluster, rng: random.Random) -> dict[str, Any]:
         time.sleep(1)
     restarts = [r for job in jobs for r in job["status"].get("restarts", ())]
     return {
-        "jobs": JOBS,
+        "jobs": count,
         "phases": dict(phases),
         "seconds": round(time.monotonic() - began),
         "faults": dict(faults),
@@ -164,4 +167,4 @@ def _run(cluster: LocalCluster, rng: random.Random) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(bench(), indent=1))
+    print(json.dumps(bench(*map(int, sys.argv[1:])), indent=1))

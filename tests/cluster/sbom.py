@@ -1,0 +1,72 @@
+"""`make sbom`: CycloneDX bills of materials of both images, Python packages with versions and licences, and a list of licences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from typing import Any
+
+from .environment import LOCKS, site_packages
+
+
+def _licence(package: Distribution) -> str:
+    meta = package.metadata
+    if "License-Expression" in meta:
+        return str(meta["License-Expression"])
+    names = [
+        c.rsplit(" :: ", 1)[1]
+        for c in meta.get_all("Classifier") or ()
+        if c.startswith("License :: ") and c.rsplit(" :: ", 1)[1] != "OSI Approved"
+    ]
+    if names:
+        return " OR ".join(sorted(names))
+    text = str(meta["License"] if "License" in meta else "").strip()
+    return text.splitlines()[0][:80] if text else "not stated"
+
+
+def bill(name: str) -> dict[str, Any]:
+    """The bill of an image's Python packages, in the order of their names."""
+    found = {d.metadata["Name"].lower().replace("_", "-"): d for d in distributions(path=[str(site_packages(name))])}
+    components = [
+        {
+            "type": "library",
+            "name": d.metadata["Name"],
+            "version": d.version,
+            "purl": f"pkg:pypi/{key}@{d.version.replace('+', '%2B')}",
+            "licenses": [{"license": {"name": _licence(d)}}],
+        }
+        for key, d in sorted(found.items())
+    ]
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": {"type": "container", "name": f"finetune-{name}"}},
+        "components": components,
+    }
+
+
+def pinned(name: str) -> set[str]:
+    """Names in the image's lock file."""
+    lines = LOCKS[name].read_text().splitlines()
+    return {line.split("==")[0].split("[")[0].strip().lower().replace("_", "-") for line in lines if "==" in line}
+
+
+def main() -> None:
+    """Write both, and the licences by number of packages."""
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("operator", "trainer"):
+        found = bill(name)
+        (target / f"sbom-{name}.cdx.json").write_text(json.dumps(found, indent=1) + "\n")
+        licences = Counter(c["licenses"][0]["license"]["name"] for c in found["components"])
+        lines = [f"{count:4} {licence}" for licence, count in sorted(licences.items(), key=lambda item: (-item[1], item[0]))]
+        (target / f"licences-{name}.txt").write_text("\n".join(lines) + "\n")
+        print(f"{name}: {len(found['components'])} packages, {len(licences)} licences")
+
+
+if __name__ == "__main__":
+    main()
