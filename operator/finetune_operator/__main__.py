@@ -95,8 +95,8 @@ async def run(settings: Settings) -> None:
         registry=registry,
         settings=handlers.kopf_settings(),
         standalone=True,
-        clusterwide=not settings.watch_namespace,
-        namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+        clusterwide=not settings.watch_namespaces,
+        namespaces=settings.watch_namespaces,
         stop_flag=stop,
     )
     tasks = [

@@ -294,18 +294,20 @@ class Controller:
 
     async def resync(self) -> None:
         """LIST everything, forget what is gone, and look at every job once."""
-        namespace = self.settings.watch_namespace
+        spaces = self.settings.watch_namespaces or ("",)
         began = time.monotonic()
         jobs = set()
-        async for raw in self.cluster.list("FineTuneJob", namespace):
-            self.store.put_job(raw)
-            jobs.add(raw["metadata"]["uid"])
+        for namespace in spaces:
+            async for raw in self.cluster.list("FineTuneJob", namespace):
+                self.store.put_job(raw)
+                jobs.add(raw["metadata"]["uid"])
         self.store.prune_jobs(jobs)
         for kind in child_kinds(network_policies=self.settings.network_policies):
             seen = set()
-            async for raw in self.cluster.list(kind, namespace, SELECTOR):
-                self.store.put_child(kind, raw)
-                seen.add(raw["metadata"]["uid"])
+            for namespace in spaces:
+                async for raw in self.cluster.list(kind, namespace, SELECTOR):
+                    self.store.put_child(kind, raw)
+                    seen.add(raw["metadata"]["uid"])
             for key in self.store.prune(kind, seen, began):
                 self.queue.add(key)
         for key in self.store.job_keys():

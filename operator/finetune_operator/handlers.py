@@ -92,7 +92,7 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
 
-    if not settings.watch_namespace:  # queues have no namespace: an operator of one may not see them
+    if not settings.watch_namespaces:  # queues have no namespace: an operator of some may not see them
 
         @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
         async def on_queue(event: kopf.RawEvent, **_: Any) -> None:

@@ -154,8 +154,8 @@ class Scheduler:
         if changes == self._listed and began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
             return
         queues = await self._list("FineTuneQueue")
-        # one that serves a single namespace does not see what others hold: quota alone decides then
-        nodes = await self._list("Node") if not self._settings.watch_namespace else None
+        # one that serves some namespaces does not see what others hold: quota alone decides then
+        nodes = await self._list("Node") if not self._settings.watch_namespaces else None
         found = World(
             queues={raw["metadata"]["name"]: raw for raw in queues or ()},
             nodes=nodes,

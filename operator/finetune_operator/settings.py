@@ -21,8 +21,8 @@ class Settings:
     image_pull_secrets: tuple[str, ...] = ()
     namespace: str = "finetune-system"
     """Namespace the operator runs in."""
-    watch_namespace: str = ""
-    """Only this namespace; empty means the whole cluster."""
+    watch_namespaces: tuple[str, ...] = ()
+    """Only these namespaces; none means the whole cluster."""
     service_name: str = "finetune-operator"
     """Service in front of the progress endpoint."""
     lease: str = ""

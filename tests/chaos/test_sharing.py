@@ -170,7 +170,7 @@ class Played:
 @pytest.mark.timeout(900)
 def test_two_tenants_share_nodes_that_fail(api: Api, operator: Operator, machines: Machines, tenants: list[str], volume: str) -> None:
     operator.kill()
-    operator.start(FINETUNE_WATCH_NAMESPACE="", FINETUNE_SNAPSHOT_SECONDS="1", FINETUNE_API_QPS="200", FINETUNE_BACKOFF_LIMIT_SECONDS="5")
+    operator.start(FINETUNE_WATCH_NAMESPACES="", FINETUNE_SNAPSHOT_SECONDS="1", FINETUNE_API_QPS="200", FINETUNE_BACKOFF_LIMIT_SECONDS="5")
     rng = random.Random(SEED)
     shapes = {f"job-{n:03}": rng.choice(SHAPES) for n in range(JOBS)}
     queues = {name: rng.choices(tenants, [3, 1])[0] for name in shapes}

@@ -23,7 +23,7 @@ def _licence(package: Distribution) -> str:
     ]
     if names:
         return " OR ".join(sorted(names))
-    text = str(meta["License"] if "License" in meta else "").strip()
+    text = str(next(iter(meta.get_all("License") or [""]))).strip()
     return text.splitlines()[0][:80] if text else "not stated"
 
 

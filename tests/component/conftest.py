@@ -203,7 +203,7 @@ class Operator:
             **os.environ,
             "PYTHONPATH": f"{REPO}/operator",
             "KUBECONFIG": str(self.api.cluster.kubeconfig),
-            "FINETUNE_WATCH_NAMESPACE": self.api.namespace,
+            "FINETUNE_WATCH_NAMESPACES": self.api.namespace,
             "FINETUNE_PROGRESS_URL": "none",
             "FINETUNE_PROGRESS_PORT": str(free_port()),
             "FINETUNE_PROBE_PORT": str(self.probes),

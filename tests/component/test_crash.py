@@ -59,7 +59,7 @@ async def _live(api: Api, life: int | None, name: str) -> int:
     cluster = Mortal(KubernetesCluster(aio_client.ApiClient(configuration)), life)
     settings = Settings(
         progress_url="none",
-        watch_namespace=api.namespace,
+        watch_namespaces=(api.namespace,),
         resync_seconds=0.1,
         status_interval_seconds=0.0,
         backoff_base_seconds=0.5,

@@ -260,7 +260,7 @@ def machines(api: Api) -> Iterator[None]:
 def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator: Operator, machines: None) -> None:
     """One operator for the whole cluster: gangs wait until they fit as a whole, and what never fits is refused at once."""
     operator.kill()
-    operator.start(FINETUNE_WATCH_NAMESPACE="", FINETUNE_SNAPSHOT_SECONDS="0.5")
+    operator.start(FINETUNE_WATCH_NAMESPACES="", FINETUNE_SNAPSHOT_SECONDS="0.5")
     api.create_job(gpu_job(None, nodes=2, gpus=8), name="never")
     until("refused", lambda: phase_of(api, "never") == "Failed")
     failed = api.condition("Failed", "never")
@@ -357,7 +357,7 @@ def test_f24_a_changed_shape_neither_gets_nor_frees_gpus(api: Api, kubelet: Kube
 def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, machines: None) -> None:
     """An operator of the whole cluster watches queues: nobody waits for its next look around."""
     operator.kill()
-    operator.start(FINETUNE_WATCH_NAMESPACE="", FINETUNE_SNAPSHOT_SECONDS="3600")
+    operator.start(FINETUNE_WATCH_NAMESPACES="", FINETUNE_SNAPSHOT_SECONDS="3600")
     queue = make_queue(0)
     api.create_job(gpu_job(queue))
     until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")

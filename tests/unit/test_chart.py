@@ -19,7 +19,7 @@ from tests.cluster.helm import CHART
 
 VALUES: list[dict[str, Any]] = [
     {},
-    {"watchNamespace": "team-a"},
+    {"watchNamespaces": ["team-a", "team-b"]},
     {
         "crds": {"install": False},
         "image": {"repository": "r/o", "tag": "sha256:" + "0" * 64},
@@ -37,7 +37,7 @@ VALUES: list[dict[str, Any]] = [
         },
         "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
     },
-    {"watchNamespace": "team-a", "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
+    {"watchNamespaces": ["team-a"], "rbac": {"cluster": False}, "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
     {
         "queueing": {"autoscaled": True},
         "settings": {"workers": 4, "apiQps": 20.5, "snapshotSeconds": 1, "progressUrl": "none", "backoffBaseSeconds": 0.5},
@@ -110,7 +110,7 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
 
 
 def test_one_namespace_needs_no_cluster_wide_rights_on_objects() -> None:
-    found = render({"watchNamespace": "team-a"})
+    found = render({"watchNamespaces": ["team-a", "team-b"]})
     bound = {d["roleRef"]["name"] for d in found if d["kind"] == "ClusterRoleBinding"}
     wide = [r for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"] in bound for r in d["rules"]]
     assert [(r["resources"], r["verbs"]) for r in wide] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
@@ -156,7 +156,7 @@ def test_a19_no_webhook_can_hold_up_a_deletion_or_another_kind(tmp_path: Path, v
 
 
 def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes() -> None:
-    found = render({"watchNamespace": "team-a"})
+    found = render({"watchNamespaces": ["team-a", "team-b"]})
     assert not [d for d in found if d["kind"].endswith("WebhookConfiguration")]
     (role,) = [d for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"].endswith("-cluster")]
     assert [(r["resources"], r["verbs"]) for r in role["rules"]] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
@@ -193,3 +193,13 @@ def test_every_alert_has_a_runbook() -> None:
         assert f"## {rule['alert']}\n" in runbooks
         assert rule["annotations"]["runbook"].endswith(f"runbooks.md#{rule['alert'].lower()}")
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
+
+
+def test_some_namespaces_need_no_cluster_role_at_all() -> None:
+    found = render({"watchNamespaces": ["team-a", "team-b"], "rbac": {"cluster": False}})
+    assert not [d for d in found if d["kind"] in ("ClusterRole", "ClusterRoleBinding")]
+    roles = {d["metadata"]["namespace"] for d in found if d["kind"] == "Role"}
+    assert roles == {"team-a", "team-b", "finetune-system"}
+    deployment = next(d for d in found if d["kind"] == "Deployment")
+    env = {e["name"]: e["value"] for e in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["FINETUNE_WATCH_NAMESPACES"] == "team-a,team-b" and env["FINETUNE_PROGRESS_URL"] == "none"

@@ -20,7 +20,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if hasPrefix "sha256:" $tag -}}{{ .image.repository }}@{{ $tag }}{{- else -}}{{ .image.repository }}:{{ $tag }}{{- end -}}
 {{- end }}
 
-{{- /* Webhooks are cluster-scoped: one that serves a single namespace has none unless cert-manager trusts it for us. */ -}}
+{{- /* Webhooks are cluster-scoped: an operator of some namespaces has none unless cert-manager trusts it for us. */ -}}
 {{- define "finetune.webhooks" -}}
-{{- if and .Values.webhook.enabled (or (eq .Values.watchNamespace "") .Values.webhook.certManager) -}}true{{- end -}}
+{{- if and .Values.webhook.enabled (or (not .Values.watchNamespaces) .Values.webhook.certManager) -}}true{{- end -}}
+{{- end }}
+
+{{- define "finetune.clusterRole" -}}
+{{- if or .Values.rbac.cluster (not .Values.watchNamespaces) -}}true{{- end -}}
 {{- end }}
