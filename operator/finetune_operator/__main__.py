@@ -16,7 +16,7 @@ import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from . import certificate, handlers, metrics
+from . import certificate, handlers, logs, metrics
 from .certificate import Certificate, Identity
 from .cluster.client import KubernetesCluster, connect
 from .cluster.lease import Lease
@@ -122,13 +122,8 @@ async def run(settings: Settings) -> None:
 
 def main() -> None:
     """Entry point."""
-    logging.basicConfig(
-        level=os.environ.get("FINETUNE_LOG_LEVEL", "INFO"),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
     try:
+        logs.configure(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"), os.environ.get("FINETUNE_LOG_FORMAT", "text"))
         settings = from_environment(os.environ)
     except ValueError as failure:
         sys.exit(f"finetune-operator: {failure}")

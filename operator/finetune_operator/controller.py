@@ -20,6 +20,7 @@ from . import metrics
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, child_kinds, event_manifest
 from .cluster.lease import Lease
 from .cluster.store import Key, Store
+from .logs import JOB
 from .progress.board import ProgressBoard
 from .reconcile import Plan, reconcile, refused
 from .reconcile.accepted import may_have_changed
@@ -75,6 +76,7 @@ class Controller:
             self.queue.add_after(key, 1.0)
             return
         started = time.monotonic()
+        JOB.set("/".join(key))
         try:
             await self._pass(key)
             self.queue.forget(key)

@@ -203,3 +203,21 @@ def test_some_namespaces_need_no_cluster_role_at_all() -> None:
     deployment = next(d for d in found if d["kind"] == "Deployment")
     env = {e["name"]: e["value"] for e in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env["FINETUNE_WATCH_NAMESPACES"] == "team-a,team-b" and env["FINETUNE_PROGRESS_URL"] == "none"
+
+
+def test_kube_state_metrics_reads_fields_that_exist() -> None:
+    """Every path of the configuration leads to a field of the CustomResourceDefinition."""
+    repo = CHART.parent.parent
+    wanted = yaml.safe_load((repo / "examples" / "monitoring" / "kube-state-metrics.yaml").read_text())
+    definitions = [d for path in (repo / "crds").glob("*.yaml") for d in yaml.safe_load_all(path.read_text()) if d]
+    schemas = {d["spec"]["names"]["kind"]: d["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for d in definitions}
+    for resource in wanted["spec"]["resources"]:
+        for metric in resource["metrics"]:
+            (each,) = [value for value in metric["each"].values() if isinstance(value, dict)]
+            node = schemas[resource["groupVersionKind"]["kind"]]
+            for part in each["path"]:
+                node = node["properties"][part]
+            if "list" in each:
+                assert sorted(each["list"]) == sorted(node["enum"])
+            inner = node.get("items", {}).get("properties", {})
+            assert all(path[0] in inner for path in each.get("labelsFromPath", {}).values())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any
 
+import pytest
 from prometheus_client import REGISTRY
 
 from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Progress, Restart, Usage
-from finetune_operator import telemetry
+from finetune_operator import logs, telemetry
 from finetune_operator.telemetry import Telemetry
 from tests.factory import job
 
@@ -67,3 +70,22 @@ def test_a16_the_number_of_jobs_with_gauges_is_bounded(monkeypatch: Any) -> None
     assert value("finetune_training_total_steps", namespace="tele", name="many-4") == 2
     for n in range(5):
         told.forget(f"u-{n}")
+
+
+def test_json_logs_name_the_job(capsys: Any) -> None:
+    logs.configure("INFO", "json")
+    try:
+        token = logs.JOB.set("team-a/support")
+        logging.getLogger("finetune.test").info("attempt %d", 2)
+        logs.JOB.reset(token)
+        try:
+            raise ValueError("broken\nline")
+        except ValueError:
+            logging.getLogger("finetune.test").exception("failed")
+    finally:
+        logging.basicConfig(force=True)
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (first["job"], first["message"], first["level"]) == ("team-a/support", "attempt 2", "INFO")
+    assert "job" not in second and "ValueError: broken" in second["exception"]
+    with pytest.raises(ValueError, match="write text or json"):
+        logs.configure("INFO", "xml")
