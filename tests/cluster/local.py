@@ -146,7 +146,7 @@ class LocalCluster:
         address = "127.0.0.1"
         if self.size:
             address = nodes.HOST
-            run(["mount", "--make-rshared", "/"])
+            nodes.separate_logs()
             nodes.make_bridge()
         authority, kubeconfig = control_plane.start(self.name, self.state, built, address)
         if not self.size:
@@ -188,6 +188,7 @@ class LocalCluster:
             for node in self._nodes():
                 node.remove()
             nodes.remove_bridge()
+            nodes.join_logs()
         processes.unmount_below(self.state)
         shutil.rmtree(self.state, ignore_errors=True)
 

@@ -34,6 +34,14 @@ class Node:
         # nsenter, not `ip netns exec`: the latter makes a mount namespace too, and a kubelet's mounts must be seen by containerd
         return ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
 
+    def _apart(self, *command: str | Path) -> list[str | Path]:
+        """With pod logs of its own: kubelets that share /var/log/pods delete each other's as those of pods that they do not know.
+
+        Every other mount is seen by all, as separate_logs() has left it.
+        """
+        script = 'mount --bind "$0" /var/log/pods && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, self.state / "pod-logs", *self._inside(*command)]
+
     def connect(self, nodes: list[Node]) -> None:
         """Make the network namespace, its link to the bridge, and routes to the pods of the other nodes."""
         link = f"fto{self.index}"
@@ -53,7 +61,7 @@ class Node:
 
     def start_runtime(self) -> None:
         """Start containerd, empty it of what a killed run left, and load the pause image."""
-        for folder in (self.root, self.run_folder, self.state):
+        for folder in (self.root, self.run_folder, self.state, self.state / "pod-logs"):
             folder.mkdir(parents=True, exist_ok=True)
         network = self.state / "net.d"
         network.mkdir()
@@ -101,7 +109,7 @@ oom_score = 0
     runtime_type = "io.containerd.runc.v2"
 """
         )
-        processes.start(self.cluster, f"{self.name}-containerd", self._inside("containerd", "--config", config), self.state.parent / "logs")
+        processes.start(self.cluster, f"{self.name}-containerd", self._apart("containerd", "--config", config), self.state.parent / "logs")
         wait_for(f"{self.name}: containerd", lambda: "Server" in run([*self.ctr, "version"], check=False), 60, self.state.parent / "logs")
         self._clear()
         images.load(images.pause(), self.root, self.ctr)
@@ -167,7 +175,7 @@ oom_score = 0
         processes.start(
             self.cluster,
             f"{self.name}-kubelet",
-            self._inside(
+            self._apart(
                 binaries / "kubelet", f"--config={config}", f"--kubeconfig={kubeconfig}", f"--hostname-override={self.name}",
                 "--container-runtime=remote", f"--container-runtime-endpoint=unix://{self.socket}", f"--node-ip={self.address}",
                 f"--root-dir={self.state}/kubelet", f"--cert-dir={self.state}/pki",
@@ -214,3 +222,17 @@ def make_bridge() -> None:
 def remove_bridge() -> None:
     """Undo make_bridge."""
     run(["ip", "link", "delete", BRIDGE], check=False)
+
+
+def separate_logs() -> None:
+    """Let every node mount pod logs of its own: what is mounted there spreads to nobody, everything else to all."""
+    run(["mount", "--make-rshared", "/"])
+    Path("/var/log/pods").mkdir(parents=True, exist_ok=True)
+    run(["mount", "--bind", "/var/log/pods", "/var/log/pods"])
+    run(["mount", "--make-private", "/var/log/pods"])
+
+
+def join_logs() -> None:
+    """Undo separate_logs, also when it was done more than once."""
+    while " /var/log/pods " in Path("/proc/mounts").read_text():
+        run(["umount", "-l", "/var/log/pods"])

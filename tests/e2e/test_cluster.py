@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from finetune_api import API_VERSION, names
 from finetune_api.queue import QUEUE_KIND
 from tests.cluster import helm, loader
 from tests.cluster.local import LocalCluster
-from tests.cluster.shell import REPO
+from tests.cluster.shell import REPO, CommandFailed
 from tests.e2e.conftest import User
 
 
@@ -42,7 +45,7 @@ def gang(name: str, steps: int, **more: Any) -> dict[str, Any]:
     return document
 
 
-def test_a_single_pod(user: User) -> None:
+def test_a_single_pod(user: User, tmp_path: Path) -> None:
     user.apply(manifest("single"))
     status = user.ended("single")
     assert status["phase"] == "Succeeded", user.story()
@@ -57,6 +60,34 @@ def test_a_single_pod(user: User) -> None:
         assert reason in described, described
     for pod in user.pods():
         assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+    policy = json.loads(user.kubectl("get", "networkpolicy", "single-workers", "-o", "json"))
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    _with_the_command_line(user, tmp_path)
+
+
+def _with_the_command_line(user: User, folder: Path) -> None:
+    """What a user does next, with the same job."""
+
+    def finetune(*words: str) -> str:
+        command = [sys.executable, "-m", "finetune_cli", *words, "--kubeconfig", str(user.cluster.kubeconfig), "-n", user.namespace]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    logs = finetune("logs", "single")
+    assert "[prepare]" in logs and "[train/0]" in logs and "[publish]" in logs
+    assert "Loss" in finetune("describe", "single"), "the curve is drawn from the log of rank 0"
+    assert "PFLOP" in finetune("estimate", "single", "--gpu", "h100")
+    assert "files of pvc://published/single" in finetune("download", "single", str(folder / "adapter"))
+    fetched = {path.name for path in (folder / "adapter").iterdir()}
+    assert {"README.md", "adapter_model.safetensors", "SHA256SUMS"} <= fetched
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder / "adapter", check=True)
+
+
+def test_the_webhooks_of_the_installed_chart(user: User) -> None:
+    code = manifest("code")
+    code["spec"]["model"] = {"uri": "hf://org/model@1a2b3c4", "trustRemoteCode": True}
+    with pytest.raises(CommandFailed, match=r"spec\.model\.trustRemoteCode: runs code of the model's repository"):
+        user.apply(code)
+    user.kubectl("apply", "--dry-run=server", "-f", "-", input=yaml.safe_dump(manifest("fine")))
 
 
 def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) -> None:
@@ -256,3 +287,21 @@ def test_a11_a20_the_operator_holds_no_more_than_it_says(user: User) -> None:
         assert allowed(verb, resource, subresource) == "no", (verb, resource, subresource)
     for verb, resource, subresource in (("create", "pods", ""), ("list", "finetunejobs", ""), ("update", "finetunejobs", "status")):
         assert allowed(verb, resource, subresource) == "yes", (verb, resource, subresource)
+
+
+def test_an_uninstalled_operator_strands_nothing(user: User) -> None:
+    """Training goes on, jobs can be deleted with all that is theirs, and what is installed again takes over."""
+    user.apply(gang("stays", steps=400))
+    user.until("training", lambda: user.status("stays").get("phase") == "Training", 180)
+    helm.uninstall(user.cluster.kubeconfig)
+    try:
+        pods = [p for p in user.pods() if p["status"]["phase"] == "Running"]
+        assert pods, "its pods still train"
+        left = user.kubectl("get", "validatingwebhookconfigurations,mutatingwebhookconfigurations,clusterroles", "-o", "name")
+        assert "finetune" not in left, "nothing of the chart is left that could hold anybody up"
+        user.kubectl("delete", "finetunejob", "stays", "--timeout=30s")
+        user.until("all of it is gone", lambda: not user.pods(), 120)
+        user.apply(manifest("waits"))
+    finally:
+        helm.install(user.cluster.kubeconfig)
+    assert user.ended("waits")["phase"] == "Succeeded", user.story()

@@ -63,7 +63,7 @@ def _work(spec: FineTuneJobSpec, shape: ModelShape, chosen: Setting, tokens: flo
     if spec.tuning.objective not in ("sft", "pretrain", "reward"):
         return 0.0
     each = (6 if chosen.gradient_checkpointing else 4) * shape.parameters + 2 * shape.trainable
-    return round(tokens * each / 1e15, 3)
+    return float(f"{tokens * each / 1e15:.4g}")
 
 
 def _settings(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> Iterator[Setting]:
