@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs site sbom clean-cache
+.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,12 @@ site: setup  ## The documentation as a site, in out/site
 
 sbom: setup  ## Bills of materials with licences of both images, in out/
 	$(VENV) -m tests.cluster.sbom out
+
+release: setup  ## Chart, CRDs, bills of materials and digests of a version, in out/release
+	$(VENV) -m tests.cluster.release build out/release
+
+release-check: setup  ## Whether this checkout can be released: versions, changes, made twice the same
+	$(VENV) -m tests.cluster.release check
 
 lock: setup  ## Pin the newest versions that pyproject.toml allows
 	$(VENV) -m tests.cluster.lock

@@ -83,7 +83,8 @@ async def run(settings: Settings) -> None:
     controller = Controller(cluster, store, board, settings, lease)
     server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
     endpoints = server.application()
-    endpoints.add_routes(AdmissionServer(cluster, settings).routes())
+    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
+    endpoints.add_routes(AdmissionServer(lookups, settings).routes())
     runners = [
         await _serve(_probes(controller, cluster, settings), settings.probe_port),
         await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
@@ -116,6 +117,7 @@ async def run(settings: Settings) -> None:
     for runner in runners:
         await runner.cleanup()
     await cluster.close()
+    await lookups.close()
     for name, error in failed:
         raise RuntimeError(f"{name} ended: {error}") from error
 

@@ -208,17 +208,22 @@ def _image(name: str, repository: str, source: Path, lock: Path, folders: list[P
     return Image(reference, [lower, cached(f"image-{name}", key, build, keep=3) / "image.tar"])
 
 
+CODE = {
+    "trainer": [REPO / "operator" / "finetune_api", REPO / "trainer_image" / "finetune_trainer"],
+    "operator": [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator"],
+}
+"""Our own code in each image."""
+
+
 def trainer() -> Image:
     """The image that all stages run in."""
-    folders = [REPO / "operator" / "finetune_api", REPO / "trainer_image" / "finetune_trainer"]
     environment = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return _image("trainer", TRAINER, site_packages("trainer"), REPO / "trainer_image" / "requirements.lock", folders, environment)
+    return _image("trainer", TRAINER, site_packages("trainer"), REPO / "trainer_image" / "requirements.lock", CODE["trainer"], environment)
 
 
 def operator() -> Image:
     """The operator's image."""
-    folders = [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator"]
-    return _image("operator", OPERATOR, site_packages("operator"), REPO / "operator" / "requirements.lock", folders, {})
+    return _image("operator", OPERATOR, site_packages("operator"), REPO / "operator" / "requirements.lock", CODE["operator"], {})
 
 
 def played(folder: Path) -> Image:

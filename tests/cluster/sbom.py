@@ -55,9 +55,8 @@ def pinned(name: str) -> set[str]:
     return {line.split("==")[0].split("[")[0].strip().lower().replace("_", "-") for line in lines if "==" in line}
 
 
-def main() -> None:
-    """Write both, and the licences by number of packages."""
-    target = Path(sys.argv[1])
+def write(target: Path) -> None:
+    """Both bills, and the licences by number of packages, into a folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ("operator", "trainer"):
         found = bill(name)
@@ -65,7 +64,11 @@ def main() -> None:
         licences = Counter(c["licenses"][0]["license"]["name"] for c in found["components"])
         lines = [f"{count:4} {licence}" for licence, count in sorted(licences.items(), key=lambda item: (-item[1], item[0]))]
         (target / f"licences-{name}.txt").write_text("\n".join(lines) + "\n")
-        print(f"{name}: {len(found['components'])} packages, {len(licences)} licences")
+
+
+def main() -> None:
+    """Entry point."""
+    write(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
