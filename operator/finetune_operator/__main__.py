@@ -16,7 +16,7 @@ import kopf
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from . import certificate, handlers, logs, metrics
+from . import certificate, handlers, logs, metrics, tracing
 from .certificate import Certificate, Identity
 from .cluster.client import KubernetesCluster, connect
 from .cluster.lease import Lease
@@ -79,6 +79,7 @@ async def run(settings: Settings) -> None:
     settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+    tracing.configure(settings.tracing_endpoint, holder)
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
     controller = Controller(cluster, store, board, settings, lease)
     server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)

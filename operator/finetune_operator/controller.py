@@ -16,7 +16,7 @@ from finetune_api.contract import JobFile
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus, read_status
 
-from . import metrics
+from . import metrics, tracing
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, child_kinds, event_manifest
 from .cluster.lease import Lease
 from .cluster.store import Key, Store
@@ -78,7 +78,8 @@ class Controller:
         started = time.monotonic()
         JOB.set("/".join(key))
         try:
-            await self._pass(key)
+            with tracing.span("reconcile", namespace=key[0], job=key[1]):
+                await self._pass(key)
             self.queue.forget(key)
         except APIError as failure:
             self._failed(key, failure.reason, str(failure), expected=failure.conflict or failure.transient)
@@ -119,7 +120,8 @@ class Controller:
             group=await self._group(job),
             verdict=self.scheduler.verdict(uid),
         )
-        plan = reconcile(observed, self.settings)
+        with tracing.span("decide"):
+            plan = reconcile(observed, self.settings)
         try:
             await self._act(job, plan.actions)
         except APIError as failure:

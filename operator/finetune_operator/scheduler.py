@@ -20,7 +20,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Condition
 from finetune_api.validation import InvalidDocument, parse_spec
 
-from . import metrics
+from . import metrics, tracing
 from .cluster.client import APIError, Cluster, Object
 from .cluster.store import Key, Store
 from .queueing import Admission, Decisions, Snapshot, Verdict, decide, view
@@ -133,7 +133,8 @@ class Scheduler:
         await self._refresh()
         began = time.monotonic()
         snapshot = self._snapshot(self._cluster.now())
-        decisions = decide(snapshot)
+        with tracing.span("schedule", jobs=len(snapshot.workloads)):
+            decisions = decide(snapshot)
         self._took = time.monotonic() - began
         metrics.SCHEDULING_SECONDS.observe(self._took)
         self._note(snapshot, decisions)

@@ -61,6 +61,8 @@ class Settings:
     """Time between two looks at nodes, foreign pods and queues while jobs wait."""
     status_interval_seconds: float = 5.0
     """Least time between two status writes that only carry progress."""
+    tracing_endpoint: str = ""
+    """URL of an OTLP collector that gets traces; empty sends none."""
     resync_seconds: float = 300.0
     """Time between two full LISTs that find what a dead watch hid."""
     api_qps: float = 50.0

@@ -29,13 +29,18 @@ VALUES: list[dict[str, Any]] = [
     {"webhook": {"enabled": False}, "queueing": {"backend": "volcano"}, "replicas": 2},
     {
         "replicas": 2,
+        "tracing": {"endpoint": "http://collector:4318/v1/traces"},
         "metrics": {
             "labels": {"release": "prometheus"},
             "serviceMonitor": {"enabled": True},
             "rules": {"enabled": True},
             "dashboard": {"enabled": True},
         },
-        "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
+        "networkPolicy": {
+            "enabled": True,
+            "egress": [{"ports": [{"port": 4318, "protocol": "TCP"}]}],
+            "metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
+        },
     },
     {"watchNamespaces": ["team-a"], "rbac": {"cluster": False}, "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
     {

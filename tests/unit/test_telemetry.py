@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import logging
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from prometheus_client import REGISTRY
 
 from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Progress, Restart, Usage
-from finetune_operator import logs, telemetry
+from finetune_operator import logs, telemetry, tracing
 from finetune_operator.telemetry import Telemetry
 from tests.factory import job
 
@@ -89,3 +93,37 @@ def test_json_logs_name_the_job(capsys: Any) -> None:
     assert "job" not in second and "ValueError: broken" in second["exception"]
     with pytest.raises(ValueError, match="write text or json"):
         logs.configure("INFO", "xml")
+
+
+async def test_traces_reach_a_collector() -> None:
+    """A span per pass, with the request inside, by OTLP; nothing is sent without an endpoint."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    received: list[bytes] = []
+
+    async def collect(request: web.Request) -> web.Response:
+        received.append(await request.read())
+        return web.Response(body=b"")
+
+    app = web.Application()
+    app.router.add_post("/v1/traces", collect)
+    async with TestServer(app) as server:
+        tracing.configure(str(server.make_url("/v1/traces")), "test")
+        with pytest.raises(ValueError, match="broken"), tracing.span("reconcile", namespace="team-a", job="support"):
+            with tracing.span("get Pod"):
+                pass
+            raise ValueError("broken")
+        provider = tracing._tracer.span_processor
+        await asyncio.to_thread(provider.force_flush)
+        tracing.configure("", "test")
+        with tracing.span("unseen"):
+            pass
+    requests = [ExportTraceServiceRequest.FromString(gzip.decompress(b) if b[:2] == b"\x1f\x8b" else b) for b in received]
+    spans = {s.name: s for r in requests for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans}
+    assert set(spans) == {"reconcile", "get Pod"}
+    assert spans["get Pod"].parent_span_id == spans["reconcile"].span_id
+    assert {a.key: a.value.string_value for a in spans["reconcile"].attributes} == {
+        "finetune.namespace": "team-a",
+        "finetune.job": "support",
+    }
+    assert any(e.name == "exception" for e in spans["reconcile"].events)

@@ -21,6 +21,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
+from .. import tracing
 from .clock import ServerClock
 from .limits import Priority, RateLimit
 
@@ -163,7 +164,8 @@ class KubernetesCluster:
             if kind != "Lease":  # late, it would be lost
                 await self._limit.acquire(priority)
             try:
-                return await self._once(method, path, kind, verb, body, query, content_type)
+                with tracing.span(f"{verb} {kind}"):
+                    return await self._once(method, path, kind, verb, body, query, content_type)
             except APIError as failure:
                 # a POST that may have been carried out is safe to repeat: its name is fixed, the second gets a 409
                 if not failure.transient or attempt == _TRANSIENT_TRIES - 1:
