@@ -69,7 +69,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora-zero3", {"tuning": tuning(), "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
     ("full-zero3", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero3"}}),
     ("lora-fsdp", {"tuning": tuning(), "distribution": {**GANG, "strategy": "fsdp"}}),
-    ("full-fsdp", {"tuning": FULL, "distribution": {**GANG, "strategy": "fsdp"}}),
 ]
 
 
