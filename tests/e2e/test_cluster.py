@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import subprocess
@@ -236,6 +237,23 @@ def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:
     assert "train row 21: not JSON" in failed["message"] and "{not json" in failed["message"]
     assert not [p for p in user.pods() if p["metadata"]["labels"][names.LABEL_STAGE] == "train"], "no GPU was ever asked for"
     assert status.get("attempt") == 0
+
+
+def test_a11_a_planted_secret_is_nowhere(user: User) -> None:
+    """Prepare uses it and fails, again and again; then everything that anybody could read is searched."""
+    planted = "planted-9f3b7c-token"
+    user.kubectl("create", "secret", "generic", "hf-token", f"--from-literal=token={planted}")
+    document = manifest("planted", model={"uri": "hf://org/model@1a2b3c4", "secretRef": {"name": "hf-token"}})
+    document["spec"]["publish"] = [{"uri": "hf://org/result", "secretRef": {"name": "hf-token"}}]
+    user.apply(document)
+    status = user.ended("planted")
+    assert status["phase"] == "Failed" and status["stages"]["prepare"]["retries"] >= 1, user.story()
+    kinds = "finetunejobs,pods,jobs,configmaps,events,services,networkpolicies,persistentvolumeclaims"
+    said = user.kubectl("get", kinds, "-o", "yaml")
+    said += "".join(user.kubectl("logs", p["metadata"]["name"], check=False) for p in user.pods())
+    said += user.cluster.kubectl("-n", "finetune-system", "logs", "deploy/finetune-operator", "--tail=-1")
+    assert "planted" in said and "prepare" in said, "the job's name is all over it"
+    assert planted not in said and base64.b64encode(planted.encode()).decode() not in said
 
 
 def test_f22_deletion_in_mid_training(user: User) -> None:

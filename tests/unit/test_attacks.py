@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +199,30 @@ def test_a17_bombs_are_bounded_by_the_schema(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidDocument) as refused:
         parse_spec(merged(EVALUATED, **change))
     assert len(str(refused.value)) < 20_000, "and the answer is no bomb either"
+
+
+LEAKY = """
+import logging, sys
+from finetune_trainer import secrecy
+from finetune_trainer.errors import UserError
+secrecy.remember([sys.argv[1]])
+secrecy.configure()
+secret = open(sys.argv[1] + "/token").read().strip()
+print("printed", secret)
+sys.stderr.write(f"written {secret}\\n")
+logging.getLogger("x").info("logged %s", secret)
+try:
+    raise ValueError(f"raised {secret}")
+except ValueError:
+    logging.getLogger("x").exception("with a stack")
+print(UserError("Told", f"said {secret} and hf_abcdefghijkl").result().dumps())
+"""
+
+
+def test_a11_the_value_of_a_secret_leaves_a_stage_by_no_way(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("planted-4711-value\n")
+    done = subprocess.run([sys.executable, "-c", LEAKY, str(tmp_path)], capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    for word in ("printed", "written", "logged", "raised", "said"):
+        assert f"{word} ***" in said
+    assert "planted" not in said and "hf_" not in said

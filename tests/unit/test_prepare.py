@@ -304,7 +304,8 @@ def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
 
 
 def test_errors_of_libraries_get_a_class() -> None:
-    from finetune_trainer.errors import classify, redact
+    from finetune_trainer.errors import classify
+    from finetune_trainer.secrecy import redact
 
     assert classify(OSError(28, "No space left on device")).reason == "NoSpaceLeft"
     assert classify(RuntimeError("CUDA out of memory. Tried to allocate")).code == 11

@@ -7,12 +7,11 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from typing import NoReturn
 
 from finetune_api.contract import ExitCode, Mounts, StageResult
 
-from . import lifeline
+from . import lifeline, secrecy
 from .context import Context
 from .errors import Stopped, classify
 
@@ -23,7 +22,7 @@ def _last_words(result: StageResult) -> None:
     path = os.environ.get("FINETUNE_TERMINATION_LOG", Mounts.TERMINATION_LOG)
     try:
         with open(path, "w") as sink:
-            sink.write(result.dumps())
+            sink.write(secrecy.redact(result.dumps()))
     except OSError as failure:  # outside a pod there is none
         log.debug("no termination log: %s", failure)
 
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    secrecy.configure()
     signal.signal(signal.SIGTERM, _stop)
     lifeline.hold()
     try:
@@ -52,7 +51,7 @@ def main() -> None:
             raise
         error = classify(failure)
         if error is not failure:
-            traceback.print_exc()
+            log.error("unexpected", exc_info=failure)
         words = error.result()
         log.error("%s: %s", words.reason, words.message)
         _last_words(words)

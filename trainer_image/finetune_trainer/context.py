@@ -10,6 +10,7 @@ from typing import Any
 from finetune_api.contract import JobFile, Layout
 from finetune_api.uris import URI
 
+from . import secrecy
 from .errors import UserError
 
 
@@ -24,8 +25,10 @@ class Context:
 
     @classmethod
     def load(cls, job_file: str, workspace: str) -> Context:
-        """Read job.json."""
-        return cls(JobFile.model_validate(json.loads(Path(job_file).read_text())), workspace)
+        """Read job.json. What is secret of it is never said from here on."""
+        job = JobFile.model_validate(json.loads(Path(job_file).read_text()))
+        secrecy.remember(job.secrets.values())
+        return cls(job, workspace)
 
     def mounted(self, uri: URI) -> Path:
         """The file or folder behind a pvc:// or configmap:// URI. Links that lead out of the mount are refused."""

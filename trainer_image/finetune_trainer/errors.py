@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.signatures import recognise
 
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16}|eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_.-]+)")
+from .secrecy import redact
 
 
 class StageError(Exception):
@@ -56,14 +53,6 @@ class Stopped(StageError):
 
 
 BY_CODE: dict[ExitCode, type[StageError]] = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Hang, Stopped)}
-
-
-def redact(text: str, secrets: Sequence[str] = ()) -> str:
-    """Take tokens out of a text that leaves the pod."""
-    for secret in (*secrets, os.environ.get("HF_TOKEN", "")):
-        if len(secret) >= 6:
-            text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
 
 
 def classify(failure: BaseException) -> StageError:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
-from . import checkpoints, lifeline, methods, models, reshard
+from . import checkpoints, lifeline, methods, models, reshard, secrecy
 from .arguments import common
 from .context import Context
 from .errors import InfrastructureError, Stopped, classify
@@ -42,13 +41,13 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True)
+    secrecy.configure()
     lifeline.hold()
     scratch = Scratch(os.environ[ENVIRONMENT])
     try:
         result = fit(Context.load(arguments.job, arguments.workspace), Plan.model_validate_json(os.environ[Env.PLAN]))
     except Exception as failure:
-        traceback.print_exc()
+        log.error("the process ends", exc_info=failure)
         error = classify(failure)
         words = error.result()
         _write_once(scratch.error, {"code": int(error.code), **words.to_wire()})
