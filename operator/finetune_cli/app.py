@@ -86,6 +86,7 @@ def run(
     local: Annotated[bool, typer.Option("--local", help="As processes on this machine, without a cluster.")] = False,
     volume: Annotated[list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Folder that stands for a claim or ConfigMap.")] = None,
     workspace: Annotated[Path, typer.Option(help="Folder for data, checkpoints and reports.")] = Path("finetune-workspace"),
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Only check the data and say what fits; no training.")] = False,
 ) -> None:
     """Run a manifest on this machine."""
     from .local import run_local
@@ -96,7 +97,8 @@ def run(
         volumes = dict(pair.split("=", 1) for pair in volume or ())
     except ValueError:
         raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
-    good = [run_local(metadata, spec, volumes, workspace.resolve(), console) for metadata, spec in read_jobs(file)]
+    folder = workspace.resolve()
+    good = [run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only) for metadata, spec in read_jobs(file)]
     raise typer.Exit(0 if all(good) else 1)
 
 

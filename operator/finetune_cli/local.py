@@ -84,8 +84,8 @@ class LocalRun:
                 self._read_progress()
             return self.status.model_copy(deep=True)
 
-    def run(self) -> None:
-        """All stages; ends with the condition Succeeded or Failed."""
+    def run(self, *, prepare_only: bool = False) -> None:
+        """All stages, or the look at data and plan alone; ends with the condition Succeeded or Failed."""
         spec = self.job.spec
         prepared = self._stage("prepare", "DataReady", "Preparing")
         if prepared is None:
@@ -93,6 +93,9 @@ class LocalRun:
         with self._lock:
             self.status.dataset = DatasetStatus.model_validate(prepared.result["dataset"])
             self.status.plan = Plan.model_validate(prepared.result["plan"])
+        if prepare_only:
+            self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
+            return
         Path(self.layout.history).unlink(missing_ok=True)
         trained = self._stage("train", "Trained", "Training")
         if trained is None:
@@ -199,10 +202,18 @@ def _wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def run_local(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str, str], workspace: Path, console: Console) -> bool:
+def run_local(
+    metadata: dict[str, Any],
+    spec: FineTuneJobSpec,
+    volumes: dict[str, str],
+    workspace: Path,
+    console: Console,
+    *,
+    prepare_only: bool = False,
+) -> bool:
     """Run a job here and draw it. Returns whether it succeeded. Raises MissingVolume."""
     run = LocalRun(job_file(metadata, spec, volumes), workspace)
-    thread = threading.Thread(target=run.run, daemon=True)
+    thread = threading.Thread(target=run.run, kwargs={"prepare_only": prepare_only}, daemon=True)
     thread.start()
     view = JobView(console, run.job.name, spec)
 

@@ -206,6 +206,15 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
     assert not (tmp_path / "result.json").exists()
 
 
+def test_only_the_data_is_looked_at(tmp_path: Path, tiny_model: Path) -> None:
+    local = build(tmp_path, tiny_model, "looked-at", tuning=tuning())
+    local.run(prepare_only=True)
+    status = local.read()
+    assert status.phase == "Succeeded" and status.conditions[-1].reason == "Prepared"
+    assert status.dataset is not None and status.dataset.train > 0 and status.plan is not None
+    assert Path(local.layout.reports, "data.html").exists() and not Path(local.layout.history).exists()
+
+
 def test_a_bad_dataset_names_the_rows(tmp_path: Path, tiny_model: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
