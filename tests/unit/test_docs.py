@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import parse_spec
+from finetune_cli.app import app
 from finetune_cli.documents import read_jobs
 from tests.factory import MINIMAL
 
@@ -77,3 +79,25 @@ def test_pieces_of_a_spec_are_valid(page: Path) -> None:
         if isinstance(document, dict) and set(document) <= set(FineTuneJobSpec.model_fields):
             dataset = {**base["dataset"], **document.get("dataset", {})}
             parse_spec({**base, **document, "dataset": dataset})
+
+
+def test_every_command_of_the_docs_exists() -> None:
+    """`finetune ...` in blocks and in the text: the command, and each of its options."""
+    group = typer.main.get_command(app)
+    context = group.make_context("finetune", [], resilient_parsing=True)
+    seen = set()
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "\n".join(re.findall(r"```(?:sh)?\n(.*?)```", text, re.S)).replace("\\\n", " ")
+        lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+        for line in lines:
+            words = line.split("#")[0].split()
+            if not words or words[0] not in ("finetune", ".venv/bin/finetune") or len(words) < 2 or words[1].startswith("-"):
+                continue
+            command = group.get_command(context, words[1])  # type: ignore[attr-defined]
+            assert command is not None, f"{page.name}: {line}"
+            known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+            used = {word.strip("[]").split("=")[0] for word in words[2:] if word.strip("[]").startswith("-")}
+            assert used <= known, f"{page.name}: {line}: {used - known}"
+            seen.add(words[1])
+    assert len(seen) >= 15, seen
