@@ -381,3 +381,27 @@ def test_f10_a_pod_on_a_dead_node_is_replaced(api: Api, kubelet: Kubelet, operat
     restart = api.status()["restarts"][0]
     assert restart["cause"] == "Disruption" and restart["node"] == node and restart["counted"] is False
     api.core.delete_node(node)
+
+
+def test_several_namespaces_and_no_others(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    operator.kill()
+    second, third = f"{api.namespace}-b", f"{api.namespace}-c"
+    for name in (second, third):
+        api.core.create_namespace({"metadata": {"name": name}})
+    try:
+        operator.start(FINETUNE_WATCH_NAMESPACES=f"{api.namespace},{second}")
+        body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": "support"}, "spec": MINIMAL}
+        for name in (second, third):
+            api.custom.create_namespaced_custom_object(GROUP, VERSION, name, PLURAL, body)
+        api.create_job(MINIMAL)
+        until("one of its namespaces is served", lambda: phase(api, "Succeeded"))
+
+        def told(namespace: str) -> str:
+            found = api.custom.get_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, "support")
+            return str((found.get("status") or {}).get("phase"))
+
+        until("the other one, too", lambda: told(second) == "Preparing")
+        assert told(third) == "None", "and no others"
+    finally:
+        for name in (second, third):
+            api.core.delete_namespace(name)
