@@ -85,10 +85,30 @@ def base_layer() -> Layer:
     return _layer(cached("image-base", digest_of(*_BASE_COMMAND), build) / "base.tar")
 
 
+def _add(tar: tarfile.TarFile, source: Path, name: str) -> None:
+    """A folder with its compiled modules, which count whatever the time of their sources.
+
+    Layers have no times, and a module that is older or newer than its compiled form is compiled again: in every container, for
+    it cannot write what it compiles. That made importing the training stack take twice as long.
+    """
+    for path in [source, *sorted(source.rglob("*"))]:
+        info = _plain(tar.gettarinfo(str(path), f"{name}/{path.relative_to(source)}" if path != source else name))
+        if info is None:
+            continue
+        if not info.isfile():
+            tar.addfile(info)
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".pyc":  # PEP 552: hash-based, and the hash not checked
+            content = content[:4] + (1).to_bytes(4, "little") + bytes(8) + content[16:]
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
 def _packages_layer(name: str, source: Path, key: str) -> Layer:
     def build(folder: Path) -> None:
         with step(f"packing the packages of the {name} image"), tarfile.open(folder / "packages.tar", "w") as tar:
-            tar.add(source, "opt/finetune/site-packages", filter=_plain)
+            _add(tar, source, "opt/finetune/site-packages")
 
     return _layer(cached(f"image-{name}-packages", key, build) / "packages.tar")
 
@@ -190,7 +210,7 @@ def pause() -> Image:
 
 def _image(name: str, repository: str, source: Path, lock: Path, folders: list[Path], environment: dict[str, str]) -> Image:
     base = base_layer()
-    packages = _packages_layer(name, source, digest_of(lock, base.digest, sys.version[:4]))
+    packages = _packages_layer(name, source, digest_of(lock, base.digest, sys.version[:4], "compiled"))
     code = _code_layer(name, folders)
     config = _config(f"finetune_{name}", environment)
     lower_key = digest_of(base.digest, packages.digest, repository)
