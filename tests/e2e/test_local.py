@@ -49,12 +49,10 @@ def tuning(**changes: Any) -> dict[str, Any]:
 
 
 FULL = {"method": "full", "hyperparameters": {**HYPER, "learningRate": 3e-3}}
+#: what one process does differently by method and setting is tested in tests/trainer, without a process per stage
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"tuning": tuning()}),
     ("qlora", {"tuning": tuning(method="qlora")}),
-    ("full", {"tuning": FULL}),
-    ("packing", {"tuning": tuning(hyperparameters={**HYPER, "packing": True, "maxSteps": 12})}),
-    ("checkpointing", {"tuning": tuning(hyperparameters={**HYPER, "gradientCheckpointing": True})}),
     ("lora-zero2-alone", {"tuning": tuning(), "distribution": {"gpusPerNode": 0, "strategy": "deepspeed-zero2"}}),
     ("lora-ddp", {"tuning": tuning(), "distribution": {**GANG, "strategy": "ddp"}}),
     ("full-zero1", {"tuning": FULL, "distribution": {**GANG, "strategy": "deepspeed-zero1"}}),
