@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import Count, human_duration
+from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
 from .status import Artifact, DatasetStatus, Plan, Progress
 
@@ -97,7 +97,7 @@ class JobFile(APIModel):
 class StageResult(APIModel):
     """A stage's last words, its termination message: short JSON that reaches the job's conditions."""
 
-    reason: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    reason: Annotated[str, Field(max_length=128, pattern=REASON_PATTERN)]
     """CamelCase reason, as a condition takes it."""
     message: Annotated[str, Field(max_length=3000)] = ""
     """What happened and what to do, for people."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import Count
+from .scalars import REASON_PATTERN, Count
 from .spec.run import Toleration
 
 Phase = Literal[
@@ -46,7 +46,7 @@ class Condition(APIModel):
     """Type of the condition, for example DataReady."""
     status: Literal["True", "False", "Unknown"]
     """True, False or Unknown."""
-    reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    reason: Annotated[str, Field(min_length=1, max_length=1024, pattern=REASON_PATTERN)]
     """CamelCase reason for the last transition; docs/reference lists them."""
     message: Text = ""
     """What happened, for people, and what to do about it."""

@@ -150,8 +150,11 @@ class Controller:
 
     async def _group(self, job: Object) -> Object | None:
         """What another scheduler says of the gang. Asked for only while the job waits for it."""
-        status, backend = read_status(job.get("status")), self.settings.queueing_backend
-        if backend == "builtin" or status.phase != "Queued":
+        backend = self.settings.queueing_backend
+        if backend == "builtin":
+            return None
+        status = read_status(job.get("status"))
+        if status.phase != "Queued":
             return None
         meta = job["metadata"]
         for kind in GROUP_KINDS[backend]:

@@ -83,6 +83,10 @@ class Settings:
     ca_bundle: str = field(default="", repr=False)
     """PEM of the progress endpoint's certificate authority; filled in at start-up."""
 
+    def allows_remote_code(self, namespace: str) -> bool:
+        """Whether jobs of the namespace may set model.trustRemoteCode."""
+        return bool({"*", namespace} & set(self.remote_code_namespaces))
+
     @property
     def endpoint(self) -> str:
         """The URL that pods report progress to, or empty."""

@@ -9,6 +9,10 @@ from finetune_api.spec import FineTuneJobSpec
 from .draft import Draft
 
 REASON = "ChangeIgnored"
+REMOTE_CODE_REFUSED = (
+    "runs code of the model's repository, which an administrator has not allowed for this namespace "
+    "(chart value trainer.remoteCodeNamespaces); set it to false or use a model without code of its own"
+)
 
 
 def _frozen(spec: FineTuneJobSpec) -> dict[str, Any]:
@@ -20,10 +24,16 @@ def _frozen(spec: FineTuneJobSpec) -> dict[str, Any]:
     return wire
 
 
-def frozen_changes(kept: FineTuneJobSpec, wanted: FineTuneJobSpec) -> list[str]:
-    """Blocks that differ although they are fixed once a job has begun."""
+def ignored_changes(kept: FineTuneJobSpec, wanted: FineTuneJobSpec) -> str:
+    """What to say of changes to blocks that are fixed once a job has begun; empty when there are none."""
     before, now = _frozen(kept), _frozen(wanted)
-    return sorted(block for block in {*before, *now} if before.get(block) != now.get(block))
+    changed = sorted(block for block in {*before, *now} if before.get(block) != now.get(block))
+    if not changed:
+        return ""
+    return (
+        f"{', '.join(f'spec.{block}' for block in changed)} cannot change once the job has begun: ignored, it goes on as it was. "
+        "Undo the change, or create another job"
+    )
 
 
 def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
@@ -35,12 +45,8 @@ def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
     if kept is None:
         draft.set("Accepted", "True", "Valid", "the spec is valid")
         return wanted
-    changed = frozen_changes(kept, wanted)
-    if changed:
-        message = (
-            f"{', '.join(f'spec.{block}' for block in changed)} cannot change once the job has begun: ignored, it goes on as it was. "
-            "Undo the change, or create another job"
-        )
+    message = ignored_changes(kept, wanted)
+    if message:
         old = draft.status.condition("Accepted")
         if old is None or old.message != message:
             draft.event("Warning", REASON, message)

@@ -19,7 +19,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..resources.shared import config_map, network_policy, workspace
 from ..settings import Settings
-from .accepted import REASON, as_accepted
+from .accepted import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .admitted import admitted
 from .draft import Draft
 from .failures import Failure
@@ -48,11 +48,8 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         draft.fail("InvalidSpec", str(failure))
         release(draft)
         return draft.plan()
-    if spec.runs_remote_code and not {"*", str(metadata.get("namespace"))} & set(settings.remote_code_namespaces):
-        message = (
-            "model.trustRemoteCode runs code of the model's repository, which an administrator has not allowed for this namespace "
-            "(chart value trainer.remoteCodeNamespaces); set it to false or use a model without code of its own"
-        )
+    if spec.runs_remote_code and not settings.allows_remote_code(str(metadata.get("namespace"))):
+        message = f"model.trustRemoteCode {REMOTE_CODE_REFUSED}"
         draft.set("Accepted", "False", "RemoteCodeNotAllowed", message)
         draft.fail("RemoteCodeNotAllowed", message)
         release(draft)

@@ -14,7 +14,7 @@ from finetune_api.queue import QUEUE_KIND
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import InvalidDocument, parse_queue, parse_spec
 
-from ..reconcile.accepted import frozen_changes
+from ..reconcile.accepted import REMOTE_CODE_REFUSED, ignored_changes
 
 _WARNING_LIMIT, _WARNINGS = 250, 8
 _USER_LIMIT = 253
@@ -77,10 +77,7 @@ def validate(request: Mapping[str, Any], rights: Rights) -> Answer:
         return Answer(errors=[str(error) for error in failure.errors])
     errors = []
     if spec.runs_remote_code and not rights.remote_code:
-        errors.append(
-            "spec.model.trustRemoteCode: runs code of the model's repository, which an administrator has not allowed for this namespace "
-            "(chart value trainer.remoteCodeNamespaces); set it to false or use a model without code of its own"
-        )
+        errors.append(f"spec.model.trustRemoteCode: {REMOTE_CODE_REFUSED}")
     if rights.queue_refused and (request["operation"] == "CREATE" or spec.scheduling.queue != _queue(old)):
         errors.append(f"spec.scheduling.queue: {rights.queue_refused}")
     if errors:
@@ -100,11 +97,8 @@ def _ignored(spec: FineTuneJobSpec, old: Mapping[str, Any]) -> list[str]:
     before, status = parsed(old), old.get("status")
     if before is None or not isinstance(status, Mapping) or not status.get("observedGeneration"):
         return []
-    changed = frozen_changes(before, spec)
-    if not changed:
-        return []
-    fields = ", ".join(f"spec.{block}" for block in changed)
-    return [f"{fields} cannot change once the job has begun: ignored, it goes on as it was. Undo the change, or create another job"]
+    message = ignored_changes(before, spec)
+    return [message] if message else []
 
 
 def mutate(request: Mapping[str, Any]) -> Answer:

@@ -48,7 +48,7 @@ class AdmissionServer:
         namespace = str(request.get("namespace") or "")
         if (request.get("kind") or {}).get("kind") != KIND:
             return Rights()
-        remote = bool({"*", namespace} & set(self._settings.remote_code_namespaces))
+        remote = self._settings.allows_remote_code(namespace)
         spec = parsed(request.get("object"))
         if spec is None or spec.scheduling.queue is None or self._settings.queueing_backend != "builtin":
             return Rights(remote_code=remote)
