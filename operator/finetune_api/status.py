@@ -379,6 +379,10 @@ def read_status(raw: Any) -> FineTuneJobStatus:
     """Read a status leniently: whatever a user or another version wrote there, an operator must go on."""
     if not isinstance(raw, dict):
         return FineTuneJobStatus()
+    try:
+        return FineTuneJobStatus.model_validate(raw)
+    except ValueError:
+        pass
     kept: dict[str, Any] = {}
     for name, field in FineTuneJobStatus.model_fields.items():
         wire = field.alias or name

@@ -25,7 +25,7 @@ from .progress.board import ProgressBoard
 from .reconcile import Plan, reconcile, refused
 from .reconcile.accepted import may_have_changed
 from .reconcile.failures import suspects
-from .reconcile.model import Action, Apply, Create, Delete, Event, Observed
+from .reconcile.model import Action, Apply, Create, Delete, Due, Event, Observed
 from .reconcile.observe import owner_uid
 from .resources.backends import GROUP_KINDS
 from .scheduler import Scheduler
@@ -35,6 +35,7 @@ from .workqueue import WorkQueue
 
 log = logging.getLogger("finetune.controller")
 _SUSPECTS_SECONDS = 5.0
+_SOON_SECONDS = 1.0
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 
 
@@ -43,10 +44,12 @@ class Controller:
 
     def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
-        self.queue: WorkQueue[Key] = WorkQueue()
+        self.queue: WorkQueue[Key] = WorkQueue(self._goes_first)
         self.scheduler = Scheduler(cluster, store, settings, self.queue.add)
         self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
+        self._untold: dict[str, float] = {}
+        """By UID: since when a status waits for what follows soon"""
         self._suspects: tuple[str, ...] = ()
         self._suspects_at = float("-inf")
         self.synced = asyncio.Event()
@@ -90,6 +93,17 @@ class Controller:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
             metrics.QUEUE_DEPTH.set(len(self.queue))
 
+    def _goes_first(self, key: Key) -> bool:
+        """Whether GPUs wait for it: the job has some, or is about to."""
+        job = self.store.job(key)
+        if job is None:
+            return False
+        status, verdict = job.get("status") or {}, self.scheduler.verdict(job["metadata"]["uid"])
+        if verdict is not None and verdict.action in ("admit", "preempt", "resize"):
+            return True
+        conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or ()}
+        return conditions.get("Admitted") == "True" and not status.get("finishedAt")
+
     def trust(self, authorities: str) -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
         if authorities != self.settings.ca_bundle:
@@ -122,6 +136,8 @@ class Controller:
         )
         with tracing.span("decide"):
             plan = reconcile(observed, self.settings)
+        if plan.due is Due.SOON and plan.status is not None and plan.status.phase == "Queued":
+            self.scheduler.waits(uid)
         try:
             await self._act(job, plan.actions)
         except APIError as failure:
@@ -191,9 +207,27 @@ class Controller:
         return frozenset(lost)
 
     async def _say(self, key: Key, job: Object, plan: Plan) -> None:
-        for event in plan.events:
-            await self._tell(job, event, plan.status)
+        """Post the events and write the status; all of it later where the status may wait."""
+        delay = self._may_wait(job, plan)
+        if delay > 0:
+            self.queue.add_after(key, delay)
+            return
+        for told in await asyncio.gather(*(self._tell(job, event, plan.status) for event in plan.events), return_exceptions=True):
+            if isinstance(told, BaseException):
+                raise told
         await self._write_status(key, job, plan)
+
+    def _may_wait(self, job: Object, plan: Plan) -> float:
+        """Seconds that the status may wait."""
+        uid, now = job["metadata"]["uid"], time.monotonic()
+        if plan.status is None or plan.due is Due.NOW:
+            return 0.0
+        if plan.due is Due.SOON:
+            return self._untold.setdefault(uid, now) + _SOON_SECONDS - now
+        interval = self.settings.status_interval_seconds
+        if plan.status.queue:  # of a thousand jobs that wait, each tells its place less often
+            interval = max(interval, len(self.store.job_keys()) / 20)
+        return self._written.get(uid, float("-inf")) + interval - now
 
     async def _act(self, job: Object, actions: tuple[Action, ...]) -> None:
         """Carry the actions out: shared objects first, then pods all at once."""
@@ -245,21 +279,12 @@ class Controller:
         if plan.status is None:
             return
         uid = job["metadata"]["uid"]
-        since = time.monotonic() - self._written.get(uid, float("-inf"))
-        # of a thousand jobs that wait, each tells its place less often
-        interval = (
-            max(self.settings.status_interval_seconds, len(self.store.job_keys()) / 20)
-            if plan.status.queue
-            else self.settings.status_interval_seconds
-        )
-        if not plan.urgent and since < interval:
-            self.queue.add_after(key, interval - since)
-            return
+        self._untold.pop(uid, None)
         wire = plan.status.to_wire()
         if wire == job.get("status"):
             return
         try:
-            answer = await self.cluster.replace_status({**job, "status": wire}, urgent=plan.urgent)
+            answer = await self.cluster.replace_status({**job, "status": wire}, urgent=plan.due is not Due.LATER)
         except APIError as failure:
             if failure.not_found:
                 return
@@ -269,7 +294,7 @@ class Controller:
                     self.store.put_job(await self.cluster.get("FineTuneJob", meta["namespace"], meta["name"]))
             raise
         self._written[uid] = time.monotonic()
-        self.telemetry.wrote(job, read_status(job.get("status")), plan.status)
+        self.telemetry.wrote(job, plan.before or FineTuneJobStatus(), plan.status)
         self.store.put_job(answer)
         self.scheduler.recorded(uid)
         self.queue.add(key)  # what was decided is on record: act on it
@@ -282,8 +307,11 @@ class Controller:
             uid = raw["metadata"]["uid"]
             self.board.forget(uid)
             self._written.pop(uid, None)
+            self._untold.pop(uid, None)
             self.telemetry.forget(uid)
             key = self.store.drop_job(raw)
+        elif self.store.is_known(raw):
+            return  # the echo of what was written here
         else:
             key = self.store.put_job(raw)
         self.queue.add(key)

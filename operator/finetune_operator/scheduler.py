@@ -38,6 +38,7 @@ _NEAR = 20
 _FAR_SECONDS = 60.0
 _STATUS_SECONDS = 5.0
 _HISTORY_SECONDS = 60.0
+_ASKS = 4096
 
 
 @dataclasses.dataclass
@@ -62,11 +63,17 @@ class Scheduler:
         self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
         self._world = World()
         self._specs: dict[str, tuple[int, FineTuneJobSpec, Ask]] = {}
+        self._asks: dict[Ask, Ask] = {}
+        """Equal ones are one: comparing them costs nothing then"""
+        self._still: dict[str, tuple[Object, FineTuneJobSpec, int, bool, Workload]] = {}
+        """What jobs without pods looked like last, with what it was made from; most of a long line has not changed"""
         self._accepted: dict[str, FineTuneJobSpec | None] = {}
         """What jobs began with whose spec may have been changed since; None where the present one holds"""
         self._verdicts: dict[str, Verdict] = {}
         self._intended: dict[str, Verdict] = {}
         """Admissions and evictions that are not on record yet."""
+        self._ready: set[str] = set()
+        """Jobs that wait for their turn though their status does not say so yet"""
         self._told: dict[str, float] = {}
         self._generations: dict[str, Any] = {}
         self._changes, self._listed = 0, 0
@@ -88,8 +95,15 @@ class Scheduler:
             self._specs.pop(uid, None)
             self.poke()
 
+    def waits(self, uid: str) -> None:
+        """The job waits for its turn: to be put on record together with what is decided about it."""
+        if uid not in self._ready:
+            self._ready.add(uid)
+            self.poke()
+
     def recorded(self, uid: str) -> None:
         """The job's status was written: what was decided before is used up."""
+        self._ready.discard(uid)
         if self._intended.pop(uid, None) is not None or (v := self._verdicts.get(uid)) is None or v.action == "resize":
             self._verdicts.pop(uid, None)
         self.poke()
@@ -203,8 +217,9 @@ class Scheduler:
             if uid not in ours:  # those are counted with their job, as they are now
                 used[node].update(amounts)
         for gone in (self._specs.keys() | self._accepted.keys()) - {w.uid for w in workloads}:
-            for known in (self._specs, self._accepted, self._verdicts, self._intended, self._told):
+            for known in (self._specs, self._still, self._accepted, self._verdicts, self._intended, self._told):
                 known.pop(gone, None)  # type: ignore[attr-defined]
+            self._ready.discard(gone)
         return Snapshot(
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
@@ -218,14 +233,24 @@ class Scheduler:
         raw = self._store.job(key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             return None
+        uid = raw["metadata"]["uid"]
+        pods = self._store.gpu_pods(uid)
+        if not pods and view.has_ended(raw):  # most of them, on a cluster that has run for a while
+            return None
         spec = self._spec(raw)
         if spec is None:
             return None
-        pods = self._store.gpu_pods(raw["metadata"]["uid"])
         ours.update(pod.uid for pod in pods)
         name = spec[0].scheduling.priority_class_name
         priority = self._world.priorities.get(name, 0) if name is not None else self._world.default_priority
-        return view.workload(raw, *spec, pods, priority, self._settings, now)
+        ready = uid in self._ready
+        still = self._still.get(uid) if not pods else None
+        if still is not None and still[0] is raw and still[1] is spec[0] and still[2:4] == (priority, ready):
+            return still[4]
+        seen = view.workload(raw, *spec, pods, priority, self._settings, now, ready=ready)
+        if not pods and view.is_still(raw):
+            self._still[uid] = raw, spec[0], priority, ready, seen
+        return seen
 
     def _spec(self, raw: Object) -> tuple[FineTuneJobSpec, Ask] | None:
         uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))
@@ -245,7 +270,10 @@ class Scheduler:
                     return known[1:] if known is not None else None
                 spec = kept
             spec = with_changes(kept, spec) if kept is not None else spec
-            known = self._specs[uid] = generation, spec, view.ask_of(spec)
+            ask = view.ask_of(spec)
+            if len(self._asks) > _ASKS:
+                self._asks.clear()
+            known = self._specs[uid] = generation, spec, self._asks.setdefault(ask, ask)
         return known[1:]
 
     def _as_intended(self, workload: Workload, now: datetime) -> Workload:

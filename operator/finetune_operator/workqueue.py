@@ -1,7 +1,8 @@
 """A keyed work queue: one key is never worked on twice at once, a failed key comes back later, none blocks another.
 
 The semantics are those of client-go's workqueue: keys added while they are being worked on are worked on again
-afterwards, however often they were added.
+afterwards, however often they were added. Some keys go first, as in controller-runtime's priority queue, and never
+take all turns.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 _BASE, _LIMIT = 0.5, 120.0
+_IN_A_ROW = 4
+"""Keys that go first before one of the others has its turn."""
 
 
 class WorkQueue(Generic[K]):
-    """Keys waiting, being worked on, and due later."""
+    """Keys waiting, being worked on, and due later. `goes_first` is asked whenever a key is added."""
 
-    def __init__(self) -> None:
+    def __init__(self, goes_first: Callable[[K], bool] = lambda key: False) -> None:
+        self._goes_first = goes_first
+        self._first: deque[K] = deque()
         self._ready: deque[K] = deque()
-        self._queued: set[K] = set()
+        self._queued: dict[K, bool] = {}
+        """Keys that wait, and whether they go first"""
+        self._in_a_row = 0
         self._active: set[K] = set()
         self._again: set[K] = set()
         self._later: list[tuple[float, int, K]] = []
@@ -31,16 +38,17 @@ class WorkQueue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._wake = asyncio.Event()
         self._count = 0
-        self.oldest_ready: float | None = None
 
     def add(self, key: K) -> None:
         """Work on the key as soon as a worker is free."""
         if key in self._active:
             self._again.add(key)
-        elif key not in self._queued:
-            self._queued.add(key)
-            self._ready.append(key)
-            self._wake.set()
+        elif not self._queued.get(key, False):
+            first = self._goes_first(key)
+            if first or key not in self._queued:
+                self._queued[key] = first
+                (self._first if first else self._ready).append(key)
+                self._wake.set()
 
     def add_after(self, key: K, seconds: float) -> None:
         """Work on the key in so many seconds, or earlier when something else asks for it."""
@@ -64,7 +72,19 @@ class WorkQueue(Generic[K]):
         self._failures.pop(key, None)
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._active)
+        return len(self._queued) + len(self._active)
+
+    def _pop(self) -> K | None:
+        while self._ready and self._queued.get(self._ready[0]) is not False:
+            self._ready.popleft()  # it goes first meanwhile, or has gone
+        others = bool(self._ready) and (not self._first or self._in_a_row >= _IN_A_ROW)
+        self._in_a_row = 0 if others else self._in_a_row + 1
+        line = self._ready if others else self._first
+        if not line:
+            return None
+        key = line.popleft()
+        del self._queued[key]
+        return key
 
     async def _next(self) -> K:
         while True:
@@ -74,11 +94,9 @@ class WorkQueue(Generic[K]):
                 if self._due.get(key) == due:
                     del self._due[key]
                     self.add(key)
-            if self._ready:
-                key = self._ready.popleft()
-                self._queued.discard(key)
-                self._active.add(key)
-                return key
+            if (ready := self._pop()) is not None:
+                self._active.add(ready)
+                return ready
             self._wake.clear()
             timeout = self._later[0][0] - now if self._later else None
             try:

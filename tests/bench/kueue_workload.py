@@ -220,7 +220,7 @@ def bench(share: float = 1.0) -> dict[str, Any]:
 
     try:
         flags = ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=2000"]
-        _, admin = control_plane.start(NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags)
+        _, admin = control_plane.start(NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags, controllers=False)
         _define(admin)
         asyncio.run(_set_up(admin))
         operator = start(admin, "operator", told)

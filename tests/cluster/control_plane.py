@@ -49,8 +49,13 @@ def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
         return False
 
 
-def start(cluster: str, state: Path, binaries: Path, address: str, *, extra_apiserver: list[str] | None = None) -> tuple[Authority, Path]:
-    """Start all four and wait until they answer. Returns the authority and the administrator's kubeconfig."""
+def start(
+    cluster: str, state: Path, binaries: Path, address: str, *, extra_apiserver: list[str] | None = None, controllers: bool = True
+) -> tuple[Authority, Path]:
+    """Start all four, or only those that serve the API, and wait until they answer.
+
+    Returns the authority and the administrator's kubeconfig.
+    """
     logs = state / "logs"
     authority = Authority(state / "pki")
     port, etcd, etcd_peer = (6443 if address != "127.0.0.1" else free_port()), free_port(), free_port()
@@ -94,6 +99,8 @@ def start(cluster: str, state: Path, binaries: Path, address: str, *, extra_apis
     context.load_cert_chain(admin_certificate, admin_key)
     wait_for("kube-apiserver", lambda: answers(f"{server}/readyz", context), 90, logs)
     admin = authority.kubeconfig("admin", server, "admin", "system:masters")
+    if not controllers:
+        return authority, admin
     ports = ["--port=0", f"--secure-port={free_port()}"]
     processes.start(
         cluster,

@@ -13,7 +13,7 @@ from finetune_api.status import FineTuneJobStatus, read_status
 from finetune_operator.queueing import Admission, Verdict
 from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
-from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, PodView, parse_time
+from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, PodView, parse_time
 from finetune_operator.settings import Settings
 from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
@@ -747,7 +747,7 @@ def test_progress_is_taken_from_the_current_attempt_only() -> None:
         attempt=0, step=5, total_steps=10, loss=1.23456, eta_seconds=61, checkpoint_step=4, tokens_per_second=9.99
     )
     plan = world.step()
-    assert not plan.urgent, "progress alone may wait"
+    assert plan.due is Due.LATER, "progress alone may wait"
     progress = world.status.progress
     assert progress is not None
     assert (progress.percent, progress.loss, progress.eta, progress.tokens_per_second) == (50, 1.2346, "1m1s", 10.0)

@@ -145,6 +145,27 @@ async def test_a_slow_key_does_not_hold_the_others_up() -> None:
     assert sorted(done) == ["a", "b", "c"]
 
 
+async def test_keys_that_go_first_do_and_leave_the_others_a_turn() -> None:
+    urgent: set[str] = set()
+    queue: WorkQueue[str] = WorkQueue(urgent.__contains__)
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        done.append(key)
+
+    for n in range(6):
+        queue.add(f"wait{n}")
+    urgent |= {f"hold{n}" for n in range(6)} | {"wait5"}
+    for key in ("hold0", "hold1", "hold2", "hold3", "hold4", "hold5", "wait5", "wait5"):
+        queue.add(key)
+    assert len(queue) == 12
+    await _run(queue, work, 0.2, workers=1)
+    assert done[:5] == ["hold0", "hold1", "hold2", "hold3", "wait0"], "four in a row"
+    assert sorted(done) == sorted({*urgent, *(f"wait{n}" for n in range(6))}), "each once"
+    assert done.index("wait5") < done.index("wait2"), "it went first when that was known"
+    assert len(queue) == 0
+
+
 async def test_delays_and_back_off() -> None:
     queue: WorkQueue[str] = WorkQueue()
     done: list[str] = []

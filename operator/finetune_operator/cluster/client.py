@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import getproxies
 
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client.exceptions import ApiException
+from pydantic_core import from_json
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
@@ -202,7 +204,7 @@ class KubernetesCluster:
             raise
         if response.status >= 400:
             raise _api_error(response.status, data, response.headers)
-        parsed: Object = json.loads(data)
+        parsed: Object = from_json(data)
         return parsed
 
     async def apply(self, manifest: Object) -> Object:
@@ -316,6 +318,8 @@ async def connect(
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
         await kubernetes_config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
+    # else every request looks for ~/.netrc, in a thread
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     return KubernetesCluster(kubernetes_client.ApiClient(configuration), RateLimit(qps, burst))
 
 

@@ -63,7 +63,7 @@ class Store:
         known = self._jobs.get(key)
         if meta["uid"] in self._gone:
             return key
-        if known is None or known["metadata"]["uid"] != meta["uid"] or _version(known) <= _version(raw):
+        if not self.is_known(raw):
             if known is not None:
                 self._keys.pop(known["metadata"]["uid"], None)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
@@ -71,6 +71,12 @@ class Store:
             self._keys[meta["uid"]] = key
             self._note_restarts(raw)
         return key
+
+    def is_known(self, raw: Object) -> bool:
+        """Whether this very state of the job, or a newer one, is remembered."""
+        meta = raw["metadata"]
+        known = self._jobs.get((meta["namespace"], meta["name"]))
+        return known is not None and known["metadata"]["uid"] == meta["uid"] and 0 < _version(raw) <= _version(known)
 
     def drop_job(self, raw: Object) -> Key:
         """Forget a deleted job."""
@@ -207,16 +213,14 @@ class Store:
 
     def gpu_pods(self, uid: str) -> list[PodView]:
         """A job's workers and the pods of its evaluation."""
-        owners = [(uid, frozenset[str]())]
+        found = []
         for kind, child in self._by_owner.get(uid, ()):
-            if kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                owners.append((child, frozenset({child})))
-        return [
-            pod_view(self._children[kind][child].value, jobs)
-            for owner, jobs in owners
-            for kind, child in self._by_owner.get(owner, ())
-            if kind == "Pod"
-        ]
+            if kind == "Pod":
+                found.append(pod_view(self._children[kind][child].value))
+            elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
+                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+                found += [pod_view(pod, frozenset({child})) for pod in pods]
+        return found
 
     def is_worker(self, uid: str) -> bool:
         """Whether it is a pod that a known job owns itself."""

@@ -45,11 +45,13 @@ class _Pass:
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
+        self._offers: dict[tuple[object, ...], list[Flavour]] = {}
+        self._homes: dict[tuple[str, str | None], tuple[str | None, tuple[str, str]]] = {}
 
     def run(self) -> Decisions:
         for workload in self.snapshot.workloads:
             self._count(workload)
-        for workload in sorted(self.snapshot.workloads, key=lambda w: (-w.ask.units, w.uid)):
+        for workload in sorted((w for w in self.snapshot.workloads if w.held is not None), key=lambda w: (-w.ask.units, w.uid)):
             self._expect(workload)
         for workload in self.snapshot.workloads:
             self._sort(workload)
@@ -106,6 +108,12 @@ class _Pass:
             self.waiting[name].append(workload)
 
     def _queue_of(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
+        key = workload.namespace, workload.queue
+        if key not in self._homes:
+            self._homes[key] = self._find_queue(workload)
+        return self._homes[key]
+
+    def _find_queue(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
         if not self.snapshot.queues:
             if workload.queue is None:
                 return IMPLICIT, ("", "")
@@ -131,12 +139,15 @@ class _Pass:
 
     def _flavours(self, queue: str, workload: Workload) -> list[Flavour]:
         """Those with the job's resource whose nodes its selector does not rule out."""
-        selector = dict(workload.ask.selector)
-        return [
-            flavour
-            for flavour in self.ledger.queues[queue].spec.flavours
-            if flavour.resource_name == workload.ask.resource and all(selector.get(k, v) == v for k, v in flavour.node_labels.items())
-        ]
+        key = queue, workload.ask.resource, workload.ask.selector
+        if key not in self._offers:
+            selector = dict(workload.ask.selector)
+            self._offers[key] = [
+                flavour
+                for flavour in self.ledger.queues[queue].spec.flavours
+                if flavour.resource_name == workload.ask.resource and all(selector.get(k, v) == v for k, v in flavour.node_labels.items())
+            ]
+        return self._offers[key]
 
     def _autoscaled(self, queue: str, workload: Workload) -> bool:
         return any(flavour.nodes == "Autoscaled" for flavour in self._flavours(queue, workload))
@@ -181,12 +192,21 @@ class _Pass:
 
     def _turn_of(self, name: str, line: Line) -> None:
         workload = line.peek()
-        assert workload is not None
-        units, closed = self._look_at(name, workload)
-        line.drop(workload, units)
-        if closed:
-            for other in line.rest():
-                self._wait(name, other, "WaitingForTurn", closed)
+        while workload is not None:
+            units, closed = self._look_at(name, workload)
+            line.drop(workload, units)
+            if closed:
+                for other in line.rest():
+                    self._wait(name, other, "WaitingForTurn", closed)
+            before, workload = workload, line.peek()
+            if workload is None or units or not self._fails_like(name, before, workload):
+                return
+
+    def _fails_like(self, name: str, before: Workload, workload: Workload) -> bool:
+        """Whether the next in line wants what the one before it did not get: it needs no turn of its own to be told so."""
+        if workload.ask is not before.ask and workload.ask != before.ask:
+            return False
+        return workload.priority == before.priority and (name, workload.ask, effective_priority(workload, self.ledger.queues[name].spec.limits.max_priority)) in self.failed
 
     def _overdue(self, name: str, head: Workload) -> bool:
         """Whether a queue's own quota has room for its head, which others have passed for too long on the nodes: it goes first."""
@@ -325,17 +345,18 @@ class _Pass:
     # gangs that may grow
 
     def _grow(self) -> None:
+        able = [w for w in self.running if w.held is not None and w.held.pods < w.ask.pods[0]]
         wanted = {
             w.ask.resource
-            for waiting in self.waiting.values()
+            for waiting in (self.waiting.values() if able else ())
             for w in waiting
             if (v := self.verdicts[w.uid]).action == "wait" and v.reason not in _NOT_FOR_ROOM
         }
-        for workload in self.running:
+        for workload in able:
             held, ask = workload.held, workload.ask
             assert held is not None
             queue = self.ledger.queues.get(held.queue)
-            if queue is None or held.pods >= ask.pods[0] or ask.resource in wanted or sum(n for _, n in held.bound) < held.pods:
+            if queue is None or ask.resource in wanted or sum(n for _, n in held.bound) < held.pods:
                 continue
             if (self.snapshot.now - held.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
                 continue

@@ -20,6 +20,9 @@ def granted(workload: Workload, admission: Admission) -> str:
 def limit(books: Books, queue: Queue, workload: Workload) -> tuple[str, str] | None:
     """(reason, message): why the job's namespace or user may have no more of the queue, or None."""
     limits, need = queue.spec.limits, workload.ask.pods[-1] * workload.ask.units
+    most_of_all = (limits.max_jobs_per_user, limits.max_gpus_per_user, limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
+    if most_of_all == (None, None, None, None):
+        return None
     for owner in workload.owners:
         kind = owner.split(" ", 1)[0].capitalize()
         most_jobs, most = (

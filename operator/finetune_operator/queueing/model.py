@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Literal
 
 from finetune_api.queue import FineTuneQueueSpec, UsageHistory
@@ -54,6 +55,13 @@ class Ask:
     tolerations: tuple[tuple[str, str, str, str], ...] = ()
     """(key, operator, value, effect)"""
     topology_key: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # a pass over ten thousand jobs asks for it as often
+        return hash((self.resource, self.units, self.pods, self.per_pod, self.selector, self.tolerations, self.topology_key))
 
 
 @dataclass(frozen=True, kw_only=True)

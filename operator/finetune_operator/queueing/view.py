@@ -123,10 +123,30 @@ def _evaluation_ask(ask: Ask, settings: Settings) -> Ask:
     )
 
 
+def has_ended(raw: Object) -> bool:
+    """Whether a job's end is on record."""
+    return bool(_object(raw.get("status")).get("finishedAt"))
+
+
+def is_still(raw: Object) -> bool:
+    """Whether a job without pods looks the same at any time: it holds nothing, and the beginning of its wait is on record."""
+    status = _object(raw.get("status"))
+    since = parse_time(_object(status.get("queue")).get("since"))
+    return since is not None and not status.get("retryAfter") and not status.get("admission")
+
+
 def workload(
-    raw: Object, spec: FineTuneJobSpec, ask: Ask, pods: Iterable[PodView], priority: int, settings: Settings, now: datetime
+    raw: Object,
+    spec: FineTuneJobSpec,
+    ask: Ask,
+    pods: Iterable[PodView],
+    priority: int,
+    settings: Settings,
+    now: datetime,
+    *,
+    ready: bool = False,
 ) -> Workload:
-    """A job with what it holds. `pods`: its workers, and those of its evaluation."""
+    """A job with what it holds. `pods`: its workers, and those of its evaluation. `ready`: its data is, not yet on record."""
     meta, status = raw["metadata"], _object(raw.get("status"))
     conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or () if isinstance(c, dict)}
 
@@ -163,7 +183,9 @@ def workload(
         since=created,
         waits_since=parse_time(waiting.get("since")) or now,
         ask=ask,
-        waits=is_true("DataReady") and not (trained or finished or suspended or admitted) and (retry_after is None or retry_after <= now),
+        waits=(ready or is_true("DataReady"))
+        and not (trained or finished or suspended or admitted)
+        and (retry_after is None or retry_after <= now),
         held=held,
     )
 

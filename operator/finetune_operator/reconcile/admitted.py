@@ -105,6 +105,7 @@ def _wait(draft: Draft, verdict: Verdict) -> None:
     place = f"position {verdict.position}" + (f" in queue {verdict.queue}" if verdict.queue else "") + ": " if verdict.position else ""
     status.queue = QueueStatus(name=verdict.queue or None, position=verdict.position or None, message=place + verdict.message, since=since)
     if draft.before.queue is None:
+        draft.more_follows = True
         draft.event("Normal", "Queued", place + verdict.message)
     draft.set("Admitted", "False", verdict.reason, verdict.message)
 

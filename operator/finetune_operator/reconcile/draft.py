@@ -11,7 +11,7 @@ from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Pha
 
 from ..resources.common import JobRef
 from ..settings import Settings
-from .model import Action, Event, Observed, Plan, parse_time, rfc3339
+from .model import Action, Due, Event, Observed, Plan, parse_time, rfc3339
 
 MESSAGE_LIMIT = 4000
 
@@ -31,6 +31,8 @@ class Draft:
         self.requeue: list[datetime] = []
         self.last_words = False
         """Something was learnt from a pod that may be gone in a moment: it is put on record at once."""
+        self.more_follows = False
+        """The next step is near: it is put on record together with this one."""
 
     def job_ref(self, spec: FineTuneJobSpec) -> JobRef:
         """Identity and spec for the builders of manifests."""
@@ -118,6 +120,13 @@ class Draft:
         summary = ("Ready", "Stalled")
         self.status.conditions.sort(key=lambda c: summary.index(c.type) if c.type in summary else len(summary))
 
+    def _due(self, quiet: FineTuneJobStatus) -> Due:
+        if self.last_words or self.status.finished or self.status.is_true("Admitted") != self.before.is_true("Admitted"):
+            return Due.NOW
+        if self.status == quiet:
+            return Due.LATER
+        return Due.SOON if self.more_follows else Due.NOW
+
     def plan(self) -> Plan:
         """The finished plan; without a status when nothing changed."""
         self._summarise()
@@ -131,6 +140,7 @@ class Draft:
             actions=tuple(self.actions),
             events=tuple(self.events),
             status=self.status if changed else None,
-            urgent=self.last_words or self.status != quiet,
+            before=self.before,
+            due=self._due(quiet),
             requeue_at=min(self.requeue) if self.requeue else None,
         )

@@ -107,7 +107,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         result = run_gang(draft, spec)
         if result is None:
             return
-        if not _trained(draft, result):
+        if not _trained(draft, spec, result):
             return
     if spec.evaluation is not None and not status.is_true("Evaluated"):
         draft.phase("Evaluating")
@@ -162,12 +162,13 @@ def _prepared(draft: Draft, result: StageResult) -> bool:
     if prepared is None:
         return False
     draft.status.dataset, draft.status.plan = prepared.dataset, prepared.plan
+    draft.more_follows = True
     draft.set("DataReady", "True", result.reason, result.message)
     draft.event("Normal", "DataReady", result.message)
     return True
 
 
-def _trained(draft: Draft, result: StageResult) -> bool:
+def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
     status, final = draft.status, _found(draft, "train", TrainingResult, result.result)
     if final is None:
         return False
@@ -187,7 +188,8 @@ def _trained(draft: Draft, result: StageResult) -> bool:
     if final.checkpoint_step is not None:
         status.checkpoint = CheckpointStatus(step=final.checkpoint_step, saved_at=rfc3339(draft.now))
     draft.set("Trained", "True", result.reason, result.message)
-    draft.event("Normal", "Trained", result.message)
+    if spec.evaluation is not None or spec.publish:
+        draft.event("Normal", "Trained", result.message)  # else its end says so
     return True
 
 
@@ -210,7 +212,10 @@ def _summary(status: FineTuneJobStatus) -> str:
         parts.append(f"{metric} {status.evaluation.base[metric]:.4g} -> {status.evaluation.tuned.get(metric, float('nan')):.4g}")
     if status.artifacts:
         parts.append("published to " + ", ".join(a.uri for a in status.artifacts))
-    return "; ".join(parts) or "training completed; the result is in the workspace"
+    if parts:
+        return "; ".join(parts)
+    trained = status.condition("Trained")
+    return f"{trained.message if trained is not None else 'training completed'}; the result is in the workspace"
 
 
 def _cancelled(draft: Draft, spec: FineTuneJobSpec) -> bool:

@@ -88,6 +88,7 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
         return None
     pods = workers(draft)
     by_rank = {p.rank: p for p in pods}
+    new = _put_on_record(draft, spec, by_rank)
     _report(draft)
 
     if len(by_rank) == nodes and all(p.phase == "Succeeded" for p in pods):
@@ -101,9 +102,37 @@ def run_gang(draft: Draft, spec: FineTuneJobSpec) -> StageResult | None:
     if draft.held_back():
         draft.phase("Queued")
         return None
-    _start_missing(draft, spec, by_rank)
+    draft.more_follows = True
+    if create_missing(draft, spec, by_rank):
+        draft.phase("Starting")
+        draft.wait(5)
+    elif new:
+        _tell_of_gang(draft, spec)
     _follow(draft, spec, by_rank)
     return None
+
+
+def _put_on_record(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> bool:
+    """Which pods the gang has, once all are there. Returns whether that is new; what comes next may tell it too."""
+    status = draft.status
+    if (status.gang is not None and status.gang.attempt == status.attempt) or not by_rank or len(by_rank) < draft.nodes(spec):
+        return False
+    status.gang = Gang(
+        attempt=status.attempt,
+        pod_uids=[by_rank[rank].uid for rank in sorted(by_rank)],
+        started_at=rfc3339(holds_since(draft, by_rank)),
+        avoided_nodes=list(draft.observed.suspect_nodes[:16]),
+    )
+    return True
+
+
+def _tell_of_gang(draft: Draft, spec: FineTuneJobSpec) -> None:
+    gang = draft.status.gang
+    assert gang is not None
+    pods = "1 worker pod" if len(gang.pod_uids) == 1 else f"{len(gang.pod_uids)} worker pods"
+    avoided = f"; avoiding nodes that jobs kept failing on: {', '.join(gang.avoided_nodes)}" if gang.avoided_nodes else ""
+    message = f"attempt {gang.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each{avoided}"
+    draft.event("Normal", "GangCreated", message)
 
 
 def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
@@ -227,6 +256,7 @@ def next_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure, message:
         ),
     ][-_RESTARTS_KEPT:]
     status.restarts_counted += counted
+    draft.more_follows = False
     status.attempt += 1
     status.gang = None
     status.progress = None
@@ -285,27 +315,6 @@ def create_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodVi
     missing = [rank for rank in range(draft.nodes(spec)) if rank not in by_rank]
     draft.actions.extend(Create(manifest_of(draft, spec, rank)) for rank in missing)
     return bool(missing)
-
-
-def _start_missing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:
-    status = draft.status
-    if create_missing(draft, spec, by_rank):
-        draft.phase("Starting")
-        draft.wait(5)
-    elif status.gang is None or status.gang.attempt != status.attempt:
-        status.gang = Gang(
-            attempt=status.attempt,
-            pod_uids=[by_rank[rank].uid for rank in sorted(by_rank)],
-            started_at=rfc3339(holds_since(draft, by_rank)),
-            avoided_nodes=list(draft.observed.suspect_nodes[:16]),
-        )
-        pods = "1 worker pod" if len(by_rank) == 1 else f"{len(by_rank)} worker pods"
-        avoided = f"; avoiding nodes that jobs kept failing on: {', '.join(status.gang.avoided_nodes)}" if status.gang.avoided_nodes else ""
-        draft.event(
-            "Normal",
-            "GangCreated",
-            f"attempt {status.attempt}: {pods} of {max(1, spec.distribution.gpus_per_node)} process(es) each{avoided}",
-        )
 
 
 def _follow(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum
 from typing import Any, Literal
 
 from finetune_api.contract import ProgressReport
@@ -126,6 +127,16 @@ class Event:
     message: str
 
 
+class Due(Enum):
+    """When a status has to be on record. Whatever the next step needs there is written now."""
+
+    NOW = "now"
+    SOON = "soon"
+    """Within a second: the next step is near, and one write tells both."""
+    LATER = "later"
+    """It only carries progress, of which a later one tells more."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to do. Actions come first, then events, then the status; `status` None means: leave it."""
@@ -133,8 +144,10 @@ class Plan:
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     status: FineTuneJobStatus | None = None
-    urgent: bool = True
-    """False when the status only carries progress, which may wait."""
+    before: FineTuneJobStatus | None = None
+    """The status that it is derived from."""
+    due: Due = Due.NOW
+    """When status and events are written."""
     requeue_at: datetime | None = None
 
 
