@@ -359,7 +359,7 @@ class FineTuneJobStatus(APIModel):
         return found is not None and found.status == "True"
 
     def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
-        """As plain JSON types. Empty strings are left out: servers of 1.20 turn them into null and then refuse them."""
+        """As plain JSON types. What is empty is left out: servers of 1.20 turn empty strings into null and then refuse them."""
         wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
         return wire
 
@@ -371,7 +371,7 @@ class FineTuneJobStatus(APIModel):
 
 def _without_empty(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_empty(item) for key, item in value.items() if item != ""}
+        return {key: _without_empty(item) for key, item in value.items() if item not in ("", [], {})}
     return [_without_empty(item) for item in value] if isinstance(value, list) else value
 
 

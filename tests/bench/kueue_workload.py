@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import kopf
+import psutil
 import yaml
 
 from finetune_api import API_VERSION, KIND, names
 from finetune_api.contract import StageResult
 from finetune_api.queue import QUEUE_KIND
-from finetune_operator import handlers
+from finetune_operator import handlers, metrics
 from finetune_operator.cluster.client import CHILD_KINDS, APIError, KubernetesCluster, Object, connect
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import Controller
@@ -138,7 +139,7 @@ async def operate(notes: Path) -> None:
     found = await connect(_QPS, _BURST)
     found.__class__ = Simulated
     cluster: Any = found
-    settings = Settings(progress_url="none", resync_seconds=3600, snapshot_seconds=1.0)
+    settings = Settings(progress_url="none", resync_seconds=3600)
     controller = Controller(cluster, Store(), ProgressBoard(), settings)
     cluster.prepare_to_play(controller, notes)
     registry = kopf.OperatorRegistry()
@@ -153,7 +154,8 @@ async def operate(notes: Path) -> None:
 async def _measure(cluster: KubernetesCluster, into: Path) -> None:
     while True:
         await asyncio.sleep(2)
-        counted = json.dumps({f"{verb} {kind}": count for (verb, kind), count in cluster.calls.items()})
+        passes = next(s.value for m in metrics.RECONCILE_SECONDS.collect() for s in m.samples if s.name.endswith("_count"))
+        counted = json.dumps({**{f"{verb} {kind}": count for (verb, kind), count in cluster.calls.items()}, "passes": passes})
         await asyncio.to_thread(into.write_text, counted)
 
 
@@ -214,7 +216,7 @@ def bench(share: float = 1.0) -> dict[str, Any]:
     def start(admin: Path, *words: object) -> subprocess.Popen[bytes]:
         sink = (state / f"{words[0]}.log").open("wb")
         command = [sys.executable, "-m", "tests.bench.kueue_workload", *map(str, words)]
-        env = {**os.environ, "PYTHONPATH": f"{REPO}/operator:{REPO}", "KUBECONFIG": str(admin)}
+        env = {**os.environ, "PYTHONPATH": f"{REPO}/operator:{REPO}", "KUBECONFIG": str(admin), processes.MARK: NAME}
         running.append(subprocess.Popen(command, env=env, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT))
         return running[-1]
 
@@ -227,7 +229,7 @@ def bench(share: float = 1.0) -> dict[str, Any]:
         time.sleep(6)
         generator = start(admin, "generate", created, share)
         _wait(operator, generator, created, told)
-        return _summary(created, told, json.loads(told.with_suffix(".calls").read_text()))
+        return {**_summary(created, told, json.loads(told.with_suffix(".calls").read_text())), "cpu_seconds": _cpu_seconds()}
     finally:
         for process in running:
             process.kill()
@@ -241,6 +243,16 @@ def _define(admin: Path) -> None:
     for crd in sorted((REPO / "charts/finetune-operator/files").glob("*-before-1.25.yaml")):
         custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", yaml.safe_load(crd.read_text()))
     time.sleep(4)
+
+
+def _cpu_seconds() -> dict[str, float]:
+    """What each process has used: all of them share the machine."""
+    used = {}
+    for process in map(psutil.Process, processes.of(NAME)):
+        words, times = process.cmdline(), process.cpu_times()
+        name = words[words.index("tests.bench.kueue_workload") + 1] if "tests.bench.kueue_workload" in words else Path(words[0]).name
+        used[name] = round(times.user + times.system, 1)
+    return used
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -188,10 +188,10 @@ class KubernetesCluster:
         self.calls[verb, kind] += 1
         headers = {"Accept": "application/json", "Content-Type": content_type}
         try:
-            _, url, sent_headers, sent_body, _ = await self._api.param_serialize(
-                method, path, query_params=list((query or {}).items()), header_params=headers, body=body, auth_settings=["BearerToken"]
+            _, url, sent_headers, _, _ = await self._api.param_serialize(
+                method, path, query_params=list((query or {}).items()), header_params=headers, auth_settings=["BearerToken"]
             )
-            response = await self._api.call_api(method, url, sent_headers, sent_body, _request_timeout=REQUEST_TIMEOUT)
+            response = await self._api.call_api(method, url, sent_headers, body, _request_timeout=REQUEST_TIMEOUT)
             data = await response.read()
             self._clock.heard(response.headers.get("Date"))
         except ApiException as failure:

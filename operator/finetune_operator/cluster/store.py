@@ -51,6 +51,7 @@ class Store:
         self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
         """By the job's UID: as it stands in its status, and parsed"""
+        self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
 
@@ -70,6 +71,7 @@ class Store:
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]] = key
             self._note_restarts(raw)
+            self._changed.add(key)
         return key
 
     def is_known(self, raw: Object) -> bool:
@@ -85,6 +87,7 @@ class Store:
         known = self._jobs.get(key)
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             del self._jobs[key]
+        self._changed.add(key)
         self._keys.pop(meta["uid"], None)
         self._restarts.pop(meta["uid"], None)
         self._bury(meta["uid"])
@@ -97,6 +100,16 @@ class Store:
             self._restarts.pop(uid, None)
         elif self._restarts.get(uid, ([], []))[0] != found:
             self._restarts[uid] = (found, read_status({"restarts": found}).restarts)
+
+    def touch(self, uid: str) -> None:
+        """Something that belongs to the job of that UID is different now."""
+        if (key := self._keys.get(uid)) is not None:
+            self._changed.add(key)
+
+    def changes(self) -> set[Key]:
+        """Jobs that have changed, or something with their label, since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def restarts(self) -> list[Restart]:
         """The last restarts of all jobs."""
@@ -129,6 +142,7 @@ class Store:
                 self._by_owner[known.owner].discard((kind, uid))
             self._children[kind][uid] = _Entry(_version(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
             self._by_owner[owner].add((kind, uid))
+            self.touch(job_uid)
         return self._keys.get(job_uid)
 
     def drop_child(self, kind: str, raw: Object) -> Key | None:
@@ -166,6 +180,7 @@ class Store:
     def _forget(self, kind: str, uid: str) -> None:
         entry = self._children[kind].pop(uid, None)
         if entry is not None:
+            self.touch(entry.job_uid)
             members = self._by_owner[entry.owner]
             members.discard((kind, uid))
             if not members:

@@ -128,11 +128,11 @@ def has_ended(raw: Object) -> bool:
     return bool(_object(raw.get("status")).get("finishedAt"))
 
 
-def is_still(raw: Object) -> bool:
-    """Whether a job without pods looks the same at any time: it holds nothing, and the beginning of its wait is on record."""
+def is_still(raw: Object, workload: Workload) -> bool:
+    """Whether a job that holds nothing looks the same at any time: it does not wait, or since when is on record."""
     status = _object(raw.get("status"))
     since = parse_time(_object(status.get("queue")).get("since"))
-    return since is not None and not status.get("retryAfter") and not status.get("admission")
+    return not status.get("retryAfter") and (since is not None or not workload.waits)
 
 
 def workload(
