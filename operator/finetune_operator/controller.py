@@ -35,7 +35,6 @@ from .workqueue import WorkQueue
 
 log = logging.getLogger("finetune.controller")
 _SUSPECTS_SECONDS = 5.0
-_SOON_SECONDS = 1.0
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 
 
@@ -45,7 +44,7 @@ class Controller:
     def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue(self._goes_first)
-        self.scheduler = Scheduler(cluster, store, settings, self.queue.add)
+        self.scheduler = Scheduler(cluster, store, settings, self.queue.add, lambda: len(self.queue) > 0)
         self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
         self._untold: dict[str, float] = {}
@@ -223,7 +222,7 @@ class Controller:
         if plan.status is None or plan.due is Due.NOW:
             return 0.0
         if plan.due is Due.SOON:
-            return self._untold.setdefault(uid, now) + _SOON_SECONDS - now
+            return self._untold.setdefault(uid, now) + self.settings.soon_seconds - now
         interval = self.settings.status_interval_seconds
         if plan.status.queue:  # of a thousand jobs that wait, each tells its place less often
             interval = max(interval, len(self.store.job_keys()) / 20)

@@ -59,8 +59,11 @@ class World:
 class Scheduler:
     """One per operator; only the one that acts runs it."""
 
-    def __init__(self, cluster: Cluster, store: Store, settings: Settings, wake: Callable[[Key], None]) -> None:
-        self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
+    def __init__(
+        self, cluster: Cluster, store: Store, settings: Settings, wake: Callable[[Key], None], busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`wake`: a job is to be looked at. `busy`: whether jobs wait to be."""
+        self._cluster, self._store, self._settings, self._wake, self._busy = cluster, store, settings, wake, busy
         self._world = World()
         self._specs: dict[str, tuple[int, FineTuneJobSpec, Ask]] = {}
         self._asks: dict[Ask, Ask] = {}
@@ -145,7 +148,8 @@ class Scheduler:
                     await self._dirty.wait()
             except TimeoutError:
                 pass
-            await asyncio.sleep(max(_DEBOUNCE, 2 * self._took))  # under load at most a third of the time is spent here
+            # under load at most a third of the time is spent here
+            await asyncio.sleep(max(_DEBOUNCE, 2 * self._took) if self._busy() else _DEBOUNCE)
 
     async def once(self) -> Decisions:
         """One pass."""
@@ -281,7 +285,7 @@ class Scheduler:
             if changed and uid not in self._accepted:  # its own pass finds out what it began with
                 if known is not None:
                     return known[1:]
-                if "admission" not in raw["status"]:
+                if "admission" not in (raw.get("status") or {}):
                     return None
             kept = self._accepted.get(uid) if changed else None
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -182,9 +183,10 @@ class Server:
 class Machine(RuleBasedStateMachine):
     """One job."""
 
-    @initialize(stage=st.sampled_from(["", "prepare", "train", "train", "train", "evaluate", "publish"]))
-    def begin(self, stage: str) -> None:
-        """Until a pod of that stage runs, nothing disturbs."""
+    @initialize(stage=st.sampled_from(["", "prepare", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
+    def begin(self, stage: str, patient: bool) -> None:
+        """Until a pod of that stage runs, nothing disturbs. `patient`: what may be written soon is not, as long as it may."""
+        self.operator_settings = dataclasses.replace(SETTINGS, soon_seconds=3600.0 if patient else 0.0)
         self.server = Server()
         self.server.put("FineTuneJob", job(SPEC))
         self.faults = 0
@@ -213,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         """The operator starts anew and knows nothing."""
         self.server.trouble = None
         self.server.watch.clear()
-        self.controller = Controller(self.server, Store(), ProgressBoard(), SETTINGS)  # type: ignore[arg-type]
+        self.controller = Controller(self.server, Store(), ProgressBoard(), self.operator_settings)  # type: ignore[arg-type]
         asyncio.run(self.controller.resync())
 
     def run(self, what: Any) -> None:

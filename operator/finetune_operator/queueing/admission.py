@@ -206,7 +206,10 @@ class _Pass:
         """Whether the next in line wants what the one before it did not get: it needs no turn of its own to be told so."""
         if workload.ask is not before.ask and workload.ask != before.ask:
             return False
-        return workload.priority == before.priority and (name, workload.ask, effective_priority(workload, self.ledger.queues[name].spec.limits.max_priority)) in self.failed
+        return (
+            workload.priority == before.priority
+            and (name, workload.ask, effective_priority(workload, self.ledger.queues[name].spec.limits.max_priority)) in self.failed
+        )
 
     def _overdue(self, name: str, head: Workload) -> bool:
         """Whether a queue's own quota has room for its head, which others have passed for too long on the nodes: it goes first."""

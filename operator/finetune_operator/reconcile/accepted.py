@@ -66,6 +66,6 @@ def may_have_changed(job: dict[str, Any]) -> bool:
     """Whether a job's spec was written again since the operator last looked, or differs from what it began with."""
     status = job.get("status")
     if not isinstance(status, dict) or not status.get("observedGeneration"):
-        return False
+        return int(job["metadata"].get("generation") or 1) > 1  # changed before its first status was written, or that was wiped
     ignored = any(c.get("reason") == REASON for c in status.get("conditions") or () if isinstance(c, dict))
     return ignored or status["observedGeneration"] != job["metadata"].get("generation")

@@ -123,6 +123,8 @@ class Draft:
     def _due(self, quiet: FineTuneJobStatus) -> Due:
         if self.last_words or self.status.finished or self.status.is_true("Admitted") != self.before.is_true("Admitted"):
             return Due.NOW
+        if 0 < self.before.observed_generation < self.generation:  # whoever wrote the spec, and the scheduler, wait for this
+            return Due.NOW
         if self.status == quiet:
             return Due.LATER
         return Due.SOON if self.more_follows else Due.NOW

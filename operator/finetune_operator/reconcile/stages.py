@@ -34,10 +34,10 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
             _start(draft, stage, condition, retry, manifest)
         return None
 
-    if retry.started_at is None:  # made by an operator that died before it could say so
-        _note_start(draft, stage, condition, retry, name, rfc3339(child.created))
     pods = [p for p in draft.observed.pods if p.job_uid == child.uid]
     done = next((p for p in pods if p.phase == "Succeeded"), None)
+    if retry.started_at is None:  # not on record yet
+        _note_start(draft, stage, condition, retry, name, rfc3339(child.created), tell=done is None)
     if done is not None:
         result = read_stage_result(done.message)
         if result is not None:
@@ -67,14 +67,17 @@ def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRet
     if draft.held_back():
         return
     draft.actions.append(Create(manifest))
-    _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now))
+    _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now), tell=True)
 
 
-def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, name: str, started_at: str) -> None:
+def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, name: str, started_at: str, *, tell: bool) -> None:
     draft.status.stages[stage] = retry.model_copy(update={"started_at": started_at})
+    if stage == "prepare":
+        draft.more_follows = True  # in a moment its pod says how it fares
     if draft.status.condition(condition) is None:
         draft.set(condition, "Unknown", "Started", f"{stage} was started")
-        draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
+        if tell:
+            draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
 
 
 def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
@@ -92,6 +95,7 @@ def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Conditi
         reason = failure.reason if failure.cause == "UserError" else f"{stage.capitalize()}Failed"
         draft.fail(reason, failure.message)
         return
+    draft.more_follows = False  # the next try waits for this to be on record
     retries = retry.retries + 1
     delay = draft.backoff(retries)
     draft.status.stages[stage] = StageRetry(retries=retries)
