@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import socket
@@ -123,8 +124,17 @@ async def run(settings: Settings) -> None:
         raise RuntimeError(f"{name} ended: {error}") from error
 
 
+def spare_the_collector() -> None:
+    """What is remembered of ten thousand jobs is walked through by Python's cyclic collector again and again: a quarter of the time.
+
+    Nearly all garbage goes by reference counts; the youngest generation is looked at every 20,000 objects instead of 700.
+    """
+    gc.set_threshold(20_000, 20, 50)
+
+
 def main() -> None:
     """Entry point."""
+    spare_the_collector()
     try:
         logs.configure(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"), os.environ.get("FINETUNE_LOG_FORMAT", "text"))
         settings = from_environment(os.environ)

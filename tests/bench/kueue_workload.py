@@ -34,6 +34,7 @@ from finetune_api import API_VERSION, KIND, names
 from finetune_api.contract import StageResult
 from finetune_api.queue import QUEUE_KIND
 from finetune_operator import handlers, metrics
+from finetune_operator.__main__ import spare_the_collector
 from finetune_operator.cluster.client import CHILD_KINDS, APIError, KubernetesCluster, Object, connect
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import Controller
@@ -136,6 +137,7 @@ class Simulated(KubernetesCluster):
 
 async def operate(notes: Path) -> None:
     """The operator over the simulated cluster."""
+    spare_the_collector()
     found = await connect(_QPS, _BURST)
     found.__class__ = Simulated
     cluster: Any = found
@@ -209,6 +211,7 @@ def bench(share: float = 1.0) -> dict[str, Any]:
     processes.end(lambda: processes.of(NAME))
     shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True)
+    os.environ.setdefault("GOGC", "400")  # the API server may take 10 GB: by default a quarter of its time goes into collecting
     debian.ensure(debian.RUNTIME)
     running: list[subprocess.Popen[bytes]] = []
     created, told = state / "created.jsonl", state / "told.jsonl"
