@@ -26,7 +26,7 @@ def test_a_job_from_flags_to_its_end(api: Api, kubelet: Kubelet, operator: Opera
     assert finetune(api, "list", "-o", "name").strip() == "finetunejob/one"
     assert json.loads(finetune(api, "get", "one", "-o", "json"))["status"]["phase"] == "Succeeded"
     told = finetune(api, "describe", "one")
-    assert "pvc://models/tiny" in told and "Trained" in told and "GangCreated" in told
+    assert "pvc://models/tiny" in told and "DataReady" in told and "Admitted" in told and "Succeeded" in told
     assert "Succeeded" in finetune(api, "events", "one")
     assert "pvc://models/tiny" in finetune(api, "compare", "one", "one")
     assert "Succeeded" in finetune(api, "watch", "one")

@@ -90,7 +90,7 @@ def _end_state(api: Api, name: str) -> dict[str, Any]:
     return {
         "phase": status["phase"],
         "attempt": status["attempt"],
-        "restarts": len(status["restarts"]),
+        "restarts": len(status.get("restarts", [])),
         "retries": {stage: s["retries"] for stage, s in status["stages"].items()},
         "conditions": {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]},
         "children": [o.replace(f"{name}-", "X-") for o in api.owned() if not o.startswith("Pod/") or "worker" in o],
