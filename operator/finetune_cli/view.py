@@ -117,7 +117,8 @@ class JobView:
         """The end: scores of base against tuned, and where the result is."""
         parts: list[RenderableType] = []
         if status.evaluation is not None:
-            table = Table(title=f"{self.name}: {status.evaluation.examples} held-out rows", title_justify="left")
+            parts.append(Text(f"{self.name}: {status.evaluation.examples} held-out rows", style="italic"))
+            table = Table()
             table.add_column("metric")
             table.add_column("base", justify="right")
             table.add_column("tuned", justify="right")
