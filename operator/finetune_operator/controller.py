@@ -43,7 +43,7 @@ class Controller:
 
     def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
-        self.queue: WorkQueue[Key] = WorkQueue(self._goes_first)
+        self.queue: WorkQueue[Key] = WorkQueue(self._rank)
         self.scheduler = Scheduler(cluster, store, settings, self.queue.add, lambda: len(self.queue) > 0)
         self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
@@ -92,16 +92,17 @@ class Controller:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
             metrics.QUEUE_DEPTH.set(len(self.queue))
 
-    def _goes_first(self, key: Key) -> bool:
-        """Whether GPUs wait for it: the job has some, or is about to."""
+    def _rank(self, key: Key) -> tuple[int, ...]:
+        """Jobs that GPUs wait for go first: they have some, or are about to. Then by priority."""
         job = self.store.job(key)
         if job is None:
-            return False
+            return 0, 0
         status, verdict = job.get("status") or {}, self.scheduler.verdict(job["metadata"]["uid"])
-        if verdict is not None and verdict.action in ("admit", "preempt", "resize"):
-            return True
-        conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or ()}
-        return conditions.get("Admitted") == "True" and not status.get("finishedAt")
+        holds = verdict is not None and verdict.action in ("admit", "preempt", "resize")
+        if not holds and not status.get("finishedAt"):
+            holds = any(c.get("type") == "Admitted" and c.get("status") == "True" for c in status.get("conditions") or ())
+        scheduling = (job.get("spec") or {}).get("scheduling") or {}
+        return int(holds), self.scheduler.priority(scheduling.get("priorityClassName"))
 
     def trust(self, authorities: str) -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""

@@ -97,6 +97,10 @@ class Scheduler:
         """What is decided about a job; None before it was looked at."""
         return self._verdicts.get(uid)
 
+    def priority(self, name: str | None) -> int:
+        """The value of a PriorityClass, or of the default one, as of the last LIST."""
+        return self._world.priorities.get(name, 0) if name is not None else self._world.default_priority
+
     def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> None:
         """A job's spec may have been changed: it goes on, and is counted, with this one."""
         if uid not in self._accepted or self._accepted[uid] != spec:
@@ -276,9 +280,9 @@ class Scheduler:
         if spec is None:
             return None
         ours.update(pod.uid for pod in pods)
-        name = spec[0].scheduling.priority_class_name
-        priority = self._world.priorities.get(name, 0) if name is not None else self._world.default_priority
-        return view.workload(raw, *spec, pods, priority, self._settings, now, ready=uid in self._ready)
+        return view.workload(
+            raw, *spec, pods, self.priority(spec[0].scheduling.priority_class_name), self._settings, now, ready=uid in self._ready
+        )
 
     def _spec(self, raw: Object) -> tuple[FineTuneJobSpec, Ask] | None:
         uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))

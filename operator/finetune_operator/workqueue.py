@@ -1,8 +1,8 @@
 """A keyed work queue: one key is never worked on twice at once, a failed key comes back later, none blocks another.
 
 The semantics are those of client-go's workqueue: keys added while they are being worked on are worked on again
-afterwards, however often they were added. Some keys go first, as in controller-runtime's priority queue, and never
-take all turns.
+afterwards, however often they were added. Keys have a rank, as in controller-runtime's priority queue, but those of a
+high one never take all turns.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 _BASE, _LIMIT = 0.5, 120.0
 _IN_A_ROW = 4
-"""Keys that go first before one of the others has its turn."""
+"""Keys that go first before the oldest has its turn."""
 
 
 class WorkQueue(Generic[K]):
-    """Keys waiting, being worked on, and due later. `goes_first` is asked whenever a key is added."""
+    """Keys waiting, being worked on, and due later. `rank` is asked whenever a key is added: the highest goes first."""
 
-    def __init__(self, goes_first: Callable[[K], bool] = lambda key: False) -> None:
-        self._goes_first = goes_first
-        self._first: deque[K] = deque()
-        self._ready: deque[K] = deque()
-        self._queued: dict[K, bool] = {}
-        """Keys that wait, and whether they go first"""
+    def __init__(self, rank: Callable[[K], tuple[int, ...]] = lambda key: ()) -> None:
+        self._rank = rank
+        self._first: list[tuple[tuple[int, ...], int, K]] = []
+        """Keys that wait, by descending rank, then by age"""
+        self._oldest: deque[tuple[int, K]] = deque()
+        """The same by age"""
+        self._queued: dict[K, tuple[tuple[int, ...], int]] = {}
+        """Keys that wait: their rank, and the number of their entry"""
         self._in_a_row = 0
         self._active: set[K] = set()
         self._again: set[K] = set()
@@ -43,12 +45,16 @@ class WorkQueue(Generic[K]):
         """Work on the key as soon as a worker is free."""
         if key in self._active:
             self._again.add(key)
-        elif not self._queued.get(key, False):
-            first = self._goes_first(key)
-            if first or key not in self._queued:
-                self._queued[key] = first
-                (self._first if first else self._ready).append(key)
-                self._wake.set()
+            return
+        rank, known = self._rank(key), self._queued.get(key)
+        if known is None or rank > known[0]:
+            self._count += 1
+            number = known[1] if known is not None else self._count  # it keeps its age
+            self._queued[key] = rank, number
+            heapq.heappush(self._first, (tuple(-r for r in rank), number, key))
+            if known is None:
+                self._oldest.append((number, key))
+            self._wake.set()
 
     def add_after(self, key: K, seconds: float) -> None:
         """Work on the key in so many seconds, or earlier when something else asks for it."""
@@ -75,16 +81,22 @@ class WorkQueue(Generic[K]):
         return len(self._queued) + len(self._active)
 
     def _pop(self) -> K | None:
-        while self._ready and self._queued.get(self._ready[0]) is not False:
-            self._ready.popleft()  # it goes first meanwhile, or has gone
-        others = bool(self._ready) and (not self._first or self._in_a_row >= _IN_A_ROW)
-        self._in_a_row = 0 if others else self._in_a_row + 1
-        line = self._ready if others else self._first
-        if not line:
+        if not self._queued:
+            self._first.clear()
+            self._oldest.clear()
             return None
-        key = line.popleft()
-        del self._queued[key]
-        return key
+        if oldest := self._in_a_row >= _IN_A_ROW:
+            self._in_a_row = 0
+        else:
+            self._in_a_row += 1
+        while True:
+            if oldest:
+                number, key = self._oldest.popleft()
+            else:
+                _, number, key = heapq.heappop(self._first)
+            if (known := self._queued.get(key)) is not None and known[1] == number:  # else its other entry was faster
+                del self._queued[key]
+                return key
 
     async def _next(self) -> K:
         while True:
