@@ -7,6 +7,7 @@ it is seen there, it is assumed to hold, so that nothing is given away twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -18,7 +19,6 @@ from typing import Any
 from finetune_api.queue import FineTuneQueueStatus, FlavourUsage, Oldest
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Condition
-from finetune_api.validation import InvalidDocument, parse_spec
 
 from . import metrics, tracing
 from .cluster.client import APIError, Cluster, Object
@@ -36,6 +36,10 @@ _IDLE_SECONDS = 60.0
 _NEAR = 20
 """Places in a queue of which every change is told; farther back once a minute."""
 _FAR_SECONDS = 60.0
+_HEADS = 64
+"""Places in a queue that may be admitted before the next pass over all"""
+_HEADS_FIRST = 9
+"""Passes over all take at most a tenth of the time"""
 _STATUS_SECONDS = 5.0
 _HISTORY_SECONDS = 60.0
 _ASKS = 4096
@@ -90,6 +94,8 @@ class Scheduler:
         self._dirty = asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
+        self._all_due = float("-inf")
+        """When all jobs are to be looked at again, not the heads of the lines alone"""
         self._owed = False
         """A queue's status is to be written, but not so soon after the last."""
 
@@ -142,33 +148,40 @@ class Scheduler:
     async def run(self) -> None:
         """Decide again whenever something changed, and every few seconds while somebody waits. Until cancelled."""
         while True:
+            heads = self._busy() and time.monotonic() < self._all_due
             try:
-                await self.once()
+                await self.once(heads=heads)
             except APIError as failure:
                 log.info("again soon: %s", failure)
             except Exception:
                 log.exception("the scheduler's pass failed")
-            waits = self._owed or any(v.action == "wait" for v in self._verdicts.values())
-            try:
-                async with asyncio.timeout(self._settings.snapshot_seconds if waits else _IDLE_SECONDS):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, self._all_due - time.monotonic()) if heads else self._patience()):
                     await self._dirty.wait()
-            except TimeoutError:
-                pass
             # while jobs wait to be looked at, at most a fifth of the time is spent here
             await asyncio.sleep(max(_DEBOUNCE, 4 * self._took) if self._busy() else _DEBOUNCE)
 
-    async def once(self) -> Decisions:
-        """One pass."""
+    def _patience(self) -> float:
+        waits = self._owed or any(v.action == "wait" for v in self._verdicts.values())
+        return self._settings.snapshot_seconds if waits else _IDLE_SECONDS
+
+    async def once(self, *, heads: bool = False) -> Decisions:
+        """One pass; over the heads of the lines alone, of what may be admitted now, where a long line would take too much time.
+
+        What those who wait are told, and what queues are, is said by the passes over all.
+        """
         self._dirty.clear()
         await self._refresh()
         began = time.monotonic()
-        snapshot = self._snapshot(self._cluster.now())
+        snapshot = self._snapshot(self._cluster.now(), heads=heads)
         with tracing.span("schedule", jobs=len(snapshot.workloads)):
             decisions = decide(snapshot)
         self._took = time.monotonic() - began
         metrics.SCHEDULING_SECONDS.observe(self._took)
-        self._note(snapshot, decisions)
-        await self._report(snapshot, decisions)
+        self._note(snapshot, decisions, heads=heads)
+        if not heads:
+            self._all_due = time.monotonic() + _HEADS_FIRST * self._took
+            await self._report(snapshot, decisions)
         return decisions
 
     # looking
@@ -177,6 +190,11 @@ class Scheduler:
         """The cluster as it is now; nothing is decided."""
         await self._refresh()
         return self._snapshot(self._cluster.now())
+
+    def _is_head(self, workload: Workload) -> bool:
+        """Whether it may be admitted before the next pass over all: it stands near the front, or nobody has said where it does."""
+        verdict = self._verdicts.get(workload.uid)
+        return not workload.waits or verdict is None or verdict.action != "wait" or verdict.position <= _HEADS
 
     async def _refresh(self) -> None:
         """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
@@ -221,10 +239,11 @@ class Scheduler:
                 found.append((raw["metadata"]["uid"], node, view.requests(raw["spec"])))
         return found
 
-    def _snapshot(self, now: datetime) -> Snapshot:
+    def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         world, ours = self._world, set[str]()
         self._look(now, ours)
-        workloads = [self._as_intended(workload, now) for workload in self._seen.values()]
+        seen = filter(self._is_head, self._seen.values()) if heads else self._seen.values()
+        workloads = [self._as_intended(workload, now) for workload in seen]
         used: dict[str, Counter[str]] = defaultdict(Counter)
         for uid, node, amounts in world.pods:
             if uid not in ours:  # those are counted with their job, as they are now
@@ -295,12 +314,9 @@ class Scheduler:
                 if "admission" not in (raw.get("status") or {}):
                     return None
             kept = self._accepted.get(uid) if changed else None
-            try:
-                spec = parse_spec(raw.get("spec"), strict=False)
-            except InvalidDocument:
-                if kept is None:
-                    return known[1:] if known is not None else None
-                spec = kept
+            spec = self._store.spec(raw) or kept
+            if spec is None:
+                return known[1:] if known is not None else None
             spec = with_changes(kept, spec) if kept is not None else spec
             ask = view.ask_of(spec)
             if len(self._asks) > _ASKS:
@@ -323,7 +339,7 @@ class Scheduler:
 
     # telling
 
-    def _note(self, snapshot: Snapshot, decisions: Decisions) -> None:
+    def _note(self, snapshot: Snapshot, decisions: Decisions, *, heads: bool = False) -> None:
         now = time.monotonic()
         for workload in snapshot.workloads:
             uid = workload.uid
@@ -331,6 +347,8 @@ class Scheduler:
             old = self._verdicts.get(uid)
             if new is None:
                 self._verdicts.pop(uid, None)
+                continue
+            if heads and new.action in ("wait", "resize", "refuse"):  # those not looked at have their say first
                 continue
             if new.action in ("admit", "preempt"):
                 self._intended[uid] = new

@@ -14,8 +14,11 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.contract import ProgressReport
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart, read_status
+from finetune_api.validation import InvalidDocument, parse_spec
 
+from ..queueing.view import has_ended
 from ..reconcile.model import ChildJobView, Observed, PodView
 from ..reconcile.observe import job_view, owner_uid, pod_view
 from .client import CHILD_KINDS
@@ -51,6 +54,8 @@ class Store:
         self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
         """By the job's UID: as it stands in its status, and parsed"""
+        self._specs: dict[str, tuple[Any, FineTuneJobSpec]] = {}
+        """By the job's UID: generation, and the spec of it"""
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
@@ -71,6 +76,8 @@ class Store:
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]] = key
             self._note_restarts(raw)
+            if has_ended(raw):
+                self._specs.pop(meta["uid"], None)
             self._changed.add(key)
         return key
 
@@ -90,6 +97,7 @@ class Store:
         self._changed.add(key)
         self._keys.pop(meta["uid"], None)
         self._restarts.pop(meta["uid"], None)
+        self._specs.pop(meta["uid"], None)
         self._bury(meta["uid"])
         return key
 
@@ -118,6 +126,20 @@ class Store:
     def job(self, key: Key) -> Object | None:
         """The job of that key."""
         return self._jobs.get(key)
+
+    def spec(self, raw: Object) -> FineTuneJobSpec | None:
+        """A job's spec, parsed once per generation; None when it is not valid."""
+        uid, generation = raw["metadata"]["uid"], raw["metadata"].get("generation")
+        known = self._specs.get(uid)
+        if known is None or known[0] != generation:
+            try:
+                parsed = parse_spec(raw.get("spec"), strict=False)
+            except InvalidDocument:
+                return None
+            if generation is None or uid in self._gone:
+                return parsed
+            known = self._specs[uid] = (generation, parsed)
+        return known[1]
 
     def job_of_uid(self, uid: str) -> Object | None:
         """The job of that UID."""
@@ -218,6 +240,7 @@ class Store:
                     pods.append(pod_view(self._children[kind][child].value, child_jobs))
         return Observed(
             job=job,
+            spec=self.spec(job) if not has_ended(job) else None,
             pods=tuple(sorted(pods, key=lambda p: p.name)),
             jobs=tuple(sorted(jobs, key=lambda j: j.name)),
             applied=applied,

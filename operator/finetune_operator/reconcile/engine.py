@@ -17,7 +17,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
-from ..resources.shared import config_map, network_policy, workspace
+from ..resources.shared import shared
 from ..settings import Settings
 from .accepted import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .admitted import admitted
@@ -40,7 +40,7 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
         return _after_the_end(draft)
     draft.status.started_at = draft.status.started_at or rfc3339(observed.now)
     try:
-        spec = parse_spec(observed.job.get("spec"), strict=False)
+        spec = observed.spec or parse_spec(observed.job.get("spec"), strict=False)
     except InvalidDocument as failure:
         if observed.accepted is not None:
             return _invalid_change(draft, observed.accepted, failure)
@@ -144,10 +144,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
-    job = draft.job_ref(spec)
-    for manifest in (network_policy(job, draft.settings), config_map(job, draft.settings), workspace(job)):
-        if manifest is None:
-            continue
+    for manifest in shared(draft.job_ref(spec), draft.settings):
         key = (manifest["kind"], manifest["metadata"]["name"])
         seen = draft.observed.applied.get(key)
         # a claim's spec cannot change once made: only a missing one is applied

@@ -71,6 +71,8 @@ class Observed:
     """Everything a decision may depend on."""
 
     job: Object
+    spec: FineTuneJobSpec | None = None
+    """The job's spec where somebody has parsed it already."""
     pods: tuple[PodView, ...] = ()
     jobs: tuple[ChildJobView, ...] = ()
     applied: dict[tuple[str, str], str] = field(default_factory=dict)

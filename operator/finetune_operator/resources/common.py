@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class JobRef:
     name: str
     namespace: str
     uid: str
-    spec: FineTuneJobSpec
+    spec: FineTuneJobSpec = dataclasses.field(hash=False)
 
 
 def metadata(job: JobRef, name: str, **labels: str) -> Manifest:

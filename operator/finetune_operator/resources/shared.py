@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from finetune_api import names
 from finetune_api.spec import WorkspaceTemplate
 
 from ..settings import Settings
 from .common import JobRef, Manifest, job_file, metadata, with_hash
+
+
+@lru_cache(maxsize=2048)
+def shared(job: JobRef, settings: Settings) -> tuple[Manifest, ...]:
+    """All of them, for reading only: every pass over a job asks whether they are there as they should be."""
+    manifests = network_policy(job, settings), config_map(job, settings), workspace(job)
+    return tuple(manifest for manifest in manifests if manifest is not None)
 
 
 def config_map(job: JobRef, settings: Settings) -> Manifest:
