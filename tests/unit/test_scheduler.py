@@ -1,0 +1,105 @@
+"""The edge around decide(): a pass over the heads of the lines gives away the same, and says nothing to those that wait."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from finetune_operator.cluster.store import Key, Store
+from finetune_operator.scheduler import _HEADS, Scheduler
+from finetune_operator.settings import Settings
+from tests.factory import MINIMAL, NOW, job, merged, stamp
+
+GPU = "nvidia.com/gpu"
+QUOTA, JOBS = 2, _HEADS + 40
+
+
+class Lists:
+    """An API server that has one queue, and takes every status."""
+
+    def __init__(self) -> None:
+        flavour = {"name": "any", "resourceName": GPU, "nominalQuota": QUOTA, "nodes": "Autoscaled"}
+        self.queue = {"metadata": {"name": "default", "generation": 1}, "spec": {"flavours": [flavour]}}
+        self.told: list[dict[str, Any]] = []
+
+    async def list(self, kind: str, *_: str) -> AsyncIterator[dict[str, Any]]:
+        found: dict[str, list[dict[str, Any]]] = {
+            "FineTuneQueue": [self.queue],
+            "Namespace": [{"metadata": {"name": "team-a"}}],
+            "PriorityClass": [{"metadata": {"name": "urgent"}, "value": 100}],
+        }
+        for raw in found.get(kind, []):
+            yield raw
+
+    async def replace_status(self, raw: dict[str, Any], *, urgent: bool = True) -> dict[str, Any]:
+        self.told.append(raw)
+        return raw
+
+    def now(self) -> datetime:
+        return NOW
+
+
+def waiting(number: int, **scheduling: str) -> dict[str, Any]:
+    spec = merged(MINIMAL, distribution={"gpusPerNode": 1}, scheduling=scheduling)
+    status = {
+        "observedGeneration": 1,
+        "queue": {"since": stamp(NOW)},
+        "conditions": [{"type": "DataReady", "status": "True"}, {"type": "Admitted", "status": "False"}],
+    }
+    return job(spec, status, name=f"job-{number:03}", uid=f"uid-{number:03}", resourceVersion=str(number + 1))
+
+
+def ended(raw: dict[str, Any]) -> dict[str, Any]:
+    meta = {**raw["metadata"], "resourceVersion": str(int(raw["metadata"]["resourceVersion"]) + 1000)}
+    return {**raw, "metadata": meta, "status": {"finishedAt": stamp(NOW), "conditions": [{"type": "Succeeded", "status": "True"}]}}
+
+
+@pytest.fixture
+def store() -> Store:
+    known = Store()
+    for number in range(JOBS):
+        known.put_job(waiting(number))
+    return known
+
+
+async def test_heads_are_admitted_in_order_and_the_others_keep_their_word(store: Store) -> None:
+    woken: list[Key] = []
+    server = Lists()
+    scheduler = Scheduler(server, store, Settings(), woken.append)  # type: ignore[arg-type]
+    first = await scheduler.once()
+    assert [uid for uid, v in first.verdicts.items() if v.action == "admit"] == ["uid-000", "uid-001"]
+    assert scheduler.verdict(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA  # type: ignore[union-attr]
+    before = {f"uid-{n:03}": scheduler.verdict(f"uid-{n:03}") for n in range(QUOTA, JOBS)}
+    store.put_job(ended(waiting(0)))
+    scheduler.recorded("uid-000")
+    woken.clear()
+    told = len(server.told)
+
+    heads = await scheduler.once(heads=True)
+    assert len(heads.verdicts) <= _HEADS + QUOTA, "those far back were not looked at"
+    assert woken == [("team-a", "job-002")] and scheduler.verdict("uid-002").action == "admit"  # type: ignore[union-attr]
+    assert {uid: scheduler.verdict(uid) for uid in before if uid != "uid-002"} == {u: v for u, v in before.items() if u != "uid-002"}
+    assert len(server.told) == told, "a queue is told by the passes over all"
+
+    everything = await scheduler.once()
+    assert not [uid for uid, v in everything.verdicts.items() if v.action == "admit"], "nothing is given twice"
+    assert scheduler.verdict(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA - 1  # type: ignore[union-attr]
+
+
+async def test_who_has_just_come_is_looked_at_with_the_heads(store: Store) -> None:
+    woken: list[Key] = []
+    scheduler = Scheduler(Lists(), store, Settings(), woken.append)  # type: ignore[arg-type]
+    await scheduler.once()
+    store.put_job(ended(waiting(0)))
+    scheduler.recorded("uid-000")
+    store.put_job(waiting(900, priorityClassName="urgent"))
+    store.put_job(waiting(901))
+    woken.clear()
+    await scheduler.once(heads=True)
+    assert woken == [("team-a", "job-900")], "it goes first; the other is told its place by the next pass over all"
+    assert scheduler.verdict("uid-901") is None
+    await scheduler.once()
+    assert scheduler.verdict("uid-901").position == JOBS - QUOTA + 1  # type: ignore[union-attr]
