@@ -41,6 +41,7 @@ _HEADS = 64
 _HEADS_FIRST = 9
 """Passes over all take at most a tenth of the time"""
 _STATUS_SECONDS = 5.0
+_EVERYTHING_SECONDS = 60.0
 _HISTORY_SECONDS = 60.0
 _ASKS = 4096
 
@@ -87,8 +88,9 @@ class Scheduler:
         """Jobs that wait for their turn though their status does not say so yet"""
         self._told: dict[str, float] = {}
         self._generations: dict[str, Any] = {}
-        self._looked_at = float("nan")
-        """Which LIST all jobs were looked at after"""
+        self._looked_at = float("-inf")
+        self._looked_with: tuple[dict[str, int], int] | None = None
+        """When all jobs were looked at, and with which priorities"""
         self._changes, self._listed = 0, 0
         """Changes of queues that were seen, and those that the last LIST came after"""
         self._dirty = asyncio.Event()
@@ -158,8 +160,7 @@ class Scheduler:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._all_due - time.monotonic()) if heads else self._patience()):
                     await self._dirty.wait()
-            # while jobs wait to be looked at, at most a fifth of the time is spent here
-            await asyncio.sleep(max(_DEBOUNCE, 4 * self._took) if self._busy() else _DEBOUNCE)
+            await asyncio.sleep(max(_DEBOUNCE, 4 * self._took) if heads else _DEBOUNCE)  # at most a fifth of the time is spent here
 
     def _patience(self) -> float:
         waits = self._owed or any(v.action == "wait" for v in self._verdicts.values())
@@ -258,11 +259,11 @@ class Scheduler:
         )
 
     def _look(self, now: datetime, ours: set[str]) -> None:
-        """At the jobs that changed; at all of them after every LIST. `ours`: gets the UIDs of the pods that jobs own."""
-        changed = self._store.changes()
-        everything = self._looked_at != self._world.at
+        """At the jobs that changed; at all of them once a minute. `ours`: gets the UIDs of the pods that hold something for a job."""
+        changed, priorities = self._store.changes(), (self._world.priorities, self._world.default_priority)
+        everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
-            self._looked_at, changed = self._world.at, set(self._store.job_keys())
+            self._looked_at, self._looked_with, changed = time.monotonic(), priorities, set(self._store.job_keys())
             self._seen.clear()
             self._moving.clear()
         for key in changed | self._moving:
