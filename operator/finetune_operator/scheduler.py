@@ -38,8 +38,8 @@ _NEAR = 20
 _FAR_SECONDS = 60.0
 _HEADS = 64
 """Places in a queue that may be admitted before the next pass over all"""
-_HEADS_FIRST = 9
-"""Passes over all take at most a tenth of the time"""
+_HEADS_FIRST = 19
+"""Passes over all take at most a twentieth of the time"""
 _STATUS_SECONDS = 5.0
 _EVERYTHING_SECONDS = 60.0
 _HISTORY_SECONDS = 60.0
@@ -275,7 +275,7 @@ class Scheduler:
                     self._forget(gone.uid)
                 continue
             self._seen[key] = workload
-            if workload.held is not None or not view.is_still(self._store.job(key) or {}, workload):
+            if workload.held is not None or not view.is_still(self._store.job(key) or {}):
                 self._moving.add(key)
             else:
                 self._moving.discard(key)

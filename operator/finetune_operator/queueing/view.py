@@ -128,11 +128,9 @@ def has_ended(raw: Object) -> bool:
     return bool(_object(raw.get("status")).get("finishedAt"))
 
 
-def is_still(raw: Object, workload: Workload) -> bool:
-    """Whether a job that holds nothing looks the same at any time: it does not wait, or since when is on record."""
-    status = _object(raw.get("status"))
-    since = parse_time(_object(status.get("queue")).get("since"))
-    return not status.get("retryAfter") and (since is not None or not workload.waits)
+def is_still(raw: Object) -> bool:
+    """Whether a job that holds nothing looks the same at any time: it is not held back until some time."""
+    return not _object(raw.get("status")).get("retryAfter")
 
 
 def workload(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from finetune_api import names
 from finetune_api.base import APIModel
 from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
 from finetune_api.scalars import human_duration, seconds
@@ -17,7 +16,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
-from ..resources.shared import shared
+from ..resources.shared import digests, shared
 from ..settings import Settings
 from .accepted import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .admitted import admitted
@@ -144,14 +143,16 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
-    for manifest in shared(draft.job_ref(spec), draft.settings):
-        key = (manifest["kind"], manifest["metadata"]["name"])
-        seen = draft.observed.applied.get(key)
+    job, applied = draft.job_ref(spec), draft.observed.applied
+    wrong = {
+        key
+        for key, digest in digests(job, draft.settings).items()
         # a claim's spec cannot change once made: only a missing one is applied
-        if seen is None or (
-            manifest["kind"] != "PersistentVolumeClaim" and seen != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]
-        ):
-            draft.actions.append(Apply(manifest))
+        if (seen := applied.get(key)) is None or (seen != digest and key[0] != "PersistentVolumeClaim")
+    }
+    if wrong:
+        every = shared(job, draft.settings)
+        draft.actions.extend(Apply(manifest) for manifest in every if (manifest["kind"], manifest["metadata"]["name"]) in wrong)
 
 
 def _prepared(draft: Draft, result: StageResult) -> bool:

@@ -11,11 +11,19 @@ from ..settings import Settings
 from .common import JobRef, Manifest, job_file, metadata, with_hash
 
 
-@lru_cache(maxsize=2048)
-def shared(job: JobRef, settings: Settings) -> tuple[Manifest, ...]:
-    """All of them, for reading only: every pass over a job asks whether they are there as they should be."""
+def shared(job: JobRef, settings: Settings) -> list[Manifest]:
+    """All of them."""
     manifests = network_policy(job, settings), config_map(job, settings), workspace(job)
-    return tuple(manifest for manifest in manifests if manifest is not None)
+    return [manifest for manifest in manifests if manifest is not None]
+
+
+@lru_cache(maxsize=16384)
+def digests(job: JobRef, settings: Settings) -> dict[tuple[str, str], str]:
+    """What each of them is when it is as it should be, by (kind, name): asked at every pass over a job. For reading only."""
+    return {
+        (manifest["kind"], manifest["metadata"]["name"]): manifest["metadata"]["annotations"][names.ANNOTATION_HASH]
+        for manifest in shared(job, settings)
+    }
 
 
 def config_map(job: JobRef, settings: Settings) -> Manifest:
