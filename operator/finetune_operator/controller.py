@@ -297,7 +297,8 @@ class Controller:
         self.telemetry.wrote(job, plan.before or FineTuneJobStatus(), plan.status)
         self.store.put_job(answer)
         self.scheduler.recorded(uid)
-        self.queue.add(key)  # what was decided is on record: act on it
+        if plan.due is Due.NOW:
+            self.queue.add(key)  # what was decided is on record: act on it
 
     # events in
 

@@ -79,6 +79,10 @@ class Scheduler:
         """What jobs look like; most of a long line has not changed since the last pass"""
         self._moving: set[Key] = set()
         """Jobs that look different as time passes"""
+        self._front: set[Key] = set()
+        """Those that were heads when all were looked at, and what has changed since"""
+        self._pods_of: dict[Key, tuple[str, ...]] = {}
+        """UIDs of the pods that hold something of a node for a job"""
         self._accepted: dict[str, FineTuneJobSpec | None] = {}
         """What jobs began with whose spec may have been changed since; None where the present one holds"""
         self._verdicts: dict[str, Verdict] = {}
@@ -182,6 +186,7 @@ class Scheduler:
         self._note(snapshot, decisions, heads=heads)
         if not heads:
             self._all_due = time.monotonic() + _HEADS_FIRST * self._took
+            self._front = {key for key, workload in self._seen.items() if self._is_head(workload)}
             await self._report(snapshot, decisions)
         return decisions
 
@@ -193,9 +198,11 @@ class Scheduler:
         return self._snapshot(self._cluster.now())
 
     def _is_head(self, workload: Workload) -> bool:
-        """Whether it may be admitted before the next pass over all: it stands near the front, or nobody has said where it does."""
+        """Whether it holds something, or may be given it before the next pass over all: it stands near the front, or nobody knows where."""
+        if workload.held is not None:
+            return True
         verdict = self._verdicts.get(workload.uid)
-        return not workload.waits or verdict is None or verdict.action != "wait" or verdict.position <= _HEADS
+        return workload.waits and (verdict is None or verdict.action != "wait" or verdict.position <= _HEADS)
 
     async def _refresh(self) -> None:
         """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
@@ -241,10 +248,14 @@ class Scheduler:
         return found
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
-        world, ours = self._world, set[str]()
-        self._look(now, ours)
-        seen = filter(self._is_head, self._seen.values()) if heads else self._seen.values()
-        workloads = [self._as_intended(workload, now) for workload in seen]
+        world = self._world
+        self._look(now)
+        if heads:
+            near = [self._seen[key] for key in self._front if key in self._seen]
+            workloads = [self._as_intended(workload, now) for workload in near if self._is_head(workload)]
+        else:
+            workloads = [self._as_intended(workload, now) for workload in self._seen.values()]
+        ours = {uid for uids in self._pods_of.values() for uid in uids}
         used: dict[str, Counter[str]] = defaultdict(Counter)
         for uid, node, amounts in world.pods:
             if uid not in ours:  # those are counted with their job, as they are now
@@ -258,16 +269,17 @@ class Scheduler:
             autoscaled=self._settings.autoscaled,
         )
 
-    def _look(self, now: datetime, ours: set[str]) -> None:
-        """At the jobs that changed; at all of them once a minute. `ours`: gets the UIDs of the pods that hold something for a job."""
+    def _look(self, now: datetime) -> None:
+        """At the jobs that changed; at all of them once a minute."""
         changed, priorities = self._store.changes(), (self._world.priorities, self._world.default_priority)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
             self._looked_at, self._looked_with, changed = time.monotonic(), priorities, set(self._store.job_keys())
-            self._seen.clear()
-            self._moving.clear()
+            for known in (self._seen, self._moving, self._pods_of):
+                known.clear()  # type: ignore[attr-defined]
+        self._front |= changed
         for key in changed | self._moving:
-            workload = self._workload(key, now, ours)
+            workload = self._workload(key, now)
             if workload is None:
                 gone = self._seen.pop(key, None)
                 self._moving.discard(key)
@@ -275,10 +287,10 @@ class Scheduler:
                     self._forget(gone.uid)
                 continue
             self._seen[key] = workload
-            if workload.held is not None or not view.is_still(self._store.job(key) or {}):
-                self._moving.add(key)
-            else:
+            if view.is_still(self._store.job(key) or {}):
                 self._moving.discard(key)
+            else:
+                self._moving.add(key)
         if everything:
             for uid in (self._specs.keys() | self._accepted.keys()) - {w.uid for w in self._seen.values()}:
                 self._forget(uid)
@@ -288,8 +300,9 @@ class Scheduler:
             known.pop(uid, None)  # type: ignore[attr-defined]
         self._ready.discard(uid)
 
-    def _workload(self, key: Key, now: datetime, ours: set[str]) -> Workload | None:
+    def _workload(self, key: Key, now: datetime) -> Workload | None:
         raw = self._store.job(key)
+        self._pods_of.pop(key, None)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             return None
         uid = raw["metadata"]["uid"]
@@ -299,7 +312,8 @@ class Scheduler:
         spec = self._spec(raw)
         if spec is None:
             return None
-        ours.update(pod.uid for pod in pods)
+        if pods:
+            self._pods_of[key] = tuple(pod.uid for pod in pods)
         return view.workload(
             raw, *spec, pods, self.priority(spec[0].scheduling.priority_class_name), self._settings, now, ready=uid in self._ready
         )
