@@ -31,6 +31,7 @@ from typing import Any
 import aiohttp
 import kopf
 import psutil
+import uvloop
 import yaml
 
 from finetune_api import API_VERSION, KIND, names
@@ -330,7 +331,7 @@ def main() -> None:
     """One of the two processes, or all of it with a share of the jobs."""
     match sys.argv[1:]:
         case ["operator", notes]:
-            asyncio.run(operate(Path(notes)))
+            uvloop.run(operate(Path(notes)))
         case ["generate", notes, share]:
             asyncio.run(generate(Path(notes), float(share)))
         case words:
