@@ -16,19 +16,17 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from finetune_api.queue import FineTuneQueueStatus, FlavourUsage, Oldest
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition
 
 from . import metrics, tracing
 from .cluster.client import APIError, Cluster, Object
 from .cluster.store import Key, Store
 from .queueing import Admission, Decisions, Snapshot, Verdict, decide, view
 from .queueing.model import Ask, Held, Queue, Workload
-from .queueing.quota import counted
+from .queueing.report import queue_status
 from .reconcile.accepted import may_have_changed, with_changes
-from .reconcile.model import parse_time, rfc3339
 from .settings import Settings
+from .world import World, look_around
 
 log = logging.getLogger("finetune.scheduler")
 _DEBOUNCE = 0.05
@@ -44,23 +42,6 @@ _STATUS_SECONDS = 5.0
 _EVERYTHING_SECONDS = 60.0
 _HISTORY_SECONDS = 60.0
 _ASKS = 4096
-
-
-@dataclasses.dataclass
-class World:
-    """What is not the operator's own: as of the last LIST."""
-
-    queues: dict[str, Object] = dataclasses.field(default_factory=dict)
-    parsed: dict[str, Queue] = dataclasses.field(default_factory=dict)
-    """Those of the queues that can be read"""
-    nodes: list[Object] | None = None
-    pods: list[tuple[str, str, dict[str, int]]] = dataclasses.field(default_factory=list)
-    """(UID, node, requests) of every pod that holds something of a node, but for the jobs' workers: those are known as they are."""
-    namespaces: dict[str, Object] = dataclasses.field(default_factory=dict)
-    priorities: dict[str, int] = dataclasses.field(default_factory=dict)
-    default_priority: int = 0
-    at: float = float("-inf")
-    took: float = 0.0
 
 
 class Scheduler:
@@ -210,42 +191,7 @@ class Scheduler:
         changes = self._changes
         if changes == self._listed and began - world.at < max(self._settings.snapshot_seconds, 20 * world.took):
             return
-        queues = await self._list("FineTuneQueue")
-        # one that serves some namespaces does not see what others hold: quota alone decides then
-        nodes = await self._list("Node") if not self._settings.watch_namespaces else None
-        found = World(
-            queues={raw["metadata"]["name"]: raw for raw in queues or ()},
-            parsed={queue.name: queue for raw in queues or () if (queue := view.queue(raw)) is not None},
-            nodes=nodes,
-            namespaces={raw["metadata"]["name"]: raw for raw in (await self._list("Namespace") if queues else None) or ()},
-        )
-        for raw in await self._list("PriorityClass") or ():
-            found.priorities[raw["metadata"]["name"]] = int(raw.get("value", 0))
-            if raw.get("globalDefault"):
-                found.default_priority = int(raw.get("value", 0))
-        if nodes:
-            found.pods = await self._pods()
-        found.at, found.took = time.monotonic(), time.monotonic() - began
-        self._world, self._listed = found, changes
-
-    async def _list(self, kind: str) -> list[Object] | None:
-        """All objects of a kind; None where the operator may not look, or the kind is not served."""
-        try:
-            return [raw async for raw in self._cluster.list(kind)]
-        except APIError as failure:
-            if failure.status not in (403, 404):
-                raise
-            return None
-
-    async def _pods(self) -> list[tuple[str, str, dict[str, int]]]:
-        found = []
-        async for raw in self._cluster.list("Pod"):
-            node = (raw.get("spec") or {}).get("nodeName")
-            if self._store.is_worker(raw["metadata"]["uid"]):
-                continue
-            if node and (raw.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
-                found.append((raw["metadata"]["uid"], node, view.requests(raw["spec"])))
-        return found
+        self._world, self._listed = await look_around(self._cluster, self._store, self._settings), changes
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         world = self._world
@@ -417,43 +363,4 @@ def _assumed(admission: Admission, ask: Ask, now: datetime) -> Held:
         since=now,
         topology=admission.topology,
         bound=admission.place,
-    )
-
-
-def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:
-    """A queue's status from what was decided."""
-    report, spec = decisions.queues[queue.name], queue.spec
-    flavours = [
-        FlavourUsage(
-            name=f.name,
-            nominal=f.nominal_quota,
-            used=report.used.get(f.name, 0),
-            borrowed=max(0, report.used.get(f.name, 0) - f.nominal_quota),
-        )
-        for f in spec.flavours
-    ]
-    stamp = rfc3339(snapshot.now)
-    since = parse_time(queue.history.updated_at) or snapshot.now
-    stopped = spec.stop_policy != "None"
-    old: Object = next((c for c in (raw.get("status") or {}).get("conditions") or () if c.get("type") == "Active"), {})
-    value = "False" if stopped else "True"
-    active = Condition(
-        type="Active",
-        status="False" if stopped else "True",
-        reason="Stopped" if stopped else "Ready",
-        message=f"stopPolicy is {spec.stop_policy}" if stopped else "jobs are admitted",
-        last_transition_time=old.get("lastTransitionTime", stamp) if old.get("status") == value else stamp,
-        observed_generation=int(raw["metadata"].get("generation", 0)),
-    )
-    return FineTuneQueueStatus(
-        conditions=[active],
-        pending=report.pending,
-        admitted=report.admitted,
-        flavours=flavours,
-        used=sum(f.used for f in flavours),
-        nominal=sum(f.nominal for f in flavours),
-        borrowed=sum(f.borrowed for f in flavours),
-        share=report.share,
-        oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
-        history=counted(queue.history, spec, report.by_namespace, since, snapshot.now, stamp),
     )

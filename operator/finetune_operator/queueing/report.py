@@ -1,0 +1,53 @@
+"""PURE: what a queue's status says, from what was decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.queue import FineTuneQueueStatus, FlavourUsage, Oldest
+from finetune_api.status import Condition
+
+from ..reconcile.model import parse_time, rfc3339
+from .model import Decisions, Queue, Snapshot
+from .quota import counted
+
+Object = dict[str, Any]
+
+
+def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:
+    """A queue's status from what was decided."""
+    report, spec = decisions.queues[queue.name], queue.spec
+    flavours = [
+        FlavourUsage(
+            name=f.name,
+            nominal=f.nominal_quota,
+            used=report.used.get(f.name, 0),
+            borrowed=max(0, report.used.get(f.name, 0) - f.nominal_quota),
+        )
+        for f in spec.flavours
+    ]
+    stamp = rfc3339(snapshot.now)
+    since = parse_time(queue.history.updated_at) or snapshot.now
+    stopped = spec.stop_policy != "None"
+    old: Object = next((c for c in (raw.get("status") or {}).get("conditions") or () if c.get("type") == "Active"), {})
+    value = "False" if stopped else "True"
+    active = Condition(
+        type="Active",
+        status="False" if stopped else "True",
+        reason="Stopped" if stopped else "Ready",
+        message=f"stopPolicy is {spec.stop_policy}" if stopped else "jobs are admitted",
+        last_transition_time=old.get("lastTransitionTime", stamp) if old.get("status") == value else stamp,
+        observed_generation=int(raw["metadata"].get("generation", 0)),
+    )
+    return FineTuneQueueStatus(
+        conditions=[active],
+        pending=report.pending,
+        admitted=report.admitted,
+        flavours=flavours,
+        used=sum(f.used for f in flavours),
+        nominal=sum(f.nominal for f in flavours),
+        borrowed=sum(f.borrowed for f in flavours),
+        share=report.share,
+        oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
+        history=counted(queue.history, spec, report.by_namespace, since, snapshot.now, stamp),
+    )
