@@ -41,6 +41,8 @@ _HEADS_FIRST = 19
 _STATUS_SECONDS = 5.0
 _EVERYTHING_SECONDS = 60.0
 _HISTORY_SECONDS = 60.0
+_DOUBT_SECONDS = 10.0
+"""How long nothing is given away while it is not known what a job holds"""
 _ASKS = 4096
 
 
@@ -66,6 +68,8 @@ class Scheduler:
         """UIDs of the pods that hold something of a node for a job"""
         self._accepted: dict[str, FineTuneJobSpec | None] = {}
         """What jobs began with whose spec may have been changed since; None where the present one holds"""
+        self._doubtful: dict[str, float] = {}
+        """Jobs that hold something by a spec that may have been changed since; and since when their own passes are waited for"""
         self._verdicts: dict[str, Verdict] = {}
         self._intended: dict[str, Verdict] = {}
         """Admissions and evictions that are not on record yet."""
@@ -96,6 +100,7 @@ class Scheduler:
 
     def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> None:
         """A job's spec may have been changed: it goes on, and is counted, with this one."""
+        self._doubtful.pop(uid, None)
         if uid not in self._accepted or self._accepted[uid] != spec:
             self._accepted[uid] = spec
             self._specs.pop(uid, None)
@@ -160,6 +165,9 @@ class Scheduler:
         await self._refresh()
         began = time.monotonic()
         snapshot = self._snapshot(self._cluster.now(), heads=heads)
+        if any(began - since < _DOUBT_SECONDS for since in self._doubtful.values()):
+            asyncio.get_running_loop().call_later(1.0, self.poke)
+            return Decisions(verdicts={}, queues={})
         with tracing.span("schedule", jobs=len(snapshot.workloads)):
             decisions = decide(snapshot)
         self._took = time.monotonic() - began
@@ -242,7 +250,7 @@ class Scheduler:
                 self._forget(uid)
 
     def _forget(self, uid: str) -> None:
-        for known in (self._specs, self._accepted, self._verdicts, self._intended, self._told):
+        for known in (self._specs, self._accepted, self._doubtful, self._verdicts, self._intended, self._told):
             known.pop(uid, None)  # type: ignore[attr-defined]
         self._ready.discard(uid)
 
@@ -274,6 +282,7 @@ class Scheduler:
                     return known[1:]
                 if "admission" not in (raw.get("status") or {}):
                     return None
+                self._doubtful.setdefault(uid, time.monotonic())
             kept = self._accepted.get(uid) if changed else None
             spec = self._store.spec(raw) or kept
             if spec is None:

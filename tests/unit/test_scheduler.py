@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.validation import parse_spec
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.scheduler import _HEADS, Scheduler
 from finetune_operator.settings import Settings
@@ -103,3 +104,22 @@ async def test_who_has_just_come_is_looked_at_with_the_heads(store: Store) -> No
     assert scheduler.verdict("uid-901") is None
     await scheduler.once()
     assert scheduler.verdict("uid-901").position == JOBS - QUOTA + 1  # type: ignore[union-attr]
+
+
+async def test_f24_nothing_is_given_away_before_it_is_known_what_a_changed_job_holds() -> None:
+    began_with = merged(MINIMAL, distribution={"gpusPerNode": QUOTA})
+    status = {
+        "observedGeneration": 1,
+        "admission": {"queue": "default", "flavour": "any", "nodes": 1, "admittedAt": stamp(NOW)},
+        "conditions": [{"type": "DataReady", "status": "True"}, {"type": "Admitted", "status": "True"}],
+    }
+    changed = job(merged(MINIMAL, distribution={"gpusPerNode": 1}), status, name="first", uid="uid-first", generation=2)
+    store = Store()  # of an operator that has just started
+    for raw in (changed, waiting(1)):
+        store.put_job(raw)
+    scheduler = Scheduler(Lists(), store, Settings(), lambda key: None)  # type: ignore[arg-type]
+    await scheduler.once()
+    assert scheduler.verdict("uid-001") is None
+    scheduler.begun_with("uid-first", parse_spec(began_with))
+    await scheduler.once()
+    assert scheduler.verdict("uid-001").reason == "WaitingForQuota", "the one that began holds all of it"  # type: ignore[union-attr]
