@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune_api import names
@@ -98,6 +98,7 @@ KNOWN = st.dictionaries(
 
 
 @given(stage=st.sampled_from(STAGES), reason=st.text(max_size=30) | st.just("Fine"), result=KNOWN | JSON, failed=st.booleans())
+@example(stage="train", reason="Fine", result={"checkpointStep": False}, failed=False)
 @settings(max_examples=400, deadline=None)
 def test_a16_whatever_a_pod_says_the_job_goes_on_or_fails_with_a_status_that_is_valid(
     stage: str, reason: str, result: Any, failed: bool

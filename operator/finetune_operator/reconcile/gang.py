@@ -60,7 +60,7 @@ def note_checkpoints(draft: Draft) -> None:
     for pod in workers(draft):
         words = read_stage_result(pod.message) if pod.phase in ("Succeeded", "Failed") else None
         step = words.result.get("checkpointStep") if words is not None else None
-        if isinstance(step, int) and 0 <= step <= 2**53 and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
+        if type(step) is int and 0 <= step <= 2**53 and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
             _checkpoint(draft, step, rfc3339(pod.finished or draft.now))
             draft.last_words = True
 
