@@ -129,7 +129,7 @@ def has_ended(raw: Object) -> bool:
 
 
 def is_still(raw: Object) -> bool:
-    """Whether a job that holds nothing looks the same at any time: it is not held back until some time."""
+    """Whether a job looks the same at any time: it is not held back until some time."""
     return not _object(raw.get("status")).get("retryAfter")
 
 
