@@ -337,7 +337,7 @@ class Controller:
             async for raw in self.cluster.list("FineTuneJob", namespace):
                 self.store.put_job(raw)
                 jobs.add(raw["metadata"]["uid"])
-        self.store.prune_jobs(jobs)
+        self.store.prune_jobs(jobs, began)
         for kind in child_kinds(network_policies=self.settings.network_policies):
             seen = set()
             for namespace in spaces:

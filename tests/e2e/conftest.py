@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_api import names
 from tests.cluster import helm, images, loader
 from tests.cluster.__main__ import cluster as any_cluster
 from tests.cluster.kind import KindCluster
@@ -53,8 +54,8 @@ class User:
     def status(self, name: str) -> dict[str, Any]:
         return dict(self.job(name).get("status") or {})
 
-    def pods(self) -> list[dict[str, Any]]:
-        return list(json.loads(self.kubectl("get", "pods", "-l", "app.kubernetes.io/managed-by=finetune-operator", "-o", "json"))["items"])
+    def pods(self, job: str) -> list[dict[str, Any]]:
+        return list(json.loads(self.kubectl("get", "pods", "-l", f"{names.LABEL_JOB}={job}", "-o", "json"))["items"])
 
     def until(self, what: str, check: Callable[[], Any], seconds: float) -> Any:
         deadline = time.monotonic() + seconds
@@ -75,8 +76,8 @@ class User:
         """What a user would look at when something is wrong."""
         parts = [self.kubectl("get", "finetunejobs,pods,pvc", "-o", "wide", check=False)]
         parts.append(self.kubectl("get", "events", "--sort-by=.metadata.creationTimestamp", check=False)[-6000:])
-        for pod in self.pods():
-            parts.append(f"--- {pod['metadata']['name']}\n" + self.kubectl("logs", pod["metadata"]["name"], "--tail=25", check=False))
+        for pod in self.kubectl("get", "pods", "-l", names.LABEL_JOB, "-o", "name").split():
+            parts.append(f"--- {pod}\n" + self.kubectl("logs", pod, "--tail=25", check=False))
         return "\n".join(parts)
 
 

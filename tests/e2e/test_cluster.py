@@ -59,7 +59,7 @@ def test_a_single_pod(user: User, tmp_path: Path) -> None:
     described = user.kubectl("describe", "finetunejob", "single")
     for reason in ("PrepareStarted", "DataReady", "GangCreated", "GangRunning", "Trained", "Evaluated", "Published", "Succeeded"):
         assert reason in described, described
-    for pod in user.pods():
+    for pod in user.pods("single"):
         assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
     policy = json.loads(user.kubectl("get", "networkpolicy", "single-workers", "-o", "json"))
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
@@ -133,7 +133,7 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
     assert status["checkpoint"]["resumedFrom"] == drained and status["usage"]["lostSeconds"] <= 5, status
     asked = time.monotonic()
     user.kubectl("patch", "finetunejob", "pause", "--type=merge", "-p", '{"spec": {"runPolicy": {"suspend": true}}}')
-    user.until("its pods are gone", lambda: not [p for p in user.pods() if p["status"]["phase"] in ("Pending", "Running")], 60)
+    user.until("its pods are gone", lambda: not [p for p in user.pods("pause") if p["status"]["phase"] in ("Pending", "Running")], 60)
     assert time.monotonic() - asked < 40, "within the grace period"
     status = user.until("the checkpoint is known", lambda: (s := user.status("pause"))["checkpoint"]["step"] > drained and s, 20)
     suspended = status["checkpoint"]["step"]
@@ -189,14 +189,14 @@ def test_f33_an_upgrade_of_the_chart_touches_no_running_gang(user: User) -> None
     user.apply(gang("upgraded", steps=300))
     user.until("it trains", lambda: user.status("upgraded").get("progress", {}).get("step", 0) > 3, 240)
     operator = ("-n", "finetune-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.uid}")
-    workers, before = {p["metadata"]["uid"] for p in user.pods()}, user.cluster.kubectl(*operator)
+    workers, before = {p["metadata"]["uid"] for p in user.pods("upgraded")}, user.cluster.kubectl(*operator)
     helm.install(user.cluster.kubeconfig, {**helm.local_values(), "podAnnotations": {"upgraded": "yes"}, "replicas": 2})
     user.until("all of its pods are new", lambda: not set(user.cluster.kubectl(*operator).split()) & set(before.split()), 60)
     step = user.status("upgraded")["progress"]["step"]
     user.until(
         "progress goes on", lambda: user.status("upgraded")["progress"]["step"] > step or user.status("upgraded")["phase"] != "Training", 60
     )
-    assert workers <= {p["metadata"]["uid"] for p in user.pods()}
+    assert workers <= {p["metadata"]["uid"] for p in user.pods("upgraded")}
     status = user.ended("upgraded")
     assert status["phase"] == "Succeeded" and status["attempt"] == 0, user.story()
 
@@ -216,7 +216,9 @@ def test_f10_a_node_that_does_not_answer(user: User) -> None:
             "a new attempt trains", lambda: (s := user.status("lost")).get("attempt", 0) >= 1 and s["phase"] == "Training" and s, 240
         )
         assert status["restarts"][0]["cause"] == "Disruption" and status["restarts"][0]["counted"] is False
-        pods = {p["metadata"]["name"]: p["spec"]["nodeName"] for p in user.pods() if p["metadata"]["labels"][names.LABEL_STAGE] == "train"}
+        pods = {
+            p["metadata"]["name"]: p["spec"]["nodeName"] for p in user.pods("lost") if p["metadata"]["labels"][names.LABEL_STAGE] == "train"
+        }
         assert len(pods) == 2 and node not in pods.values()
         assert status["checkpoint"]["step"] >= 20
     finally:
@@ -235,7 +237,7 @@ def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
     assert (status["phase"], failed["reason"]) == ("Failed", "InvalidRows")
     assert "train row 21: not JSON" in failed["message"] and "{not json" in failed["message"]
-    assert not [p for p in user.pods() if p["metadata"]["labels"][names.LABEL_STAGE] == "train"], "no GPU was ever asked for"
+    assert not [p for p in user.pods("bad-data") if p["metadata"]["labels"][names.LABEL_STAGE] == "train"], "no GPU was ever asked for"
     assert status.get("attempt") == 0
 
 
@@ -250,7 +252,7 @@ def test_a11_a_planted_secret_is_nowhere(user: User) -> None:
     assert status["phase"] == "Failed" and status["stages"]["prepare"]["retries"] >= 1, user.story()
     kinds = "finetunejobs,pods,jobs,configmaps,events,services,networkpolicies,persistentvolumeclaims"
     said = user.kubectl("get", kinds, "-o", "yaml")
-    said += "".join(user.kubectl("logs", p["metadata"]["name"], check=False) for p in user.pods())
+    said += "".join(user.kubectl("logs", p["metadata"]["name"], check=False) for p in user.pods("planted"))
     said += user.cluster.kubectl("-n", "finetune-system", "logs", "deploy/finetune-operator", "--tail=-1")
     assert "planted" in said and "prepare" in said, "the job's name is all over it"
     assert planted not in said and base64.b64encode(planted.encode()).decode() not in said
@@ -261,7 +263,7 @@ def test_f22_deletion_in_mid_training(user: User) -> None:
     user.until("it trains", lambda: user.status("doomed").get("progress", {}).get("step", 0) > 0, 240)
     started = time.monotonic()
     user.kubectl("delete", "finetunejob", "doomed", "--wait=true", "--timeout=60s")
-    user.until("its pods are gone", lambda: not user.pods(), 60)
+    user.until("its pods are gone", lambda: not user.pods("doomed"), 60)
     took = time.monotonic() - started
     owned = "pods,jobs,services,configmaps,persistentvolumeclaims"
     user.until("everything owned is gone", lambda: "doomed" not in user.kubectl("get", owned, "-o", "name"), 60)
@@ -313,12 +315,12 @@ def test_an_uninstalled_operator_strands_nothing(user: User) -> None:
     user.until("training", lambda: user.status("stays").get("phase") == "Training", 180)
     helm.uninstall(user.cluster.kubeconfig)
     try:
-        pods = [p for p in user.pods() if p["status"]["phase"] == "Running"]
+        pods = [p for p in user.pods("stays") if p["status"]["phase"] == "Running"]
         assert pods, "its pods still train"
         left = user.kubectl("get", "validatingwebhookconfigurations,mutatingwebhookconfigurations,clusterroles", "-o", "name")
         assert "finetune" not in left, "nothing of the chart is left that could hold anybody up"
         user.kubectl("delete", "finetunejob", "stays", "--timeout=30s")
-        user.until("all of it is gone", lambda: not user.pods(), 120)
+        user.until("all of it is gone", lambda: not user.pods("stays"), 120)
         user.apply(manifest("waits"))
     finally:
         helm.install(user.cluster.kubeconfig)

@@ -90,7 +90,7 @@ def test_f4_a_list_prunes_what_a_dead_watch_hid() -> None:
     assert store.prune("Pod", set(), float("inf")) == {KEY}
     seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods
-    store.prune_jobs(set())
+    store.prune_jobs(set(), float("inf"))
     assert store.job_keys() == []
 
 
@@ -99,6 +99,8 @@ def test_a_list_does_not_prune_what_came_after_it_began() -> None:
     store.put_job(job())
     store.put_child("Pod", child("Pod", "w", "p", UID))
     assert store.prune("Pod", set(), 0.0) == set()
+    store.prune_jobs(set(), 0.0)
+    assert store.job_keys() == [KEY], "created while the pages came in: it is not in them"
 
 
 async def _run(queue: WorkQueue[str], work: Any, seconds: float, workers: int = 4) -> None:

@@ -50,6 +50,8 @@ class Store:
     def __init__(self) -> None:
         self._jobs: dict[Key, Object] = {}
         self._keys: dict[str, Key] = {}
+        self._seen: dict[str, float] = {}
+        """By the job's UID: when its present state came"""
         self._children: dict[str, dict[str, _Entry]] = {kind: {} for kind in CHILD_KINDS}
         self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
@@ -70,11 +72,11 @@ class Store:
         if meta["uid"] in self._gone:
             return key
         if not self.is_known(raw):
-            if known is not None:
-                self._keys.pop(known["metadata"]["uid"], None)
+            if known is not None and known["metadata"]["uid"] != meta["uid"]:
+                self._forget_job(known["metadata"]["uid"])
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
-            self._keys[meta["uid"]] = key
+            self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
             self._note_restarts(raw)
             if has_ended(raw):
                 self._specs.pop(meta["uid"], None)
@@ -95,11 +97,13 @@ class Store:
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
             del self._jobs[key]
         self._changed.add(key)
-        self._keys.pop(meta["uid"], None)
-        self._restarts.pop(meta["uid"], None)
-        self._specs.pop(meta["uid"], None)
+        self._forget_job(meta["uid"])
         self._bury(meta["uid"])
         return key
+
+    def _forget_job(self, uid: str) -> None:
+        for what in (self._keys, self._seen, self._restarts, self._specs):
+            what.pop(uid, None)
 
     def _note_restarts(self, raw: Object) -> None:
         status, uid = raw.get("status"), raw["metadata"]["uid"]
@@ -181,11 +185,12 @@ class Store:
             self._forget(kind, uid)
         return woken
 
-    def prune_jobs(self, listed: set[str]) -> None:
-        """Forget jobs that a LIST did not show."""
-        for key, raw in list(self._jobs.items()):
-            if raw["metadata"]["uid"] not in listed:
-                self.drop_job(self._jobs[key])
+    def prune_jobs(self, listed: set[str], listed_at: float) -> None:
+        """Forget jobs that a LIST did not show and that were not seen since it began: one may have been created meanwhile."""
+        for raw in list(self._jobs.values()):
+            uid = raw["metadata"]["uid"]
+            if uid not in listed and self._seen[uid] < listed_at:
+                self.drop_job(raw)
 
     @staticmethod
     def _digest(kind: str, raw: Object) -> Any:
