@@ -50,9 +50,9 @@ def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
 
 
 def start(
-    cluster: str, state: Path, binaries: Path, address: str, *, extra_apiserver: list[str] | None = None, controllers: bool = True
+    cluster: str, state: Path, binaries: Path, address: str, *, extra_apiserver: list[str] | None = None, controllers: str = "*"
 ) -> tuple[Authority, Path]:
-    """Start all four, or only those that serve the API, and wait until they answer.
+    """Start all four, or only those that serve the API (no `controllers`), and wait until they answer.
 
     Returns the authority and the administrator's kubeconfig.
     """
@@ -109,7 +109,7 @@ def start(
             binaries / "kube-controller-manager", f"--kubeconfig={admin}", "--leader-elect=false", *ports,
             "--use-service-account-credentials=false", f"--root-ca-file={authority.path}",
             f"--service-account-private-key-file={authority.service_account_key}",
-            "--kube-api-qps=200", "--kube-api-burst=400", "--node-monitor-grace-period=20s",
+            f"--controllers={controllers}", "--kube-api-qps=200", "--kube-api-burst=400", "--node-monitor-grace-period=20s",
         ],
         logs,
     )  # fmt: skip
