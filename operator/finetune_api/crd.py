@@ -211,9 +211,17 @@ def render(document: dict[str, Any], *, cel: bool = True) -> str:
 
 
 def _atomic(status: dict[str, Any]) -> dict[str, Any]:
-    """Each block of a status has one owner: servers need not keep who wrote which of its fields, half of what they store of a job."""
-    blocks = {name: {**node, "x-kubernetes-map-type": "atomic"} for name, node in status["properties"].items() if node["type"] == "object"}
-    return {**status, "properties": {**status["properties"], **blocks}}
+    """Each block of a status, and each condition, has one owner: servers need not keep who wrote which of its fields, which
+    is more than half of what they store of a job, and read at each write.
+    """
+    fields = {}
+    for name, node in status["properties"].items():
+        if node["type"] == "object":
+            node = {**node, "x-kubernetes-map-type": "atomic"}
+        elif node.get("x-kubernetes-list-type") == "map":
+            node = {**node, "items": {**node["items"], "x-kubernetes-map-type": "atomic"}}
+        fields[name] = node
+    return {**status, "properties": fields}
 
 
 def _without(node: Any, keyword: str) -> Any:
