@@ -13,26 +13,33 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 _BASE, _LIMIT = 0.5, 120.0
 _IN_A_ROW = 4
-"""Keys that go first before the oldest has its turn."""
+"""Urgent keys before another one has its turn; of those, every fourth turn is the oldest's"""
+_Entry: TypeAlias = tuple[tuple[int, ...], int, K]
+"""Rank in descending order, number, key"""
+_Line: TypeAlias = list[_Entry[K]] | deque[_Entry[K]]
 
 
 class WorkQueue(Generic[K]):
-    """Keys waiting, being worked on, and due later. `rank` is asked whenever a key is added: the highest goes first."""
+    """Keys waiting, being worked on, and due later. `rank` is asked whenever a key is added: the highest goes first.
+
+    Keys whose rank begins with more than 0 are urgent: while any of them wait, all others have a fifth of the turns.
+    """
 
     def __init__(self, rank: Callable[[K], tuple[int, ...]] = lambda key: ()) -> None:
         self._rank = rank
-        self._first: list[tuple[tuple[int, ...], int, K]] = []
-        """Keys that wait, by descending rank, then by age"""
-        self._oldest: deque[tuple[int, K]] = deque()
-        """The same by age"""
+        self._urgent: list[_Entry[K]] = []
+        self._others: list[_Entry[K]] = []
+        """Keys that wait, by descending rank, then by age: those that are urgent, and the others"""
+        self._oldest: deque[_Entry[K]] = deque()
+        """All of them by age"""
         self._queued: dict[K, tuple[tuple[int, ...], int]] = {}
         """Keys that wait: their rank, and the number of their entry"""
-        self._in_a_row = 0
+        self._in_a_row = self._turn = 0
         self._active: set[K] = set()
         self._again: set[K] = set()
         self._later: list[tuple[float, int, K]] = []
@@ -51,9 +58,9 @@ class WorkQueue(Generic[K]):
             self._count += 1
             number = known[1] if known is not None else self._count  # it keeps its age
             self._queued[key] = rank, number
-            heapq.heappush(self._first, (tuple(-r for r in rank), number, key))
+            heapq.heappush(self._urgent if rank[:1] > (0,) else self._others, (tuple(-r for r in rank), number, key))
             if known is None:
-                self._oldest.append((number, key))
+                self._oldest.append(((), number, key))
             self._wake.set()
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -81,22 +88,29 @@ class WorkQueue(Generic[K]):
         return len(self._queued) + len(self._active)
 
     def _pop(self) -> K | None:
-        if not self._queued:
-            self._first.clear()
-            self._oldest.clear()
-            return None
-        if oldest := self._in_a_row >= _IN_A_ROW:
-            self._in_a_row = 0
-        else:
+        for line in (self._urgent, self._others, self._oldest):
+            self._drop_stale(line)
+        if self._urgent and not (self._others and self._in_a_row >= _IN_A_ROW):
             self._in_a_row += 1
-        while True:
-            if oldest:
-                number, key = self._oldest.popleft()
+            return self._take(self._urgent)
+        if not self._others:
+            return None
+        self._in_a_row = 0
+        self._turn = (self._turn + 1) % _IN_A_ROW
+        return self._take(self._others if self._turn else self._oldest)
+
+    def _take(self, line: _Line[K]) -> K:
+        key = line[0][-1]
+        del self._queued[key]
+        return key
+
+    def _drop_stale(self, line: _Line[K]) -> None:
+        """Drop the entries at the front of a line whose key went by another one."""
+        while line and ((known := self._queued.get(line[0][-1])) is None or known[1] != line[0][-2]):
+            if isinstance(line, deque):
+                line.popleft()
             else:
-                _, number, key = heapq.heappop(self._first)
-            if (known := self._queued.get(key)) is not None and known[1] == number:  # else its other entry was faster
-                del self._queued[key]
-                return key
+                heapq.heappop(line)
 
     async def _next(self) -> K:
         while True:

@@ -149,7 +149,7 @@ async def test_a_slow_key_does_not_hold_the_others_up() -> None:
 
 async def test_keys_that_go_first_do_and_leave_the_others_a_turn() -> None:
     urgent: set[str] = set()
-    queue: WorkQueue[str] = WorkQueue(lambda key: (int(key in urgent), int(key == "hold5")))
+    queue: WorkQueue[str] = WorkQueue(lambda key: (int(key in urgent), int(key in ("hold5", "wait4", "wait3"))))
     done: list[str] = []
 
     async def work(key: str) -> None:
@@ -157,14 +157,31 @@ async def test_keys_that_go_first_do_and_leave_the_others_a_turn() -> None:
 
     for n in range(6):
         queue.add(f"wait{n}")
-    urgent |= {f"hold{n}" for n in range(6)} | {"wait5"}
-    for key in ("hold0", "hold1", "hold2", "hold3", "hold4", "hold5", "wait5", "wait5"):
+    urgent |= {f"hold{n}" for n in range(20)} | {"wait5"}
+    for key in (*(f"hold{n}" for n in range(20)), "wait5", "wait5"):
         queue.add(key)
-    assert len(queue) == 12
+    assert len(queue) == 26
     await _run(queue, work, 0.2, workers=1)
-    assert done[:5] == ["hold5", "wait5", "hold0", "hold1", "wait0"], "four in a row, the highest first, then the oldest"
+    assert done[:5] == ["hold5", "wait5", "hold0", "hold1", "wait3"], "four that are urgent in a row, then the highest of the others"
+    assert [key for key in done if key.startswith("wait")] == ["wait5", "wait3", "wait4", "wait0", "wait1", "wait2"]
+    assert done.index("wait1") == 19, "every fourth turn of the others is the oldest's"
     assert sorted(done) == sorted({*urgent, *(f"wait{n}" for n in range(6))}), "each once"
     assert len(queue) == 0
+
+
+async def test_the_oldest_has_its_turn_whatever_its_rank() -> None:
+    queue: WorkQueue[str] = WorkQueue(lambda key: (0, int(key != "low")))
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        done.append(key)
+        if len(done) < 50:
+            queue.add(f"high{len(done)}")
+
+    for key in ("low", "high"):
+        queue.add(key)
+    await _run(queue, work, 0.2, workers=1)
+    assert done.index("low") == 3, done
 
 
 async def test_delays_and_back_off() -> None:
