@@ -225,8 +225,8 @@ class Controller:
         if plan.due is Due.SOON:
             return self._untold.setdefault(uid, now) + self.settings.soon_seconds - now
         interval = self.settings.status_interval_seconds
-        if plan.status.queue:  # of a thousand jobs that wait, each tells its place less often
-            interval = max(interval, len(self.store.job_keys()) / 20)
+        if plan.status.queue:
+            interval = max(interval, self.scheduler.place_seconds())
         return self._written.get(uid, float("-inf")) + interval - now
 
     async def _act(self, job: Object, actions: tuple[Action, ...]) -> None:
@@ -258,8 +258,7 @@ class Controller:
             if owner_uid(made) != job["metadata"]["uid"]:
                 message = f"{kind} {meta['name']} exists and does not belong to this job; delete it or rename the job"
                 raise APIError(409, "NameTaken", message) from None
-        self.store.put_child(kind, made)
-        self.queue.add((namespace, job["metadata"]["name"]))
+        self.store.put_child(kind, made)  # its watch event wakes the job
 
     async def _tell(self, job: Object, event: Event, status: FineTuneJobStatus | None) -> None:
         meta = job["metadata"]

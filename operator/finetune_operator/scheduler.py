@@ -32,12 +32,14 @@ log = logging.getLogger("finetune.scheduler")
 _DEBOUNCE = 0.05
 _IDLE_SECONDS = 60.0
 _NEAR = 20
-"""Places in a queue of which every change is told; farther back once a minute."""
+"""Places in a queue of which every change is told; farther back once a minute, or less often"""
 _FAR_SECONDS = 60.0
 _HEADS = 64
 """Places in a queue that may be admitted before the next pass over all"""
 _HEADS_FIRST = 19
 """Passes over all take at most a twentieth of the time"""
+_BACKLOG, _BACKLOG_SECONDS = 64, 1.0
+"""Decisions that are not on record yet, and how long a pass waits for them"""
 _STATUS_SECONDS = 5.0
 _EVERYTHING_SECONDS = 60.0
 _HISTORY_SECONDS = 60.0
@@ -82,13 +84,17 @@ class Scheduler:
         """When all jobs were looked at, and with which priorities"""
         self._changes, self._listed = 0, 0
         """Changes of queues that were seen, and those that the last LIST came after"""
-        self._dirty = asyncio.Event()
+        self._dirty, self._recorded = asyncio.Event(), asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
         self._all_due = float("-inf")
         """When all jobs are to be looked at again, not the heads of the lines alone"""
         self._owed = False
         """A queue's status is to be written, but not so soon after the last."""
+
+    def place_seconds(self) -> float:
+        """How often a job tells its place in the line, at most: of ten thousand that wait, each does so less often."""
+        return len(self._store.job_keys()) / 20
 
     def verdict(self, uid: str) -> Verdict | None:
         """What is decided about a job; None before it was looked at."""
@@ -119,6 +125,7 @@ class Scheduler:
         self._ready.discard(uid)
         if self._intended.pop(uid, None) is not None or (v := self._verdicts.get(uid)) is None or v.action == "resize":
             self._verdicts.pop(uid, None)
+        self._recorded.set()
         self.poke()
 
     def queue_event(self, raw: Object, *, deleted: bool) -> None:
@@ -151,6 +158,15 @@ class Scheduler:
                 async with asyncio.timeout(max(0.0, self._all_due - time.monotonic()) if heads else self._patience()):
                     await self._dirty.wait()
             await asyncio.sleep(max(_DEBOUNCE, 4 * self._took) if heads else _DEBOUNCE)  # at most a fifth of the time is spent here
+            await self._until_recorded()
+
+    async def _until_recorded(self) -> None:
+        """Wait a moment while many decisions are not on record yet: more of them would only wait behind these."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BACKLOG_SECONDS):
+                while len(self._intended) > _BACKLOG:
+                    self._recorded.clear()
+                    await self._recorded.wait()
 
     def _patience(self) -> float:
         waits = self._owed or any(v.action == "wait" for v in self._verdicts.values())
@@ -310,7 +326,7 @@ class Scheduler:
     # telling
 
     def _note(self, snapshot: Snapshot, decisions: Decisions, *, heads: bool = False) -> None:
-        now = time.monotonic()
+        now, far = time.monotonic(), max(_FAR_SECONDS, self.place_seconds())
         for workload in snapshot.workloads:
             uid = workload.uid
             new = self._intended.get(uid) or decisions.verdicts.get(uid)
@@ -323,10 +339,10 @@ class Scheduler:
             if new.action in ("admit", "preempt"):
                 self._intended[uid] = new
             self._verdicts[uid] = new
-            if new == old:
+            if new == old or (new.action == "wait" and uid in self._ready):  # that one looks again in a moment, to tell both
                 continue
             moved = old is None or (new.action, new.reason) != (old.action, old.reason)
-            if moved or new.position <= _NEAR or now - self._told.get(uid, float("-inf")) >= _FAR_SECONDS:
+            if moved or new.position <= _NEAR or now - self._told.get(uid, float("-inf")) >= far:
                 self._told[uid] = now
                 self._wake((workload.namespace, workload.name))
 

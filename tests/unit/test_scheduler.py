@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from finetune_api.validation import parse_spec
+from finetune_operator import scheduler as scheduler_module
 from finetune_operator.cluster.store import Key, Store
-from finetune_operator.scheduler import _HEADS, Scheduler
+from finetune_operator.queueing.model import Verdict
+from finetune_operator.scheduler import _BACKLOG, _HEADS, Scheduler
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
 
@@ -123,3 +126,17 @@ async def test_f24_nothing_is_given_away_before_it_is_known_what_a_changed_job_h
     scheduler.begun_with("uid-first", parse_spec(began_with))
     await scheduler.once()
     assert scheduler.verdict("uid-001").reason == "WaitingForQuota", "the one that began holds all of it"  # type: ignore[union-attr]
+
+
+async def test_many_decisions_are_put_on_record_before_more_are_made(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(Lists(), store, Settings(), lambda key: None)  # type: ignore[arg-type]
+    scheduler._intended = {f"uid-{n:03}": Verdict(action="admit") for n in range(_BACKLOG + 1)}
+    monkeypatch.setattr(scheduler_module, "_BACKLOG_SECONDS", 30.0)
+    waiting = asyncio.create_task(scheduler._until_recorded())
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    scheduler.recorded("uid-000")
+    await asyncio.wait_for(waiting, 5)
+    scheduler._intended = {f"uid-{n:03}": Verdict(action="admit") for n in range(_BACKLOG + 1)}
+    monkeypatch.setattr(scheduler_module, "_BACKLOG_SECONDS", 0.1)
+    await asyncio.wait_for(scheduler._until_recorded(), 5)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status
 
 from ..resources.common import JobRef
 from ..settings import Settings
@@ -19,12 +19,11 @@ MESSAGE_LIMIT = 4000
 class Draft:
     """Mutable within one reconcile call, and nowhere else."""
 
-    def __init__(self, observed: Observed, settings: Settings, before: FineTuneJobStatus) -> None:
+    def __init__(self, observed: Observed, settings: Settings) -> None:
         self.observed = observed
         self.settings = settings
         self.now = observed.now
-        self.before = before
-        self.status = before.model_copy(deep=True)
+        self.before, self.status = read_status(observed.job.get("status")), read_status(observed.job.get("status"))
         self.generation = int(observed.job["metadata"].get("generation", 0))
         self.actions: list[Action] = []
         self.events: list[Event] = []

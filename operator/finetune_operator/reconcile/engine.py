@@ -13,7 +13,7 @@ from finetune_api.base import APIModel
 from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress, read_status
+from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..resources.shared import digests, shared
@@ -34,7 +34,7 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
     metadata = observed.job["metadata"]
     if metadata.get("deletionTimestamp"):
         return Plan()  # the garbage collector takes everything that the job owns
-    draft = Draft(observed, settings, read_status(observed.job.get("status")))
+    draft = Draft(observed, settings)
     if draft.status.finished:
         return _after_the_end(draft)
     draft.status.started_at = draft.status.started_at or rfc3339(observed.now)
@@ -75,7 +75,7 @@ def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
 
 def refused(observed: Observed, settings: Settings, message: str) -> Plan:
     """Say that the API server refused an action (quota, admission, a name that is taken). Nothing else is decided."""
-    draft = Draft(observed, settings, read_status(observed.job.get("status")))
+    draft = Draft(observed, settings)
     if draft.status.finished:
         return Plan()
     known = draft.status.condition("Accepted")
