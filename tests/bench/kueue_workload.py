@@ -52,8 +52,13 @@ NAME = "bench-kueue"
 COHORTS, QUEUES, QUOTA, BORROWING = 5, 6, 20, 100
 CLASSES = (("small", 350, 1, 0.2, 50, 0.1), ("medium", 100, 5, 0.5, 100, 0.5), ("large", 50, 20, 1.0, 200, 1.2))
 """Name, jobs per queue, units, seconds, priority, seconds between two."""
-PUBLISHED = {"seconds": 351, "least_use_of_a_queue": 0.559, "time_to_admission": {"large": 16.5, "medium": 76.8, "small": 215}}
-"""Kueue's own figures."""
+PUBLISHED = {
+    "seconds": 351,
+    "least_use_of_a_queue": 0.559,
+    "least_work_in_a_queue": 0.188,
+    "time_to_admission": {"large": 16.5, "medium": 76.8, "small": 215},
+}
+"""Kueue's own figures; the work follows from the workload and the seconds."""
 _SECONDS = {name: seconds for name, _, _, seconds, *_ in CLASSES}
 _UNITS = {name: units for name, _, units, *_ in CLASSES}
 _GPU = "example.com/unit"
@@ -311,15 +316,19 @@ def _summary(created: Path, told: Path, calls: dict[str, int]) -> dict[str, Any]
             last.setdefault(note["name"], note["at"])
     waits: dict[str, list[float]] = defaultdict(list)
     used: dict[str, float] = defaultdict(float)
+    """Unit-seconds from admission to an end that is on record; and of those, what the jobs themselves took"""
+    work: dict[str, float] = defaultdict(float)
     for name, at in began.items():
         kind, cohort, number, _ = name.split("-")
         waits[kind].append(first.get(name, final[name]) - at)
         used[f"c{cohort}-q{number}"] += _UNITS[kind] * (final[name] - first.get(name, final[name]))
+        work[f"c{cohort}-q{number}"] += _UNITS[kind] * _SECONDS[kind]
     wall = max(final.values()) - min(began.values())
     return {
         "jobs": len(began),
         "seconds": round(wall, 1),
         "least_use_of_a_queue": round(min(used.values()) / (QUOTA * wall), 3),
+        "least_work_in_a_queue": round(min(work.values()) / (QUOTA * wall), 3),
         "time_to_admission": {kind: round(statistics.mean(found), 1) for kind, found in waits.items()},
         "seconds_until_all_were_created": round(max(began.values()) - min(began.values()), 1),
         "api_calls_per_job": {call: round(count / len(began), 2) for call, count in sorted(calls.items()) if count > len(began) / 10},
