@@ -50,7 +50,9 @@ def bench() -> dict[str, Any]:
     flags = [f"--audit-policy-file={state}/policy.yaml", f"--audit-log-path={audit}", "--audit-log-mode=blocking"]
     operator: subprocess.Popen[bytes] | None = None
     try:
-        authority, admin = control_plane.start(NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags, controllers="*,-podgc")
+        authority, admin = control_plane.start(
+            NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags, controllers=control_plane.WITHOUT_NODES
+        )
         server = yaml.safe_load(admin.read_text())["clusters"][0]["cluster"]["server"]
         own = authority.kubeconfig("operator", server, OPERATOR, "system:masters")
         connection = config.new_client_from_config(str(admin))

@@ -40,6 +40,11 @@ def wait_for(what: str, ready: Callable[[], bool], seconds: float, logs: Path | 
         time.sleep(0.25)
 
 
+WITHOUT_NODES = "*,-podgc"
+"""Controllers where played pods have no node: the pod garbage collector takes a deleted one for a leftover, and deletes by name
+what came after it."""
+
+
 def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
     """Whether a GET of the URL returns 200."""
     try:

@@ -148,8 +148,7 @@ class LocalCluster:
             address = nodes.HOST
             nodes.separate_logs()
             nodes.make_bridge()
-        # played pods have no node: the pod garbage collector takes a deleted one for a leftover, and deletes by name what came after it
-        controllers = "*" if self.size else "*,-podgc"
+        controllers = "*" if self.size else control_plane.WITHOUT_NODES
         authority, kubeconfig = control_plane.start(self.name, self.state, built, address, controllers=controllers)
         if not self.size:
             return
