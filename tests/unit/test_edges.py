@@ -6,9 +6,12 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
-from finetune_operator.cluster.client import KubernetesCluster
+from finetune_api import names
+from finetune_operator.cluster.client import APIError, KubernetesCluster
 from finetune_operator.cluster.clock import ServerClock
 from finetune_operator.cluster.limits import Priority, RateLimit
 from tests.factory import NOW
@@ -78,3 +81,35 @@ def test_f31_the_api_servers_time_whatever_the_local_clock_says() -> None:
     for nonsense in (None, "", "yesterday"):
         clock.heard(nonsense)
     assert clock.now() == NOW + timedelta(seconds=60)
+
+
+async def test_a_request_carries_the_present_token_and_a_refusal_its_words() -> None:
+    """Tokens of service accounts are renewed in their file: each request asks for the one that is good now."""
+    seen: list[tuple[str, str, dict[str, str], object]] = []
+
+    async def serve(request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else None
+        seen.append((request.method, request.headers["Authorization"], dict(request.query), body))
+        if request.method == "DELETE":
+            return web.json_response({"reason": "Forbidden", "message": "pods is forbidden"}, status=403)
+        return web.json_response({"kind": "Pod"})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", serve)
+    async with TestServer(app) as server:
+        configuration = Configuration(host=str(server.make_url("")).rstrip("/"))
+        configuration.api_key["authorization"] = "Bearer old"
+        cluster = KubernetesCluster(ApiClient(configuration))
+        assert await cluster.get("Pod", "n", "p") == {"kind": "Pod"}
+        configuration.api_key["authorization"] = "Bearer new"
+        assert [pod async for pod in cluster.list("Pod", "n", "a=b,c")] == []
+        await cluster.create({"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})
+        with pytest.raises(APIError, match="403 Forbidden: pods is forbidden"):
+            await cluster.delete("Pod", "n", "p", "uid")
+    with pytest.raises(APIError, match="cannot be reached") as failure:
+        await cluster._once("GET", "/", "Pod", "get", None, None, "application/json")
+    assert failure.value.transient
+    await cluster.close()
+    assert [token for _, token, *_ in seen] == ["Bearer old", "Bearer new", "Bearer new", "Bearer new"]
+    assert seen[1][2]["labelSelector"] == "a=b,c"
+    assert seen[2][2:] == ({"fieldManager": names.MANAGER}, {"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})

@@ -17,11 +17,13 @@ class ServerClock:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._base = datetime.now(UTC) - timedelta(seconds=monotonic())
+        self._last: str | None = None
 
     def heard(self, date: str | None) -> None:
         """Take the Date header of an answer (RFC 9110, section 6.6.1)."""
-        if not date:
+        if not date or date == self._last:  # of a second's many answers, one tells
             return
+        self._last = date
         try:
             told = parsedate_to_datetime(date).astimezone(UTC)
         except (ValueError, TypeError):
