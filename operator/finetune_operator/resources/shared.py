@@ -11,10 +11,11 @@ from ..settings import Settings
 from .common import JobRef, Manifest, job_file, metadata, with_hash
 
 
-def shared(job: JobRef, settings: Settings) -> list[Manifest]:
-    """All of them."""
+@lru_cache(maxsize=64)
+def shared(job: JobRef, settings: Settings) -> tuple[Manifest, ...]:
+    """All of them. For reading only: whoever has asked for their digests may ask for them next."""
     manifests = network_policy(job, settings), config_map(job, settings), workspace(job)
-    return [manifest for manifest in manifests if manifest is not None]
+    return tuple(manifest for manifest in manifests if manifest is not None)
 
 
 @lru_cache(maxsize=16384)
