@@ -93,7 +93,7 @@ class Controller:
             metrics.QUEUE_DEPTH.set(len(self.queue))
 
     def _rank(self, key: Key) -> tuple[int, ...]:
-        """Jobs that GPUs wait for go first: they have some, or are about to. Then by priority."""
+        """Jobs that others wait for to give way go first, then those that have GPUs or are about to. Then by priority."""
         job = self.store.job(key)
         if job is None:
             return 0, 0
@@ -101,8 +101,9 @@ class Controller:
         holds = verdict is not None and verdict.action in ("admit", "preempt", "resize")
         if not holds and not status.get("finishedAt"):
             holds = any(c.get("type") == "Admitted" and c.get("status") == "True" for c in status.get("conditions") or ())
+        gives_way = verdict is not None and verdict.action == "preempt"
         scheduling = (job.get("spec") or {}).get("scheduling") or {}
-        return int(holds), self.scheduler.priority(scheduling.get("priorityClassName"))
+        return int(holds) + int(gives_way), self.scheduler.priority(scheduling.get("priorityClassName"))
 
     def trust(self, authorities: str) -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
@@ -136,8 +137,8 @@ class Controller:
         )
         with tracing.span("decide"):
             plan = reconcile(observed, self.settings)
-        if plan.due is Due.SOON and plan.status is not None and plan.status.phase == "Queued":
-            self.scheduler.waits(uid)
+        if plan.due is Due.SOON and plan.status is not None and plan.status.phase == "Queued" and self.scheduler.waits(uid):
+            self._untold[uid] = time.monotonic()  # it answers in a moment, however late this pass is: one write tells both
         try:
             await self._act(job, plan.actions)
         except APIError as failure:

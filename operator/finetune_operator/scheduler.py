@@ -34,7 +34,7 @@ _IDLE_SECONDS = 60.0
 _NEAR = 20
 """Places in a queue of which every change is told; farther back once a minute, or less often"""
 _FAR_SECONDS = 60.0
-_HEADS = 64
+_HEADS = 20
 """Places in a queue that may be admitted before the next pass over all"""
 _HEADS_FIRST = 19
 """Passes over all take at most a twentieth of the time"""
@@ -113,12 +113,14 @@ class Scheduler:
             self._store.touch(uid)
             self.poke()
 
-    def waits(self, uid: str) -> None:
-        """The job waits for its turn: to be put on record together with what is decided about it."""
-        if uid not in self._ready:
-            self._ready.add(uid)
-            self._store.touch(uid)
-            self.poke()
+    def waits(self, uid: str) -> bool:
+        """The job waits for its turn: to be put on record together with what is decided about it. Whether that is news."""
+        if uid in self._ready:
+            return False
+        self._ready.add(uid)
+        self._store.touch(uid)
+        self.poke()
+        return True
 
     def recorded(self, uid: str) -> None:
         """The job's status was written: what was decided before is used up."""

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import os
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -448,3 +449,34 @@ TestMachine.settings = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_a_job_that_is_looked_at_late_is_queued_and_admitted_in_one_write() -> None:
+    """A busy operator looks at a ready job long after it might have told: the scheduler still has its say first, and one write tells both."""
+    machine = Machine()
+    machine.begin("prepare", patient=False)
+    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=60.0)
+    uid = machine.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
+    machine.pods_succeed(0.0, True)
+    machine.deliver_everything()
+    machine.controller._untold[uid] = time.monotonic() - 3600
+    machine.work(0, "")
+    assert not machine.status.is_true("DataReady"), "not on record yet: the scheduler is asked first"
+    machine.schedule(0, "")
+    machine.work(0, "")
+    assert machine.status.is_true("DataReady") and machine.status.is_true("Admitted")
+    told = [raw for kind, raw, _ in machine.server.watch if kind == "FineTuneJob"]
+    assert len(told) == 1, "one write"
+
+
+def test_a_job_that_is_looked_at_late_and_waits_is_told_so_in_time() -> None:
+    """It is put off once, not for as long as the operator is late."""
+    machine = Machine()
+    machine.begin("prepare", patient=False)
+    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=0.05)
+    machine.pods_succeed(0.0, True)
+    machine.deliver_everything()
+    machine.work(0, "")
+    time.sleep(0.06)
+    machine.work(0, "")
+    assert machine.status.is_true("DataReady") and machine.status.phase == "Queued"

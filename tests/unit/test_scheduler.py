@@ -12,6 +12,8 @@ import pytest
 from finetune_api.validation import parse_spec
 from finetune_operator import scheduler as scheduler_module
 from finetune_operator.cluster.store import Key, Store
+from finetune_operator.controller import Controller
+from finetune_operator.progress.board import ProgressBoard
 from finetune_operator.queueing.model import Verdict
 from finetune_operator.scheduler import _BACKLOG, _HEADS, Scheduler
 from finetune_operator.settings import Settings
@@ -140,3 +142,16 @@ async def test_many_decisions_are_put_on_record_before_more_are_made(store: Stor
     scheduler._intended = {f"uid-{n:03}": Verdict(action="admit") for n in range(_BACKLOG + 1)}
     monkeypatch.setattr(scheduler_module, "_BACKLOG_SECONDS", 0.1)
     await asyncio.wait_for(scheduler._until_recorded(), 5)
+
+
+def test_who_is_to_give_way_has_its_turn_first() -> None:
+    """Somebody with a higher priority waits for it; then come those that hold something, by priority, then all others."""
+    store = Store()
+    for number in range(3):
+        store.put_job(waiting(number))
+    controller = Controller(Lists(), store, ProgressBoard(), Settings())  # type: ignore[arg-type]
+    verdicts = {"uid-001": Verdict(action="admit"), "uid-002": Verdict(action="preempt")}
+    controller.scheduler._verdicts.update(verdicts)
+    keys = sorted(store.job_keys(), key=controller._rank, reverse=True)
+    assert [name for _, name in keys] == ["job-002", "job-001", "job-000"]
+    assert controller._rank(keys[0]) > controller._rank(keys[1]) > controller._rank(keys[2])
