@@ -150,7 +150,7 @@ async def operate(notes: Path) -> None:
     found = await connect(_QPS, _BURST)
     found.__class__ = Simulated
     cluster: Any = found
-    settings = Settings(progress_url="none", resync_seconds=3600)
+    settings = Settings(progress_url="none", resync_seconds=3600, workers=32)
     controller = Controller(cluster, Store(), ProgressBoard(), settings)
     cluster.prepare_to_play(controller, notes)
     registry = kopf.OperatorRegistry()
