@@ -213,9 +213,8 @@ class Controller:
         if delay > 0:
             self.queue.add_after(key, delay)
             return
-        for told in await asyncio.gather(*(self._tell(job, event, plan.status) for event in plan.events), return_exceptions=True):
-            if isinstance(told, BaseException):
-                raise told
+        for event in plan.events:  # one after the other: in the order in which it happened
+            await self._tell(job, event, plan.status)
         await self._write_status(key, job, plan)
 
     def _may_wait(self, job: Object, plan: Plan) -> float:
