@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from urllib.request import getproxies
 import aiohttp
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
@@ -29,7 +29,7 @@ from .clock import ServerClock
 from .limits import Priority, RateLimit
 
 Object = dict[str, Any]
-_TIMEOUT = aiohttp.ClientTimeout(total=30.0)
+REQUEST_TIMEOUT = 30.0
 LIST_CHUNK = 500
 _TRANSIENT_TRIES = 4
 DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
@@ -145,7 +145,6 @@ class KubernetesCluster:
 
     def __init__(self, api: kubernetes_client.ApiClient, limit: RateLimit | None = None) -> None:
         self._api = api
-        self._session: aiohttp.ClientSession | None = None
         self._clock = ServerClock()
         self._limit = limit if limit is not None else RateLimit(DEFAULT_QPS, DEFAULT_BURST)
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -189,38 +188,20 @@ class KubernetesCluster:
     ) -> Object:
         self.calls[verb, kind] += 1
         try:
-            status, answered, data = await self._send(method, path, body, query, content_type)
+            # not param_serialize: it walks and copies every part of a request, and finds nothing to change
+            headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
+            if token := await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
+                headers["Authorization"] = token
+            url = f"{self._api.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+            response = await self._api.call_api(method, url, headers, body, _request_timeout=REQUEST_TIMEOUT)
+            data = await response.read()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
             raise APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}") from failure
-        self._clock.heard(answered.get("Date"))
-        if status >= 400:
-            raise _api_error(status, data, answered)
+        self._clock.heard(response.headers.get("Date"))
+        if response.status >= 400:
+            raise _api_error(response.status, data, response.headers)
         parsed: Object = from_json(data)
         return parsed
-
-    async def _send(
-        self, method: str, path: str, body: Object | None, query: dict[str, str] | None, content_type: str
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """The generated client says how to reach the API server, and as whom; what goes through it is copied and walked several times."""
-        known, rest = self._api.configuration, self._api.rest_client
-        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
-        if token := await known.get_api_key_with_prefix("BearerToken", alias="authorization"):
-            headers["Authorization"] = token
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=known.connection_pool_maxsize, ssl=rest.ssl_context)
-            # trust_env: else every request looks for ~/.netrc, in a thread
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=bool(getproxies()), timeout=_TIMEOUT)
-        url = f"{known.host}{path}?{urlencode(query)}" if query else f"{known.host}{path}"
-        async with self._session.request(
-            method,
-            url,
-            data=to_json(body) if body is not None else None,
-            headers=headers,
-            proxy=rest.proxy,
-            proxy_headers=rest.proxy_headers,
-            server_hostname=known.tls_server_name,
-        ) as answer:
-            return answer.status, answer.headers, await answer.read()
 
     async def apply(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -305,8 +286,6 @@ class KubernetesCluster:
 
     async def close(self) -> None:
         """Close the connection pool."""
-        if self._session is not None:
-            await self._session.close()
         await self._api.close()
 
 
@@ -335,6 +314,8 @@ async def connect(
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:
         await kubernetes_config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
+    # else every request looks for ~/.netrc, in a thread
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     return KubernetesCluster(kubernetes_client.ApiClient(configuration), RateLimit(qps, burst))
 
 
