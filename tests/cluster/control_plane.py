@@ -120,6 +120,11 @@ def start(
         logs,
     )  # fmt: skip
     if (kubernetes / "kube-scheduler").exists():  # the oldest version is built without
-        command = [kubernetes / "kube-scheduler", f"--kubeconfig={admin}", "--leader-elect=false", f"--secure-port={free_port()}"]
+        command: list[str | Path] = [
+            kubernetes / "kube-scheduler",
+            f"--kubeconfig={admin}",
+            "--leader-elect=false",
+            f"--secure-port={free_port()}",
+        ]
         processes.start(cluster, "kube-scheduler", command, logs)
     return authority, admin

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import debian
+from . import debian, machine
 from .shell import CACHE, REPO, cached, digest_of, locked, run, say, step
 
 #: a registry that answers nothing: a missing image fails at once instead of being looked for elsewhere
@@ -25,7 +25,7 @@ PAUSE = "localhost/pause:1"
 SUITE = "trixie"
 """Debian's current release, as in the Dockerfiles."""
 STORAGE = CACHE / "images"
-LAYOUT = CACHE / "image-layout"
+LAYOUT = CACHE / "node-images" / "layout"  # beside what was unpacked of it: store.py
 _BASE_COMMAND = (
     "mmdebstrap",
     "--variant=minbase",
@@ -69,19 +69,24 @@ class Image:
         return self.layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
     @property
-    def layers(self) -> list[str]:
-        """Digests of its layers, the lowest first. They are not compressed, so these are the diff IDs too."""
-        return [layer["digest"] for layer in self.manifest[1]["layers"]]
+    def layers(self) -> list[tuple[str, int]]:
+        """(digest, bytes) of its layers, the lowest first. They are not compressed, so these digests are the diff IDs too."""
+        return [(layer["digest"], layer["size"]) for layer in self.manifest[1]["layers"]]
 
     @property
     def size(self) -> int:
         """Bytes of all layers."""
-        return sum(int(layer["size"]) for layer in self.manifest[1]["layers"])
+        return sum(size for _, size in self.layers)
 
 
-def buildah(*words: str | Path, log: Path | None = None) -> str:
+_BUILDAH: list[str | Path] = ["buildah", "--root", STORAGE, "--runroot", "/run/finetune-images"]
+_STORAGE_DRIVER = {"STORAGE_DRIVER": "overlay"}
+_UV_LOCK = Path(__file__).with_name("locks") / "uv.txt"
+
+
+def buildah(*words: str | Path) -> str:
     """Run buildah on our own storage."""
-    return run(["buildah", "--root", STORAGE, "--runroot", "/run/finetune-images", *words], env={"STORAGE_DRIVER": "overlay"}, log=log)
+    return run([*_BUILDAH, *words], env=_STORAGE_DRIVER)
 
 
 def _known(reference: str) -> bool:
@@ -104,27 +109,34 @@ def base() -> str:
 
 
 def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path = REPO) -> Image:
-    """Build a Dockerfile, unless its inputs are the same as before."""
-    debian.ensure(debian.IMAGES)
+    """Build a Dockerfile, unless its inputs are the same as before: with Docker where kind is used, with buildah elsewhere."""
+    docker = machine.with_kind()
+    if not docker:
+        debian.ensure(debian.IMAGES)
     STORAGE.mkdir(parents=True, exist_ok=True)
     with locked("images"):
-        below = base()
-        reference = f"{repository}:{digest_of(below, dockerfile, *inputs)}"  # a tag per content: pods of an older one are replaced
-        if not _known(reference):
-            options = ["--build-arg", f"BASE_IMAGE={below}"]
-            options += [word for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX") if os.environ.get(name) for word in ("--build-arg", name)]
-            authority = os.environ.get("SSL_CERT_FILE", "")
-            options += ["--secret", f"id=ca,src={authority}"] if authority else []
-            name = repository.rpartition("/")[2]
+        below = "" if docker else base()
+        # a tag per content: pods of an older one are replaced; the whole folder, for what the Dockerfile copies
+        image = Image(f"{repository}:{digest_of(below, dockerfile, _UV_LOCK, *inputs)}", LAYOUT)
+        name = repository.rpartition("/")[2]
+        if docker or not _known(image.reference):
+            options = ["--tag", image.reference, "--file", dockerfile, *_options(below)]
+            command = ["docker", "build"] if docker else [*_BUILDAH, "bud", "--layers", "--isolation", "chroot", "--network", "host"]
             with step(f"building the image {name} from {dockerfile.relative_to(REPO)}"):
-                command = ["bud", "--layers", "--isolation", "chroot", "--network", "host", *options]
-                buildah(*command, "--tag", reference, "--file", dockerfile, context, log=CACHE / f"{name}-image.log")
+                run([*command, *options, context], env=_STORAGE_DRIVER, log=CACHE / f"{name}-image.log")
+        if not docker and (not LAYOUT.exists() or image.reference not in (LAYOUT / "index.json").read_text()):
             _forget(repository, keep=3)
-        image = Image(reference, LAYOUT)
-        if not LAYOUT.exists() or reference not in (LAYOUT / "index.json").read_text():
-            buildah("push", "--quiet", "--disable-compression", "--format", "oci", reference, f"oci:{LAYOUT}:{reference}")
-            _tell(image, name=repository.rpartition("/")[2])
+            buildah("push", "--quiet", "--disable-compression", "--format", "oci", image.reference, f"oci:{LAYOUT}:{image.reference}")
+            say(f"image {name}: {image.size / 1e6:.0f} MB uncompressed, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB")
     return image
+
+
+def _options(below: str) -> list[str | Path]:
+    """Base, mirrors and certificate authority of this machine, for the Dockerfile."""
+    arguments = {"BASE_IMAGE": below, **{name: os.environ.get(name, "") for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")}}
+    options: list[str | Path] = [word for name, value in arguments.items() if value for word in ("--build-arg", f"{name}={value}")]
+    authority = os.environ.get("SSL_CERT_FILE", "")
+    return [*options, "--secret", f"id=ca,src={authority}"] if authority else options
 
 
 def _forget(repository: str, *, keep: int) -> None:
@@ -132,10 +144,6 @@ def _forget(repository: str, *, keep: int) -> None:
     newest_first = buildah("images", "--quiet", "--format", "{{.Name}}:{{.Tag}}", "--filter", f"reference={repository}").split()
     for stale in newest_first[keep:]:
         buildah("rmi", stale)
-
-
-def _tell(image: Image, name: str) -> None:
-    say(f"image {name}: {image.size / 1e6:.0f} MB uncompressed, its code {image.manifest[1]['layers'][-1]['size'] / 1e3:.0f} kB")
 
 
 def trainer() -> Image:

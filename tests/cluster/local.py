@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-from . import addons, binaries, control_plane, debian, images, nodes, processes, store
+from . import addons, binaries, control_plane, debian, images, machine, nodes, processes, store
 from .control_plane import wait_for
 from .environment import site_packages
 from .shell import CACHE, REPO, CommandFailed, digest_of, run, say, step
@@ -96,7 +95,7 @@ class LocalCluster:
             for image in load:
                 self.load(image)
         else:
-            _check_machine()
+            machine.check()
             if self.size:
                 debian.ensure(debian.RUNTIME)
                 store.ensure(load)
@@ -208,10 +207,3 @@ def _sources() -> str:
 def kubectl() -> Path:
     """The kubectl binary of the environment."""
     return site_packages("dev") / "bin" / "kubectl"
-
-
-def _check_machine() -> None:
-    if os.geteuid() != 0:
-        raise CommandFailed("the local cluster needs root (network namespaces, containerd); run it as root, or with Docker and kind")
-    if platform.machine() != "x86_64":
-        raise CommandFailed(f"the local cluster is made for x86_64, this is {platform.machine()}; use Docker and kind")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from . import binaries, images, processes, store
 from .certificates import Authority
-from .control_plane import wait_for
 from .shell import run
 
 BRIDGE = "ftobr0"

@@ -74,7 +74,7 @@ def _marker(image: images.Image) -> Path:
 def put(image: images.Image, socket: Path) -> None:
     """Import an image into a containerd that has all its layers but those of which the layout holds the content."""
     digest, manifest = image.manifest
-    blobs = [digest, manifest["config"]["digest"], *(layer for layer in image.layers if not _is_hollow(image.blob(layer)))]
+    blobs = [digest, manifest["config"]["digest"], *(layer for layer, _ in image.layers if not _is_hollow(image.blob(layer)))]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         index = Path(folder, "index.json")
         entry = {"mediaType": manifest["mediaType"], "digest": digest, "size": image.blob(digest).stat().st_size}
@@ -109,12 +109,10 @@ def _hollow(image: images.Image) -> None:
     """Leave a sparse file of the same size for each layer that is unpacked: it is there for buildah, and takes no room."""
     if image.layout != images.LAYOUT:
         return
-    for layer in image.layers:
-        blob = image.blob(layer)
-        if blob.stat().st_size > 1_000_000:
-            size = blob.stat().st_size
-            blob.write_bytes(b"")
-            os.truncate(blob, size)
+    for layer, size in image.layers:
+        if size > 1_000_000:
+            image.blob(layer).write_bytes(b"")
+            os.truncate(image.blob(layer), size)
 
 
 def _share() -> None:
