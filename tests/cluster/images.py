@@ -79,11 +79,20 @@ class Image:
 
 def unpacked(layer: str) -> Path:
     """Folder of a layer, as overlayfs takes it, in buildah's storage."""
-    known = json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())
+    known: list[dict[str, str]] = json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())
     return next(STORAGE / "overlay" / entry["id"] / "diff" for entry in known if entry.get("diff-digest") == layer)
 
 
-_BUILDAH: list[str | Path] = ["buildah", "--root", STORAGE, "--runroot", "/run/finetune-images"]
+# not mounted on itself: there would be no hard links from it
+_BUILDAH: list[str | Path] = [
+    "buildah",
+    "--root",
+    STORAGE,
+    "--runroot",
+    "/run/finetune-images",
+    "--storage-opt",
+    "overlay.skip_mount_home=true",
+]
 _STORAGE_DRIVER = {"STORAGE_DRIVER": "overlay"}
 _UV_LOCK = Path(__file__).with_name("locks") / "uv.txt"
 

@@ -85,7 +85,7 @@ def put(image: images.Image, socket: Path) -> None:
         parent, chain = chain, f"sha256:{_digest(f'{chain} {layer}')}" if chain else layer  # OCI image spec, "Layer ChainID"
         if chain not in there:
             made = f"linked-{chain}"
-            mount = run([*snapshots, "prepare", "--mounts", made, *([parent] if parent else [])])
+            mount = json.loads(run([*snapshots, "prepare", "--mounts", made, *([parent] if parent else [])]))[0]
             run(["cp", "--archive", "--link", f"{images.unpacked(layer)}/.", _upper(mount)])
             run([*snapshots, "commit", chain, made])
     blobs = {f"blobs/sha256/{_digest(text)}": text for text in (image.manifest, image.config)}
