@@ -359,7 +359,7 @@ class FineTuneJobStatus(APIModel):
         return found is not None and found.status == "True"
 
     def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
-        """As plain JSON types. What is empty is left out: servers of 1.20 turn empty strings into null and then refuse them."""
+        """As plain JSON types. What is empty is left out: it says nothing."""
         wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
         return wire
 

@@ -49,7 +49,7 @@ def test_golden(name: str, spec: dict[str, Any]) -> None:
     assert path.read_text() == text, "run with UPDATE_GOLDEN=1 and review the difference"
 
 
-@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("version", ["1.35", "1.37"])
 @pytest.mark.parametrize("spec", [MINIMAL, FULL])
 def test_manifests_are_valid(version: str, spec: dict[str, Any]) -> None:
     for manifest in manifests(spec):

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..base import APIModel, Rule
-from ..scalars import DNSLabel, DNSSubdomain, Duration, QualifiedName, Quantity
-from .common import LabelMap
+from ..scalars import DNSLabel, DNSSubdomain, Duration, LabelMap, QualifiedName, Quantity
 
 Strategy = Literal["auto", "ddp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "fsdp"]
 
@@ -52,7 +51,7 @@ class ComputeResources(APIModel):
     """CPU and memory of a pod."""
 
     cpu: Quantity | None = None
-    """CPU cores, for example "4" or 500m."""
+    """CPU cores, for example 4 or 500m."""
     memory: Quantity | None = None
     """Memory, for example 16Gi."""
 
