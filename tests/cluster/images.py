@@ -113,7 +113,8 @@ def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path 
     docker = machine.with_kind()
     if not docker:
         debian.ensure(debian.IMAGES)
-    STORAGE.mkdir(parents=True, exist_ok=True)
+    for folder in (STORAGE, LAYOUT.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked("images"):
         below = "" if docker else base()
         # a tag per content: pods of an older one are replaced; the whole folder, for what the Dockerfile copies
@@ -141,7 +142,7 @@ def _options(below: str) -> list[str | Path]:
 
 def _forget(repository: str, *, keep: int) -> None:
     """Remove all but the newest images of a repository, and layers that no image has."""
-    newest_first = buildah("images", "--quiet", "--format", "{{.Name}}:{{.Tag}}", "--filter", f"reference={repository}").split()
+    newest_first = buildah("images", "--noheading", "--format", "{{.Name}}:{{.Tag}}", "--filter", f"reference={repository}").split()
     for stale in newest_first[keep:]:
         buildah("rmi", stale)
 
