@@ -15,7 +15,7 @@ from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
 from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, PodView, parse_time
 from finetune_operator.settings import Settings
-from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
+from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
 SETTINGS = Settings(progress_url="none", backoff_base_seconds=10)
 TWO = merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0})
@@ -132,6 +132,8 @@ class World:
     def to_training(self) -> World:
         self.settle()
         self.succeed("prepare", PREPARED)
+        if "publish" in self.job["spec"]:
+            self.succeed("check", CHECKED)
         self.settle()
         self.run("worker")
         self.settle()
@@ -154,6 +156,9 @@ def test_the_undisturbed_story() -> None:
     assert world.status.condition("DataReady").reason == "Running"  # type: ignore[union-attr]
     world.succeed("prepare", PREPARED)
     world.settle()
+    assert world.status.phase == "Preparing", "nothing is asked for before the targets are known to be free"
+    world.succeed("check", CHECKED)
+    world.settle()
     assert world.status.phase == "Starting"
     assert ("Service", "support-workers") in world.applied
     world.run("worker")
@@ -173,7 +178,7 @@ def test_the_undisturbed_story() -> None:
     assert status.evaluation is not None and status.evaluation.gate == "Passed"
     assert status.progress is not None and status.progress.percent == 100
     assert [c.type for c in status.conditions if c.status == "True"] == [
-        "Ready", "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert world.events == [
         "PrepareStarted", "DataReady", "Admitted", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
@@ -215,6 +220,26 @@ def test_a7_code_of_a_model_needs_an_administrator(change: dict[str, Any]) -> No
         assert any(isinstance(action, Create) for action in plan.actions) == started
 
 
+def test_a_target_that_is_taken_is_said_before_any_gpu() -> None:
+    world = World(EVALUATED)
+    world.settle()
+    world.fail("check", ExitCode.USER_ERROR, StageResult(reason="TargetTaken", message="pvc://published/support: taken").dumps())
+    world.settle()
+    assert world.status.phase == "Failed" and world.status.condition("Failed").reason == "TargetTaken"  # type: ignore[union-attr]
+    assert world.status.condition("TargetsReady").status == "False"  # type: ignore[union-attr]
+    assert not workers(world) and not world.jobs.keys() & {"support-prepare-0"}, "prepare is stopped, too"
+
+
+def test_a_gang_that_runs_is_not_held_up_by_a_check_that_is_new_to_it() -> None:
+    """Begun under a release that did not check."""
+    world = World(EVALUATED).to_training()
+    raw = world.job["status"]
+    raw["conditions"] = [c for c in raw["conditions"] if c["type"] != "TargetsReady"]
+    world.jobs.pop("support-check-0")
+    world.settle()
+    assert world.status.phase == "Training" and "support-check-0" not in world.jobs
+
+
 def test_a_bad_dataset_fails_before_any_gpu() -> None:
     world = World(TWO)
     world.settle()
@@ -254,7 +279,9 @@ def test_f27_an_evaluation_that_does_not_end_is_tried_again_then_fails_and_keeps
     world.settle()
     failed = world.status.condition("Failed")
     assert failed is not None and failed.reason == "EvaluateFailed" and "stageTimeout" in failed.message
-    assert not world.status.artifacts and not [name for name in world.jobs if "prepare" not in name], "nothing is published or runs on"
+    assert not world.status.artifacts and not [name for name in world.jobs if "evaluate" in name or "publish" in name], (
+        "nothing is published or runs on"
+    )
     assert world.status.is_true("Trained"), "the adapter is in the workspace"
 
 

@@ -93,6 +93,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.fail(verdict.reason, verdict.message)
         return
     _apply_shared(draft, spec)
+    may_publish = _may_publish(draft, spec)
+    if status.finished:
+        return
     if not status.is_true("DataReady"):
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
@@ -100,6 +103,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
         if not _prepared(draft, result):
             return
+    if not may_publish:
+        draft.phase("Preparing")
+        return
     if not status.is_true("Trained"):
         if not (admitted if draft.settings.queueing_backend == "builtin" else handed_over)(draft, spec):
             return
@@ -140,6 +146,18 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     draft.event("Normal", "Succeeded", _summary(status))
     status.finished_at = rfc3339(draft.now)
     draft.phase("Succeeded")
+
+
+def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    """Whether the targets can take the result, as far as that can be known before GPUs are taken. Whoever was in a queue was asked."""
+    status = draft.status
+    if not spec.publish or status.is_true("TargetsReady") or status.condition("Admitted") is not None or status.is_true("Trained"):
+        return True
+    result = run_stage(draft, spec, "check", "TargetsReady")
+    if result is not None:
+        draft.more_follows = True
+        draft.set("TargetsReady", "True", result.reason, result.message)
+    return result is not None
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:

@@ -1,4 +1,4 @@
-"""Single-pod stages: prepare, evaluate, publish."""
+"""Single-pod stages: prepare, check, evaluate, publish."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRet
 
 def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, name: str, started_at: str, *, tell: bool) -> None:
     draft.status.stages[stage] = retry.model_copy(update={"started_at": started_at})
-    if stage == "prepare":
+    if stage in ("prepare", "check"):
         draft.more_follows = True  # in a moment its pod says how it fares
     if draft.status.condition(condition) is None:
         draft.set(condition, "Unknown", "Started", f"{stage} was started")
-        if tell:
+        if tell and stage != "check":  # of which one hears when it fails
             draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
 
 
