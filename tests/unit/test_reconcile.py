@@ -13,7 +13,7 @@ from finetune_api.status import FineTuneJobStatus, read_status
 from finetune_operator.queueing import Admission, Verdict
 from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
-from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, PodView, parse_time
+from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, Patch, PodView, parse_time
 from finetune_operator.settings import Settings
 from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
@@ -34,8 +34,12 @@ def granted(pods: int = 1, **more: Any) -> Verdict:
 class World:
     """A job, and the children that the plans made. Steps reconcile and the kubelet by hand; no I/O."""
 
+    settings = SETTINGS
+
     def __init__(self, spec: dict[str, Any] | None = None, **meta: Any) -> None:
         self.job = job(spec, **meta)
+        self.handed: dict[str, Any] = {}
+        """What another scheduler says"""
         self.pods: dict[str, PodView] = {}
         self.jobs: dict[str, ChildJobView] = {}
         self.applied: dict[tuple[str, str], str] = {}
@@ -45,6 +49,7 @@ class World:
         self.verdict: Verdict | None = granted(nodes)
         self.time = 0.0
         self.events: list[str] = []
+        self.made: dict[str, dict[str, Any]] = {}
         self.count = 0
 
     @property
@@ -60,11 +65,12 @@ class World:
             report=self.report,
             lost_nodes=self.lost,
             verdict=self.verdict,
+            **self.handed,
             now=after(self.time),
         )
 
     def step(self) -> Plan:
-        plan = reconcile(self.observed(), SETTINGS)
+        plan = reconcile(self.observed(), self.settings)
         for action in plan.actions:
             self._carry_out(action)
         self.events += [e.reason for e in plan.events]
@@ -85,6 +91,10 @@ class World:
         if isinstance(action, Apply):
             meta = action.manifest["metadata"]
             self.applied[action.manifest["kind"], meta["name"]] = meta["annotations"][names.ANNOTATION_HASH]
+        elif isinstance(action, Patch):
+            self.handed["place"] = merge(self.handed["place"], action.body)
+        elif isinstance(action, Delete) and action.kind == "Workload":
+            self.handed["place"] = None
         elif isinstance(action, Delete):
             self.pods = {k: p for k, p in self.pods.items() if p.uid != action.uid and p.job_uid != action.uid}
             self.jobs = {k: j for k, j in self.jobs.items() if j.uid != action.uid}
@@ -99,6 +109,11 @@ class World:
             uid = f"job-{self.count}"
             self.jobs[name] = ChildJobView(name=name, uid=uid, stage=labels[names.LABEL_STAGE], created=after(self.time))
             self.pods[f"{name}-x"] = PodView(name=f"{name}-x", uid=f"pod-{self.count}", stage="", job_uid=uid, created=after(self.time))
+            self.made[name] = manifest
+            return
+        if manifest["kind"] == "Workload":
+            assert self.handed["place"] is None
+            self.handed["place"] = {**manifest, "metadata": {**meta, "uid": f"workload-{self.count}"}}
             return
         assert name not in self.pods, "never two pods of one rank"
         self.pods[name] = PodView(
@@ -139,6 +154,13 @@ class World:
         self.settle()
         assert self.status.phase == "Training", self.status
         return self
+
+
+def merge(old: Any, change: Any) -> Any:
+    """JSON merge patch (RFC 7386)."""
+    if not isinstance(old, dict) or not isinstance(change, dict):
+        return change
+    return {**old, **{key: merge(old.get(key), value) for key, value in change.items()}}
 
 
 def workers(world: World) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, note_checkpoints, release, run_gang
 from .handed import handed_over
+from .kueue import DEACTIVATED, keep_place
 from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
 from .stages import run_stage
 from .usage import workers
@@ -65,6 +66,7 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
 
 def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
     note_checkpoints(draft)
+    keep_place(draft, spec)
     draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
     if not _cancelled(draft, spec) and not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
@@ -268,7 +270,9 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
         if workers(draft) and not draft.status.is_true("Trained"):
             next_attempt(draft, spec, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""), "runPolicy.suspend is true")
             draft.status.retry_after = None
-        if draft.status.is_true("Admitted") and not draft.status.is_true("Trained"):
+        known = draft.status.condition("Admitted")
+        held = known is not None and (known.status == "True" or known.reason == DEACTIVATED)
+        if held and not draft.status.is_true("Trained"):
             draft.set("Admitted", "False", "Suspended", "a suspended job holds nothing; it keeps its place")
         draft.status.queue = None
     elif not draft.status.is_true("Trained"):
@@ -290,6 +294,8 @@ def _after_the_end(draft: Draft) -> Plan:
     """Give back what still runs, and delete the job after its TTL. The status never changes again."""
     release(draft)
     _stop_jobs(draft)
+    if draft.observed.spec is not None:
+        keep_place(draft, draft.observed.spec)
     actions = list(draft.actions)
     requeue = None
     finished = parse_time(draft.status.finished_at)

@@ -223,5 +223,9 @@ def pod_spec(
             if scheduling.tolerations and stage in ("train", "evaluate")
             else {}
         ),
-        **({"priorityClassName": scheduling.priority_class_name} if scheduling.priority_class_name and stage == "train" else {}),
+        **(
+            {"priorityClassName": scheduling.priority_class_name}
+            if scheduling.priority_class_name and stage in ("train", "evaluate")
+            else {}
+        ),
     }
