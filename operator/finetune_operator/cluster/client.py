@@ -226,7 +226,7 @@ class KubernetesCluster:
 
     async def create(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
-        version = manifest["apiVersion"].rpartition("/")[2]
+        version = str(manifest.get("apiVersion", "")).rpartition("/")[2]
         path = RESOURCES.get(f"{kind}/{version}", RESOURCES[kind]).path(meta.get("namespace", ""))
         priority = Priority.LOOK if kind == "Event" else Priority.ACT
         query = {"fieldManager": names.MANAGER}
