@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.validation import parse_spec
+from finetune_operator.cluster.client import APIError
+from finetune_operator.handed import Handed
 from finetune_operator.reconcile.kueue import asks_for_place, preemptor_uid, standing
 from finetune_operator.reconcile.model import Observed
 from finetune_operator.reconcile.observe import pod_view
+from finetune_operator.resources.backends import kept_place
 from finetune_operator.settings import Settings
-from tests.factory import CHECKED, COMPARED, PREPARED, TRAINED, after, stamp
+from tests.factory import CHECKED, COMPARED, PREPARED, TRAINED, after, ref, stamp
 from tests.unit.test_reconcile import EVALUATED, World, merged
 
 PREEMPTOR = "0bd3c9d2-64f5-4ee0-b9b9-d4a1d2a7d0aa"
@@ -313,3 +317,68 @@ def test_an_evaluation_that_waits_says_why_and_one_that_kueue_stops_is_no_failur
     world.handed["group"] = workload(said("Finished", "True", "out of sync", "OutOfSync"))
     world.settle()
     assert world.status.stages["evaluate"].retries == 1 and world.condition("Evaluated").reason == "OutOfSync"
+
+
+# what is asked of the API server
+
+
+class Server:
+    """Serves some versions, and says who is there."""
+
+    def __init__(self, *versions: str) -> None:
+        self.versions = versions
+        self.asked: list[str] = []
+        self.workloads = [{"metadata": {"name": "urgent-attempt-0", "namespace": "team-b", "uid": PREEMPTOR}}]
+        self.refuses = False
+
+    async def serves(self, kind: str) -> bool:
+        return (kind.partition("/")[2] or "v1beta2") in self.versions
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        self.asked.append(f"{kind} {name}")
+        raise APIError(404, "NotFound", name)
+
+    async def list(self, kind: str, namespace: str = "", selector: str = "") -> Any:
+        self.asked.append(f"list {kind} {namespace} {selector}")
+        if self.refuses:
+            raise APIError(403, "Forbidden", "workloads")
+        for raw in self.workloads:
+            yield raw
+
+
+def look(server: Server, world: KueueWorld, **settings: Any) -> dict[str, Any]:
+    handed = Handed(server, dataclasses.replace(world.settings, **settings))  # type: ignore[arg-type]
+    return asyncio.run(handed.look(world.job, world.observed()))
+
+
+@pytest.mark.parametrize(
+    ("versions", "kind"), [(("v1beta1", "v1beta2"), "Workload"), (("v1beta1",), "Workload/v1beta1"), ((), "")], ids=["both", "old", "none"]
+)
+def test_the_newest_version_that_is_served_is_read(versions: tuple[str, ...], kind: str) -> None:
+    world, server = KueueWorld().to_queue(), Server(*versions)
+    found = look(server, world)
+    assert found["served"] == kind and found["place_seen"] and found["place"] is None
+    assert server.asked == ([f"{kind} support-attempt-0", f"{kind} support-evaluate-0"] if kind else [])
+    version = kept_place(ref(GANG), {"metadata": {"name": "n", "ownerReferences": [{}]}, "spec": {"template": {}}}, 0, kind)["apiVersion"]
+    assert version == ("kueue.x-k8s.io/v1beta1" if kind.endswith("v1beta1") else "kueue.x-k8s.io/v1beta2")
+
+
+def test_the_preemptor_is_looked_for_once_it_preempts_and_where_one_may_look() -> None:
+    world, server = KueueWorld().to_queue().admitted(), Server("v1beta2")
+    assert "preemptor" not in look(server, world) and not server.asked, "a training asks for nothing"
+    evict(world, "Preempted")
+    assert look(server, world)["preemptor"] == "team-b/urgent-attempt-0" and server.asked[-1] == "list Workload  "
+    assert look(server, world, watch_namespaces=("team-a",))["preemptor"] == "team-b/urgent-attempt-0"
+    assert server.asked[-1] == "list Workload team-a "
+    server.refuses = True
+    assert look(server, world)["preemptor"] == ""
+
+
+def test_a_failed_job_is_asked_for_its_place_until_it_is_gone() -> None:
+    world, server = KueueWorld().to_queue().admitted(), Server("v1beta2")
+    world.fail("worker-0", ExitCode.USER_ERROR, StageResult(reason="NonFiniteLoss", message="diverged").dumps())
+    world.settle()
+    handed = Handed(server, world.settings)  # type: ignore[arg-type]
+    ended = dataclasses.replace(world.observed(), spec=None)
+    assert asyncio.run(handed.look(world.job, ended))["place_seen"]
+    assert "place_seen" not in asyncio.run(handed.look(world.job, ended))
