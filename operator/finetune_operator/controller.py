@@ -46,7 +46,7 @@ class Controller:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue(self._rank)
         self.scheduler = Scheduler(cluster, store, settings, self.queue.add, lambda: len(self.queue) > 0)
-        self.handed = Handed(cluster, settings)
+        self.handed = Handed(cluster, store, settings)
         self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
         self._untold: dict[str, float] = {}
@@ -70,6 +70,8 @@ class Controller:
                 await self._resync_until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
+            if self.settings.queueing_backend == "kueue":
+                group.create_task(self.handed.run())
             if self.settings.queueing_backend == "builtin":
                 group.create_task(self.scheduler.run())
             group.create_task(self.queue.run(self.process, self.settings.workers))
@@ -314,6 +316,8 @@ class Controller:
     def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
         """A child was seen, or is gone."""
         key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        if kind == "Pod" and not deleted:
+            self.handed.pod_seen(raw)
         if kind == "Pod" and (deleted or (raw.get("status") or {}).get("phase") in ("Succeeded", "Failed")):
             self.scheduler.poke()  # something is free again
         if key is not None:
@@ -336,6 +340,8 @@ class Controller:
             for namespace in spaces:
                 async for raw in self.cluster.list(kind, namespace, SELECTOR):
                     self.store.put_child(kind, raw)
+                    if kind == "Pod":
+                        self.handed.pod_seen(raw)
                     seen.add(raw["metadata"]["uid"])
             for key in self.store.prune(kind, seen, began):
                 self.queue.add(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import Any
 
@@ -11,24 +12,65 @@ from finetune_api.status import read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from .cluster.client import APIError, Cluster, Object
+from .cluster.store import Store
 from .reconcile.kueue import asks_for_place, preemptor_uid
 from .reconcile.model import Observed
-from .resources.backends import GROUP_KINDS, JOB_UID_LABEL
+from .resources.backends import GROUP_KINDS, GROUP_LABEL, JOB_UID_LABEL
 from .settings import Settings
+from .workqueue import WorkQueue
 
+log = logging.getLogger("finetune.handed")
 _SERVED_SECONDS = 300.0
 _ABSENT_SECONDS = 10.0
 
 
 class Handed:
-    """Reads the objects of another scheduler."""
+    """Reads the objects of another scheduler, and takes away those that hold pods back."""
 
-    def __init__(self, cluster: Cluster, settings: Settings) -> None:
-        self.cluster, self.settings = cluster, settings
+    def __init__(self, cluster: Cluster, store: Store, settings: Settings) -> None:
+        self.cluster, self.store, self.settings = cluster, store, settings
         self._kind, self._kind_until = "", float("-inf")
         self._preemptors: dict[str, str] = {}
         self._gone: dict[str, str] = {}
         """UIDs of failed jobs that keep no place any more"""
+        self._kept: WorkQueue[tuple[str, str, str]] = WorkQueue()
+        """(namespace, group, UID) of deleted pods that Kueue does not let go of"""
+
+    async def run(self) -> None:
+        """Free deleted pods until cancelled."""
+        await self._kept.run(self._let_go, 2)
+
+    def pod_seen(self, raw: Object) -> None:
+        """Kueue keeps a deleted pod that never ran, for another to come in its place, until its group's Workload is deleted.
+
+        Of pods that ran it lets go when all have ended. The job may be gone by now, so this is not its business.
+        """
+        meta = raw["metadata"]
+        group = (meta.get("labels") or {}).get(GROUP_LABEL)
+        ran = (raw.get("spec") or {}).get("nodeName") or (raw.get("status") or {}).get("phase", "Pending") != "Pending"
+        if group and meta.get("deletionTimestamp") and not ran and self.settings.queueing_backend == "kueue":
+            self._kept.add((meta["namespace"], group, meta["uid"]))
+
+    async def _let_go(self, key: tuple[str, str, str]) -> None:
+        namespace, name, pod = key
+        try:
+            if self.store.pod(pod) is not None and (served := await self._served()):
+                uid = (await self.cluster.get(served, namespace, name))["metadata"]["uid"]
+                await self.cluster.delete(served, namespace, name, uid)
+            self._kept.forget(key)
+        except APIError as failure:
+            if failure.not_found:
+                self._kept.forget(key)
+                return
+            delay = self._kept.retry(key)
+            log.log(
+                logging.INFO if failure.transient else logging.WARNING,
+                "Workload %s/%s: again in %.1f s: %s",
+                namespace,
+                name,
+                delay,
+                failure,
+            )
 
     async def look(self, job: Object, observed: Observed) -> dict[str, Any]:
         """The fields of Observed that tell of it. Raises APIError when the server does not answer."""

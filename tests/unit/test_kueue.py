@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from typing import Any
 
 import pytest
 
+from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.validation import parse_spec
 from finetune_operator.cluster.client import APIError
+from finetune_operator.cluster.store import Store
 from finetune_operator.handed import Handed
 from finetune_operator.reconcile.kueue import asks_for_place, preemptor_uid, standing
 from finetune_operator.reconcile.model import Observed
 from finetune_operator.reconcile.observe import pod_view
-from finetune_operator.resources.backends import kept_place
+from finetune_operator.resources.backends import GROUP_LABEL, kept_place
 from finetune_operator.settings import Settings
-from tests.factory import CHECKED, COMPARED, PREPARED, TRAINED, after, ref, stamp
+from tests.factory import CHECKED, COMPARED, PREPARED, TRAINED, UID, after, ref, stamp
 from tests.unit.test_reconcile import EVALUATED, World, merged
 
 PREEMPTOR = "0bd3c9d2-64f5-4ee0-b9b9-d4a1d2a7d0aa"
@@ -330,13 +333,20 @@ class Server:
         self.asked: list[str] = []
         self.workloads = [{"metadata": {"name": "urgent-attempt-0", "namespace": "team-b", "uid": PREEMPTOR}}]
         self.refuses = False
+        self.there: set[str] = set()
 
     async def serves(self, kind: str) -> bool:
         return (kind.partition("/")[2] or "v1beta2") in self.versions
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         self.asked.append(f"{kind} {name}")
+        if name in self.there:
+            return {"metadata": {"name": name, "uid": f"uid-of-{name}"}}
         raise APIError(404, "NotFound", name)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        self.asked.append(f"delete {kind} {namespace}/{name} {uid}")
+        self.there.discard(name)
 
     async def list(self, kind: str, namespace: str = "", selector: str = "") -> Any:
         self.asked.append(f"list {kind} {namespace} {selector}")
@@ -347,7 +357,7 @@ class Server:
 
 
 def look(server: Server, world: KueueWorld, **settings: Any) -> dict[str, Any]:
-    handed = Handed(server, dataclasses.replace(world.settings, **settings))  # type: ignore[arg-type]
+    handed = Handed(server, Store(), dataclasses.replace(world.settings, **settings))  # type: ignore[arg-type]
     return asyncio.run(handed.look(world.job, world.observed()))
 
 
@@ -378,7 +388,41 @@ def test_a_failed_job_is_asked_for_its_place_until_it_is_gone() -> None:
     world, server = KueueWorld().to_queue().admitted(), Server("v1beta2")
     world.fail("worker-0", ExitCode.USER_ERROR, StageResult(reason="NonFiniteLoss", message="diverged").dumps())
     world.settle()
-    handed = Handed(server, world.settings)  # type: ignore[arg-type]
+    handed = Handed(server, Store(), world.settings)  # type: ignore[arg-type]
     ended = dataclasses.replace(world.observed(), spec=None)
     assert asyncio.run(handed.look(world.job, ended))["place_seen"]
     assert "place_seen" not in asyncio.run(handed.look(world.job, ended))
+
+
+def kept_pod(**more: Any) -> dict[str, Any]:
+    labels = {GROUP_LABEL: "support-attempt-0", names.LABEL_JOB_UID: UID}
+    meta = {"name": "support-worker-0", "namespace": "team-a", "uid": "p", "resourceVersion": "1", "labels": labels}
+    return {"metadata": {**meta, "deletionTimestamp": stamp(after(0))}, "spec": {}, "status": {"phase": "Pending"}, **more}
+
+
+@pytest.mark.parametrize(
+    ("pod", "gone", "freed"),
+    [
+        (kept_pod(), False, True),
+        (kept_pod(), True, False),
+        (kept_pod(spec={"nodeName": "n"}), False, False),
+        (kept_pod(status={"phase": "Failed"}), False, False),
+    ],
+    ids=["never ran", "gone meanwhile", "has a node", "ended"],
+)
+def test_a_deleted_pod_that_never_ran_is_freed_by_its_groups_workload(pod: dict[str, Any], gone: bool, freed: bool) -> None:
+    server, store = Server("v1beta2"), Store()
+    server.there.add("support-attempt-0")
+    handed = Handed(server, store, KueueWorld.settings)  # type: ignore[arg-type]
+    store.put_child("Pod", pod)
+    handed.pod_seen(pod)
+    if gone:
+        store.drop_child("Pod", pod)
+
+    async def work() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(handed.run(), 0.05)
+
+    asyncio.run(work())
+    told = "delete Workload team-a/support-attempt-0 uid-of-support-attempt-0"
+    assert server.asked == (["Workload support-attempt-0", told] if freed else [])

@@ -19,7 +19,7 @@ GROUP_KINDS = {"kueue": ("Workload", "Workload/v1beta1"), "volcano": ("PodGroup"
 """Kinds in which a back-end says where a gang stands; the first that is there counts."""
 _KUEUE = "kueue.x-k8s.io"
 _VOLCANO = "scheduling.volcano.sh"
-QUEUE_LABEL = f"{_KUEUE}/queue-name"
+QUEUE_LABEL, GROUP_LABEL = f"{_KUEUE}/queue-name", f"{_KUEUE}/pod-group-name"
 JOB_UID_LABEL = f"{_KUEUE}/job-uid"
 """On the Workload that Kueue makes or takes for a Job"""
 _GROUP_NAME = "scheduling.k8s.io/group-name"
@@ -35,7 +35,7 @@ def hand_over(pod: Manifest, job: JobRef, settings: Settings, attempt: int, node
     meta, spec = pod["metadata"], pod["spec"]
     group = names.group_name(job.name, attempt)
     if settings.queueing_backend == "kueue":
-        meta["labels"].update({QUEUE_LABEL: local_queue(job.spec), f"{_KUEUE}/pod-group-name": group})
+        meta["labels"].update({QUEUE_LABEL: local_queue(job.spec), GROUP_LABEL: group})
         told = {
             f"{_KUEUE}/pod-group-total-count": str(nodes),
             f"{_KUEUE}/pod-group-pod-index-label": names.LABEL_RANK,
