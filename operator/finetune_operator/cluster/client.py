@@ -246,9 +246,9 @@ class KubernetesCluster:
         try:
             answer = await self.request("GET", f"/apis/{resource.group}/{resource.version}", kind=kind, verb="discover")
         except APIError as failure:
-            if not failure.not_found:
+            if failure.transient:
                 raise
-            return False
+            return not failure.not_found  # not allowed to ask: the objects will tell
         return any(known.get("name") == resource.plural for known in answer.get("resources") or ())
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:

@@ -102,11 +102,14 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
+            # what has just ended is put on record while the other goes on
+            draft.more_follows &= status.is_true("TargetsReady") == draft.before.is_true("TargetsReady")
             return
         if not _prepared(draft, result):
             return
     if not may_publish:
         draft.phase("Preparing")
+        draft.more_follows &= draft.before.is_true("DataReady")
         return
     if not status.is_true("Trained"):
         if not (admitted if draft.settings.queueing_backend == "builtin" else handed_over)(draft, spec):
