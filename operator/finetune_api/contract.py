@@ -17,7 +17,8 @@ from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
 from .status import Artifact, DatasetStatus, Plan, Progress
 
-Stage = Literal["prepare", "train", "evaluate", "publish"]
+Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
+"""Check runs beside prepare, where something is to be published: with the secrets and targets of publish, and nothing else."""
 
 #: Kubernetes keeps 4096 bytes of a termination message
 TERMINATION_MESSAGE_LIMIT = 4096

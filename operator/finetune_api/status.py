@@ -27,6 +27,7 @@ ConditionType = Literal[
     "Stalled",
     "Accepted",
     "DataReady",
+    "TargetsReady",
     "Admitted",
     "Running",
     "Trained",

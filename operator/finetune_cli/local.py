@@ -96,6 +96,8 @@ class LocalRun:
         if prepare_only:
             self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
             return
+        if spec.publish and self._stage("check", "TargetsReady", "Preparing") is None:
+            return
         Path(self.layout.history).unlink(missing_ok=True)
         trained = self._stage("train", "Trained", "Training")
         if trained is None:

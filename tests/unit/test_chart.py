@@ -118,6 +118,20 @@ def test_rights_are_named_one_by_one() -> None:
                 assert rule["resourceNames"] == ["finetune-operator-tls"]
 
 
+@pytest.mark.parametrize("backend", ["builtin", "kueue", "volcano"])
+def test_another_schedulers_objects_are_touched_only_where_it_decides(backend: str) -> None:
+    rules = [rule for document in render({"queueing": {"backend": backend}}) for rule in document.get("rules") or []]
+    found = {group: rule["verbs"] for rule in rules for group in rule["apiGroups"] if group in ("kueue.x-k8s.io", "scheduling.volcano.sh")}
+    assert (
+        found
+        == {
+            "builtin": {},
+            "kueue": {"kueue.x-k8s.io": ["get", "list", "create", "patch", "delete"]},
+            "volcano": {"scheduling.volcano.sh": ["get", "create", "patch"]},
+        }[backend]
+    )
+
+
 def test_the_chart_brings_the_definitions() -> None:
     found = [d for d in render({}) if d["kind"] == "CustomResourceDefinition"]
     assert found == [yaml.safe_load(path.read_text()) for path in sorted((CHART.parent.parent / "crds").glob("*.yaml"))]

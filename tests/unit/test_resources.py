@@ -35,7 +35,7 @@ def manifests(spec: dict[str, Any]) -> list[dict[str, Any]]:
         workspace(job),
         service(job),
         worker(job, SETTINGS, PARSED, 1, 2),
-        *(stage_job(job, SETTINGS, stage, 0) for stage in ("prepare", "evaluate", "publish")),
+        *(stage_job(job, SETTINGS, stage, 0) for stage in ("prepare", "check", "evaluate", "publish")),
     ]
     return [m for m in found if m is not None]
 
@@ -92,7 +92,7 @@ def test_gpus_are_asked_for_only_where_they_are_used() -> None:
         if manifest["kind"] in ("Pod", "Job") and stage:
             pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
             by_stage[stage] = pod["containers"][0]["resources"].get("limits", {}).get("nvidia.com/gpu")
-    assert by_stage == {"prepare": None, "train": "4", "evaluate": "1", "publish": None}
+    assert by_stage == {"prepare": None, "check": None, "train": "4", "evaluate": "1", "publish": None}
 
 
 def test_secrets_reach_only_the_stage_that_needs_them() -> None:
@@ -103,7 +103,8 @@ def test_secrets_reach_only_the_stage_that_needs_them() -> None:
             found[manifest["metadata"]["labels"][names.LABEL_STAGE]] = {
                 (v["secret"]["secretName"], v["secret"]["items"][0]["key"]) for v in pod["volumes"] if "secret" in v
             }
-    assert found == {"prepare": {("hf-token", "token")}, "train": set(), "evaluate": set(), "publish": {("hf-write", "token")}}
+    write = {("hf-write", "token")}
+    assert found == {"prepare": {("hf-token", "token")}, "check": write, "train": set(), "evaluate": set(), "publish": write}
 
 
 def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
@@ -136,6 +137,7 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
         "prepare": {
             ("hf-token", "token"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
         },
+        "check": {("hf-write", "token")},
         "train": {("mlflow", "token"), ("wandb", "token")},
         "evaluate": {("judge", "token")},
         "publish": {("hf-write", "token")},
@@ -150,8 +152,11 @@ def test_a6_the_administrators_hosts_reach_prepare_alone() -> None:
         assert env.get("FINETUNE_ALLOWED_HOSTS") == ("minio.tools.svc" if stage == "prepare" else None)
 
 
-def test_sources_are_read_only_and_targets_only_in_publish() -> None:
+def test_sources_are_read_only_and_targets_only_where_they_are_asked_and_written() -> None:
+    """Check sees targets and nothing else, neither the workspace nor the sources."""
     spec = merged(MINIMAL, publish=[{"uri": "pvc://models/out"}])
+    check = stage_job(ref(spec), SETTINGS, "check", 0)["spec"]["template"]["spec"]
+    assert {v["name"] for v in check["volumes"]} == {"job", "tmp", "target-0"}
     for manifest in manifests(spec):
         if manifest["kind"] not in ("Pod", "Job"):
             continue
@@ -160,7 +165,7 @@ def test_sources_are_read_only_and_targets_only_in_publish() -> None:
             if mount["name"].startswith("source-"):
                 assert mount["readOnly"] is True
             if mount["name"].startswith("target-"):
-                assert manifest["metadata"]["labels"][names.LABEL_STAGE] == "publish"
+                assert manifest["metadata"]["labels"][names.LABEL_STAGE] in ("check", "publish")
 
 
 def test_job_json_is_stable_and_free_of_what_may_change() -> None:
@@ -192,7 +197,7 @@ def test_a3_derived_names_are_valid(name: str) -> None:
         names.service_name(name),
         names.workspace_name(name),
         names.worker_name(name, 511),
-        *(names.stage_name(name, stage, 9999) for stage in ("prepare", "evaluate", "publish")),
+        *(names.stage_name(name, stage, 9999) for stage in ("prepare", "check", "evaluate", "publish")),
     ]
     for text in derived:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", text) and len(text) <= 63, text

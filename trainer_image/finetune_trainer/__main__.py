@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from finetune_api.contract import ExitCode, Mounts, StageResult
+from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
 
 from . import lifeline, secrecy
 from .context import Context
@@ -34,7 +34,7 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> None:
     """Run a stage; exits with the code of the contract."""
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
-    parser.add_argument("stage", choices=["prepare", "train", "evaluate", "publish"])
+    parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
@@ -64,6 +64,8 @@ def main() -> None:
 def _run(stage: str, context: Context) -> StageResult:
     if stage == "prepare":
         from .prepare import prepare as run
+    elif stage == "check":
+        from .check import check as run
     elif stage == "train":
         from .train import train as run
     elif stage == "evaluate":

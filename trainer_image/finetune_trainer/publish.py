@@ -8,7 +8,7 @@ import logging
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.contract import StageResult
 from finetune_api.spec import Output
@@ -17,7 +17,10 @@ from finetune_api.uris import URI, parse_uri
 
 from .card import Facts, model_card
 from .context import Context
-from .errors import InfrastructureError, UserError
+from .errors import InfrastructureError, StageError, UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 log = logging.getLogger("finetune.publish")
 LINEAGE = "finetune.json"
@@ -134,7 +137,7 @@ def _artifact(bundle: Path, uri: str) -> Artifact:
 def _to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
     """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
     target = context.target(uri)
-    _refuse_foreign(target, context)
+    refuse_foreign(target, context)
     aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +161,8 @@ def _to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact
     return _artifact(bundle, shown)
 
 
-def _refuse_foreign(target: Path, context: Context) -> None:
+def refuse_foreign(target: Path, context: Context) -> None:
+    """Raise UserError when a folder holds something that this job did not publish."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
@@ -172,6 +176,28 @@ def _refuse_foreign(target: Path, context: Context) -> None:
         )
 
 
+def refuse_foreign_repository(api: HfApi, name: str, context: Context) -> None:
+    """Raise UserError when a repository of the hub holds another job's result."""
+    if not api.file_exists(name, LINEAGE):
+        return
+    owner = json.loads(Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
+    if owner.get("uid") != context.job.uid:
+        told = f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name"
+        raise UserError("TargetTaken", told)
+
+
+def hub_error(failure: Exception) -> StageError:
+    """What it means that the hub did not take or answer something."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(failure, HfHubHTTPError):
+        return InfrastructureError("PublishFailed", f"the hub cannot be reached: {failure}")
+    status = failure.response.status_code if failure.response is not None else 0
+    if status in (401, 403):
+        return UserError("PublishRefused", f"the token may not write there ({status})")
+    return InfrastructureError("PublishFailed", f"the hub answered {status}")
+
+
 def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
     """One commit with all files; then read their digests back."""
     from huggingface_hub import HfApi
@@ -180,22 +206,11 @@ def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | N
     api = HfApi(token=token)
     try:
         api.create_repo(uri.name, exist_ok=True, private=True)
-        if api.file_exists(uri.name, LINEAGE):
-            owner = json.loads(Path(api.hf_hub_download(uri.name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
-            if owner.get("uid") != context.job.uid:
-                raise UserError(
-                    "TargetTaken",
-                    f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name",
-                )
+        refuse_foreign_repository(api, uri.name, context)
         api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
         present = set(api.list_repo_files(uri.name))
-    except HfHubHTTPError as failure:
-        status = failure.response.status_code if failure.response is not None else 0
-        if status in (401, 403):
-            raise UserError("PublishRefused", f"the token may not write there ({status})") from failure
-        raise InfrastructureError("PublishFailed", f"the hub answered {status}") from failure
-    except OSError as failure:
-        raise InfrastructureError("PublishFailed", f"the hub cannot be reached: {failure}") from failure
+    except (HfHubHTTPError, OSError) as failure:
+        raise hub_error(failure) from failure
     missing = {str(p.relative_to(bundle)) for p in _files(bundle)} - present
     if missing:
         raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")

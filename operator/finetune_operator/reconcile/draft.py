@@ -30,6 +30,8 @@ class Draft:
         self.requeue: list[datetime] = []
         self.last_words = False
         """Something was learnt from a pod that may be gone in a moment: it is put on record at once."""
+        self.place = ""
+        """Kueue's Workload that the evaluation's Job is admitted by, where one keeps its place in line."""
         self.more_follows = False
         """The next step is near: it is put on record together with this one."""
 

@@ -69,7 +69,7 @@ def classify(pod: PodView) -> Failure:
         return Failure(_cause(pod, None), words.reason, words.message, pod.name, pod.node, pod.exit_code)
     shown = recognise(pod.message)
     cause = _cause(pod, shown)
-    reason = {"OutOfMemory": "OutOfMemory", "Disruption": "Disrupted"}.get(cause, shown.reason if shown else "PodFailed")
+    reason = {"OutOfMemory": "OutOfMemory", "Disruption": pod.eviction or "Disrupted"}.get(cause, shown.reason if shown else "PodFailed")
     end = f"exited {pod.exit_code}" if pod.exit_code is not None else "failed"
     if pod.exit_code in _SIGNALS:
         end += f" ({_SIGNALS[pod.exit_code]})"
