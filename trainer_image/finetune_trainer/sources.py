@@ -25,6 +25,7 @@ from finetune_api.contract import Env, Mounts
 from .errors import SourceUnavailable, StageError, UserError
 
 REFUSED, PATIENCE = (401, 403, 404, 410), (408, 425, 429)
+UNKNOWN_METHOD = (501, 505)
 HUB = "https://huggingface.co"
 PATIENT_SECONDS = 10.0
 """The longest wait within a process: what takes longer is waited for without a pod."""
@@ -53,7 +54,7 @@ def answered(host: str, status: int, headers: Mapping[str, str], refused: Callab
     """What a status means: the user's error, one that is waited for, or nothing that is known."""
     if status in REFUSED:
         return refused(f"{host} answers {status}")
-    if status in PATIENCE or status >= 500:
+    if status in PATIENCE or (status >= 500 and status not in UNKNOWN_METHOD):
         return away(host, f"answers {status} {http.client.responses.get(status, '')}".rstrip(), retry_after(headers))
     return None
 
