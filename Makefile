@@ -1,8 +1,9 @@
 # make help lists what one can do
 PYTHON ?= python3
 VENV := .venv/bin/python
+SLOWEST := --durations=25
 
-.PHONY: help quickstart test setup up down unit trainer component e2e bench lint format crds lock docs site sbom release release-check clean-cache
+.PHONY: help quickstart test setup up down unit trainer combinations component e2e chaos bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -10,8 +11,8 @@ help:  ## List the targets
 quickstart: setup  ## From nothing to a published adapter, on a Kubernetes of this machine
 	@$(VENV) -m tests.cluster.quickstart
 
-test: setup lint  ## Everything: linters, types, unit, component and end-to-end tests
-	$(VENV) -m pytest tests --cov --cov-report=term
+test: setup lint  ## Everything: linters, types; unit, trainer, component, chaos and end-to-end tests
+	@$(VENV) -m tests
 
 setup:  ## Python environments (cached outside the checkout)
 	@sh tests/cluster/bootstrap.sh $(PYTHON)
@@ -23,16 +24,22 @@ down: setup  ## Stop the local cluster and everything it started
 	@$(VENV) -m tests.cluster down
 
 unit: setup  ## Unit tests
-	$(VENV) -m pytest tests/unit
+	$(VENV) -m pytest tests/unit $(SLOWEST)
 
 trainer: setup  ## The trainer's stages on a tiny model: every method, objective, metric and output
-	$(VENV) -m pytest tests/trainer
+	$(VENV) -m pytest tests/trainer $(SLOWEST)
+
+combinations: setup  ## Every objective with every method that is accepted
+	FINETUNE_COMBINATIONS=all $(VENV) -m pytest tests/trainer/test_methods.py $(SLOWEST)
 
 component: setup  ## Tests against a real API server
-	$(VENV) -m pytest tests/component
+	$(VENV) -m pytest tests/component $(SLOWEST)
 
 e2e: setup  ## Tests with real pods that really train
-	$(VENV) -m pytest tests/e2e
+	$(VENV) -m pytest tests/e2e $(SLOWEST)
+
+chaos: setup  ## 200 random faults over twenty jobs at once; `make test` strikes 60 times
+	FINETUNE_CHAOS_FAULTS=200 $(VENV) -m pytest tests/chaos $(SLOWEST)
 
 bench: setup  ## Benchmarks with their baselines
 	$(VENV) -m tests.bench
@@ -60,7 +67,7 @@ sbom: setup  ## Bills of materials with licences of both images, in out/
 release: setup  ## Chart, CRDs, bills of materials and digests of a version, in out/release
 	$(VENV) -m tests.cluster.release build out/release
 
-release-check: setup  ## Whether this checkout can be released: versions, changes, made twice the same
+release-check: setup  ## Whether this checkout can be released: versions, changes, made twice the same, all combinations
 	$(VENV) -m tests.cluster.release check
 
 lock: setup  ## Pin the newest versions that pyproject.toml allows

@@ -267,7 +267,7 @@ def _define(admin: Path) -> None:
     from kubernetes import client, config
 
     custom = client.CustomObjectsApi(config.new_client_from_config(str(admin)))
-    for crd in sorted((REPO / "charts/finetune-operator/files").glob("*-before-1.25.yaml")):
+    for crd in sorted((REPO / "crds").glob("*.yaml")):
         custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", yaml.safe_load(crd.read_text()))
     time.sleep(4)
 

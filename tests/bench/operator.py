@@ -7,6 +7,7 @@ plane has no nodes; pods of prepare are ended by hand at once. The controller ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def bench() -> dict[str, Any]:
         own = authority.kubeconfig("operator", server, OPERATOR, "system:masters")
         connection = config.new_client_from_config(str(admin))
         core, batch, custom = client.CoreV1Api(connection), client.BatchV1Api(connection), client.CustomObjectsApi(connection)
-        crd = yaml.safe_load((REPO / "charts/finetune-operator/files/finetunejobs-before-1.25.yaml").read_text())
+        crd = yaml.safe_load((REPO / "crds" / "finetunejobs.yaml").read_text())
         custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", crd)
         env = {
             **os.environ,
@@ -87,11 +88,9 @@ def bench() -> dict[str, Any]:
 def _namespace(core: client.CoreV1Api, name: str) -> None:
     core.create_namespace({"metadata": {"name": name}})
     while True:
-        try:
-            if core.read_namespaced_service_account("default", name).secrets:
-                return
-        except client.ApiException:
-            pass
+        with contextlib.suppress(client.ApiException):
+            core.read_namespaced_service_account("default", name)
+            return
         time.sleep(0.05)
 
 

@@ -1,11 +1,11 @@
-"""Two hundred random faults over twenty jobs at once, on a real control plane; the seed fixes them all.
+"""Random faults over twenty jobs at once, on a real control plane; the seed fixes them all.
 
 Two operators (one acts, one stands by) serve jobs of every shape. A played kubelet runs the pods, so that hundreds of
 gangs cost nothing; what real containers do when they are disturbed is tests/e2e's business. Struck are the operators,
 their network, the API server, etcd, the controller manager, kubelets, pods, child objects and the jobs themselves. The
 clocks of the operators are a day and three hours ahead.
 
-FINETUNE_CHAOS_SEED and FINETUNE_CHAOS_FAULTS change the run.
+FINETUNE_CHAOS_SEED and FINETUNE_CHAOS_FAULTS change the run; `make chaos` strikes 200 times.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.component.conftest import Api, Operator, until
 from tests.factory import MINIMAL, RESULTS, container_status, ended, merged
 
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED", "20261121"))
-FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS", "200"))
+FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS", "60"))
 JOBS = 20
 FAKETIME = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu", "faketime/libfaketime.so.1")
 EVALUATED = {
@@ -274,7 +274,7 @@ def faults(world: World, cluster: LocalCluster, operators: Operators, rng: rando
     ]
 
 
-def test_twenty_jobs_survive_two_hundred_faults(api: Api, operators: Operators, cluster: LocalCluster) -> None:
+def test_twenty_jobs_survive_random_faults(api: Api, operators: Operators, cluster: LocalCluster) -> None:
     rng = random.Random(SEED)
     world = World(api, random.Random(SEED + 1))
     world.create()

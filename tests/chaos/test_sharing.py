@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from kubernetes import client
 from finetune_api import GROUP, VERSION, names
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from tests.component.conftest import Api, Operator
+from tests.component.machines import Machines
 from tests.factory import RESULTS, container_status, ended
 
 SEED, JOBS, NODES, GPUS = 20261121, 60, 4, 8
@@ -31,45 +30,9 @@ SHAPES = ((1, 1), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (2, 8))
 AWAY = (client.ApiException, urllib3.exceptions.HTTPError)
 
 
-class Machines:
-    """Nodes that stay ready as long as somebody renews their leases."""
-
-    def __init__(self, api: Api) -> None:
-        self.api = api
-        self.names = [f"{api.namespace}-{n}" for n in range(NODES)]
-        self.leases = client.CoordinationV1Api(api.core.api_client)
-        room = {GPU: str(GPUS), "cpu": "64", "memory": "512Gi", "pods": "110"}
-        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": ""}
-        for name in self.names:
-            api.core.create_node({"metadata": {"name": name}})
-            api.core.patch_node_status(name, {"status": {"capacity": room, "allocatable": room, "conditions": [ready]}})
-            self.leases.create_namespaced_lease("kube-node-lease", {"metadata": {"name": name}, "spec": self._renewed(name)})
-            api.core.patch_node(name, {"spec": {"taints": []}})
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
-
-    @staticmethod
-    def _renewed(name: str) -> dict[str, Any]:
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        return {"holderIdentity": name, "leaseDurationSeconds": 40, "renewTime": now}
-
-    def _renew(self) -> None:
-        while not self._stop.wait(5):
-            for name in self.names:
-                with contextlib.suppress(*AWAY):
-                    self.leases.patch_namespaced_lease(name, "kube-node-lease", {"spec": self._renewed(name)})
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        for name in self.names:
-            self.api.core.delete_node(name)
-
-
 @pytest.fixture
 def machines(api: Api) -> Iterator[Machines]:
-    made = Machines(api)
+    made = Machines(api.core, [f"{api.namespace}-{n}" for n in range(NODES)], {GPU: str(GPUS)})
     yield made
     made.close()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 
-from . import images
+from . import images, machine
 from .kind import KindCluster
 from .local import LocalCluster
 from .shell import CommandFailed
@@ -16,9 +15,7 @@ NAME = "finetune"
 
 def cluster(name: str = NAME) -> LocalCluster | KindCluster:
     """kind where Docker and kind are at hand, plain processes elsewhere."""
-    if shutil.which("kind") and KindCluster.docker_answers():
-        return KindCluster(name)
-    return LocalCluster(name)
+    return KindCluster(name) if machine.with_kind() else LocalCluster(name)
 
 
 def main() -> None:

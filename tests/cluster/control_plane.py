@@ -1,4 +1,4 @@
-"""etcd, kube-apiserver, kube-controller-manager and kube-scheduler as plain processes."""
+"""etcd, kube-apiserver, kube-controller-manager and, where it is built, kube-scheduler as plain processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from . import processes
+from . import binaries, processes
 from .certificates import Authority
 from .shell import CommandFailed
 
@@ -55,7 +55,7 @@ def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
 
 
 def start(
-    cluster: str, state: Path, binaries: Path, address: str, *, extra_apiserver: list[str] | None = None, controllers: str = "*"
+    cluster: str, state: Path, kubernetes: Path, address: str, *, extra_apiserver: list[str] | None = None, controllers: str = "*"
 ) -> tuple[Authority, Path]:
     """Start all four, or only those that serve the API (no `controllers`), and wait until they answer.
 
@@ -70,7 +70,7 @@ def start(
         cluster,
         "etcd",
         [
-            "etcd", "--data-dir", state / "etcd", "--unsafe-no-fsync",
+            binaries.ensure("etcd") / "etcd", "--data-dir", state / "etcd", "--unsafe-no-fsync",
             "--listen-client-urls", etcd_url, "--advertise-client-urls", etcd_url,
             "--listen-peer-urls", f"http://127.0.0.1:{etcd_peer}",
             "--initial-advertise-peer-urls", f"http://127.0.0.1:{etcd_peer}",
@@ -85,7 +85,7 @@ def start(
         cluster,
         "kube-apiserver",
         [
-            binaries / "kube-apiserver", f"--etcd-servers={etcd_url}", f"--bind-address={address}", f"--secure-port={port}",
+            kubernetes / "kube-apiserver", f"--etcd-servers={etcd_url}", f"--bind-address={address}", f"--secure-port={port}",
             f"--advertise-address={address}", f"--service-cluster-ip-range={SERVICE_RANGE}", "--allow-privileged=true",
             f"--tls-cert-file={certificate}", f"--tls-private-key-file={key}", f"--client-ca-file={authority.path}",
             f"--kubelet-client-certificate={client_certificate}", f"--kubelet-client-key={client_key}",
@@ -95,6 +95,8 @@ def start(
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-signing-key-file={authority.service_account_key}",
             f"--service-account-key-file={authority.service_account_key}",
+            # an Endpoints object may not name a loopback address
+            *(["--endpoint-reconciler-type=none"] if address == "127.0.0.1" else []),
             *(extra_apiserver or []),
         ],
         logs,
@@ -106,22 +108,23 @@ def start(
     admin = authority.kubeconfig("admin", server, "admin", "system:masters")
     if not controllers:
         return authority, admin
-    ports = ["--port=0", f"--secure-port={free_port()}"]
     processes.start(
         cluster,
         "kube-controller-manager",
         [
-            binaries / "kube-controller-manager", f"--kubeconfig={admin}", "--leader-elect=false", *ports,
+            kubernetes / "kube-controller-manager", f"--kubeconfig={admin}", "--leader-elect=false", f"--secure-port={free_port()}",
             "--use-service-account-credentials=false", f"--root-ca-file={authority.path}",
             f"--service-account-private-key-file={authority.service_account_key}",
             f"--controllers={controllers}", "--kube-api-qps=200", "--kube-api-burst=400", "--node-monitor-grace-period=20s",
         ],
         logs,
     )  # fmt: skip
-    processes.start(
-        cluster,
-        "kube-scheduler",
-        [binaries / "kube-scheduler", f"--kubeconfig={admin}", "--leader-elect=false", "--port=0", f"--secure-port={free_port()}"],
-        logs,
-    )
+    if (kubernetes / "kube-scheduler").exists():  # the oldest version is built without
+        command: list[str | Path] = [
+            kubernetes / "kube-scheduler",
+            f"--kubeconfig={admin}",
+            "--leader-elect=false",
+            f"--secure-port={free_port()}",
+        ]
+        processes.start(cluster, "kube-scheduler", command, logs)
     return authority, admin

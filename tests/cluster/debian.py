@@ -1,35 +1,15 @@
-"""What the local cluster takes from Debian: packages and the Kubernetes source."""
+"""What the local cluster takes from Debian's packages."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from .shell import run, say, step
+from .shell import run, step
 
 #: command or file that shows that the package is there -> package
-RUNTIME = {
-    "etcd": "etcd-server",
-    "containerd": "containerd",
-    "runc": "runc",
-    "/usr/lib/cni/bridge": "containernetworking-plugins",
-    "iptables": "iptables",
-    "conntrack": "conntrack",
-    "ip": "iproute2",
-    "mount": "mount",
-}
-BUILD = {
-    "/usr/lib/go-1.19/bin/go": "golang-1.19-go",
-    "/usr/share/gocode/src/github.com/modern-go/reflect2/reflect2.go": "golang-github-modern-go-reflect2-dev",
-    "rsync": "rsync",
-    "make": "make",
-    "gcc": "gcc",
-    "/usr/include/stdlib.h": "libc6-dev",
-    "patch": "patch",
-    "dpkg-source": "dpkg-dev",
-    "xz": "xz-utils",
-}
-IMAGES = {"mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
+RUNTIME = {"runc": "runc", "iptables": "iptables", "conntrack": "conntrack", "ip": "iproute2", "mount": "mount", "nsenter": "util-linux"}
+IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
 
 
 def _present(probe: str) -> bool:
@@ -44,7 +24,7 @@ def ensure(packages: dict[str, str]) -> None:
     with step(f"installing Debian packages: {' '.join(missing)}"):
         policy = Path("/usr/sbin/policy-rc.d")
         ours = not policy.exists()
-        if ours:  # containerd and etcd would otherwise be started by their packages
+        if ours:  # what a package brings is not started as a service
             policy.write_text("#!/bin/sh\nexit 101\n")
             policy.chmod(0o755)
         try:
@@ -56,29 +36,8 @@ def ensure(packages: dict[str, str]) -> None:
                 policy.unlink(missing_ok=True)
 
 
-def source_lists() -> list[tuple[str, str]]:
-    """(URI, suite) of the machine's own Debian archives."""
+def archives(release: str) -> list[tuple[str, str]]:
+    """(URI, suite) of a release in the Debian archives that this machine uses."""
     out = run(["apt-get", "indextargets", "Created-By: Packages", "Origin: Debian", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"])
-    rows = [line.split() for line in out.splitlines() if line.strip()]
-    return sorted({(uri, suite) for uri, suite, component in rows if component == "main"})
-
-
-def fetch_source(package: str, into: Path) -> Path:
-    """Unpack a Debian source package into a folder, without touching the machine's apt configuration."""
-    state = into / "apt"
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (state / folder).mkdir(parents=True)
-    lines = [f"deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {uri} {suite} main" for uri, suite in source_lists()]
-    (state / "sources.list").write_text("\n".join(lines) + "\n")
-    own = [
-        f"-oDir::Etc::SourceList={state}/sources.list",
-        "-oDir::Etc::SourceParts=/dev/null",
-        f"-oDir::State::Lists={state}/lists",
-        f"-oDir::Cache={state}/cache",
-        "-oAPT::Sandbox::User=root",
-    ]
-    say(f"fetching Debian source package {package}")
-    run(["apt-get", *own, "update", "-q"])
-    run(["apt-get", *own, "source", "-q", package], cwd=into)
-    trees = [p for p in into.iterdir() if p.is_dir() and p.name.startswith(f"{package}-")]
-    return trees[0]
+    rows = {tuple(line.split()[:2]) for line in out.splitlines() if line.endswith(" main")}
+    return sorted({(uri, release + suffix) for uri, suite in rows for suffix in [suite[len(suite.partition("-")[0]) :]]})

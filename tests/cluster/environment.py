@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from . import machine
 from .shell import CACHE, REPO, cached, digest_of, run, step
 
 LOCKS = {
@@ -85,8 +86,8 @@ def _install(target: Path, requirements: list[str]) -> None:
 
 def _uv(target: Path, words: list[str]) -> None:
     env = {"UV_CACHE_DIR": str(CACHE / "uv"), "PYC_INVALIDATION_MODE": "UNCHECKED_HASH"}
-    command = [uv(), "pip", "install", "--quiet", "--no-config", "--compile-bytecode", "--python", _python(), "--target", target]
-    run([*command, *words], env=env)
+    options = ("--quiet", "--no-config", "--compile-bytecode", "--python", _python())
+    run([uv(), "pip", "install", *options, "--target", target, *words], env=env)
 
 
 def site_packages(name: str) -> Path:
@@ -129,4 +130,5 @@ def virtual_environment() -> Path:
 
 
 if __name__ == "__main__":
+    machine.check()
     virtual_environment()

@@ -1,7 +1,7 @@
-"""Container images without Docker and without a registry: layers are tar files, an image is an OCI archive.
+"""Container images without Docker and without a registry.
 
-The content is that of trainer_image/Dockerfile and operator/Dockerfile: Debian's Python, the packages of the lock
-file, our own code. Dependencies and code are separate archives, so that a change of code moves a few kilobytes.
+Our own are built by buildah from their Dockerfiles, on a Debian base made by mmdebstrap, and handed to containerd as an OCI archive.
+A layer lies on the disk once: the archive carries only what the store of the nodes does not have yet (store.py).
 """
 
 from __future__ import annotations
@@ -10,30 +10,28 @@ import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from . import debian
-from .environment import site_packages
-from .shell import REPO, cached, digest_of, run, step
+from . import debian, machine
+from .shell import CACHE, REPO, cached, digest_of, locked, run, say, step
 
 #: a registry that answers nothing: a missing image fails at once instead of being looked for elsewhere
 TRAINER = "localhost/finetune-trainer"
 OPERATOR = "localhost/finetune-operator"
 PAUSE = "localhost/pause:1"
-USER = "1000:1000"
+SUITE = "trixie"
+"""Debian's current release, as in the Dockerfiles."""
+STORAGE = CACHE / "images"
+LAYOUT = CACHE / "node-images" / "layout"  # beside what was unpacked of it: store.py
 _BASE_COMMAND = (
     "mmdebstrap",
     "--variant=minbase",
     "--mode=root",
-    "--include=python3,python3-distutils,ca-certificates,tzdata,procps",
-    "--dpkgopt=path-exclude=/usr/share/doc/*",
-    "--dpkgopt=path-exclude=/usr/share/man/*",
-    "--dpkgopt=path-exclude=/usr/share/locale/*",
-    "--customize-hook=chroot $1 useradd --uid 1000 --create-home finetune",
-    "bookworm",
+    *(f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale", "info")),
+    SUITE,
 )
 _PAUSE_SOURCE = """
 #include <signal.h>
@@ -43,153 +41,167 @@ static void stop(int s) { _exit(0); }
 static void reap(int s) { while (waitpid(-1, 0, WNOHANG) > 0); }
 int main(void) { signal(SIGTERM, stop); signal(SIGINT, stop); signal(SIGCHLD, reap); for (;;) pause(); }
 """
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An uncompressed layer: its digest is its diff ID."""
-
-    path: Path
-    digest: str
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-
-def _layer(path: Path) -> Layer:
-    note = path.with_suffix(".sha256")
-    if not note.exists():
-        with path.open("rb") as stream:
-            note.write_text(hashlib.file_digest(stream, "sha256").hexdigest())
-    return Layer(path, f"sha256:{note.read_text()}")
-
-
-def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    if "__pycache__" in info.name.split("/") and not info.name.startswith("opt/finetune/site-packages"):
-        return None
-    info.uid = info.gid = 0
-    info.uname = info.gname = "root"
-    info.mtime = 0
-    return info
-
-
-def base_layer() -> Layer:
-    """Debian 12 with Python and nothing else that is not needed."""
-
-    def build(folder: Path) -> None:
-        debian.ensure(debian.IMAGES)
-        with step("making the base file system of the images (Debian, Python)"):
-            run([*_BASE_COMMAND, folder / "base.tar"], log=folder / "mmdebstrap.log")
-
-    return _layer(cached("image-base", digest_of(*_BASE_COMMAND), build) / "base.tar")
-
-
-def _add(tar: tarfile.TarFile, source: Path, name: str) -> None:
-    """A folder with its compiled modules, which count whatever the time of their sources.
-
-    Layers have no times, and a module that is older or newer than its compiled form is compiled again: in every container, for
-    it cannot write what it compiles. That made importing the training stack take twice as long.
-    """
-    for path in [source, *sorted(source.rglob("*"))]:
-        info = _plain(tar.gettarinfo(str(path), f"{name}/{path.relative_to(source)}" if path != source else name))
-        if info is None:
-            continue
-        if not info.isfile():
-            tar.addfile(info)
-            continue
-        content = path.read_bytes()
-        if path.suffix == ".pyc":  # PEP 552: hash-based, and the hash not checked
-            content = content[:4] + (1).to_bytes(4, "little") + bytes(8) + content[16:]
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-
-
-def _packages_layer(name: str, source: Path, key: str) -> Layer:
-    def build(folder: Path) -> None:
-        with step(f"packing the packages of the {name} image"), tarfile.open(folder / "packages.tar", "w") as tar:
-            _add(tar, source, "opt/finetune/site-packages")
-
-    return _layer(cached(f"image-{name}-packages", key, build) / "packages.tar")
-
-
-def _code_layer(name: str, folders: list[Path]) -> Layer:
-    def build(folder: Path) -> None:
-        with tarfile.open(folder / "code.tar", "w") as tar:
-            for source in folders:
-                tar.add(source, f"opt/finetune/app/{source.name}", filter=_plain)
-
-    return _layer(cached(f"image-{name}-code", digest_of(*folders), build, keep=3) / "code.tar")
-
-
-def _archive(target: Path, reference: str, layers: list[Layer], config: dict[str, object], include: list[Layer]) -> None:
-    """Write an OCI archive that names all layers and carries those of `include`."""
-    settings = {
-        "architecture": "amd64",
-        "os": "linux",
-        "config": config,
-        "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
-    }
-    blob = json.dumps(settings, sort_keys=True).encode()
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": _digest(blob), "size": len(blob)},
-        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer.digest, "size": layer.size} for layer in layers],
-    }
-    manifest_blob = json.dumps(manifest, sort_keys=True).encode()
-    index = {
-        "schemaVersion": 2,
-        "manifests": [
-            {
-                "mediaType": manifest["mediaType"],
-                "digest": _digest(manifest_blob),
-                "size": len(manifest_blob),
-                "annotations": {"io.containerd.image.name": reference},
-            }
-        ],
-    }
-    with tarfile.open(target, "w") as tar:
-
-        def put(name: str, data: bytes) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-        put("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
-        put("index.json", json.dumps(index).encode())
-        for data in (blob, manifest_blob):
-            put(f"blobs/sha256/{_digest(data)[7:]}", data)
-        for layer in include:
-            tar.add(layer.path, f"blobs/sha256/{layer.digest[7:]}")
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _config(module: str, environment: dict[str, str]) -> dict[str, object]:
-    env = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin:/opt/finetune/site-packages/bin",
-        "PYTHONPATH": "/opt/finetune/app:/opt/finetune/site-packages",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",
-        **environment,
-    }
-    return {
-        "User": USER,
-        "WorkingDir": "/tmp",
-        "Entrypoint": ["python3", "-m", module],
-        "Env": [f"{key}={value}" for key, value in env.items()],
-    }
+CODE = {
+    "trainer": [REPO / "operator" / "finetune_api", REPO / "trainer_image" / "finetune_trainer"],
+    "operator": [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator"],
+}
+"""Our own code in each image."""
+_PLACES = {"trainer": REPO / "trainer_image", "operator": REPO / "operator"}
 
 
 @dataclass(frozen=True)
 class Image:
-    """A reference, whose tag tells its content, and the archives to import, in order."""
+    """A reference, whose tag tells its content, and the folder with its OCI layout."""
 
     reference: str
-    archives: list[Path]
+    layout: Path
+
+    @property
+    def manifest(self) -> tuple[str, dict[str, Any]]:
+        """(digest, manifest)"""
+        index = json.loads((self.layout / "index.json").read_text())["manifests"]
+        name = "org.opencontainers.image.ref.name"
+        digest = next(entry["digest"] for entry in index if entry["annotations"][name] == self.reference)
+        return digest, json.loads(self.blob(digest).read_text())
+
+    def blob(self, digest: str) -> Path:
+        """File of a blob."""
+        return self.layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+    @property
+    def layers(self) -> list[tuple[str, int]]:
+        """(digest, bytes) of its layers, the lowest first. They are not compressed, so these digests are the diff IDs too."""
+        return [(layer["digest"], layer["size"]) for layer in self.manifest[1]["layers"]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers."""
+        return sum(size for _, size in self.layers)
+
+
+_BUILDAH: list[str | Path] = ["buildah", "--root", STORAGE, "--runroot", "/run/finetune-images"]
+_STORAGE_DRIVER = {"STORAGE_DRIVER": "overlay"}
+_UV_LOCK = Path(__file__).with_name("locks") / "uv.txt"
+
+
+def buildah(*words: str | Path) -> str:
+    """Run buildah on our own storage."""
+    return run([*_BUILDAH, *words], env=_STORAGE_DRIVER)
+
+
+def _known(reference: str) -> bool:
+    return bool(buildah("images", "--quiet", "--filter", f"reference={reference}").strip())
+
+
+def base() -> str:
+    """The machine's own stand-in for debian:trixie-slim, where no registry is reached."""
+    mirrors = [f"deb {uri} {suite} main" for uri, suite in debian.archives(SUITE)]
+    reference = f"localhost/debian:{SUITE}-{digest_of(*_BASE_COMMAND, *mirrors)}"
+    if not _known(reference):
+        archive = STORAGE / "base.tar"
+        with step(f"making the base of the images (Debian {SUITE})"):
+            run([*_BASE_COMMAND, archive, *mirrors], log=CACHE / "mmdebstrap.log")
+            container = buildah("from", "scratch").strip()
+            buildah("add", "--quiet", container, archive, "/")
+            buildah("commit", "--quiet", "--rm", container, reference)
+        archive.unlink()
+    return reference
+
+
+def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path = REPO) -> Image:
+    """Build a Dockerfile, unless its inputs are the same as before: with Docker where kind is used, with buildah elsewhere."""
+    docker = machine.with_kind()
+    if not docker:
+        debian.ensure(debian.IMAGES)
+    for folder in (STORAGE, LAYOUT.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked("images"):
+        below = "" if docker else base()
+        # a tag per content: pods of an older one are replaced; the whole folder, for what the Dockerfile copies
+        image = Image(f"{repository}:{digest_of(below, dockerfile, _UV_LOCK, *inputs)}", LAYOUT)
+        name = repository.rpartition("/")[2]
+        if docker or not _known(image.reference):
+            options = ["--tag", image.reference, "--file", dockerfile, *_options(below)]
+            command = ["docker", "build"] if docker else [*_BUILDAH, "bud", "--layers", "--isolation", "chroot", "--network", "host"]
+            with step(f"building the image {name} from {dockerfile.relative_to(REPO)}"):
+                run([*command, *options, context], env=_STORAGE_DRIVER, log=CACHE / f"{name}-image.log")
+        if not docker and (not LAYOUT.exists() or image.reference not in (LAYOUT / "index.json").read_text()):
+            _forget(repository, keep=3)
+            buildah("push", "--quiet", "--disable-compression", "--format", "oci", image.reference, f"oci:{LAYOUT}:{image.reference}")
+            say(f"image {name}: {image.size / 1e6:.0f} MB uncompressed, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB")
+    return image
+
+
+def _options(below: str) -> list[str | Path]:
+    """Base, mirrors and certificate authority of this machine, for the Dockerfile."""
+    arguments = {"BASE_IMAGE": below, **{name: os.environ.get(name, "") for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")}}
+    options: list[str | Path] = [word for name, value in arguments.items() if value for word in ("--build-arg", f"{name}={value}")]
+    authority = os.environ.get("SSL_CERT_FILE", "")
+    return [*options, "--secret", f"id=ca,src={authority}"] if authority else options
+
+
+def _forget(repository: str, *, keep: int) -> None:
+    """Remove all but the newest images of a repository, and layers that no image has."""
+    newest_first = buildah("images", "--noheading", "--format", "{{.Name}}:{{.Tag}}", "--filter", f"reference={repository}").split()
+    for stale in newest_first[keep:]:
+        buildah("rmi", stale)
+
+
+def trainer() -> Image:
+    """The image that all stages run in."""
+    return _ours("trainer", TRAINER)
+
+
+def operator() -> Image:
+    """The operator's image."""
+    return _ours("operator", OPERATOR)
+
+
+def _ours(name: str, repository: str) -> Image:
+    place = _PLACES[name]
+    return _build(repository, place / "Dockerfile", [place / "requirements.lock", *CODE[name]])
+
+
+def played(folder: Path) -> Image:
+    """An image with Python and a folder that has a Dockerfile, for benchmarks of what is around the training."""
+    return _build("localhost/finetune-played", folder / "Dockerfile", [folder], folder)
+
+
+def of_program(reference: str, program: Path, path: str, config: dict[str, Any]) -> Image:
+    """An image that holds one static program at `path`."""
+
+    def build(folder: Path) -> None:
+        blobs = folder / "blobs" / "sha256"
+        blobs.mkdir(parents=True)
+
+        def put(data: bytes) -> tuple[str, int]:
+            digest = hashlib.sha256(data).hexdigest()
+            (blobs / digest).write_bytes(data)
+            return f"sha256:{digest}", len(data)
+
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            info = tarfile.TarInfo(path.lstrip("/"))
+            info.size, info.mode = program.stat().st_size, 0o755
+            with program.open("rb") as content:
+                tar.addfile(info, content)
+        kind = "application/vnd.oci.image"
+        layer, size = put(buffer.getvalue())
+        settings = {"architecture": "amd64", "os": "linux", "config": config, "rootfs": {"type": "layers", "diff_ids": [layer]}}
+        config_digest, config_size = put(json.dumps(settings, sort_keys=True).encode())
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": f"{kind}.manifest.v1+json",
+            "config": {"mediaType": f"{kind}.config.v1+json", "digest": config_digest, "size": config_size},
+            "layers": [{"mediaType": f"{kind}.layer.v1.tar", "digest": layer, "size": size}],
+        }
+        digest, size = put(json.dumps(manifest, sort_keys=True).encode())
+        entry = {"mediaType": manifest["mediaType"], "digest": digest, "size": size}
+        entry["annotations"] = {"org.opencontainers.image.ref.name": reference}
+        (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+
+    key = digest_of(reference, program, path, json.dumps(config, sort_keys=True))
+    return Image(reference, cached(f"image-{reference.rpartition('/')[2].partition(':')[0]}", key, build))
 
 
 def pause() -> Image:
@@ -199,82 +211,6 @@ def pause() -> Image:
         debian.ensure(debian.IMAGES)
         (folder / "pause.c").write_text(_PAUSE_SOURCE)
         run(["gcc", "-Os", "-static", "-o", folder / "pause", folder / "pause.c"])
-        with tarfile.open(folder / "pause.tar", "w") as tar:
-            tar.add(folder / "pause", "pause", filter=_plain)
-        layer = _layer(folder / "pause.tar")
-        _archive(folder / "image.tar", PAUSE, [layer], {"Entrypoint": ["/pause"], "User": "65535:65535"}, [layer])
 
-    key = digest_of(_PAUSE_SOURCE, PAUSE)
-    return Image(PAUSE, [cached("image-pause", key, build) / "image.tar"])
-
-
-def _image(name: str, repository: str, source: Path, lock: Path, folders: list[Path], environment: dict[str, str]) -> Image:
-    base = base_layer()
-    packages = _packages_layer(name, source, digest_of(lock, base.digest, sys.version[:4], "compiled"))
-    code = _code_layer(name, folders)
-    config = _config(f"finetune_{name}", environment)
-    lower_key = digest_of(base.digest, packages.digest, repository)
-
-    def build_lower(folder: Path) -> None:
-        _archive(folder / "image.tar", f"localhost/finetune-{name}-packages:{lower_key}", [base, packages], {}, [base, packages])
-
-    lower = cached(f"image-{name}-lower", lower_key, build_lower) / "image.tar"
-    key = digest_of(lower_key, code.digest, json.dumps(config), repository)
-    reference = f"{repository}:{key}"  # a tag per content: pods of an older one are replaced by `helm upgrade`
-
-    def build(folder: Path) -> None:
-        _archive(folder / "image.tar", reference, [base, packages, code], config, [code])
-
-    return Image(reference, [lower, cached(f"image-{name}", key, build, keep=3) / "image.tar"])
-
-
-CODE = {
-    "trainer": [REPO / "operator" / "finetune_api", REPO / "trainer_image" / "finetune_trainer"],
-    "operator": [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator"],
-}
-"""Our own code in each image."""
-
-
-def trainer() -> Image:
-    """The image that all stages run in."""
-    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return _image("trainer", TRAINER, site_packages("trainer"), REPO / "trainer_image" / "requirements.lock", CODE["trainer"], environment)
-
-
-def operator() -> Image:
-    """The operator's image."""
-    return _image("operator", OPERATOR, site_packages("operator"), REPO / "operator" / "requirements.lock", CODE["operator"], {})
-
-
-def played(folder: Path) -> Image:
-    """An image with nothing but Python and a folder's `<name>_trainer.py`, for benchmarks of what is around the training."""
-    base, code = base_layer(), _code_layer("played", [folder])
-    script = next(folder.glob("*_trainer.py"))
-    config: dict[str, object] = {
-        "User": USER,
-        "WorkingDir": "/tmp",
-        "Entrypoint": ["python3", f"/opt/finetune/app/{folder.name}/{script.name}"],
-    }
-    key = digest_of(base.digest, code.digest, json.dumps(config))
-    reference = f"localhost/finetune-played:{key}"
-
-    def build(target: Path) -> None:
-        _archive(target / "image.tar", reference, [base, code], config, [base, code])
-
-    return Image(reference, [cached("image-played", key, build) / "image.tar"])
-
-
-def load(image: Image, node_root: Path, ctr: list[str]) -> None:
-    """Import an image into a node's containerd, unless the node has it already."""
-    marker = node_root / "images" / image.archives[-1].parent.name
-    if marker.exists():
-        return
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    with step(f"loading {image.reference.rsplit('/', 1)[1]} into {node_root.name}"):
-        for archive in image.archives:
-            loaded = marker.parent / f"{archive.parent.name}.loaded"
-            if not loaded.exists():
-                run([*ctr, "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", archive])
-                loaded.touch()
-        os.sync()  # else the first pods wait for gigabytes to reach the disk
-    marker.touch()
+    program = cached("pause", digest_of(_PAUSE_SOURCE), build) / "pause"
+    return of_program(PAUSE, program, "/pause", {"Entrypoint": ["/pause"], "User": "65535:65535"})

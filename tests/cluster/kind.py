@@ -1,20 +1,21 @@
-"""The same cluster on a machine with Docker and kind: current Kubernetes, images built from the Dockerfiles."""
+"""The same cluster on a machine with Docker and kind: the same version of Kubernetes, and images from the same Dockerfiles."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
-from . import images
+from . import binaries, images
 from .local import kubectl
-from .shell import CACHE, REPO, CommandFailed, run, step
+from .shell import CACHE, run, step
 
 _CONFIG = {
     "kind": "Cluster",
     "apiVersion": "kind.x-k8s.io/v1alpha4",
-    "nodes": [{"role": "control-plane"}, {"role": "worker"}, {"role": "worker"}],
+    "nodes": [
+        {"role": role, "image": f"kindest/node:{binaries.version(binaries.NEWEST)}"} for role in ("control-plane", "worker", "worker")
+    ],
 }
 
 
@@ -23,17 +24,6 @@ class KindCluster:
     """A kind cluster with one control-plane node and two workers."""
 
     name: str
-
-    @staticmethod
-    def docker_answers() -> bool:
-        """Whether a Docker engine runs (the client alone is not enough)."""
-        if not shutil.which("docker"):
-            return False
-        try:
-            run(["docker", "info"], timeout=20)
-        except (CommandFailed, OSError, TimeoutError):
-            return False
-        return True
 
     @property
     def kubeconfig(self) -> Path:
@@ -62,10 +52,8 @@ class KindCluster:
             self.load(image)
 
     def load(self, image: images.Image) -> None:
-        """Build an image from its Dockerfile and load it into the nodes."""
-        dockerfile = REPO / ("trainer_image" if image.reference.startswith(f"{images.TRAINER}:") else "operator") / "Dockerfile"
-        with step(f"building {image.reference}"):
-            run(["docker", "build", "--build-arg", "DEVICE=cpu", "-t", image.reference, "-f", dockerfile, REPO])
+        """Load an image into the nodes."""
+        with step(f"loading {image.reference}"):
             run(["kind", "load", "docker-image", "--name", self.name, image.reference])
 
     def down(self) -> None:

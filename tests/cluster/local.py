@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-from . import addons, binaries, control_plane, debian, images, nodes, processes
+from . import addons, binaries, control_plane, debian, images, machine, nodes, processes, store
 from .control_plane import wait_for
 from .environment import site_packages
 from .shell import CACHE, REPO, CommandFailed, digest_of, run, say, step
@@ -33,10 +32,11 @@ _STORAGE_CLASS = {
 
 @dataclasses.dataclass(frozen=True)
 class LocalCluster:
-    """A cluster of this machine; `size` nodes, none for a bare control plane."""
+    """A cluster of this machine; `size` nodes, none for a bare control plane; which Kubernetes: a folder of `go/`."""
 
     name: str
     size: int = 2
+    kubernetes: str = binaries.NEWEST
 
     @property
     def state(self) -> Path:
@@ -89,17 +89,20 @@ class LocalCluster:
 
     def up(self, *, load: list[images.Image] | None = None) -> None:
         """Bring it up, from whatever state a killed run left; keep it when it is up already."""
+        load = [images.pause(), *(load or [])] if self.size else []
         if self.is_up():
             say(f"local cluster {self.name} is up")
+            for image in load:
+                self.load(image)
         else:
-            _check_machine()
-            debian.ensure(debian.RUNTIME)
-            built = binaries.ensure()
+            machine.check()
+            if self.size:
+                debian.ensure(debian.RUNTIME)
+                store.ensure(load)
+            built = binaries.ensure(self.kubernetes)
             self.down(quiet=True)
-            with step(f"starting Kubernetes ({self.size} nodes)"):
+            with step(f"starting Kubernetes {binaries.version(self.kubernetes)} ({self.size} nodes)"):
                 self._start(built)
-        for image in load or []:
-            self.load(image)
 
     def _running(self, name: str) -> dict[int, list[str]]:
         """Commands of the processes of that name."""
@@ -132,9 +135,11 @@ class LocalCluster:
             wait_for(f"{name} again", functools.partial(stays, words), 60, self.state / "logs")
 
     def load(self, image: images.Image) -> None:
-        """Put an image on every node."""
+        """Put an image on every node that lacks it; its lower layers are there from the start."""
+        store.ensure([image])
         for node in self._nodes():
-            images.load(image, node.root, node.ctr)
+            if image.reference not in run([*store.ctr(node.socket), "images", "ls", "--quiet"]).split():
+                store.put(image, node.socket)
 
     def _nodes(self) -> list[nodes.Node]:
         return [nodes.Node(self.name, index, self.state) for index in range(1, self.size + 1)]
@@ -196,16 +201,9 @@ class LocalCluster:
 
 def _sources() -> str:
     """What decides how it is started."""
-    return digest_of(*(Path(__file__).with_name(name) for name in ("control_plane.py", "nodes.py", "local.py")))
+    return digest_of(*(Path(__file__).with_name(name) for name in ("control_plane.py", "nodes.py", "local.py", "store.py")))
 
 
 def kubectl() -> Path:
     """The kubectl binary of the environment."""
     return site_packages("dev") / "bin" / "kubectl"
-
-
-def _check_machine() -> None:
-    if os.geteuid() != 0:
-        raise CommandFailed("the local cluster needs root (network namespaces, containerd); run it as root, or with Docker and kind")
-    if platform.machine() != "x86_64":
-        raise CommandFailed(f"the local cluster is made for x86_64, this is {platform.machine()}; use Docker and kind")

@@ -18,7 +18,7 @@ def main() -> None:
     """Write all lock files."""
     for name, extras in (("dev", ["--all-extras"]), ("trainer", ["--extra", "trainer"]), ("operator", ["--extra", "operator"])):
         lock = LOCKS[name]
-        constraint = [] if name == "dev" else ["--constraint", LOCKS["dev"]]
+        constraint = [] if name == "dev" else ["--constraint", str(LOCKS["dev"])]
         with step(f"locking {lock.relative_to(REPO)}"):
             run([uv(), *_COMPILE, "--upgrade", REPO / "pyproject.toml", *extras, *constraint, "--output-file", lock])
         lock.write_text(lock.read_text().replace(_EVERYWHERE, ""))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
-from . import images, processes
+from . import binaries, images, processes, store
 from .certificates import Authority
-from .control_plane import wait_for
-from .shell import CACHE, run
+from .shell import run
 
 BRIDGE = "ftobr0"
 HOST = "172.30.0.1"
@@ -24,11 +24,9 @@ class Node:
         self.name = f"node-{index}"
         self.address = f"172.30.0.{10 + index}"
         self.namespace = f"fto-node-{index}"
-        #: the images stay here between runs
-        self.root = CACHE / "nodes" / self.name
+        self.root = self.state / "containerd"
         self.run_folder = Path(f"/run/finetune-local/{self.name}")
         self.socket = self.run_folder / "containerd.sock"
-        self.ctr: list[str] = ["ctr", "--address", str(self.socket)]
 
     def _inside(self, *command: str | Path) -> list[str | Path]:
         # nsenter, not `ip netns exec`: the latter makes a mount namespace too, and a kubelet's mounts must be seen by containerd
@@ -60,15 +58,16 @@ class Node:
         run(self._inside("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1"), check=False)
 
     def start_runtime(self) -> None:
-        """Start containerd, empty it of what a killed run left, and load the pause image."""
-        for folder in (self.root, self.run_folder, self.state, self.state / "pod-logs"):
+        """Start containerd, with the images of the store."""
+        for folder in (self.run_folder, self.state, self.state / "pod-logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        store.copy(self.root)
         network = self.state / "net.d"
         network.mkdir()
         (network / "10-bridge.conflist").write_text(
             json.dumps(
                 {
-                    "cniVersion": "0.3.1",
+                    "cniVersion": "1.0.0",
                     "name": "pods",
                     "plugins": [
                         {
@@ -90,39 +89,29 @@ class Node:
         )
         config = self.state / "containerd.toml"
         config.write_text(
-            f"""version = 2
-root = "{self.root}/containerd"
-state = "{self.run_folder}/containerd"
-oom_score = 0
-[grpc]
-  address = "{self.socket}"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{images.PAUSE}"
+            store.configuration(self.root, self.run_folder / "containerd", self.socket)
+            + f"""
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{images.PAUSE}"
+[plugins."io.containerd.cri.v1.runtime"]
   # lowering oom_score_adj is forbidden in many sandboxes, and every pod would fail with it
   restrict_oom_score_adj = true
   # the pods' network namespaces lie where `down` finds them
   netns_mounts_under_state_dir = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["{binaries.ensure("cni")}"]
     conf_dir = "{network}"
-  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
 """
         )
-        processes.start(self.cluster, f"{self.name}-containerd", self._apart("containerd", "--config", config), self.state.parent / "logs")
-        wait_for(f"{self.name}: containerd", lambda: "Server" in run([*self.ctr, "version"], check=False), 60, self.state.parent / "logs")
-        self._clear()
-        images.load(images.pause(), self.root, self.ctr)
+        folder = binaries.ensure("containerd")
+        command = self._apart(folder / "containerd", "--config", config)
+        path = {"PATH": f"{folder}:{os.environ['PATH']}"}  # its shim lies beside it
+        processes.start(self.cluster, f"{self.name}-containerd", command, self.state.parent / "logs", env=path)
+        store.wait(self.socket, self.state.parent / "logs")
 
-    def _clear(self) -> None:
-        tasks = run([*self.ctr, "-n", "k8s.io", "tasks", "ls", "-q"], check=False).split()
-        for task in tasks:
-            run([*self.ctr, "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", task], check=False)
-            run([*self.ctr, "-n", "k8s.io", "tasks", "delete", "-f", task], check=False)
-        for container in run([*self.ctr, "-n", "k8s.io", "containers", "ls", "-q"], check=False).split():
-            run([*self.ctr, "-n", "k8s.io", "containers", "rm", container], check=False)
-
-    def start_kubelet(self, binaries: Path, authority: Authority, server: str) -> None:
+    def start_kubelet(self, kubernetes: Path, authority: Authority, server: str) -> None:
         """Start the kubelet and kube-proxy."""
         certificate, key = authority.issue(self.name, f"system:node:{self.name}", "system:nodes", hosts=[self.address, self.name])
         kubeconfig = authority.kubeconfig(f"kubelet-{self.name}", server, f"system:node:{self.name}", "system:nodes")
@@ -158,6 +147,7 @@ oom_score = 0
                     "clusterDomain": "cluster.local",
                     "resolvConf": str(resolver),
                     "failSwapOn": False,
+                    "failCgroupV1": False,
                     "nodeStatusUpdateFrequency": "5s",
                     "syncFrequency": "20s",
                     "volumePluginDir": str(self.state / "plugins"),
@@ -176,8 +166,8 @@ oom_score = 0
             self.cluster,
             f"{self.name}-kubelet",
             self._apart(
-                binaries / "kubelet", f"--config={config}", f"--kubeconfig={kubeconfig}", f"--hostname-override={self.name}",
-                "--container-runtime=remote", f"--container-runtime-endpoint=unix://{self.socket}", f"--node-ip={self.address}",
+                kubernetes / "kubelet", f"--config={config}", f"--kubeconfig={kubeconfig}", f"--hostname-override={self.name}",
+                f"--container-runtime-endpoint=unix://{self.socket}", f"--node-ip={self.address}",
                 f"--root-dir={self.state}/kubelet", f"--cert-dir={self.state}/pki",
             ),
             logs,
@@ -197,7 +187,7 @@ oom_score = 0
                 }
             )
         )
-        command = self._inside(binaries / "kube-proxy", f"--config={proxy_config}")
+        command = self._inside(kubernetes / "kube-proxy", f"--config={proxy_config}")
         processes.start(self.cluster, f"{self.name}-kube-proxy", command, logs)
 
     def remove(self) -> None:
@@ -206,7 +196,7 @@ oom_score = 0
         run(["ip", "netns", "delete", self.namespace], check=False)
         run(["ip", "link", "delete", f"fto{self.index}"], check=False)
         run(["ip", "route", "delete", f"{POD_RANGE}.{self.index}.0/24"], check=False)
-        for folder in (self.state, self.run_folder, self.root):
+        for folder in (self.state, self.run_folder):
             processes.unmount_below(folder)
         shutil.rmtree(self.run_folder, ignore_errors=True)
         shutil.rmtree(self.state, ignore_errors=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import helm, images, loader
 from .__main__ import cluster
-from .shell import CACHE, REPO, CommandFailed, digest_of, run, say, step
+from .shell import CACHE, REPO, CommandFailed, digest_of, locked, run, say, step
 
 NAMESPACE = "default"
 JOB = "support-tickets"
@@ -21,12 +21,13 @@ def model(script: str, name: str) -> Path:
     """A model that a script of examples/models makes; made once per content of the script."""
     source = EXAMPLES / "models" / script
     folder = CACHE / "models" / digest_of(source) / name
-    if not (folder / "model.safetensors").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with step(f"making the model {name} (once)"):
-            run([sys.executable, source, folder])
-        for file in folder.iterdir():
-            file.chmod(0o644)
+    with locked(f"model-{name}"):
+        if not (folder / "model.safetensors").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with step(f"making the model {name} (once)"):
+                run([sys.executable, source, folder])
+            for file in folder.iterdir():
+                file.chmod(0o644)
     return folder
 
 

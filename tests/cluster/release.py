@@ -1,4 +1,4 @@
-"""`make release` and `make release-check`: what is published for a version, made twice the same.
+"""`make release` and `make release-check`: what is published for a version, made twice the same, and every combination tried.
 
 Chart, CustomResourceDefinitions, bills of materials and the layers with our own code depend on the checkout alone. The layers
 below them (Debian's Python, the locked packages) are pinned by version, but take what Debian's mirror has on the day.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -84,13 +85,20 @@ def problems() -> list[str]:
     return found
 
 
+def combinations() -> list[str]:
+    """What of all methods and objectives that are accepted together does not learn: `make test` tries each only once."""
+    command = [sys.executable, "-m", "pytest", "tests/trainer/test_methods.py", "--durations=25"]
+    code = subprocess.run(command, cwd=REPO, env={**os.environ, "FINETUNE_COMBINATIONS": "all"}, check=False).returncode
+    return [f"make combinations: pytest's exit code is {code}"] if code else []
+
+
 def main() -> None:
     """`build FOLDER` or `check`."""
     if sys.argv[1] == "build":
         for name, digest in build(Path(sys.argv[2])).items():
             print(f"{digest[:12]}  {name}")
         return
-    found = problems()
+    found = problems() or combinations()
     print("\n".join(found) or f"{version()} can be released")
     sys.exit(1 if found else 0)
 

@@ -22,17 +22,17 @@ from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.contract import StageResult
 from tests.cluster.control_plane import free_port
 from tests.cluster.local import LocalCluster
-from tests.cluster.shell import REPO
+from tests.cluster.shell import REPO, digest_of
 from tests.factory import RESULTS, container_status, ended
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
-CRDS = sorted((REPO / "charts" / "finetune-operator" / "files").glob("*-before-1.25.yaml"))
+CRDS = sorted((REPO / "crds").glob("*.yaml"))
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
-    """etcd, API server, controller manager, scheduler; no nodes."""
-    target = LocalCluster("component", size=0)
+    """etcd, API server, controller manager, scheduler; no nodes. Two checkouts on one machine have one each."""
+    target = LocalCluster(f"component-{digest_of(str(REPO))[:6]}", size=0)
     target.down(quiet=True)
     target.up()
     for crd in CRDS:
@@ -112,16 +112,13 @@ def api(cluster: LocalCluster) -> Iterator[Api]:
     name = f"t-{uuid.uuid4().hex[:8]}"
     target = Api(cluster, name)
     target.core.create_namespace({"metadata": {"name": name}})
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # pods need the namespace's default service account
-        with contextlib.suppress(client.ApiException):
-            if target.core.read_namespaced_service_account("default", name).secrets:
-                break
-        time.sleep(0.1)
+    until("pods' service account", lambda: target.core.read_namespaced_service_account("default", name))
     yield target
     with contextlib.suppress(client.ApiException):
         for job in target.custom.list_namespaced_custom_object(GROUP, VERSION, name, PLURAL)["items"]:
             target.delete_job(job["metadata"]["name"])
+    with contextlib.suppress(client.ApiException):  # those with a played node have nobody else who would confirm it
+        target.core.delete_collection_namespaced_pod(name, grace_period_seconds=0)
     with contextlib.suppress(client.ApiException):
         target.core.delete_namespace(name)
 
@@ -191,28 +188,41 @@ def kubelet(api: Api) -> Iterator[Kubelet]:
 
 
 class Operator:
-    """The real operator as a process outside the cluster, for one namespace."""
+    """The real operator as a process outside the cluster; for the test's namespace alone, if not told otherwise."""
 
-    def __init__(self, api: Api, logs: Path) -> None:
+    def __init__(self, api: Api, logs: Path, watch: str | None = None) -> None:
         self.api, self.logs = api, logs
         self.process: subprocess.Popen[bytes] | None = None
-        self.probes = free_port()
+        self.probes, self.port = free_port(), free_port()
+        self.usual = {"FINETUNE_WATCH_NAMESPACES": api.namespace if watch is None else watch}
+        """Settings of every start, if not told otherwise."""
+        self.running: dict[str, str] = {}
+        """Settings of the last start."""
 
     def start(self, **settings: str) -> None:
+        self.running = {**self.usual, **settings}
         env = {
             **os.environ,
             "PYTHONPATH": f"{REPO}/operator",
             "KUBECONFIG": str(self.api.cluster.kubeconfig),
-            "FINETUNE_WATCH_NAMESPACES": self.api.namespace,
             "FINETUNE_PROGRESS_URL": "none",
-            "FINETUNE_PROGRESS_PORT": str(free_port()),
+            "FINETUNE_PROGRESS_PORT": str(self.port),
             "FINETUNE_PROBE_PORT": str(self.probes),
             "FINETUNE_STATUS_INTERVAL_SECONDS": "0",
             "FINETUNE_BACKOFF_BASE_SECONDS": "0.5",
-            **settings,
+            **self.running,
         }
         with self.logs.open("ab") as sink:
             self.process = subprocess.Popen([sys.executable, "-m", "finetune_operator"], env=env, stdout=sink, stderr=subprocess.STDOUT)
+
+    def ensure(self, usual: dict[str, str]) -> None:
+        """Have it run with these settings: started anew when it has ended, or was started with others."""
+        self.usual = usual
+        alive = self.process is not None and self.process.poll() is None
+        if alive and self.running != usual:
+            self.kill()
+        if not alive or self.running != usual:
+            self.start()
 
     def kill(self) -> None:
         assert self.process is not None
@@ -225,14 +235,28 @@ class Operator:
         return self.process.wait(timeout=30)
 
 
-@pytest.fixture
-def operator(api: Api, tmp_path: Path) -> Iterator[Operator]:
-    target = Operator(api, tmp_path / "operator.log")
-    target.start()
+@pytest.fixture(scope="module")
+def module_operator(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """Not started yet: tests that start others of their own belong into a module without it."""
+    target = Operator(Api(cluster, "default"), tmp_path_factory.mktemp("operator") / "operator.log", watch="")
     yield target
     if target.process is not None and target.process.poll() is None:
         target.kill()
-    print(target.logs.read_text()[-6000:])
+
+
+@pytest.fixture
+def operator(module_operator: Operator, request: pytest.FixtureRequest) -> Iterator[Operator]:
+    """The operator of the whole cluster, one process for a module's tests: what a test ends or starts otherwise, the next starts anew.
+
+    `@pytest.mark.operator(FINETUNE_NAME="value")` changes its settings.
+    """
+    settings = {"FINETUNE_WATCH_NAMESPACES": ""}
+    for mark in reversed([*request.node.iter_markers("operator")]):  # the closest one has the last word
+        settings |= mark.kwargs
+    before = module_operator.logs.stat().st_size if module_operator.logs.exists() else 0
+    module_operator.ensure(settings)
+    yield module_operator
+    print(module_operator.logs.read_bytes()[before:].decode()[-6000:])
 
 
 def until(what: str, check: Callable[[], Any], seconds: float = 40) -> Any:

@@ -94,6 +94,8 @@ def test_f23_a_namespace_is_deleted_and_the_operator_is_gone(api: Api, kubelet: 
 
 def test_f32_many_jobs_at_once_are_served_in_order(api: Api, operator: Operator) -> None:
     """Two hundred jobs: none is forgotten, the last is not starved by the first, and memory stays bounded."""
+    operator.kill()
+    operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
     count = 200
     for n in range(count):
         api.create_job(MINIMAL, name=f"job-{n:03}")

@@ -11,8 +11,10 @@ import yaml
 
 from tests.cluster.local import kubectl
 from tests.cluster.shell import REPO
-from tests.component.conftest import Api, Kubelet, Operator, until
-from tests.component.test_webhooks import Start, webhooks  # noqa: F401 - a fixture
+from tests.component.conftest import Api, Kubelet, until
+from tests.component.test_webhooks import WITH_WEBHOOKS, Start, configurations, webhooks  # noqa: F401 - fixtures
+
+pytestmark = WITH_WEBHOOKS
 
 EXAMPLES = sorted(p for p in (REPO / "examples").glob("*.yaml") if "kind: FineTuneJob" in p.read_text())
 
@@ -41,7 +43,8 @@ def test_no_difference_is_left(api: Api, webhooks: Start, kubelet: Kubelet, path
     assert api.job(name)["metadata"]["generation"] == generation, "applied again is not changed"
 
 
-def test_a_change_of_another_manager_is_kept(api: Api, operator: Operator, kubelet: Kubelet) -> None:
+def test_a_change_of_another_manager_is_kept(api: Api, webhooks: Start, kubelet: Kubelet) -> None:  # noqa: F811
+    webhooks()
     kubelet.hold.add("train")
     document = next(d for d in yaml.safe_load_all((REPO / "examples" / "tiny.yaml").read_text()) if d)
     assert run(api, document, "apply", "--server-side", "--field-manager=argocd").returncode == 0

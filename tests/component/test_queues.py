@@ -19,12 +19,24 @@ from kubernetes import client
 from finetune_api import GROUP, VERSION
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from tests.cluster.local import LocalCluster
 from tests.component.conftest import Api, Kubelet, Operator, until
+from tests.component.machines import Machines
 from tests.factory import MINIMAL, ended, merged
 
-GPU = "example.com/gpu"
+GPU, SCARCE = "example.com/gpu", "example.com/scarce-gpu"
+"""There are many of the one, for what quotas decide; of the other there are as many as a test says"""
+pytestmark = pytest.mark.operator(FINETUNE_SNAPSHOT_SECONDS="0.5")
 SAVED = ended(int(ExitCode.STOPPED), StageResult(reason="Stopped", message="saved", result={"checkpointStep": 7}).dumps())
 MakeQueue = Callable[..., str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plenty(cluster: LocalCluster) -> Iterator[None]:
+    """A node with more GPUs than all queues give away: an operator of the whole cluster starts nothing that fits nowhere."""
+    made = Machines(Api(cluster, "default").core, ["plenty"], {GPU: "64"})
+    yield
+    made.close()
 
 
 @pytest.fixture
@@ -62,12 +74,14 @@ def priority(api: Api) -> Iterator[str]:
     scheduling.delete_priority_class(name)
 
 
-def gpu_job(queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, **scheduling: Any) -> dict[str, Any]:
+def gpu_job(
+    queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, resource: str = GPU, **scheduling: Any
+) -> dict[str, Any]:
     fewest = {"minNodes": min_nodes} if min_nodes is not None else {}
     return merged(
         MINIMAL,
         distribution={"nodes": nodes, "gpusPerNode": gpus, **fewest},
-        resources={"gpuResourceName": GPU},
+        resources={"gpuResourceName": resource},
         scheduling={**({"queue": queue} if queue is not None else {}), **scheduling},
     )
 
@@ -121,20 +135,10 @@ class Leaving:
 
 @pytest.fixture
 def leaving(api: Api) -> Iterator[Leaving]:
-    add_node(api, api.namespace, "0")
-    played = Leaving(api)
+    made, played = Machines(api.core, [api.namespace], {}), Leaving(api)
     yield played
     played.end()
-    api.core.delete_node(api.namespace)
-
-
-def add_node(api: Api, name: str, gpus: str) -> None:
-    """A node that is ready, as far as the API knows."""
-    room = {GPU: gpus, "cpu": "8", "memory": "32Gi", "pods": "110"}
-    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", "lastHeartbeatTime": "2100-01-01T00:00:00Z"}
-    api.core.create_node({"metadata": {"name": name}})
-    api.core.patch_node_status(name, {"status": {"capacity": room, "allocatable": room, "conditions": [ready]}})
-    api.core.patch_node(name, {"spec": {"taints": []}})
+    made.close()
 
 
 def test_jobs_wait_for_their_turn_and_say_what_for(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:
@@ -248,30 +252,25 @@ def test_the_operator_dies_between_deciding_and_writing(api: Api, operator: Oper
 
 @pytest.fixture
 def machines(api: Api) -> Iterator[None]:
-    """Two nodes with 4 GPUs each, as far as the API knows."""
-    label = f"m-{uuid.uuid4().hex[:6]}"
-    for n in range(2):
-        add_node(api, f"{label}-{n}", "4")
+    """Two nodes with 4 scarce GPUs each."""
+    made = Machines(api.core, [f"{api.namespace}-{n}" for n in range(2)], {SCARCE: "4"})
     yield
-    for n in range(2):
-        api.core.delete_node(f"{label}-{n}")
+    made.close()
 
 
 def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator: Operator, machines: None) -> None:
-    """One operator for the whole cluster: gangs wait until they fit as a whole, and what never fits is refused at once."""
-    operator.kill()
-    operator.start(FINETUNE_WATCH_NAMESPACES="", FINETUNE_SNAPSHOT_SECONDS="0.5")
-    api.create_job(gpu_job(None, nodes=2, gpus=8), name="never")
+    """Gangs wait until they fit as a whole, and what never fits is refused at once."""
+    api.create_job(gpu_job(None, nodes=2, gpus=8, resource=SCARCE), name="never")
     until("refused", lambda: phase_of(api, "never") == "Failed")
     failed = api.condition("Failed", "never")
     assert failed["reason"] == "NoNodeFits" and "distribution.gpusPerNode 4 with distribution.nodes 4" in failed["message"]
     kubelet.hold = {"train"}
-    api.create_job(gpu_job(None, nodes=2, gpus=2), name="first")
+    api.create_job(gpu_job(None, nodes=2, gpus=2, resource=SCARCE), name="first")
     until("first trains", lambda: phase_of(api, "first") == "Training")
-    api.create_job(gpu_job(None, nodes=2, gpus=4), name="second")
+    api.create_job(gpu_job(None, nodes=2, gpus=4, resource=SCARCE), name="second")
     until("second waits", lambda: api.condition("Admitted", "second").get("reason") == "WaitingForNodes")
-    assert "waits for 4 of 8 example.com/gpu: 4 are free" in api.condition("Admitted", "second")["message"]
-    api.create_job(gpu_job(None, gpus=1), name="third")
+    assert "waits for 4 of 8 example.com/scarce-gpu: 4 are free" in api.condition("Admitted", "second")["message"]
+    api.create_job(gpu_job(None, gpus=1, resource=SCARCE), name="third")
     until("third passes it", lambda: phase_of(api, "third") == "Training")
     kubelet.hold = set()
     until("all end", lambda: all(phase_of(api, name) == "Succeeded" for name in ("first", "second", "third")))
@@ -280,6 +279,9 @@ def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator
 def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
     api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue
 ) -> None:
+    """By an operator of some namespaces, which sees quotas but no nodes."""
+    operator.kill()
+    operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
     queue = make_queue(1, preemption={"minimumRunTime": "1s"})
     kubelet.hold = {"train"}
     api.create_job(gpu_job(queue, nodes=2, min_nodes=1))
@@ -304,7 +306,7 @@ def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
 
 
 def test_the_command_line_says_who_waits_for_what(
-    api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, machines: None, tmp_path: Path
+    api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
     queue = make_queue(2)
     kubelet.hold = {"train"}
@@ -354,10 +356,9 @@ def test_f24_a_changed_shape_neither_gets_nor_frees_gpus(api: Api, kubelet: Kube
     until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")
 
 
-def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue, machines: None) -> None:
+@pytest.mark.operator(FINETUNE_SNAPSHOT_SECONDS="3600")
+def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:
     """An operator of the whole cluster watches queues: nobody waits for its next look around."""
-    operator.kill()
-    operator.start(FINETUNE_WATCH_NAMESPACES="", FINETUNE_SNAPSHOT_SECONDS="3600")
     queue = make_queue(0)
     api.create_job(gpu_job(queue))
     until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")

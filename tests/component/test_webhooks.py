@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,47 +16,53 @@ from finetune_api import names
 from finetune_operator import certificate
 from finetune_operator.settings import Settings
 from finetune_operator.webhooks.server import MUTATE
-from tests.cluster.control_plane import free_port
-from tests.cluster.local import kubectl
+from tests.cluster.local import LocalCluster, kubectl
 from tests.component.conftest import Api, Operator, until
 from tests.factory import MINIMAL, merged
 from tests.unit.test_chart import chart_for, render
 
+NAME = "component"
+WITH_WEBHOOKS = pytest.mark.operator(FINETUNE_WEBHOOK_CONFIGURATION=NAME, FINETUNE_CERTIFICATE_SECONDS="0.5")
+pytestmark = WITH_WEBHOOKS
 CONFIGURATIONS = ("ValidatingWebhookConfiguration", "MutatingWebhookConfiguration")
 Start = Callable[..., None]
 
 
+@pytest.fixture(scope="module")
+def configurations(cluster: LocalCluster, module_operator: Operator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The chart's webhooks for namespaces with a label, at the address of the module's operator."""
+    admission = client.AdmissionregistrationV1Api(module_operator.api.core.api_client)
+    chart = chart_for("1.20", tmp_path_factory.mktemp("chart"))
+    for kind, create in zip(
+        CONFIGURATIONS,
+        (admission.create_validating_webhook_configuration, admission.create_mutating_webhook_configuration),
+        strict=True,
+    ):
+        body = next(d for d in render({}, chart) if d["kind"] == kind)
+        body["metadata"] = {"name": NAME}
+        for webhook in body["webhooks"]:
+            path = webhook["clientConfig"].pop("service")["path"]
+            webhook["clientConfig"]["url"] = f"https://localhost:{module_operator.port}{path}"
+            webhook["namespaceSelector"] = {"matchLabels": {"reviewed-by": NAME}}
+            webhook["rules"][0]["scope"] = "Namespaced"
+        create(body)
+    yield
+    for delete in (admission.delete_validating_webhook_configuration, admission.delete_mutating_webhook_configuration):
+        delete(NAME)
+
+
 @pytest.fixture
-def webhooks(api: Api, operator: Operator, tmp_path: Any) -> Iterator[Start]:
-    """Configure the webhooks for this namespace, and start the operator with them."""
-    operator.kill()
-    api.core.patch_namespace(api.namespace, {"metadata": {"labels": {"ours": api.namespace}}})
-    admission = client.AdmissionregistrationV1Api(api.core.api_client)
-    chart = chart_for("1.20", tmp_path)
+def webhooks(api: Api, operator: Operator, configurations: None) -> Start:
+    """Have this namespace's jobs reviewed, by the operator as it is or with settings of the test's own."""
+    api.core.patch_namespace(api.namespace, {"metadata": {"labels": {"reviewed-by": NAME}}})
 
     def start(**settings: str) -> None:
-        port = str(free_port())
-        settings.update(FINETUNE_PROGRESS_PORT=port, FINETUNE_WEBHOOK_CONFIGURATION=api.namespace, FINETUNE_CERTIFICATE_SECONDS="0.5")
-        operator.start(**settings)
-        for kind, create in zip(
-            CONFIGURATIONS,
-            (admission.create_validating_webhook_configuration, admission.create_mutating_webhook_configuration),
-            strict=True,
-        ):
-            body = next(d for d in render({}, chart) if d["kind"] == kind)
-            body["metadata"] = {"name": api.namespace}
-            for webhook in body["webhooks"]:
-                path = webhook["clientConfig"].pop("service")["path"]
-                webhook["clientConfig"]["url"] = f"https://localhost:{port}{path}"
-                webhook["namespaceSelector"] = {"matchLabels": {"ours": api.namespace}}
-                webhook["rules"][0]["scope"] = "Namespaced"
-            create(body)
+        if settings:
+            operator.kill()
+            operator.start(**settings)
         until("webhooks that are trusted", lambda: apply(api, "probe", MINIMAL, "--dry-run=server").returncode == 0)
 
-    yield start
-    for delete in (admission.delete_validating_webhook_configuration, admission.delete_mutating_webhook_configuration):
-        with contextlib.suppress(client.ApiException):
-            delete(api.namespace)
+    return start
 
 
 def apply(api: Api, name: str, spec: dict[str, Any], *flags: str) -> subprocess.CompletedProcess[str]:
@@ -124,7 +129,7 @@ def test_a19_a_certificate_that_expires_is_renewed_while_the_operator_runs(api: 
     admission = client.AdmissionregistrationV1Api(api.core.api_client)
 
     def trusted() -> str:
-        found = admission.read_mutating_webhook_configuration(api.namespace).webhooks[0].client_config
+        found = admission.read_mutating_webhook_configuration(NAME).webhooks[0].client_config
         assert found.url.endswith(MUTATE)
         return base64.b64decode(found.ca_bundle).decode()
 
@@ -133,5 +138,5 @@ def test_a19_a_certificate_that_expires_is_renewed_while_the_operator_runs(api: 
     # somebody takes the trust away
     for patch in (admission.patch_validating_webhook_configuration, admission.patch_mutating_webhook_configuration):
         broken = [{"op": "replace", "path": "/webhooks/0/clientConfig/caBundle", "value": encoded(old.certificate)}]
-        patch(api.namespace, broken)
+        patch(NAME, broken)
     until("it is trusted again", lambda: apply(api, "again", MINIMAL, "--dry-run=server").returncode == 0)
