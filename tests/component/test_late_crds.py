@@ -78,7 +78,7 @@ def until_it_misses(operator: Operator, *plurals: str) -> None:
 
 def served(api: Api, name: str) -> None:
     """A job that is made now is seen, and goes on."""
-    api.create_job(MINIMAL, name)
+    until(f"{name} is made", lambda: api.create_job(MINIMAL, name))  # a kind that was replaced is served again in a moment
     until(f"{name} succeeds", lambda: api.status(name).get("phase") == "Succeeded")
 
 
@@ -132,7 +132,7 @@ def test_kinds_that_come_late_go_and_come_again(bare: LocalCluster, api: Api, op
 
 def test_it_can_be_stopped_while_it_waits(operator: Operator) -> None:
     operator.start()
-    until_it_misses(operator, "finetunejobs")
+    until_it_misses(operator, "finetunejobs", "finetunequeues")
     assert operator.terminate() == 0
 
 

@@ -35,6 +35,7 @@ class Kinds:
         self.asked = tuple(RESOURCES[kind] for kind in GROUP_KINDS.get(settings.queueing_backend, ()))
         """Of these one is enough: a back-end's kind in its versions."""
         self.missing: tuple[str, ...] = tuple(map(_shown, self.watched))
+        self._told: tuple[str, ...] | None = None
         self._served: frozenset[Resource] = frozenset()
 
     def serves(self, kind: str) -> bool:
@@ -50,9 +51,10 @@ class Kinds:
         missing = [_shown(r) for r in self.watched if r not in self._served]
         if self.asked and not self._served.intersection(self.asked):
             missing.append(" or ".join(map(_shown, self.asked)))
-        if (now := tuple(missing)) != self.missing:
-            log.warning("not served: %s", ", ".join(now)) if now else log.info("every kind that is needed is served")
-            self.missing = now
+        self.missing = tuple(missing)
+        if self.missing != self._told:
+            log.warning("not served: %s", ", ".join(missing)) if missing else log.info("every kind that is needed is served")
+            self._told = self.missing
 
     async def _plurals(self, group: str, version: str) -> set[str]:
         try:
@@ -70,7 +72,6 @@ class Kinds:
                 await self.look()
                 if self.serves("FineTuneJob"):
                     return
-                log.info("waiting for %s", ", ".join(self.missing))
             except APIError as failure:
                 log.warning("what is served is asked again: %s", failure)
             await asyncio.sleep(_SECONDS_WHILE_MISSING)
