@@ -9,7 +9,7 @@ from .shell import run, step
 
 #: command or file that shows that the package is there -> package
 RUNTIME = {"runc": "runc", "iptables": "iptables", "conntrack": "conntrack", "ip": "iproute2", "mount": "mount", "nsenter": "util-linux"}
-IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
+IMAGES = {"buildah": "buildah", "skopeo": "skopeo", "mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
 
 
 def _present(probe: str) -> bool:

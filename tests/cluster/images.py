@@ -127,8 +127,14 @@ def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path 
                 run([*command, *options, context], env=_STORAGE_DRIVER, log=CACHE / f"{name}-image.log")
         if not docker and (not LAYOUT.exists() or image.reference not in (LAYOUT / "index.json").read_text()):
             _forget(repository, keep=3)
-            buildah("push", "--quiet", "--disable-compression", "--format", "oci", image.reference, f"oci:{LAYOUT}:{image.reference}")
-            say(f"image {name}: {image.size / 1e6:.0f} MB uncompressed, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB")
+            source = f"containers-storage:[overlay@{STORAGE}+/run/finetune-images]{image.reference}"
+            # not `buildah push`, which compresses: minutes for gigabytes that are unpacked again at once
+            skopeo = ["skopeo", "copy", "--quiet", "--insecure-policy", "--format", "oci", "--dest-oci-accept-uncompressed-layers"]
+            run([*skopeo, source, f"oci:{LAYOUT}:{image.reference}"])
+            parts = ", ".join(f"{part} {size} MB" for part, size in _largest(image.reference))
+            say(
+                f"image {name}: {image.size / 1e6:.0f} MB uncompressed, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB; {parts}"
+            )
     return image
 
 
@@ -138,6 +144,17 @@ def _options(below: str) -> list[str | Path]:
     options: list[str | Path] = [word for name, value in arguments.items() if value for word in ("--build-arg", f"{name}={value}")]
     authority = os.environ.get("SSL_CERT_FILE", "")
     return [*options, "--secret", f"id=ca,src={authority}"] if authority else options
+
+
+def _largest(reference: str) -> list[tuple[str, int]]:
+    """The three largest packages of an image: (name, MB)."""
+    container = buildah("from", reference).strip()
+    try:
+        packages = Path(buildah("mount", container).strip(), "opt", "finetune", "site-packages")
+        rows = [line.split("\t") for line in run(["du", "-m", "--max-depth=1", packages]).splitlines()]
+        return sorted(((Path(path).name, int(size)) for size, path in rows if Path(path) != packages), key=lambda row: -row[1])[:3]
+    finally:
+        buildah("rm", container)
 
 
 def _forget(repository: str, *, keep: int) -> None:
