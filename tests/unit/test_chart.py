@@ -44,7 +44,15 @@ VALUES: list[dict[str, Any]] = [
     {
         "queueing": {"autoscaled": True},
         "settings": {"workers": 4, "apiQps": 20.5, "snapshotSeconds": 1, "progressUrl": "none", "backoffBaseSeconds": 0.5},
-        "trainer": {"image": {"repository": "r/t", "tag": "9"}, "allowCPU": True, "imagePullSecrets": ["a", "b"]},
+        "trainer": {
+            "image": {"repository": "r/t", "tag": "9"},
+            "allowCPU": True,
+            "imagePullSecrets": ["a", "b"],
+            "hubEndpoint": "https://hub.example.com",
+            "s3Endpoint": "http://minio.storage:9000",
+            "caBundle": {"configMap": "company", "key": "bundle.pem"},
+            "proxy": {"https": "http://proxy:3128", "noProxy": ".example.com"},
+        },
         "imagePullSecrets": [{"name": "x"}],
         "nodeSelector": {"a": "b"},
         "tolerations": [{"operator": "Exists"}],
@@ -95,6 +103,12 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
     settings = from_environment(env)
     assert (settings.workers, settings.backoff_base_seconds, settings.trainer_image) == (4, 0.5, "r/t:9")
     assert settings.allow_cpu and settings.image_pull_secrets == ("a", "b") and settings.endpoint == ""
+    assert (settings.hub_endpoint, settings.s3_endpoint) == ("https://hub.example.com", "http://minio.storage:9000")
+    assert (settings.http_proxy, settings.https_proxy, settings.no_proxy) == ("", "http://proxy:3128", ".example.com")
+    mount = next(m for m in container["volumeMounts"] if m["name"] == "authorities")
+    volume = next(v for v in pod["volumes"] if v["name"] == "authorities")["configMap"]
+    assert volume == {"name": "company", "items": [{"key": "bundle.pem", "path": "bundle.pem"}]}
+    assert settings.authorities_file == f"{mount['mountPath']}/bundle.pem"
     from_environment(
         {
             e["name"]: e["value"]
