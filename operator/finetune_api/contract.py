@@ -238,6 +238,7 @@ class Layout:
         self.tensorboard = f"{self.reports}/tensorboard"
         self.evaluation_report = f"{self.reports}/evaluation.json"
         self.history = f"{self.reports}/history.jsonl"
+        self.devices = f"{self.reports}/devices.json"
 
     def reference(self, name: str) -> str:
         """Where prepare notes the folder, URI and fingerprint of a model: model, teacher or adapter."""

@@ -14,6 +14,7 @@ from finetune_api.uris import parse_uri
 
 from .context import Context
 from .errors import UserError
+from .kernels import pick_attention
 from .memory import ModelShape
 from .sources import hub_host, patiently, unavailable
 
@@ -142,13 +143,9 @@ def compute_dtype(cuda: bool, precision: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def attention(wanted: str, cuda: bool, dtype: torch.dtype) -> str:
-    """The attention implementation by its transformers name."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if wanted == "auto":
-        return "flash_attention_2" if cuda and dtype != torch.float32 and is_flash_attn_2_available() else "sdpa"
-    return {"flash-attention-2": "flash_attention_2"}.get(wanted, wanted)
+def model_type(context: Context) -> str:
+    """The base model's `model_type`, by which libraries know what they support."""
+    return str(context.read_json(f"{noted(context)}/config.json").get("model_type", ""))
 
 
 def load_model(
@@ -160,10 +157,15 @@ def load_model(
     device: str | None = None,
     reward: bool = False,
     cuda: bool = False,
+    padding_free: bool = False,
 ) -> Any:
-    """The causal language model, or the reward model over it; NF4 with double quantisation for qlora (https://arxiv.org/abs/2305.14314)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    """The causal language model, or the reward model over it; NF4 with double quantisation for qlora (https://arxiv.org/abs/2305.14314).
 
+    `padding_free`: rows may come one behind the other, and an attention that can tell them apart is picked where there is one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    hyper, trust = context.spec.tuning.hyperparameters, context.spec.model.trust_remote_code
     options: dict[str, Any] = {}
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -177,14 +179,20 @@ def load_model(
     if reward:
         options["num_labels"] = 1
     kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    return kind.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        attn_implementation=attention(context.spec.tuning.hyperparameters.attention, cuda, dtype),
-        trust_remote_code=context.spec.model.trust_remote_code,
-        **options,
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    computed = compute_dtype(cuda, hyper.precision)  # weights in fp32 are computed with under autocast
+    attention = pick_attention(
+        hyper.attention, _class(kind, config), config, computed, cuda=cuda, padding_free=padding_free, compiled=hyper.torch_compile
     )
+    return kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, attn_implementation=attention, trust_remote_code=trust, **options
+    )
+
+
+def _class(auto: Any, config: Any) -> Any:
+    """The class that an Auto class would load, or None for one that the model brings along."""
+    found = auto._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def describe(context: Context, folder: str) -> ModelShape:
