@@ -22,7 +22,7 @@ from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
 from finetune_trainer.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify
-from finetune_trainer.publish import _to_hub, _told_together
+from finetune_trainer.publish import _to_hub, together
 from finetune_trainer.sources import retry_after
 from tests.factory import MINIMAL, NOW
 
@@ -199,9 +199,9 @@ def test_several_targets_are_told_together() -> None:
     away = ("hf://org/a", SourceUnavailable("hub", "hub answers 503", 30.0))
     broken, refused = ("pvc://b/c", InfrastructureError("TargetNotWritable", "full")), ("hf://org/d", UserError("PublishRefused", "403"))
     done = [Artifact(uri="pvc://x/y", digest="sha256:0", bytes=1)]
-    assert type(_told_together([away, broken, refused], [])) is UserError
-    assert _told_together([away, broken], []).reason == "TargetNotWritable"
-    waits = _told_together([away], done)
+    assert type(together([away, broken, refused], "")) is UserError
+    assert together([away, broken], "").reason == "TargetNotWritable"
+    waits = together([away], f"; published: {done[0].uri}")
     assert isinstance(waits, SourceUnavailable) and waits.retry_after == 30
     assert waits.message == "hf://org/a: hub answers 503; published: pvc://x/y"
 
