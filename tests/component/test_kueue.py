@@ -82,9 +82,10 @@ def admin(api: Api) -> Iterator[Kueue]:
 
 @pytest.fixture
 def leaving(api: Api) -> Iterator[Leaving]:
-    played = Leaving(api)
+    made, played = Machines(api.core, [api.namespace], {}), Leaving(api)
     yield played
     played.end()
+    made.close()
 
 
 @pytest.fixture
