@@ -122,7 +122,7 @@ def start(cluster: LocalCluster) -> None:
         cluster.define(state / "crds.yaml")
         cluster.kubectl("create", "namespace", NAMESPACE)
         env = {"KUBECONFIG": str(cluster.kubeconfig), "POD_NAMESPACE": NAMESPACE}
-        with_etc = f"mount -t overlay overlay -o lowerdir={state / 'etc'}:/etc /etc && exec \"$@\""
+        with_etc = f'mount -t overlay overlay -o lowerdir={state / "etc"}:/etc /etc && exec "$@"'
         manager: list[str | Path] = [_folder() / "kueue", f"--config={state / 'config.yaml'}", "--zap-log-level=2"]
         processes.start(cluster.name, "kueue", ["unshare", "--mount", "sh", "-c", with_etc, "sh", *manager], cluster.state / "logs", env)
         wait_for("Kueue", lambda: answers(f"http://127.0.0.1:{health}/readyz"), 60, cluster.state / "logs")

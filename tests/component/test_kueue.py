@@ -250,6 +250,6 @@ def test_a_job_that_waits_can_be_suspended_and_deleted(
     api.patch_job({"spec": {"runPolicy": {"suspend": True}}})
     until("its pods are gone", lambda: not api.workers(), 60)
     api.patch_job({"spec": {"runPolicy": {"suspend": False}}})
-    until("it waits again", lambda: "support-attempt-0" in admin.workloads() and len(api.workers()) == 2, 60)
+    until("it waits again", lambda: "support-attempt-1" in admin.workloads() and len(api.workers()) == 2, 60)
     api.delete_job()
     until("nothing of it is left", lambda: not api.owned() and not admin.workloads(), 60)
