@@ -1,12 +1,17 @@
-"""Fixtures that several kinds of tests share."""
+"""What several kinds of tests share."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.quickstart import model
+
+# before anybody imports torch: its threads wait for each other in busy loops, which costs eight times as much
+# processor time as one thread where other processes want the cores, and a tiny model gains nothing by a second one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

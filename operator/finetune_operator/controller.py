@@ -109,10 +109,10 @@ class Controller:
         scheduling = (job.get("spec") or {}).get("scheduling") or {}
         return int(holds) + int(gives_way), self.scheduler.priority(scheduling.get("priorityClassName"))
 
-    def trust(self, authorities: str) -> None:
+    def trust(self, ca_bundle: str, authorities: str = "") -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
-        if authorities != self.settings.ca_bundle:
-            self.settings = dataclasses.replace(self.settings, ca_bundle=authorities)
+        if (ca_bundle, authorities) != (self.settings.ca_bundle, self.settings.authorities):
+            self.settings = dataclasses.replace(self.settings, ca_bundle=ca_bundle, authorities=authorities)
             for key in self.store.job_keys():
                 self.queue.add(key)
 

@@ -48,7 +48,7 @@ def _folder() -> Path:
 def image() -> images.Image:
     """An image of one layer: the static binary."""
     reference = f"localhost/kueue:{binaries.version('kueue')}"
-    return images.of_program(reference, _folder() / "kueue", "/manager", {"Entrypoint": ["/manager"], "User": "65532:65532"})
+    return images.of_program(reference, _folder() / "kueue", "/manager")
 
 
 def _values(configuration: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import NoReturn, get_args
 
 from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
 
-from . import lifeline, secrecy
+from . import lifeline, secrecy, sources
 from .context import Context
 from .errors import Stopped, classify
 
@@ -41,6 +41,9 @@ def main() -> None:
     secrecy.configure()
     signal.signal(signal.SIGTERM, _stop)
     lifeline.hold()
+    sources.trust()
+    if arguments.stage == "train":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
     try:
         context = Context.load(arguments.job, arguments.workspace)
         os.environ["FINETUNE_JOB_FILE"] = arguments.job
@@ -62,6 +65,8 @@ def main() -> None:
 
 
 def _run(stage: str, context: Context) -> StageResult:
+    if stage != "train":
+        sources.hub_never_sleeps_long()
     if stage == "prepare":
         from .prepare import prepare as run
     elif stage == "check":

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
 from finetune_api.contract import StageResult
 from finetune_api.uris import URI, parse_uri
 
 from .context import Context
 from .errors import InfrastructureError, StageError, UserError
-from .publish import hub_error, refuse_foreign, refuse_foreign_repository
+from .publish import refusal, refuse_foreign, refuse_foreign_repository, together
+from .sources import hub_host, patiently
 
 
 def check(context: Context) -> StageResult:
@@ -26,8 +30,7 @@ def check(context: Context) -> StageResult:
         except (UserError, InfrastructureError) as failure:
             bad.append((target.uri, failure))
     if bad:
-        first = next((f for _, f in bad if isinstance(f, UserError)), bad[0][1])  # the same answer tomorrow: it need not wait for the rest
-        raise type(first)(first.reason, "; ".join(f"{uri}: {f.message}" for uri, f in bad) + "; no GPU was taken")
+        raise together(bad, "; no GPU was taken")
     return StageResult(reason="TargetsReady", message=", ".join(target.uri for target in context.spec.publish))
 
 
@@ -45,20 +48,11 @@ def _writable(folder: Path) -> bool:
 
 
 def _hub(context: Context, uri: URI, token: str | None) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api = HfApi(token=token)
+    patiently(lambda: refuse_foreign_repository(api, uri.name, context), hub_host(), refusal(uri))
     try:
-        refuse_foreign_repository(api, uri.name, context)
-    except (HfHubHTTPError, OSError) as failure:
-        raise hub_error(failure) from failure
-    try:
-        role = (api.whoami().get("auth") or {}).get("accessToken", {}).get("role")
-    except (HfHubHTTPError, OSError) as failure:
-        told = hub_error(failure)
-        if isinstance(told, UserError):
-            raise told from failure
+        account = patiently(api.whoami, hub_host(), refusal(uri))
+    except (HfHubHTTPError, OSError):
         return  # a mirror need not know who asks
-    if role == "read":
+    if (account.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UserError("PublishRefused", "the token may only read: make one that may write")

@@ -14,6 +14,8 @@ from ..settings import Settings
 from .model import Action, Due, Event, Observed, Plan, parse_time, rfc3339
 
 MESSAGE_LIMIT = 4000
+RETRY_AFTER_LIMIT = 3600.0
+"""Seconds of patience that a hub or server may ask for."""
 
 
 class Draft:
@@ -92,7 +94,7 @@ class Draft:
         Longer than the longest back-off it cannot last: a clock was set back, and must not hold the job up.
         """
         after = parse_time(self.status.retry_after)
-        longest = timedelta(seconds=self.settings.backoff_limit_seconds)
+        longest = timedelta(seconds=max(self.settings.backoff_limit_seconds, RETRY_AFTER_LIMIT))
         if after is None or not self.now < after <= self.now + longest:
             self.status.retry_after = None
             return False

@@ -7,7 +7,7 @@ crash. A decision that deletes evidence is put into the status first and acted o
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
 from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
@@ -28,6 +28,7 @@ from .kueue import DEACTIVATED, keep_place
 from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
 from .stages import run_stage
 from .usage import workers
+from .waiting import end_wait
 
 
 def reconcile(observed: Observed, settings: Settings) -> Plan:
@@ -278,6 +279,8 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
         if held and not draft.status.is_true("Trained"):
             draft.set("Admitted", "False", "Suspended", "a suspended job holds nothing; it keeps its place")
         draft.status.queue = None
+        for stage in get_args(Stage):
+            end_wait(draft, stage)
     elif not draft.status.is_true("Trained"):
         release(draft)
     _stop_jobs(draft)

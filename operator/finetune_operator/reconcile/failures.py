@@ -44,6 +44,7 @@ _BY_CODE: dict[int, Cause] = {
     ExitCode.INFRASTRUCTURE: "Infrastructure",
     ExitCode.STOPPED: "Stopped",
     ExitCode.HANG: "Hang",
+    ExitCode.SOURCE_UNAVAILABLE: "Infrastructure",
 }
 NEAR_SECONDS = 15
 """Failures of a gang within so many seconds belong together: most of them follow from the one that tells most."""

@@ -32,6 +32,7 @@ class PodView:
     deleting: bool = False
     running: bool = False
     """The container has started."""
+    started: datetime | None = None
     exit_code: int | None = None
     finished: datetime | None = None
     reason: str = ""

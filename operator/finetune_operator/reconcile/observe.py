@@ -54,6 +54,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         created=parse_time(metadata.get("creationTimestamp")) or _EPOCH,
         deleting=bool(metadata.get("deletionTimestamp")),
         running="running" in state or bool(ended),
+        started=parse_time((state.get("running") or {}).get("startedAt")),
         exit_code=ended.get("exitCode"),
         finished=parse_time(ended.get("finishedAt")),
         reason=str(status.get("reason") or ended.get("reason") or ""),  # an evicted pod's container only says Error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from finetune_api.contract import Stage, StageResult, read_stage_result
+from finetune_api.contract import WAITING_FOR_SOURCE, Stage, StageResult, read_stage_result
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, StageRetry
@@ -16,6 +16,7 @@ from .draft import Draft
 from .failures import Failure, classify
 from .kueue import OUT_OF_SYNC, finished_as, keeps_place, standing
 from .model import Create, Delete, PodView, is_within, parse_time, rfc3339
+from .waiting import end_wait, may_still_wait, wait_for_source
 
 LOOK_AGAIN = 10.0
 """Seconds between two looks at what another scheduler says"""
@@ -28,10 +29,10 @@ _POD_GRACE_SECONDS = 20
 def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType) -> StageResult | None:
     """Bring a stage forward by one step. Returns its result when it is done, else None."""
     retry = draft.status.stages.get(stage, StageRetry())
-    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.retries, draft.status.admission)
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission)
     name = manifest["metadata"]["name"]
-    _drop_other_tries(draft, stage, name)
     child = next((j for j in draft.observed.jobs if j.name == name), None)
+    _drop_other_tries(draft, stage, name, ended=retry.waits > 0 and child is not None)
     handed = stage == "evaluate" and keeps_place(spec, draft.settings)
     if child is None and handed and not draft.observed.place_seen:
         draft.wait(1)  # the next pass will have looked
@@ -48,6 +49,7 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
     if done is not None:
         result = read_stage_result(done.message)
         if result is not None:
+            end_wait(draft, stage)
             return result
         _retry(draft, spec, stage, condition, Failure("Infrastructure", "NoResult", f"pod {done.name} ended without a result", done.name))
         return None
@@ -56,7 +58,8 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
         failed = None  # Kueue takes the quota away and suspends the Job, which it lets go on later
         draft.wait(1)
     if failed is not None:
-        _retry(draft, spec, stage, condition, classify(failed))
+        if not wait_for_source(draft, spec, stage, condition, failed):
+            _retry(draft, spec, stage, condition, classify(failed))
     elif child.complete or child.failed:
         if is_within(_POD_GRACE_SECONDS, child.created, draft.now):
             draft.wait(_POD_GRACE_SECONDS)
@@ -105,9 +108,10 @@ def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: Sta
             draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
 
 
-def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
+def _drop_other_tries(draft: Draft, stage: Stage, current: str, *, ended: bool) -> None:
+    """Delete those that still run; `ended`: also those that ended, of which a long wait makes many."""
     for job in draft.observed.jobs:
-        if job.stage == stage and job.name != current and not job.deleting and not (job.complete or job.failed):
+        if job.stage == stage and job.name != current and not job.deleting and (ended or not (job.complete or job.failed)):
             draft.actions.append(Delete("Job", job.name, job.uid))
 
 
@@ -123,7 +127,7 @@ def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Conditi
     draft.more_follows = False  # the next try waits for this to be on record
     retries = retry.retries + 1
     delay = draft.backoff(retries)
-    draft.status.stages[stage] = StageRetry(retries=retries)
+    draft.status.stages[stage] = retry.model_copy(update={"retries": retries, "started_at": None})
     draft.status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
     draft.set(
         condition, "False", failure.reason, f"{stage} is tried again ({retries} of {draft.settings.stage_retries}): {failure.message}"
@@ -136,7 +140,8 @@ def _watch_start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: C
     """Say why a pod does not start, and give its place back after gangTimeout."""
     if any(p.running for p in pods):
         old = draft.status.condition(condition)
-        if old is None or old.status == "Unknown" or old.reason in START_TROUBLE:
+        answered = old is not None and old.reason == WAITING_FOR_SOURCE and not may_still_wait(draft, pods)
+        if old is None or old.status == "Unknown" or old.reason in START_TROUBLE or answered:
             draft.set(condition, "Unknown", "Running", f"{stage} is running")
         _watch_run(draft, spec, stage, condition, pods)
         return

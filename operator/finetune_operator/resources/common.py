@@ -128,6 +128,15 @@ def workspace_claim(job: JobRef) -> str:
     return own.claim_name if own is not None else names.workspace_name(job.name)
 
 
+def _net(settings: Settings) -> dict[str, str]:
+    """How a stage reaches hubs and servers, as their libraries read it."""
+    proxies = {"HTTP_PROXY": settings.http_proxy, "HTTPS_PROXY": settings.https_proxy}
+    if any(proxies.values()):
+        proxies["NO_PROXY"] = ",".join(filter(None, (settings.no_proxy, "localhost,127.0.0.1,.svc,.cluster.local")))
+    found = {Env.HUB: settings.hub_endpoint, Env.S3: settings.s3_endpoint, **proxies}
+    return {name: value for name, value in found.items() if value}
+
+
 def pod_spec(
     job: JobRef,
     settings: Settings,
@@ -177,6 +186,7 @@ def pod_spec(
 
     everything = {
         "HOME": "/tmp",
+        **_net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
         **({Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts and stage == "prepare" else {}),
         **env,
