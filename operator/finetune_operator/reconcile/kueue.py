@@ -104,8 +104,9 @@ def preemptor_uid(message: str) -> str | None:
 
 
 def taken_away(draft: Draft, pods: list[PodView]) -> Failure | None:
-    """That Kueue has taken the gang's pods away, why, and for whom."""
-    pod = next((p for p in sorted(pods, key=lambda p: p.rank) if p.eviction), None)
+    """That Kueue has taken the gang's pods away, why, and for whom. It says why before it deletes them: then they have not begun to save."""
+    gone = [p for p in sorted(pods, key=lambda p: p.rank) if p.eviction and (p.deleting or p.phase == "Failed")]
+    pod = gone[0] if gone else None
     if pod is None:
         return None
     favour = f" in favor of Workload {draft.observed.preemptor}" if draft.observed.preemptor else ""
