@@ -84,6 +84,7 @@ PREPARED = StageResult(
     message="100 rows",
     result={"dataset": {"train": 90, "eval": 10, "tokens": 1000, "format": "messages", "digest": "sha256:00"}, "plan": PLAN},
 )
+CHECKED = StageResult(reason="TargetsReady", message="pvc://published/support")
 TRAINED = StageResult(reason="Trained", message="10 steps", result={"steps": 10, "loss": 0.5, "checkpointStep": 10})
 COMPARED = StageResult(
     reason="Compared",
@@ -95,7 +96,7 @@ PUBLISHED = StageResult(
     message="published",
     result={"artifacts": [{"uri": "pvc://published/support", "digest": "sha256:11", "bytes": 10}]},
 )
-RESULTS = {"prepare": PREPARED, "train": TRAINED, "evaluate": COMPARED, "publish": PUBLISHED}
+RESULTS = {"prepare": PREPARED, "check": CHECKED, "train": TRAINED, "evaluate": COMPARED, "publish": PUBLISHED}
 
 
 def container_status(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
 from .status import Artifact, DatasetStatus, Plan, Progress
 
-Stage = Literal["prepare", "train", "evaluate", "publish"]
+Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
+"""Check runs beside prepare, where something is to be published: with the secrets and targets of publish, and nothing else."""
 
 #: Kubernetes keeps 4096 bytes of a termination message
 TERMINATION_MESSAGE_LIMIT = 4096
@@ -38,8 +39,12 @@ class ExitCode(enum.IntEnum):
     """Stopped on request, with a checkpoint saved if a step ended in the grace period: not counted as a restart."""
     HANG = 14
     """No step ended for too long; the stacks are in the log. Retried from the last checkpoint."""
+    SOURCE_UNAVAILABLE = 15
+    """A hub or server did not answer, or asked for patience: tried again within runPolicy.stageTimeout."""
 
 
+WAITING_FOR_SOURCE = "WaitingForSource"
+"""Reason of a stage that ended with SOURCE_UNAVAILABLE, and of the condition meanwhile."""
 PEER_LOST = "PeerLost"
 """Reason of a worker that ended because another one did: its pod is not the one to blame."""
 
@@ -54,6 +59,8 @@ class Mounts:
     SECRETS = "/var/run/finetune/secrets"
     TOKEN = "/var/run/finetune/progress"
     TERMINATION_LOG = "/dev/termination-log"
+    AUTHORITIES = f"{JOB}/authorities.crt"
+    """Certificate authorities of an administrator, trusted beside the system's."""
 
 
 class Env:
@@ -70,6 +77,10 @@ class Env:
     ALLOW_CPU = "FINETUNE_ALLOW_CPU"
     ALLOWED_HOSTS = "FINETUNE_ALLOWED_HOSTS"
     """Hosts, separated by commas, that data may be fetched from although their addresses are not public."""
+    HUB = "HF_ENDPOINT"
+    """A mirror of the Hugging Face hub, by huggingface_hub's own name for it."""
+    S3 = "AWS_ENDPOINT_URL_S3"
+    """An S3-compatible server in place of AWS, by the AWS SDKs' own name for it."""
     POD_NAME = "FINETUNE_POD_NAME"
     PARENT = "FINETUNE_PARENT_PID"
     """Process that this one must not outlive; a pod's first process needs none, the kernel sees to it."""
@@ -137,6 +148,15 @@ class Published(APIModel):
     """What publish's StageResult holds."""
 
     artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
+
+
+class Unavailable(APIModel):
+    """What the StageResult of a stage holds that ended with SOURCE_UNAVAILABLE."""
+
+    host: Annotated[str, Field(max_length=253)] = ""
+    """Who did not answer."""
+    retry_after_seconds: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    """The patience that it asked for."""
 
 
 class TrainingResult(APIModel):
@@ -218,6 +238,7 @@ class Layout:
         self.tensorboard = f"{self.reports}/tensorboard"
         self.evaluation_report = f"{self.reports}/evaluation.json"
         self.history = f"{self.reports}/history.jsonl"
+        self.devices = f"{self.reports}/devices.json"
 
     def reference(self, name: str) -> str:
         """Where prepare notes the folder, URI and fingerprint of a model: model, teacher or adapter."""

@@ -71,7 +71,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str,
         node["x-kubernetes-preserve-unknown-fields"] = True
     if "items" in node:
         node["items"] = _convert(node["items"], definitions, seen)
-    if node.get("default") == "":  # says nothing, and servers of 1.20 turn it into null
+    if node.get("default") == "":  # says nothing
         del node["default"]
     for key in _DROPPED & set(node):
         del node[key]
@@ -87,7 +87,8 @@ def _property(child: dict[str, Any], definitions: dict[str, Any], seen: tuple[st
     nullable_default = "anyOf" in child
     converted = _convert(child, definitions, seen)
     if optional and not nullable_default and "properties" in converted and "default" not in converted:
-        converted["default"] = {}  # the API server fills defaults of a block only when the block is there
+        # an API server holds a default against its rules as it is written here, before it fills in those inside
+        converted["default"] = {name: inner["default"] for name, inner in converted["properties"].items() if "default" in inner}
     return converted
 
 
@@ -205,9 +206,16 @@ def _definition(
     }
 
 
-def render(document: dict[str, Any], *, cel: bool = True) -> str:
-    """The YAML text. Without CEL rules for servers before 1.25, whose clients refuse a schema that has them."""
-    return HEADER + yaml.safe_dump(document if cel else _without(document, "x-kubernetes-validations"), sort_keys=False, width=120)
+class _Dumper(yaml.SafeDumper):
+    """Writes what stands twice twice: no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def render(document: dict[str, Any]) -> str:
+    """The YAML text."""
+    return HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _atomic(status: dict[str, Any]) -> dict[str, Any]:
@@ -232,13 +240,9 @@ def _without(node: Any, keyword: str) -> Any:
 
 def generated(root: Path) -> dict[Path, str]:
     """Every generated file below the root of the repository, with what it must hold."""
-    chart = root / "charts" / "finetune-operator" / "files"
-    found = {}
-    for plural, document in ((PLURAL, crd()), (QUEUE_PLURAL, queue_crd())):
-        found[root / "crds" / f"{plural}.yaml"] = render(document)
-        found[chart / f"{plural}.yaml"] = render(document)
-        found[chart / f"{plural}-before-1.25.yaml"] = render(document, cel=False)
-    return found
+    texts = {f"{PLURAL}.yaml": render(crd()), f"{QUEUE_PLURAL}.yaml": render(queue_crd())}
+    folders = (root / "crds", root / "charts" / "finetune-operator" / "files")
+    return {folder / name: text for folder in folders for name, text in texts.items()}
 
 
 def main() -> None:

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel, Rule
-from .scalars import DNSLabel, Duration, QualifiedName
-from .spec.common import LabelMap
+from .scalars import DNSLabel, Duration, LabelMap, QualifiedName
 from .spec.run import Toleration
 from .status import Condition
 

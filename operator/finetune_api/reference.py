@@ -28,6 +28,8 @@ def _fields(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, An
 def _type(node: dict[str, Any]) -> str:
     if "enum" in node:
         return " \\| ".join(f"`{value}`" if value else '`""`' for value in node["enum"])
+    if "x-kubernetes-int-or-string" in node:
+        return "quantity"
     if node["type"] == "array":
         return f"list of {_type(node['items'])}"
     if node["type"] == "object" and "additionalProperties" in node:
@@ -44,14 +46,14 @@ def _default(node: dict[str, Any], required: bool) -> str:
     if required:
         return "required"
     value = node.get("default")
-    if value is None or value == {}:
+    if value is None or isinstance(value, dict):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _rules(node: dict[str, Any]) -> Iterator[str]:
-    for rule in node.get("x-kubernetes-validations", []):
-        yield rule["message"]
+    if node.get("type") == "object":
+        yield from (rule["message"] for rule in node.get("x-kubernetes-validations", []))
     for child in node.get("properties", {}).values():
         yield from _rules(child)
     if "items" in node:

@@ -8,22 +8,45 @@ import unicodedata
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-DURATION_PATTERN = r"^([0-9]{1,6}(s|m|h|d)){1,4}$"
-#: resource.Quantity of the Kubernetes API, without signs
-QUANTITY_PATTERN = r"^[0-9]{1,12}(\.[0-9]{1,6})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+from .base import Format, without_nulls
+
+DURATION = Format(pattern=r"^([0-9]{1,6}(s|m|h|d)){1,4}$", name="a duration", write="for example 90s, 10m, 1h30m or 7d")
+#: resource.Quantity of the Kubernetes API, without signs and exponents
+QUANTITY = Format(
+    pattern=r"^[0-9]{1,15}(\.[0-9]{1,6})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+    name="a quantity",
+    write="for example 500m, 4 or 16Gi",
+    or_integer=True,
+)
+_ENDS = "beginning and ending with a letter or digit"
+DNS_LABEL = Format(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", name="a DNS label", write=f"lower-case letters, digits and '-', {_ENDS}")
+DNS_SUBDOMAIN = Format(
+    pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    name="a DNS name",
+    write=f"lower-case letters, digits, '-' and '.', {_ENDS}",
+)
+QUALIFIED_NAME = Format(
+    pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+    name="a qualified name",
+    write="for example nvidia.com/gpu",
+)
+LABEL_VALUE = Format(
+    pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", name="a label's value", write=f"letters, digits, '-', '_' and '.', {_ENDS}"
+)
+#: what names parts of other people's systems: modules, splits, tasks, keys of Secrets
+PLAIN_NAME = Format(pattern=r"^[A-Za-z0-9_.-]+$", name="a plain name", write="letters, digits, '-', '_' and '.'")
 #: reason of a metav1.Condition
 REASON_PATTERN = r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
-QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 
-Duration = Annotated[str, Field(pattern=DURATION_PATTERN, max_length=32)]
-Quantity = Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=24)]
-DNSLabel = Annotated[str, Field(pattern=DNS_LABEL_PATTERN, max_length=63)]
-DNSSubdomain = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, max_length=253)]
-QualifiedName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, max_length=253)]
+Duration = Annotated[str, Field(max_length=32), DURATION]
+Quantity = Annotated[str, Field(max_length=24), QUANTITY]
+DNSLabel = Annotated[str, Field(max_length=63), DNS_LABEL]
+DNSSubdomain = Annotated[str, Field(max_length=253), DNS_SUBDOMAIN]
+QualifiedName = Annotated[str, Field(max_length=253), QUALIFIED_NAME]
+PlainName = Annotated[str, Field(min_length=1, max_length=128), PLAIN_NAME]
+LabelMap = Annotated[dict[str, Annotated[str, Field(max_length=63), LABEL_VALUE]], Field(max_length=32), BeforeValidator(without_nulls)]
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SUFFIX = {
@@ -37,9 +60,8 @@ _SUFFIX = {
 @functools.lru_cache(maxsize=256)
 def seconds(duration: str) -> int:
     """Seconds in a duration such as `90s`, `10m`, `1h30m` or `7d`. Raises ValueError when it is none."""
-    if not re.fullmatch(DURATION_PATTERN, duration):
-        raise ValueError(f"{duration!r} is not a duration; write for example 90s, 10m, 1h30m or 7d")
-    return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", duration))
+    found = re.findall(r"([0-9]+)([smhd])", DURATION.check(duration))
+    return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in found)
 
 
 def quantity(text: str) -> Decimal:

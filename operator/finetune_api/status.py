@@ -27,6 +27,7 @@ ConditionType = Literal[
     "Stalled",
     "Accepted",
     "DataReady",
+    "TargetsReady",
     "Admitted",
     "Running",
     "Trained",
@@ -278,13 +279,31 @@ class QueueStatus(APIModel):
     """Since when it has waited this time."""
 
 
+class SourceWait(APIModel):
+    """A hub or server that a stage waits for; `status.retryAfter` says when it is tried again."""
+
+    host: str = ""
+    """Who does not answer."""
+    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """Since when."""
+
+
 class StageRetry(APIModel):
-    """Retries of a single-pod stage after failures of the infrastructure."""
+    """Tries of a single-pod stage."""
 
     retries: int = 0
-    """Retries so far; part of the child Job's name."""
+    """Retries after failures of the infrastructure."""
+    waits: int = 0
+    """Tries that ended because a hub or server did not answer: not counted as retries."""
+    waiting: SourceWait | None = None
+    """What the stage waits for."""
     started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     """When the current try was asked for."""
+
+    @property
+    def tries(self) -> int:
+        """Tries that have ended; the child Job's name ends with it."""
+        return self.retries + self.waits
 
 
 class Usage(APIModel):
@@ -327,7 +346,7 @@ class FineTuneJobStatus(APIModel):
     gang: Gang | None = None
     """The worker pods of the current attempt."""
     stages: dict[str, StageRetry] = Field(default_factory=dict)
-    """Retries of prepare, evaluate and publish."""
+    """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""
     dataset: DatasetStatus | None = None
@@ -359,7 +378,7 @@ class FineTuneJobStatus(APIModel):
         return found is not None and found.status == "True"
 
     def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
-        """As plain JSON types. What is empty is left out: servers of 1.20 turn empty strings into null and then refuse them."""
+        """As plain JSON types. What is empty is left out: it says nothing."""
         wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
         return wire
 

@@ -6,11 +6,12 @@ Patterns are RE2 (no look-around) and refuse `..` by allowing a dot only inside 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
+
+from .base import Format
 
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 _PATH = rf"{_SEGMENT}(/{_SEGMENT})*"
@@ -21,21 +22,33 @@ _S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}"
 _HTTPS = rf"https://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{{1,5}})?/{_PATH}"
 _CONFIGMAP = rf"configmap://{_CLAIM}(\.{_CLAIM})*/{_SEGMENT}"
 
-MODEL_PATTERN = rf"^({_HF}|{_PVC})$"
-ADAPTER_PATTERN = rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$"
-DATASET_PATTERN = rf"^({_HF}|{_PVC}|{_S3}|{_HTTPS}|{_CONFIGMAP})$"
-PUBLISH_PATTERN = rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$"
+MODEL = Format(pattern=rf"^({_HF}|{_PVC})$", name="a model URI", write="hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH", scheme="hf://")
+ADAPTER = Format(
+    pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$",
+    name="an adapter URI",
+    write="hf://ORG/ADAPTER[@REVISION] or pvc://CLAIM/PATH",
+    scheme="hf://",
+)
+DATASET = Format(
+    pattern=rf"^({_HF}|{_PVC}|{_S3}|{_HTTPS}|{_CONFIGMAP})$",
+    name="a data set URI",
+    write="hf://ORG/DATASET[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/KEY, https://HOST/PATH or configmap://NAME/KEY",
+    scheme="hf://",
+)
+PUBLISH = Format(
+    pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$", name="a target URI", write="pvc://CLAIM/PATH or hf://ORG/MODEL", scheme="hf://"
+)
+ENDPOINT = Format(
+    pattern=rf"^https?://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{{1,5}})?(/{_SEGMENT})*/?$",
+    name="an address",
+    write="for example http://vllm.models.svc:8000/v1",
+)
 
-ModelURI = Annotated[str, Field(pattern=MODEL_PATTERN, max_length=512)]
-DatasetURI = Annotated[str, Field(pattern=DATASET_PATTERN, max_length=512)]
-AdapterURI = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=512)]
-PublishURI = Annotated[str, Field(pattern=PUBLISH_PATTERN, max_length=512)]
-
-EXPECTED = {
-    MODEL_PATTERN: "hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH",
-    DATASET_PATTERN: "hf://ORG/DATASET[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/KEY, https://HOST/PATH or configmap://NAME/KEY",
-    PUBLISH_PATTERN: "pvc://CLAIM/PATH or hf://ORG/MODEL",
-}
+ModelURI = Annotated[str, Field(max_length=512), MODEL]
+DatasetURI = Annotated[str, Field(max_length=512), DATASET]
+AdapterURI = Annotated[str, Field(max_length=512), ADAPTER]
+PublishURI = Annotated[str, Field(max_length=512), PUBLISH]
+EndpointURL = Annotated[str, Field(max_length=512), ENDPOINT]
 
 
 @dataclass(frozen=True)
@@ -49,10 +62,8 @@ class URI:
 
 
 def parse_uri(text: str) -> URI:
-    """Split a URI that one of the patterns above accepts. Raises ValueError on any other."""
-    if not any(re.fullmatch(pattern, text) for pattern in (MODEL_PATTERN, DATASET_PATTERN, PUBLISH_PATTERN)):
-        raise ValueError(f"{text!r} is not a supported URI; write {EXPECTED[DATASET_PATTERN]}")
-    scheme, rest = text.split("://", 1)
+    """Split a URI that one of the patterns above accepts. Raises ValueError on any other. What a model, an adapter or a target may be, a data set may be, too."""
+    scheme, rest = DATASET.check(text).split("://", 1)
     if scheme == "hf":
         name, _, revision = rest.partition("@")
         return URI(scheme, name, revision=revision)

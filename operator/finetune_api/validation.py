@@ -12,18 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from . import API_VERSION, KIND
 from .queue import FineTuneQueueSpec
-from .scalars import DNS_LABEL_PATTERN, DNS_SUBDOMAIN_PATTERN, DURATION_PATTERN, QUALIFIED_NAME_PATTERN, QUANTITY_PATTERN
+from .scalars import DNS_SUBDOMAIN
 from .spec import FineTuneJobSpec
-from .uris import EXPECTED
 
-_PATTERN_HINTS = {
-    **{pattern: f"expected {text}" for pattern, text in EXPECTED.items()},
-    DURATION_PATTERN: "expected a duration such as 90s, 10m, 1h30m or 7d",
-    QUANTITY_PATTERN: 'expected a quantity such as 500m, "4" or 16Gi',
-    DNS_LABEL_PATTERN: "expected lower-case letters, digits and '-'",
-    DNS_SUBDOMAIN_PATTERN: "expected lower-case letters, digits, '-' and '.'",
-    QUALIFIED_NAME_PATTERN: "expected a name such as nvidia.com/gpu",
-}
 MAX_ERRORS = 20
 Spec = TypeVar("Spec", bound=BaseModel)
 
@@ -82,7 +73,7 @@ def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
     name = metadata.get("name") or metadata.get("generateName") if isinstance(metadata, Mapping) else None
     if not isinstance(name, str) or not name:
         errors.append(FieldError("metadata.name", "is required"))
-    elif not re.fullmatch(DNS_SUBDOMAIN_PATTERN, name.rstrip("-")) or len(name) > 253:
+    elif not re.fullmatch(DNS_SUBDOMAIN.pattern, name.rstrip("-")) or len(name) > 253:
         errors.append(
             FieldError("metadata.name", f"{_shown(name)} is not a valid name; use at most 253 lower-case letters, digits, '-' and '.'")
         )
@@ -105,9 +96,6 @@ def _explain(model: type[BaseModel], error: Any) -> FieldError:
         expected = str(context.get("expected", ""))
         choices = re.findall(r"'([^']*)'", expected)
         return FieldError(path, f"{_shown(value)} is not one of {', '.join(choices)}{_did_you_mean(str(value), choices)}")
-    if kind == "string_pattern_mismatch":
-        pattern = context.get("pattern", "")
-        return FieldError(path, f"{_shown(value)} is not valid: {_PATTERN_HINTS.get(pattern, f'expected to match {pattern}')}")
     return FieldError(path, f"{_shown(value)}: {error['msg'][:1].lower()}{error['msg'][1:]}")
 
 

@@ -207,7 +207,7 @@ def describe(name: Name, namespace: Namespace = None, kubeconfig: Kubeconfig = N
 def logs_(
     name: Name,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-    stage: Annotated[str | None, typer.Option(help="prepare, train, evaluate or publish.")] = None,
+    stage: Annotated[str | None, typer.Option(help="prepare, check, train, evaluate or publish.")] = None,
     rank: Annotated[int | None, typer.Option(help="Only this worker pod.")] = None,
     tail: Annotated[int | None, typer.Option(help="Only so many last lines of each pod.")] = None,
     namespace: Namespace = None,

@@ -82,7 +82,7 @@ class Jobs:
         """Pods of a job, by stage and rank."""
         selector = f"{names.LABEL_JOB_UID}={job['metadata']['uid']}"
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_SECONDS).items
-        order = ("prepare", "train", "evaluate", "publish")
+        order = ("prepare", "check", "train", "evaluate", "publish")
 
         def place(pod: Any) -> tuple[int, int, str]:
             labels = pod.metadata.labels

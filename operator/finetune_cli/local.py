@@ -17,7 +17,19 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune_api.contract import Env, ExitCode, JobFile, Layout, ProgressReport, Stage, StageResult, progress_of, read_stage_result
+from finetune_api.contract import (
+    Env,
+    ExitCode,
+    JobFile,
+    Layout,
+    ProgressReport,
+    Stage,
+    StageResult,
+    Unavailable,
+    progress_of,
+    read_stage_result,
+)
+from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
     Artifact,
@@ -32,6 +44,9 @@ from finetune_api.status import (
 from finetune_api.uris import parse_uri
 
 from .view import JobView
+
+_FIRST_WAIT = 10.0
+"""Seconds until a hub or server that did not answer is asked again; then twice as long."""
 
 
 class MissingVolume(ValueError):
@@ -96,6 +111,8 @@ class LocalRun:
         if prepare_only:
             self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
             return
+        if spec.publish and self._stage("check", "TargetsReady", "Preparing") is None:
+            return
         Path(self.layout.history).unlink(missing_ok=True)
         trained = self._stage("train", "Trained", "Training")
         if trained is None:
@@ -118,11 +135,27 @@ class LocalRun:
     def _stage(self, stage: Stage, condition: ConditionType, phase: Any) -> StageResult | None:
         with self._lock:
             self.status.phase = phase
+        began, tries = time.monotonic(), 0
+        while True:
+            codes, results = self._try(stage)
+            away = results[0]
+            left = began + seconds(self.job.spec.run_policy.stage_timeout) - time.monotonic()
+            if codes != [ExitCode.SOURCE_UNAVAILABLE] or away is None or left <= 0:
+                return self._conclude(stage, condition, codes, results)
+            delay = min(left, max(_FIRST_WAIT * 2.0 ** min(tries, 5), Unavailable.model_validate(away.result).retry_after_seconds or 0.0))
+            tries += 1
+            self._set(condition, "False", away.model_copy(update={"message": f"{away.message}; next try in {human_duration(delay)}"}))
+            time.sleep(delay)
+
+    def _try(self, stage: Stage) -> tuple[list[int], list[StageResult | None]]:
+        """Run the stage's processes once: their exit codes and last words."""
         nodes = self.job.spec.distribution.nodes if stage == "train" else 1
         port = _free_port()
         processes = [self._start(stage, rank, port) for rank in range(nodes)]
         codes = _wait_for_all([process for process, _ in processes])
-        results = [read_stage_result(words.read_text()) if words.exists() else None for _, words in processes]
+        return codes, [read_stage_result(words.read_text()) if words.exists() else None for _, words in processes]
+
+    def _conclude(self, stage: Stage, condition: ConditionType, codes: list[int], results: list[StageResult | None]) -> StageResult | None:
         bad = [rank for rank, code in enumerate(codes) if code != ExitCode.DONE]
         if not bad:
             result = results[0] or StageResult(reason="NoResult", message=f"{stage} ended without a result")

@@ -17,7 +17,7 @@ from finetune_api.status import FineTuneJobStatus
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
 #: reasons of a False condition that are waited for
-_PASSING = frozenset({"Starting", "Completed", "Resumed", "Unschedulable", "ContainerNotStarted", "ImagePullFailed"})
+_PASSING = frozenset({"Starting", "Completed", "Resumed", "Unschedulable", "ContainerNotStarted", "ImagePullFailed", "WaitingForSource"})
 _BARS = "▁▂▃▄▅▆▇█"
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -21,9 +22,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from . import certificate, handlers, logs, metrics, tracing
 from .certificate import Certificate, Identity
 from .cluster.client import KubernetesCluster, connect
+from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
 from .cluster.store import Store
 from .controller import Controller
+from .handlers import Insights
 from .progress.board import ProgressBoard
 from .progress.server import ProgressServer
 from .settings import Settings, from_environment
@@ -39,7 +42,15 @@ async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRu
     return runner
 
 
-def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> web.Application:
+def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
+    def not_ready() -> str:
+        if kinds.missing:
+            return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
+        if not controller.synced.is_set():
+            return "not in sync yet"
+        unwatched = set(kinds.watched) - handlers.watching(insights, kinds)
+        return f"not watched yet: {', '.join(sorted(r.plural for r in unwatched))}" if unwatched else ""
+
     async def healthz(_: web.Request) -> web.Response:
         silent = time.monotonic() - controller.last_resync
         if controller.synced.is_set() and silent > 4 * settings.resync_seconds:
@@ -47,8 +58,8 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
         return web.Response(text="ok")
 
     async def readyz(_: web.Request) -> web.Response:
-        ready = controller.synced.is_set()
-        return web.Response(status=200 if ready else 503, text="ok" if ready else "not in sync yet")
+        why = not_ready()
+        return web.Response(status=503 if why else 200, text=why or "ok")
 
     async def scrape(_: web.Request) -> web.Response:
         for (verb, kind), count in cluster.calls.items():
@@ -63,19 +74,40 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
 
 
 def _trust(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
-    """What must know a certificate before it is served: the API server, and the pods that report progress."""
+    """What must know a certificate before it is served: the API server, and the jobs' pods, which also get an administrator's authorities."""
     bundle = Bundle(cluster, settings.webhook_configuration) if settings.webhook_configuration else None
 
     async def look(new: Certificate) -> None:
         if bundle is not None:
             await bundle.put(new.authorities)
-        controller.trust(new.authorities)
+        own = controller.settings.authorities
+        if settings.authorities_file:
+            try:
+                own = certificate.read_authorities(settings.authorities_file)
+            except ValueError as failure:  # the ones before are kept
+                log.warning("%s", failure)
+        controller.trust(new.authorities, own)
 
     return look
 
 
+async def _until_jobs_are_served(kinds: Kinds) -> bool:
+    """Wait for the job's kind. False when the process is to end instead: kopf, which sees to signals, does not run yet."""
+    waiting = asyncio.create_task(kinds.found())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
+    await asyncio.wait([waiting])
+    if waiting.cancelled():
+        return False
+    waiting.result()
+    return True
+
+
 async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Ends with an exception when any part of it ends: crash-only."""
+    """Run until SIGTERM or SIGINT. Ends with an exception when any part of it ends: crash-only.
+
+    Raises StartOver when a kind that it needs has come or gone.
+    """
     cluster = await connect(settings.api_qps, settings.api_burst)
     identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
     settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
@@ -84,20 +116,44 @@ async def run(settings: Settings) -> None:
     tracing.configure(settings.tracing_endpoint, holder)
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
     controller = Controller(cluster, store, board, settings, lease)
+    kinds, insights = Kinds(cluster, settings), handlers.Insights()
     server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
     endpoints = server.application()
     lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
     runners = [
-        await _serve(_probes(controller, cluster, settings), settings.probe_port),
+        await _serve(_probes(controller, cluster, settings, kinds, insights), settings.probe_port),
         await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
     ]
+    failed: list[tuple[str, BaseException]] = []
+    try:
+        if await _until_jobs_are_served(kinds):
+            failed = await _work(settings, controller, identity, cluster, kinds, insights)
+    finally:
+        if lease is not None:
+            await lease.release()  # nothing acts any more
+        for runner in runners:
+            await runner.cleanup()
+        await cluster.close()
+        await lookups.close()
+    for name, error in failed:
+        # a watch of what is not served any more ends with 404
+        if isinstance(error, StartOver) or (name == "kopf" and getattr(error, "status", None) == 404):
+            raise StartOver(str(error) if isinstance(error, StartOver) else f"a kind that is watched is gone: {error}") from error
+        raise RuntimeError(f"{name} ended: {error}") from error
+
+
+async def _work(
+    settings: Settings, controller: Controller, identity: Identity, cluster: KubernetesCluster, kinds: Kinds, insights: Insights
+) -> list[tuple[str, BaseException]]:
+    """Watch and act until any part of it ends; the parts that failed."""
     registry = kopf.OperatorRegistry()
-    handlers.register(registry, controller, settings)
+    handlers.register(registry, controller, settings, kinds)
     stop = asyncio.Event()
     watches = kopf.operator(
         registry=registry,
         settings=handlers.kopf_settings(),
+        insights=insights,
         standalone=True,
         clusterwide=not settings.watch_namespaces,
         namespaces=settings.watch_namespaces,
@@ -107,22 +163,19 @@ async def run(settings: Settings) -> None:
         asyncio.create_task(watches, name="kopf"),
         asyncio.create_task(controller.run(), name="controller"),
         asyncio.create_task(identity.keep(_trust(controller, cluster, settings)), name="certificate"),
+        asyncio.create_task(kinds.keep(lambda: handlers.watching(insights, kinds)), name="kinds"),
     ]
     # kopf handles SIGTERM and SIGINT: it ends without an error, and takes younger tasks with it
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    failed = [(task.get_name(), error) for task in done if not task.cancelled() and (error := task.exception()) is not None]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     stop.set()
     for task in tasks[1:]:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    if lease is not None:
-        await lease.release()  # nothing acts any more
-    for runner in runners:
-        await runner.cleanup()
-    await cluster.close()
-    await lookups.close()
-    for name, error in failed:
-        raise RuntimeError(f"{name} ended: {error}") from error
+    ends = await asyncio.gather(*tasks, return_exceptions=True)  # the first that ended may have been taken along by one that failed
+    return [
+        (task.get_name(), end)
+        for task, end in zip(tasks, ends, strict=True)
+        if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError)
+    ]
 
 
 def spare_the_collector() -> None:
@@ -139,9 +192,16 @@ def main() -> None:
     try:
         logs.configure(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"), os.environ.get("FINETUNE_LOG_FORMAT", "text"))
         settings = from_environment(os.environ)
+        if settings.authorities_file:
+            settings = dataclasses.replace(settings, authorities=certificate.read_authorities(settings.authorities_file))
     except ValueError as failure:
         sys.exit(f"finetune-operator: {failure}")
-    uvloop.run(run(settings))  # a twelfth less work per job than asyncio's own loop, of which most goes into TLS and HTTP
+    while True:
+        try:
+            uvloop.run(run(settings))  # a twelfth less work per job than asyncio's own loop, of which most goes into TLS and HTTP
+            return
+        except StartOver as change:
+            log.warning("starting over: %s", change)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,25 @@ async def ensure(cluster: KubernetesCluster, settings: Settings) -> Certificate:
         return new
 
 
+AUTHORITIES_LIMIT = 64 * 1024
+"""Bytes of an administrator's authorities: every job's ConfigMap has them."""
+
+
+def read_authorities(path: str) -> str:
+    """The certificates in a PEM file, and nothing else that stands there. Raises ValueError."""
+    try:
+        found = x509.load_pem_x509_certificates(Path(path).read_bytes())
+    except (OSError, ValueError) as failure:
+        raise ValueError(f"{path}: no PEM certificates can be read (chart value trainer.caBundle): {failure}") from None
+    text = "".join(certificate.public_bytes(serialization.Encoding.PEM).decode() for certificate in found)
+    if len(text) > AUTHORITIES_LIMIT:
+        raise ValueError(
+            f"{path}: {len(text) // 1024} KiB of certificates, and {AUTHORITIES_LIMIT // 1024} KiB are the limit (chart value "
+            "trainer.caBundle): name your own authorities only, the public ones are trusted anyway"
+        )
+    return text
+
+
 class Identity:
     """The certificate that is served now."""
 

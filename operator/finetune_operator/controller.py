@@ -10,24 +10,25 @@ import json
 import logging
 import time
 from collections import Counter
+from typing import Any
 
 from finetune_api import names
 from finetune_api.contract import JobFile
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_api.status import FineTuneJobStatus
 
 from . import metrics, tracing
 from .cluster.client import CHILD_KINDS, APIError, Cluster, Object, child_kinds, event_manifest
 from .cluster.lease import Lease
 from .cluster.store import Key, Store
+from .handed import Handed
 from .logs import JOB
 from .progress.board import ProgressBoard
 from .reconcile import Plan, reconcile, refused
 from .reconcile.accepted import may_have_changed
 from .reconcile.failures import suspects
-from .reconcile.model import Action, Apply, Create, Delete, Due, Event, Observed
+from .reconcile.model import Action, Apply, Create, Delete, Due, Event, Observed, Patch
 from .reconcile.observe import owner_uid
-from .resources.backends import GROUP_KINDS
 from .scheduler import Scheduler
 from .settings import Settings
 from .telemetry import Telemetry
@@ -45,6 +46,7 @@ class Controller:
         self.cluster, self.store, self.board, self.settings, self.lease = cluster, store, board, settings, lease
         self.queue: WorkQueue[Key] = WorkQueue(self._rank)
         self.scheduler = Scheduler(cluster, store, settings, self.queue.add, lambda: len(self.queue) > 0)
+        self.handed = Handed(cluster, store, settings)
         self.telemetry = Telemetry()
         self._written: dict[str, float] = {}
         self._untold: dict[str, float] = {}
@@ -68,6 +70,8 @@ class Controller:
                 await self._resync_until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
+            if self.settings.queueing_backend == "kueue":
+                group.create_task(self.handed.run())
             if self.settings.queueing_backend == "builtin":
                 group.create_task(self.scheduler.run())
             group.create_task(self.queue.run(self.process, self.settings.workers))
@@ -105,10 +109,10 @@ class Controller:
         scheduling = (job.get("spec") or {}).get("scheduling") or {}
         return int(holds) + int(gives_way), self.scheduler.priority(scheduling.get("priorityClassName"))
 
-    def trust(self, authorities: str) -> None:
+    def trust(self, ca_bundle: str, authorities: str = "") -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
-        if authorities != self.settings.ca_bundle:
-            self.settings = dataclasses.replace(self.settings, ca_bundle=authorities)
+        if (ca_bundle, authorities) != (self.settings.ca_bundle, self.settings.authorities):
+            self.settings = dataclasses.replace(self.settings, ca_bundle=ca_bundle, authorities=authorities)
             for key in self.store.job_keys():
                 self.queue.add(key)
 
@@ -132,7 +136,7 @@ class Controller:
             accepted=accepted,
             lost_nodes=await self._lost_nodes(observed),
             suspect_nodes=self._suspect_nodes(),
-            group=await self._group(job),
+            **await self._handed_over(job, observed),
             verdict=self.scheduler.verdict(uid),
         )
         with tracing.span("decide"):
@@ -165,22 +169,11 @@ class Controller:
             log.warning("%s/%s: its job.json cannot be read", meta["namespace"], meta["name"])
         return None
 
-    async def _group(self, job: Object) -> Object | None:
-        """What another scheduler says of the gang. Asked for only while the job waits for it."""
-        backend = self.settings.queueing_backend
-        if backend == "builtin":
-            return None
-        status = read_status(job.get("status"))
-        if status.phase != "Queued":
-            return None
-        meta = job["metadata"]
-        for kind in GROUP_KINDS[backend]:
-            try:
-                return await self.cluster.get(kind, meta["namespace"], names.group_name(meta["name"], status.attempt))
-            except APIError as failure:
-                if failure.transient:
-                    raise  # not allowed to look, or not there: the pods will tell
-        return None
+    async def _handed_over(self, job: Object, observed: Observed) -> dict[str, Any]:
+        """What another scheduler says of the job. Asked for only while something waits for it."""
+        if self.settings.queueing_backend == "builtin":
+            return {}
+        return await self.handed.look(job, observed)
 
     def _suspect_nodes(self) -> tuple[str, ...]:
         """Nodes that any jobs kept failing on; looked through at most every few seconds."""
@@ -230,13 +223,15 @@ class Controller:
         return self._written.get(uid, float("-inf")) + interval - now
 
     async def _act(self, job: Object, actions: tuple[Action, ...]) -> None:
-        """Carry the actions out: shared objects first, then pods all at once."""
+        """Carry the actions out: shared objects and changes first, then pods all at once."""
         for action in actions:
-            if isinstance(action, Apply):
+            if isinstance(action, Patch):
+                await self.cluster.patch(action.kind, job["metadata"]["namespace"], action.name, action.body)
+            elif isinstance(action, Apply):
                 made = await self.cluster.apply(action.manifest)
                 if action.manifest["kind"] in CHILD_KINDS:
                     self.store.put_child(action.manifest["kind"], made)
-        rest = [self._one(job, action) for action in actions if not isinstance(action, Apply)]
+        rest = [self._one(job, action) for action in actions if isinstance(action, Create | Delete)]
         for result in await asyncio.gather(*rest, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -245,7 +240,7 @@ class Controller:
         namespace = job["metadata"]["namespace"]
         if isinstance(action, Delete):
             lingering = await self.cluster.delete(action.kind, namespace, action.name, action.uid, action.grace_seconds)
-            if lingering is not None and action.kind != "FineTuneJob":
+            if lingering is not None and action.kind in CHILD_KINDS:
                 self.store.put_child(action.kind, lingering)
             return
         kind, meta = action.manifest["kind"], action.manifest["metadata"]
@@ -258,7 +253,8 @@ class Controller:
             if owner_uid(made) != job["metadata"]["uid"]:
                 message = f"{kind} {meta['name']} exists and does not belong to this job; delete it or rename the job"
                 raise APIError(409, "NameTaken", message) from None
-        self.store.put_child(kind, made)  # its watch event wakes the job
+        if kind in CHILD_KINDS:
+            self.store.put_child(kind, made)  # its watch event wakes the job
 
     async def _tell(self, job: Object, event: Event, status: FineTuneJobStatus | None) -> None:
         meta = job["metadata"]
@@ -320,6 +316,8 @@ class Controller:
     def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
         """A child was seen, or is gone."""
         key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        if kind == "Pod" and not deleted:
+            self.handed.pod_seen(raw)
         if kind == "Pod" and (deleted or (raw.get("status") or {}).get("phase") in ("Succeeded", "Failed")):
             self.scheduler.poke()  # something is free again
         if key is not None:
@@ -342,6 +340,8 @@ class Controller:
             for namespace in spaces:
                 async for raw in self.cluster.list(kind, namespace, SELECTOR):
                     self.store.put_child(kind, raw)
+                    if kind == "Pod":
+                        self.handed.pod_seen(raw)
                     seen.add(raw["metadata"]["uid"])
             for key in self.store.prune(kind, seen, began):
                 self.queue.add(key)

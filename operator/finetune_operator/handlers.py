@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import kopf
+from kopf._cogs.structs.references import Insights as Insights  # what kopf.operator takes as `insights`; kopf 1.45 does not export it
 
 from finetune_api import GROUP, PLURAL, VERSION, names
-from finetune_api.queue import QUEUE_PLURAL
+from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
-from .cluster.client import CHILD_KINDS, RESOURCES, child_kinds
+from .cluster.client import CHILD_KINDS, RESOURCES, Resource, child_kinds
+from .cluster.kinds import Kinds
 from .controller import SELECTOR, Controller
 from .settings import Settings
 
@@ -69,7 +71,13 @@ def kopf_settings() -> kopf.OperatorSettings:
     return settings
 
 
-def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings) -> None:
+def watching(insights: Insights, kinds: Kinds) -> set[Resource]:
+    """Of the kinds that may come and go, those that kopf watches."""
+    seen = {(resource.group, resource.version, resource.plural) for resource in insights.watched_resources}
+    return {r for r in kinds.watched if (r.group, r.version, r.plural) in seen}
+
+
+def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings, kinds: Kinds) -> None:
     """Connect the watches of the job and of its children to the controller."""
 
     @kopf.on.login(registry=registry)
@@ -92,7 +100,8 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
 
-    if not settings.watch_namespaces:  # queues have no namespace: an operator of some may not see them
+    # queues have no namespace: an operator of some may not see them. kopf would complain of one that is not there
+    if not settings.watch_namespaces and kinds.serves(QUEUE_KIND):
 
         @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
         async def on_queue(event: kopf.RawEvent, **_: Any) -> None:

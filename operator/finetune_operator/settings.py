@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from urllib.parse import urlsplit
 
 BACKENDS = ("builtin", "kueue", "volcano")
+_URLS = ("hub_endpoint", "s3_endpoint", "http_proxy", "https_proxy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,17 @@ class Settings:
     """Namespaces whose jobs may set model.trustRemoteCode; `*` means all."""
     allowed_hosts: tuple[str, ...] = ()
     """Hosts that data sets may be fetched from although their addresses are not public, such as a MinIO in the cluster."""
+    hub_endpoint: str = ""
+    """Mirror of the Hugging Face hub that every stage asks (HF_ENDPOINT); empty is huggingface.co."""
+    s3_endpoint: str = ""
+    """S3-compatible server of s3:// data sets that name none; empty is AWS."""
+    http_proxy: str = ""
+    https_proxy: str = ""
+    """Proxies through which every stage reaches the net."""
+    no_proxy: str = ""
+    """What is reached without them, beside names of the cluster."""
+    authorities_file: str = ""
+    """PEM file with certificate authorities that every stage trusts beside the public ones."""
     stage_retries: int = 3
     """Retries of prepare, evaluate and publish after failures of the infrastructure."""
     backoff_base_seconds: float = 10.0
@@ -85,6 +98,9 @@ class Settings:
     ca_bundle: str = field(default="", repr=False)
     """PEM of the progress endpoint's certificate authority; filled in at start-up."""
 
+    authorities: str = field(default="", repr=False)
+    """PEM of authorities_file; filled in at start-up."""
+
     def allows_remote_code(self, namespace: str) -> bool:
         """Whether jobs of the namespace may set model.trustRemoteCode."""
         return bool({"*", namespace} & set(self.remote_code_namespaces))
@@ -109,6 +125,8 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
             values[item.name] = _convert(text, item.default)
             if item.name == "queueing_backend" and text not in BACKENDS:
                 raise ValueError(f"write one of {', '.join(BACKENDS)}")
+            if item.name in _URLS and text and not urlsplit(text).hostname:
+                raise ValueError("write an address, such as https://hub.example.com")
         except ValueError as failure:
             raise ValueError(f"{variable}={text!r}: {failure}") from None
     return Settings(**values)  # type: ignore[arg-type]

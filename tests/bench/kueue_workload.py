@@ -40,6 +40,7 @@ from finetune_api.queue import QUEUE_KIND
 from finetune_operator import handlers, metrics
 from finetune_operator.__main__ import spare_the_collector
 from finetune_operator.cluster.client import CHILD_KINDS, RESOURCES, APIError, KubernetesCluster, Object, connect
+from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import Controller
 from finetune_operator.progress.board import ProgressBoard
@@ -154,7 +155,9 @@ async def operate(notes: Path) -> None:
     controller = Controller(cluster, Store(), ProgressBoard(), settings)
     cluster.prepare_to_play(controller, notes)
     registry = kopf.OperatorRegistry()
-    handlers.register(registry, controller, settings)
+    kinds = Kinds(cluster, settings)
+    await kinds.look()
+    handlers.register(registry, controller, settings, kinds)
     watches = kopf.operator(registry=registry, settings=handlers.kopf_settings(), standalone=True, clusterwide=True)
     async with asyncio.TaskGroup() as group:
         group.create_task(watches)

@@ -1,16 +1,14 @@
 """Container images without Docker and without a registry.
 
-Our own are built by buildah from their Dockerfiles, on a Debian base made by mmdebstrap, and handed to containerd as an OCI archive.
-A layer lies on the disk once: the archive carries only what the store of the nodes does not have yet (store.py).
+buildah builds our own from their Dockerfiles, on a Debian base made by mmdebstrap. A layer lies on the disk once: the nodes'
+containerd gets hard links of what buildah has unpacked (store.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import functools
 import json
 import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ PAUSE = "localhost/pause:1"
 SUITE = "trixie"
 """Debian's current release, as in the Dockerfiles."""
 STORAGE = CACHE / "images"
-LAYOUT = CACHE / "node-images" / "layout"  # beside what was unpacked of it: store.py
 _BASE_COMMAND = (
     "mmdebstrap",
     "--variant=minbase",
@@ -51,27 +48,28 @@ _PLACES = {"trainer": REPO / "trainer_image", "operator": REPO / "operator"}
 
 @dataclass(frozen=True)
 class Image:
-    """A reference, whose tag tells its content, and the folder with its OCI layout."""
+    """A reference, whose tag tells its content."""
 
     reference: str
-    layout: Path
+
+    @functools.cached_property
+    def _inspected(self) -> dict[str, Any]:
+        return dict(json.loads(buildah("inspect", "--type", "image", self.reference)))
 
     @property
-    def manifest(self) -> tuple[str, dict[str, Any]]:
-        """(digest, manifest)"""
-        index = json.loads((self.layout / "index.json").read_text())["manifests"]
-        name = "org.opencontainers.image.ref.name"
-        digest = next(entry["digest"] for entry in index if entry["annotations"][name] == self.reference)
-        return digest, json.loads(self.blob(digest).read_text())
+    def manifest(self) -> str:
+        """The OCI manifest, byte for byte."""
+        return str(self._inspected["Manifest"])
 
-    def blob(self, digest: str) -> Path:
-        """File of a blob."""
-        return self.layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
+    @property
+    def config(self) -> str:
+        """The OCI configuration, byte for byte."""
+        return str(self._inspected["Config"])
 
     @property
     def layers(self) -> list[tuple[str, int]]:
-        """(digest, bytes) of its layers, the lowest first. They are not compressed, so these digests are the diff IDs too."""
-        return [(layer["digest"], layer["size"]) for layer in self.manifest[1]["layers"]]
+        """(diff ID, bytes) of its layers, the lowest first."""
+        return [(layer["digest"], layer["size"]) for layer in json.loads(self.manifest)["layers"]]
 
     @property
     def size(self) -> int:
@@ -79,7 +77,22 @@ class Image:
         return sum(size for _, size in self.layers)
 
 
-_BUILDAH: list[str | Path] = ["buildah", "--root", STORAGE, "--runroot", "/run/finetune-images"]
+def unpacked(layer: str) -> Path:
+    """Folder of a layer, as overlayfs takes it, in buildah's storage."""
+    known: list[dict[str, str]] = json.loads((STORAGE / "overlay-layers" / "layers.json").read_text())
+    return next(STORAGE / "overlay" / entry["id"] / "diff" for entry in known if entry.get("diff-digest") == layer)
+
+
+# not mounted on itself: there would be no hard links from it
+_BUILDAH: list[str | Path] = [
+    "buildah",
+    "--root",
+    STORAGE,
+    "--runroot",
+    "/run/finetune-images",
+    "--storage-opt",
+    "overlay.skip_mount_home=true",
+]
 _STORAGE_DRIVER = {"STORAGE_DRIVER": "overlay"}
 _UV_LOCK = Path(__file__).with_name("locks") / "uv.txt"
 
@@ -113,22 +126,21 @@ def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path 
     docker = machine.with_kind()
     if not docker:
         debian.ensure(debian.IMAGES)
-    for folder in (STORAGE, LAYOUT.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    STORAGE.mkdir(parents=True, exist_ok=True)
     with locked("images"):
         below = "" if docker else base()
         # a tag per content: pods of an older one are replaced; the whole folder, for what the Dockerfile copies
-        image = Image(f"{repository}:{digest_of(below, dockerfile, _UV_LOCK, *inputs)}", LAYOUT)
+        image = Image(f"{repository}:{digest_of(below, dockerfile, _UV_LOCK, *inputs)}")
         name = repository.rpartition("/")[2]
         if docker or not _known(image.reference):
             options = ["--tag", image.reference, "--file", dockerfile, *_options(below)]
             command = ["docker", "build"] if docker else [*_BUILDAH, "bud", "--layers", "--isolation", "chroot", "--network", "host"]
             with step(f"building the image {name} from {dockerfile.relative_to(REPO)}"):
                 run([*command, *options, context], env=_STORAGE_DRIVER, log=CACHE / f"{name}-image.log")
-        if not docker and (not LAYOUT.exists() or image.reference not in (LAYOUT / "index.json").read_text()):
-            _forget(repository, keep=3)
-            buildah("push", "--quiet", "--disable-compression", "--format", "oci", image.reference, f"oci:{LAYOUT}:{image.reference}")
-            say(f"image {name}: {image.size / 1e6:.0f} MB uncompressed, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB")
+            if not docker:
+                _forget(repository, keep=3)
+                parts = ", ".join(f"{part} {size} MB" for part, size in _largest(image.reference))
+                say(f"image {name}: {image.size / 1e6:.0f} MB, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB; {parts}")
     return image
 
 
@@ -138,6 +150,17 @@ def _options(below: str) -> list[str | Path]:
     options: list[str | Path] = [word for name, value in arguments.items() if value for word in ("--build-arg", f"{name}={value}")]
     authority = os.environ.get("SSL_CERT_FILE", "")
     return [*options, "--secret", f"id=ca,src={authority}"] if authority else options
+
+
+def _largest(reference: str) -> list[tuple[str, int]]:
+    """The three largest packages of an image: (name, MB)."""
+    container = buildah("from", reference).strip()
+    try:
+        packages = Path(buildah("mount", container).strip(), "opt", "finetune", "site-packages")
+        rows = [line.split("\t") for line in run(["du", "-m", "--max-depth=1", packages]).splitlines()]
+        return sorted(((Path(path).name, int(size)) for size, path in rows if Path(path) != packages), key=lambda row: -row[1])[:3]
+    finally:
+        buildah("rm", container)
 
 
 def _forget(repository: str, *, keep: int) -> None:
@@ -167,41 +190,17 @@ def played(folder: Path) -> Image:
     return _build("localhost/finetune-played", folder / "Dockerfile", [folder], folder)
 
 
-def of_program(reference: str, program: Path, path: str, config: dict[str, Any]) -> Image:
-    """An image that holds one static program at `path`."""
-
-    def build(folder: Path) -> None:
-        blobs = folder / "blobs" / "sha256"
-        blobs.mkdir(parents=True)
-
-        def put(data: bytes) -> tuple[str, int]:
-            digest = hashlib.sha256(data).hexdigest()
-            (blobs / digest).write_bytes(data)
-            return f"sha256:{digest}", len(data)
-
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            info = tarfile.TarInfo(path.lstrip("/"))
-            info.size, info.mode = program.stat().st_size, 0o755
-            with program.open("rb") as content:
-                tar.addfile(info, content)
-        kind = "application/vnd.oci.image"
-        layer, size = put(buffer.getvalue())
-        settings = {"architecture": "amd64", "os": "linux", "config": config, "rootfs": {"type": "layers", "diff_ids": [layer]}}
-        config_digest, config_size = put(json.dumps(settings, sort_keys=True).encode())
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": f"{kind}.manifest.v1+json",
-            "config": {"mediaType": f"{kind}.config.v1+json", "digest": config_digest, "size": config_size},
-            "layers": [{"mediaType": f"{kind}.layer.v1.tar", "digest": layer, "size": size}],
-        }
-        digest, size = put(json.dumps(manifest, sort_keys=True).encode())
-        entry = {"mediaType": manifest["mediaType"], "digest": digest, "size": size}
-        entry["annotations"] = {"org.opencontainers.image.ref.name": reference}
-        (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
-
-    key = digest_of(reference, program, path, json.dumps(config, sort_keys=True))
-    return Image(reference, cached(f"image-{reference.rpartition('/')[2].partition(':')[0]}", key, build))
+def of_program(reference: str, program: Path, path: str, *, user: str = "65532:65532") -> Image:
+    """An image that holds one static program at `path`, and starts it."""
+    debian.ensure(debian.IMAGES)
+    STORAGE.mkdir(parents=True, exist_ok=True)
+    with locked("images"):
+        if not _known(reference):
+            container = buildah("from", "scratch").strip()
+            buildah("copy", "--quiet", "--chmod", "0755", container, program, path)
+            buildah("config", "--entrypoint", json.dumps([path]), "--user", user, container)
+            buildah("commit", "--quiet", "--rm", container, reference)
+    return Image(reference)
 
 
 def pause() -> Image:
@@ -212,5 +211,4 @@ def pause() -> Image:
         (folder / "pause.c").write_text(_PAUSE_SOURCE)
         run(["gcc", "-Os", "-static", "-o", folder / "pause", folder / "pause.c"])
 
-    program = cached("pause", digest_of(_PAUSE_SOURCE), build) / "pause"
-    return of_program(PAUSE, program, "/pause", {"Entrypoint": ["/pause"], "User": "65535:65535"})
+    return of_program(PAUSE, cached("pause", digest_of(_PAUSE_SOURCE), build) / "pause", "/pause")

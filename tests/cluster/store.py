@@ -1,23 +1,23 @@
 """What the nodes start with: one containerd root with all images, of which each node gets a copy made of hard links.
 
-An image is imported once. A layer then lies on the disk once: containerd drops what it has unpacked, and the layout keeps sparse
-files in its place, so that buildah pushes, and an archive carries, only what is new. Files that image, store and Python environment
-have in common become hard links of each other.
+A layer that buildah has unpacked is not packed, sent and unpacked again: containerd's snapshot of it is made of hard links, too.
+So an image lies on the disk once, whatever the number of nodes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from . import binaries, environment, images, processes
 from .control_plane import wait_for
-from .shell import CACHE, CommandFailed, locked, run, say, step
+from .shell import CACHE, locked, run, say, step
 
 ROOT = CACHE / "node-images"
 _NAME = "finetune-store"
@@ -28,7 +28,8 @@ _OWN = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.
 
 def ctr(socket: Path) -> list[str | Path]:
     """The command that speaks to a containerd."""
-    return [binaries.ensure("containerd") / "ctr", "--address", socket, "--namespace", "k8s.io"]
+    quiet = "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1"  # it warns of cgroup v1 before each answer
+    return ["env", quiet, binaries.ensure("containerd") / "ctr", "--address", socket, "--namespace", "k8s.io"]
 
 
 def configuration(root: Path, state: Path, socket: Path) -> str:
@@ -62,66 +63,52 @@ def ensure(wanted: list[images.Image]) -> None:
                 _marker(image).touch()
         finally:
             processes.end(lambda: processes.of(_NAME))
-        for image in missing:
-            _hollow(image)
-        _share()
+        places = [images.STORAGE / "overlay", ROOT, environment.site_packages("trainer")]
+        used = run(["du", "-sm", "--total", *places]).split()[-2]
+        say(f"images, the nodes' copy of them and the Python environment take {int(used) / 1000:.1f} GB together")
 
 
 def _marker(image: images.Image) -> Path:
-    return ROOT / "has" / image.manifest[0].removeprefix("sha256:")
+    return ROOT / "has" / _digest(image.manifest)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def put(image: images.Image, socket: Path) -> None:
-    """Import an image into a containerd that has all its layers but those of which the layout holds the content."""
-    digest, manifest = image.manifest
-    blobs = [digest, manifest["config"]["digest"], *(layer for layer, _ in image.layers if not _is_hollow(image.blob(layer)))]
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        index = Path(folder, "index.json")
-        entry = {"mediaType": manifest["mediaType"], "digest": digest, "size": image.blob(digest).stat().st_size}
-        entry["annotations"] = {"io.containerd.image.name": image.reference}
-        index.write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
-        layout = Path(folder, "oci-layout")
-        layout.write_text('{"imageLayoutVersion":"1.0.0"}')
-        options = ("--local", "--discard-unpacked-layers", "--snapshotter", "overlayfs")
-        command = [str(word) for word in (*ctr(socket), "images", "import", *options, "-")]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as importer:
-            assert importer.stdin is not None and importer.stdout is not None
-            try:
-                with tarfile.open(fileobj=importer.stdin, mode="w|") as archive:
-                    for path in (layout, index):
-                        archive.add(path, path.name)
-                    for blob in dict.fromkeys(blobs):
-                        archive.add(image.blob(blob), f"blobs/sha256/{blob.removeprefix('sha256:')}")
-                importer.stdin.close()
-            except BrokenPipeError:
-                pass
-            said = importer.stdout.read().decode()
-        if importer.returncode:
-            raise CommandFailed(f"containerd refused {image.reference}: {said}")
+    """Put an image into a containerd: snapshots of its layers from hard links, then its manifest and configuration."""
+    snapshots = [*ctr(socket), "snapshots", "--snapshotter", "overlayfs"]
+    there = {line.split()[0] for line in run([*snapshots, "ls"]).splitlines()[1:]}
+    chain = ""
+    for layer, _ in image.layers:
+        parent, chain = chain, f"sha256:{_digest(f'{chain} {layer}')}" if chain else layer  # OCI image spec, "Layer ChainID"
+        if chain not in there:
+            made = f"linked-{chain}"
+            mount = json.loads(run([*snapshots, "prepare", "--mounts", made, *([parent] if parent else [])]))[0]
+            run(["cp", "--archive", "--link", f"{images.unpacked(layer)}/.", _upper(mount)])
+            run([*snapshots, "commit", chain, made])
+    blobs = {f"blobs/sha256/{_digest(text)}": text for text in (image.manifest, image.config)}
+    entry = {
+        "mediaType": json.loads(image.manifest)["mediaType"],
+        "digest": f"sha256:{_digest(image.manifest)}",
+        "size": len(image.manifest),
+    }
+    entry["annotations"] = {"io.containerd.image.name": image.reference}
+    index = json.dumps({"schemaVersion": 2, "manifests": [entry]})
+    with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".tar") as file, tarfile.open(file.name, mode="w") as archive:
+        for name, text in {"oci-layout": '{"imageLayoutVersion":"1.0.0"}', "index.json": index, **blobs}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
+        archive.close()
+        run([*ctr(socket), "images", "import", "--local", "--snapshotter", "overlayfs", file.name])
 
 
-def _is_hollow(blob: Path) -> bool:
-    found = blob.stat()
-    return found.st_size > 1_000_000 and found.st_blocks == 0
-
-
-def _hollow(image: images.Image) -> None:
-    """Leave a sparse file of the same size for each layer that is unpacked: it is there for buildah, and takes no room."""
-    if image.layout != images.LAYOUT:
-        return
-    for layer, size in image.layers:
-        if size > 1_000_000:
-            image.blob(layer).write_bytes(b"")
-            os.truncate(image.blob(layer), size)
-
-
-def _share() -> None:
-    """Make equal files of the images, the store and the Python environments one."""
-    places = [images.STORAGE / "overlay", ROOT, environment.site_packages("trainer")]
-    with step("linking what images and environments have in common"):
-        run(["hardlink", "--quiet", "--ignore-time", "--minimum-size", "200K", *places])
-    used = run(["du", "-sm", "--total", *places]).split()[-2]
-    say(f"images, the nodes' copy of them and the Python environment take {int(used) / 1000:.1f} GB together")
+def _upper(mount: dict[str, Any]) -> Path:
+    """The folder that a snapshot in the making is written to, from the mount that containerd asks for."""
+    upper = [option.removeprefix("upperdir=") for option in mount["Options"] if option.startswith("upperdir=")]
+    return Path(upper[0] if upper else mount["Source"])  # the lowest one is a bind mount
 
 
 def copy(root: Path) -> None:

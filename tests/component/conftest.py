@@ -164,7 +164,7 @@ class Kubelet:
                 seen.add(key)
 
     def _next(self, pod: Any) -> dict[str, Any] | None:
-        if pod.status.phase in ("Succeeded", "Failed") or pod.metadata.deletion_timestamp is not None:
+        if pod.status.phase in ("Succeeded", "Failed") or pod.metadata.deletion_timestamp is not None or pod.spec.scheduling_gates:
             return None
         if self.override is not None and (status := self.override(pod)) is not None:
             return status

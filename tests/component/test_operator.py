@@ -10,8 +10,6 @@ import urllib.request
 from typing import Any
 
 import pytest
-import yaml
-from kubernetes import client
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.contract import ExitCode, StageResult
@@ -210,53 +208,6 @@ def test_a3_a_name_of_253_characters(api: Api, kubelet: Kubelet, operator: Opera
     name = "a" + ".b-9" * 63
     api.create_job(TWO, name=name)
     until("it succeeds", lambda: api.status(name).get("phase") == "Succeeded", 60)
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"tuning": {"method": "lorra"}}, "spec.tuning.method: Unsupported value"),
-        ({"distribution": {"nodes": "two"}}, "spec.distribution.nodes"),
-        ({"distribution": {"nodes": -1}}, "should be greater than or equal to 1"),
-        ({"model": {"uri": "file:///etc/passwd"}}, "spec.model.uri"),
-        ({"model": {}}, "spec.model.uri: Required value"),
-        ({"tuning": {"hyperparameters": {"epochs": 10**9}}}, "should be less than or equal to 1000"),
-    ],
-)
-def test_a1_the_schema_refuses_at_apply(api: Api, change: dict[str, Any], part: str) -> None:
-    with pytest.raises(client.ApiException) as refused:
-        api.create_job(merged(MINIMAL, **change))
-    assert refused.value.status == 422
-    assert part in json.loads(refused.value.body)["message"]
-
-
-def test_a1_kubectl_refuses_unknown_fields(api: Api) -> None:
-    body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": merged(MINIMAL, tunning={})}
-    until("kubectl knows the schema", lambda: "tuning" in api.cluster.kubectl("explain", "finetunejob.spec", check=False))
-    said = api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=yaml.safe_dump(body), check=False)
-    assert 'unknown field "spec.tunning"' in said or 'unknown field "tunning"' in said, said
-
-
-def test_a2_contradictions_are_refused_by_the_operator_where_the_server_has_no_cel(api: Api, kubelet: Kubelet, operator: Operator) -> None:
-    api.create_job(merged(MINIMAL, tuning={"method": "full", "lora": {"rank": 8}}))
-    phase(api, "Failed")
-    assert "remove tuning.lora or set method" in api.condition("Failed")["message"]
-    assert api.owned() == []
-
-
-def test_defaults_do_not_fight_apply(api: Api) -> None:
-    """Applying the same file twice changes nothing: GitOps diffs stay empty."""
-    body = {
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "support"},
-        "spec": merged(MINIMAL, runPolicy={"suspend": True}),
-    }
-    text = yaml.safe_dump(body)
-    api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=text)
-    before = api.job()["metadata"]["generation"]
-    assert "unchanged" in api.cluster.kubectl("-n", api.namespace, "apply", "-f", "-", input=text)
-    assert api.job()["metadata"]["generation"] == before
 
 
 def test_clean_start_with_existing_objects_and_clean_stop(api: Api, kubelet: Kubelet, operator: Operator) -> None:

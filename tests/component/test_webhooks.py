@@ -19,7 +19,7 @@ from finetune_operator.webhooks.server import MUTATE
 from tests.cluster.local import LocalCluster, kubectl
 from tests.component.conftest import Api, Operator, until
 from tests.factory import MINIMAL, merged
-from tests.unit.test_chart import chart_for, render
+from tests.unit.test_chart import render
 
 NAME = "component"
 WITH_WEBHOOKS = pytest.mark.operator(FINETUNE_WEBHOOK_CONFIGURATION=NAME, FINETUNE_CERTIFICATE_SECONDS="0.5")
@@ -29,16 +29,15 @@ Start = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def configurations(cluster: LocalCluster, module_operator: Operator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def configurations(cluster: LocalCluster, module_operator: Operator) -> Iterator[None]:
     """The chart's webhooks for namespaces with a label, at the address of the module's operator."""
     admission = client.AdmissionregistrationV1Api(module_operator.api.core.api_client)
-    chart = chart_for("1.20", tmp_path_factory.mktemp("chart"))
     for kind, create in zip(
         CONFIGURATIONS,
         (admission.create_validating_webhook_configuration, admission.create_mutating_webhook_configuration),
         strict=True,
     ):
-        body = next(d for d in render({}, chart) if d["kind"] == kind)
+        body = next(d for d in render({}) if d["kind"] == kind)
         body["metadata"] = {"name": NAME}
         for webhook in body["webhooks"]:
             path = webhook["clientConfig"].pop("service")["path"]
@@ -78,7 +77,7 @@ def test_a_user_applies(api: Api, webhooks: Start) -> None:
     code = merged(MINIMAL, model={"uri": "hf://org/model@1a2b3c4", "trustRemoteCode": True})
     refused = apply(api, "bad", code)
     assert refused.returncode == 1 and "spec.model.trustRemoteCode: runs code of the model's repository" in refused.stderr
-    rules = merged(MINIMAL, evaluation={"metrics": ["loss"]})  # a rule in CEL, which servers before 1.25 do not know
+    rules = merged(MINIMAL, evaluation={"metrics": ["loss"]})
     assert "evaluation needs held-out rows: set dataset.eval.splitFraction" in apply(api, "bad", rules).stderr
     taken = apply(api, "good", MINIMAL)
     assert taken.returncode == 0 and "Warning: spec.dataset.eval is not set" in taken.stderr

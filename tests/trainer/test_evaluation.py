@@ -11,7 +11,7 @@ import pytest
 
 from finetune_api.spec import Evaluation
 from finetune_trainer import answers
-from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.errors import SourceUnavailable, UserError
 from finetune_trainer.evaluation import metrics
 from finetune_trainer.evaluation.stage import evaluate
 from finetune_trainer.prepare import prepare
@@ -195,12 +195,15 @@ def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
 def test_an_endpoint_that_refuses_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_api.spec import Endpoint
     from finetune_trainer import chat as client
+    from finetune_trainer import sources
 
-    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
     with chat_server(lambda _: "x", failures=[404]) as server, pytest.raises(UserError, match=r"answers 404; check the address"):
         client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
-    with chat_server(lambda _: "x", failures=[500] * 9) as server, pytest.raises(InfrastructureError, match="500"):
+    with chat_server(lambda _: "x", failures=[500] * 9) as server, pytest.raises(SourceUnavailable, match="500"):
         client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
+    with pytest.raises(SourceUnavailable, match=r"127\.0\.0\.1 cannot be reached"):
+        client.look(Endpoint(url="http://127.0.0.1:1/v1", model="m"))
 
 
 def test_harness_tasks_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

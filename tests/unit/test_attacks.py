@@ -30,7 +30,7 @@ EVALUATED = merged(
     evaluation={},
     publish=[{"uri": "pvc://out/x"}],
 )
-STAGES = ("prepare", "train", "evaluate", "publish")
+STAGES = ("prepare", "check", "train", "evaluate", "publish")
 ESCAPES = "\x1b[2J\x1b]0;owned\x07<script>alert(1)</script>\u202egnp.exe\x00"
 
 

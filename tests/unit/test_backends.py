@@ -10,7 +10,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.status import Plan
-from finetune_operator.reconcile.handed import _of_pod_group, _of_workload
+from finetune_operator.reconcile.handed import _of_pod_group
 from finetune_operator.resources.backends import pod_group
 from finetune_operator.resources.gang import worker
 from finetune_operator.resources.stage import stage_job
@@ -80,19 +80,6 @@ def test_nothing_of_it_without_a_backend() -> None:
     pod = worker(ref(GANG), Settings(), PARSED, 0, 0)
     assert "schedulingGates" not in pod["spec"] and "schedulerName" not in pod["spec"]
     assert pod == worker(ref(GANG), dataclasses.replace(KUEUE, queueing_backend="builtin"), PARSED, 0, 0)
-
-
-def test_kueues_words() -> None:
-    waits = _of_workload({"status": {"conditions": [condition("QuotaReserved", "False", "insufficient unused quota in flavor h100")]}}, "q")
-    assert not waits.admitted and waits.message == "insufficient unused quota in flavor h100"
-    admission = {"clusterQueue": "gpus", "podSetAssignments": [{"flavors": {"nvidia.com/gpu": "h100", "cpu": "any"}}]}
-    there = _of_workload({"status": {"conditions": [condition("Admitted", "True")], "admission": admission}}, "q")
-    assert (there.admitted, there.queue, there.flavour) == (True, "gpus", "any, h100")
-    assert "LocalQueue q" in _of_workload(None, "q").message
-    assert "deactivated" in _of_workload({"spec": {"active": False}}, "q").message
-    assert "admission check" in _of_workload({"status": {"conditions": [condition("QuotaReserved", "True")]}}, "q").message
-    evicted = {"status": {"conditions": [condition("Evicted", "True", "Preempted to accommodate a workload")]}}
-    assert _of_workload(evicted, "q").message == "Preempted to accommodate a workload"
 
 
 def test_volcanos_words() -> None:

@@ -6,6 +6,8 @@ import datetime
 import gzip
 import ipaddress
 import json
+import select
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -21,10 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from finetune_api.contract import Env, JobFile
 from finetune_api.spec import DatasetSource
 from finetune_api.validation import parse_spec
+from finetune_trainer import sources
 from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import allowed_addresses, fetch
 from finetune_trainer.data.reading import rows
-from finetune_trainer.errors import InfrastructureError, UserError
+from finetune_trainer.errors import SourceUnavailable, UserError
 from tests.factory import MINIMAL
 
 ROWS = b'{"text": "a"}\n{"text": "b"}\n'
@@ -33,6 +36,11 @@ ROWS = b'{"text": "a"}\n{"text": "b"}\n'
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     return Context(JobFile(name="j", namespace="n", uid="12345678", spec=parse_spec(MINIMAL)), str(tmp_path / "workspace"))
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 return
             if path == "/private.jsonl" and self.headers.get("Authorization") != "Bearer s3cr3t":
                 self.send_response(401)
+                self.end_headers()
+                return
+            if path.startswith("/busy/"):
+                self.send_response(int(path[6:9]))
+                self.send_header("Retry-After", "77")
                 self.end_headers()
                 return
             if path == "/rows.jsonl.gz":
@@ -123,8 +136,66 @@ def test_a6_redirects_are_checked_again(context: Context, server: str, path: str
     assert refused.value.reason == reason
 
 
-def test_half_a_file_is_tried_again(context: Context, server: str) -> None:
-    with pytest.raises(InfrastructureError):
+@pytest.mark.parametrize("code", [408, 429, 500, 503])
+def test_a_server_that_is_busy_or_broken_is_waited_for(context: Context, server: str, code: int) -> None:
+    with pytest.raises(SourceUnavailable, match=f"localhost answers {code}") as away:
+        fetch(context, DatasetSource(uri=f"{server}/busy/{code}.jsonl"), "train")
+    assert (away.value.host, away.value.retry_after) == ("localhost", 77)
+
+
+def test_a_server_that_is_not_there_is_waited_for(context: Context, server: str, no_pause: None) -> None:
+    for uri, host in (("https://localhost:1/rows.jsonl", "localhost"), ("https://nowhere.invalid/rows.jsonl", r"nowhere\.invalid")):
+        with pytest.raises(SourceUnavailable, match=f"{host} (cannot be reached|has no address)"):
+            fetch(context, DatasetSource(uri=uri), "train")
+
+
+def test_an_authority_that_is_not_trusted_is_named_with_the_way_out(
+    context: Context, server: str, no_pause: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(SourceUnavailable, match=r"certificate verify failed.*trainer\.caBundle"):
+        fetch(context, DatasetSource(uri=f"{server}/rows.jsonl"), "train")
+
+
+def test_through_a_proxy(context: Context, server: str, no_pause: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy is asked by name and looks the name up; what has an address that is not public here is refused all the same."""
+    asked = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append((self.path, self.headers.get("Proxy-Authorization")))
+            self.send_response(200)
+            self.end_headers()
+            with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as far:
+                ends = [self.connection, far]
+                while ready := select.select(ends, [], [], 5)[0]:
+                    for end in ready:
+                        if not (data := end.recv(65536)):
+                            return
+                        (far if end is self.connection else self.connection).sendall(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, f"http://me:pass%21@127.0.0.1:{proxy.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(read(context, f"{server}/rows.jsonl")) == 2
+    assert asked == [(server.removeprefix("https://"), "Basic bWU6cGFzcyE=")]
+    with pytest.raises(SourceUnavailable, match="nowhere"):  # the far end's certificate is another's
+        fetch(context, DatasetSource(uri="https://nowhere.invalid/rows.jsonl"), "train")
+    assert asked[-1][0] == "nowhere.invalid:443"
+    monkeypatch.setenv(Env.ALLOWED_HOSTS, "")
+    with pytest.raises(UserError, match="not public"):
+        fetch(context, DatasetSource(uri=f"{server}/other.jsonl"), "train")
+    proxy.shutdown()
+
+
+def test_half_a_file_is_tried_again(context: Context, server: str, no_pause: None) -> None:
+    with pytest.raises(SourceUnavailable, match="bytes arrived|IncompleteRead"):
         fetch(context, DatasetSource(uri=f"{server}/short.jsonl"), "train")
     assert not list(Path(context.layout.data).rglob("short.jsonl"))
 

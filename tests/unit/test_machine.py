@@ -184,7 +184,7 @@ class Server:
 class Machine(RuleBasedStateMachine):
     """One job."""
 
-    @initialize(stage=st.sampled_from(["", "prepare", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
+    @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
     def begin(self, stage: str, patient: bool) -> None:
         """Until a pod of that stage runs, nothing disturbs. `patient`: what may be written soon is not, as long as it may."""
         self.operator_settings = dataclasses.replace(SETTINGS, soon_seconds=3600.0 if patient else 0.0)

@@ -13,9 +13,9 @@ from finetune_api.status import FineTuneJobStatus, read_status
 from finetune_operator.queueing import Admission, Verdict
 from finetune_operator.reconcile import Observed, Plan, reconcile, refused
 from finetune_operator.reconcile.failures import classify, first_failure
-from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, PodView, parse_time
+from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, Patch, PodView, parse_time
 from finetune_operator.settings import Settings
-from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
+from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
 SETTINGS = Settings(progress_url="none", backoff_base_seconds=10)
 TWO = merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0})
@@ -34,8 +34,12 @@ def granted(pods: int = 1, **more: Any) -> Verdict:
 class World:
     """A job, and the children that the plans made. Steps reconcile and the kubelet by hand; no I/O."""
 
+    settings = SETTINGS
+
     def __init__(self, spec: dict[str, Any] | None = None, **meta: Any) -> None:
         self.job = job(spec, **meta)
+        self.handed: dict[str, Any] = {}
+        """What another scheduler says"""
         self.pods: dict[str, PodView] = {}
         self.jobs: dict[str, ChildJobView] = {}
         self.applied: dict[tuple[str, str], str] = {}
@@ -45,6 +49,7 @@ class World:
         self.verdict: Verdict | None = granted(nodes)
         self.time = 0.0
         self.events: list[str] = []
+        self.made: dict[str, dict[str, Any]] = {}
         self.count = 0
 
     @property
@@ -60,11 +65,12 @@ class World:
             report=self.report,
             lost_nodes=self.lost,
             verdict=self.verdict,
+            **self.handed,
             now=after(self.time),
         )
 
     def step(self) -> Plan:
-        plan = reconcile(self.observed(), SETTINGS)
+        plan = reconcile(self.observed(), self.settings)
         for action in plan.actions:
             self._carry_out(action)
         self.events += [e.reason for e in plan.events]
@@ -85,6 +91,10 @@ class World:
         if isinstance(action, Apply):
             meta = action.manifest["metadata"]
             self.applied[action.manifest["kind"], meta["name"]] = meta["annotations"][names.ANNOTATION_HASH]
+        elif isinstance(action, Patch):
+            self.handed["place"] = merge(self.handed["place"], action.body)
+        elif isinstance(action, Delete) and action.kind == "Workload":
+            self.handed["place"] = None
         elif isinstance(action, Delete):
             self.pods = {k: p for k, p in self.pods.items() if p.uid != action.uid and p.job_uid != action.uid}
             self.jobs = {k: j for k, j in self.jobs.items() if j.uid != action.uid}
@@ -99,6 +109,11 @@ class World:
             uid = f"job-{self.count}"
             self.jobs[name] = ChildJobView(name=name, uid=uid, stage=labels[names.LABEL_STAGE], created=after(self.time))
             self.pods[f"{name}-x"] = PodView(name=f"{name}-x", uid=f"pod-{self.count}", stage="", job_uid=uid, created=after(self.time))
+            self.made[name] = manifest
+            return
+        if manifest["kind"] == "Workload":
+            assert self.handed["place"] is None
+            self.handed["place"] = {**manifest, "metadata": {**meta, "uid": f"workload-{self.count}"}}
             return
         assert name not in self.pods, "never two pods of one rank"
         self.pods[name] = PodView(
@@ -132,11 +147,20 @@ class World:
     def to_training(self) -> World:
         self.settle()
         self.succeed("prepare", PREPARED)
+        if "publish" in self.job["spec"]:
+            self.succeed("check", CHECKED)
         self.settle()
         self.run("worker")
         self.settle()
         assert self.status.phase == "Training", self.status
         return self
+
+
+def merge(old: Any, change: Any) -> Any:
+    """JSON merge patch (RFC 7386)."""
+    if not isinstance(old, dict) or not isinstance(change, dict):
+        return change
+    return {**old, **{key: merge(old.get(key), value) for key, value in change.items()}}
 
 
 def workers(world: World) -> list[tuple[int, int]]:
@@ -153,6 +177,9 @@ def test_the_undisturbed_story() -> None:
     world.settle()
     assert world.status.condition("DataReady").reason == "Running"  # type: ignore[union-attr]
     world.succeed("prepare", PREPARED)
+    world.settle()
+    assert world.status.phase == "Preparing", "nothing is asked for before the targets are known to be free"
+    world.succeed("check", CHECKED)
     world.settle()
     assert world.status.phase == "Starting"
     assert ("Service", "support-workers") in world.applied
@@ -173,7 +200,7 @@ def test_the_undisturbed_story() -> None:
     assert status.evaluation is not None and status.evaluation.gate == "Passed"
     assert status.progress is not None and status.progress.percent == 100
     assert [c.type for c in status.conditions if c.status == "True"] == [
-        "Ready", "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert world.events == [
         "PrepareStarted", "DataReady", "Admitted", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
@@ -215,6 +242,26 @@ def test_a7_code_of_a_model_needs_an_administrator(change: dict[str, Any]) -> No
         assert any(isinstance(action, Create) for action in plan.actions) == started
 
 
+def test_a_target_that_is_taken_is_said_before_any_gpu() -> None:
+    world = World(EVALUATED)
+    world.settle()
+    world.fail("check", ExitCode.USER_ERROR, StageResult(reason="TargetTaken", message="pvc://published/support: taken").dumps())
+    world.settle()
+    assert world.status.phase == "Failed" and world.status.condition("Failed").reason == "TargetTaken"  # type: ignore[union-attr]
+    assert world.status.condition("TargetsReady").status == "False"  # type: ignore[union-attr]
+    assert not workers(world) and not world.jobs.keys() & {"support-prepare-0"}, "prepare is stopped, too"
+
+
+def test_a_gang_that_runs_is_not_held_up_by_a_check_that_is_new_to_it() -> None:
+    """Begun under a release that did not check."""
+    world = World(EVALUATED).to_training()
+    raw = world.job["status"]
+    raw["conditions"] = [c for c in raw["conditions"] if c["type"] != "TargetsReady"]
+    world.jobs.pop("support-check-0")
+    world.settle()
+    assert world.status.phase == "Training" and "support-check-0" not in world.jobs
+
+
 def test_a_bad_dataset_fails_before_any_gpu() -> None:
     world = World(TWO)
     world.settle()
@@ -254,7 +301,9 @@ def test_f27_an_evaluation_that_does_not_end_is_tried_again_then_fails_and_keeps
     world.settle()
     failed = world.status.condition("Failed")
     assert failed is not None and failed.reason == "EvaluateFailed" and "stageTimeout" in failed.message
-    assert not world.status.artifacts and not [name for name in world.jobs if "prepare" not in name], "nothing is published or runs on"
+    assert not world.status.artifacts and not [name for name in world.jobs if "evaluate" in name or "publish" in name], (
+        "nothing is published or runs on"
+    )
     assert world.status.is_true("Trained"), "the adapter is in the workspace"
 
 

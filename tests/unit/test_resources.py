@@ -13,14 +13,15 @@ import pytest
 import yaml
 
 from finetune_api import names
-from finetune_api.contract import JobFile
+from finetune_api.contract import JobFile, Mounts
 from finetune_api.status import Plan
+from finetune_operator.certificate import generate, read_authorities
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, network_policy, workspace
 from finetune_operator.resources.stage import stage_job
 from finetune_operator.settings import Settings, from_environment
-from tests.factory import FULL, MINIMAL, PLAN, merged, ref
+from tests.factory import FULL, MINIMAL, NOW, PLAN, merged, ref
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = Settings(network_policies=True, trainer_image="registry.example/finetune-trainer:1", image_pull_secrets=("pull",))
@@ -35,7 +36,7 @@ def manifests(spec: dict[str, Any]) -> list[dict[str, Any]]:
         workspace(job),
         service(job),
         worker(job, SETTINGS, PARSED, 1, 2),
-        *(stage_job(job, SETTINGS, stage, 0) for stage in ("prepare", "evaluate", "publish")),
+        *(stage_job(job, SETTINGS, stage, 0) for stage in ("prepare", "check", "evaluate", "publish")),
     ]
     return [m for m in found if m is not None]
 
@@ -49,7 +50,7 @@ def test_golden(name: str, spec: dict[str, Any]) -> None:
     assert path.read_text() == text, "run with UPDATE_GOLDEN=1 and review the difference"
 
 
-@pytest.mark.parametrize("version", ["1.25", "1.37"])
+@pytest.mark.parametrize("version", ["1.35", "1.37"])
 @pytest.mark.parametrize("spec", [MINIMAL, FULL])
 def test_manifests_are_valid(version: str, spec: dict[str, Any]) -> None:
     for manifest in manifests(spec):
@@ -92,7 +93,7 @@ def test_gpus_are_asked_for_only_where_they_are_used() -> None:
         if manifest["kind"] in ("Pod", "Job") and stage:
             pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
             by_stage[stage] = pod["containers"][0]["resources"].get("limits", {}).get("nvidia.com/gpu")
-    assert by_stage == {"prepare": None, "train": "4", "evaluate": "1", "publish": None}
+    assert by_stage == {"prepare": None, "check": None, "train": "4", "evaluate": "1", "publish": None}
 
 
 def test_secrets_reach_only_the_stage_that_needs_them() -> None:
@@ -103,7 +104,8 @@ def test_secrets_reach_only_the_stage_that_needs_them() -> None:
             found[manifest["metadata"]["labels"][names.LABEL_STAGE]] = {
                 (v["secret"]["secretName"], v["secret"]["items"][0]["key"]) for v in pod["volumes"] if "secret" in v
             }
-    assert found == {"prepare": {("hf-token", "token")}, "train": set(), "evaluate": set(), "publish": {("hf-write", "token")}}
+    write = {("hf-write", "token")}
+    assert found == {"prepare": {("hf-token", "token")}, "check": write, "train": set(), "evaluate": set(), "publish": write}
 
 
 def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
@@ -136,6 +138,7 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
         "prepare": {
             ("hf-token", "token"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
         },
+        "check": {("hf-write", "token")},
         "train": {("mlflow", "token"), ("wandb", "token")},
         "evaluate": {("judge", "token")},
         "publish": {("hf-write", "token")},
@@ -150,8 +153,11 @@ def test_a6_the_administrators_hosts_reach_prepare_alone() -> None:
         assert env.get("FINETUNE_ALLOWED_HOSTS") == ("minio.tools.svc" if stage == "prepare" else None)
 
 
-def test_sources_are_read_only_and_targets_only_in_publish() -> None:
+def test_sources_are_read_only_and_targets_only_where_they_are_asked_and_written() -> None:
+    """Check sees targets and nothing else, neither the workspace nor the sources."""
     spec = merged(MINIMAL, publish=[{"uri": "pvc://models/out"}])
+    check = stage_job(ref(spec), SETTINGS, "check", 0)["spec"]["template"]["spec"]
+    assert {v["name"] for v in check["volumes"]} == {"job", "tmp", "target-0"}
     for manifest in manifests(spec):
         if manifest["kind"] not in ("Pod", "Job"):
             continue
@@ -160,7 +166,7 @@ def test_sources_are_read_only_and_targets_only_in_publish() -> None:
             if mount["name"].startswith("source-"):
                 assert mount["readOnly"] is True
             if mount["name"].startswith("target-"):
-                assert manifest["metadata"]["labels"][names.LABEL_STAGE] == "publish"
+                assert manifest["metadata"]["labels"][names.LABEL_STAGE] in ("check", "publish")
 
 
 def test_job_json_is_stable_and_free_of_what_may_change() -> None:
@@ -192,7 +198,7 @@ def test_a3_derived_names_are_valid(name: str) -> None:
         names.service_name(name),
         names.workspace_name(name),
         names.worker_name(name, 511),
-        *(names.stage_name(name, stage, 9999) for stage in ("prepare", "evaluate", "publish")),
+        *(names.stage_name(name, stage, 9999) for stage in ("prepare", "check", "evaluate", "publish")),
     ]
     for text in derived:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", text) and len(text) <= 63, text
@@ -225,3 +231,48 @@ def test_settings_come_from_the_environment() -> None:
     for variable, value in (("FINETUNE_WORKERS", "many"), ("FINETUNE_ALLOW_CPU", "maybe")):
         with pytest.raises(ValueError, match=variable):
             from_environment({variable: value})
+
+
+def test_mirrors_proxies_and_authorities_reach_every_stage() -> None:
+    settings = dataclasses.replace(
+        SETTINGS,
+        hub_endpoint="https://hub.example.com",
+        s3_endpoint="http://minio.storage:9000",
+        https_proxy="http://proxy:3128",
+        no_proxy=".example.com",
+        authorities="PEM",
+    )
+    stages = [stage_job(ref(FULL), settings, stage, 0)["spec"]["template"]["spec"] for stage in ("prepare", "evaluate", "publish")]  # type: ignore[arg-type]
+    for pod in [*stages, worker(ref(FULL), settings, PARSED, 0, 0)["spec"]]:
+        env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+        assert env["HF_ENDPOINT"] == "https://hub.example.com" and env["AWS_ENDPOINT_URL_S3"] == "http://minio.storage:9000"
+        assert env["HTTPS_PROXY"] == "http://proxy:3128" and "HTTP_PROXY" not in env
+        assert env["NO_PROXY"] == ".example.com,localhost,127.0.0.1,.svc,.cluster.local", "progress does not go through a proxy"
+        mounts = {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+        assert str(Path(Mounts.AUTHORITIES).parent) in mounts
+    assert config_map(ref(FULL), settings)["data"][Path(Mounts.AUTHORITIES).name] == "PEM"
+    plain = stage_job(ref(FULL), SETTINGS, "prepare", 0)["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert not {e["name"] for e in plain} & {"HF_ENDPOINT", "AWS_ENDPOINT_URL_S3", "HTTPS_PROXY", "NO_PROXY"}
+
+
+def test_authorities_are_certificates_and_few(tmp_path: Path) -> None:
+    own = generate(["hub.example.com"], NOW)
+    path = tmp_path / "ca.crt"
+    path.write_text(f"a comment\n{own.key}{own.certificate}")
+    assert read_authorities(str(path)) == own.certificate, "a key that stands there goes nowhere"
+    for text, problem in (
+        ("", "no PEM certificates"),
+        ("x", "no PEM certificates"),
+        (own.certificate * 120, "name your own authorities only"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"{problem}.*|.*trainer\.caBundle.*{problem}"):
+            read_authorities(str(path))
+    with pytest.raises(ValueError, match=r"none\.crt.*trainer\.caBundle"):
+        read_authorities(str(tmp_path / "none.crt"))
+
+
+@pytest.mark.parametrize("name", ["HUB_ENDPOINT", "S3_ENDPOINT", "HTTPS_PROXY"])
+def test_an_endpoint_is_an_address(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"FINETUNE_{name}='hub\.example\.com': write an address, such as https://"):
+        from_environment({f"FINETUNE_{name}": "hub.example.com"})

@@ -12,6 +12,7 @@ import pytest
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
 from finetune_trainer import checkpoints
+from finetune_trainer.check import check
 from finetune_trainer.context import Context
 from finetune_trainer.errors import InfrastructureError, Stopped, UserError
 from finetune_trainer.keeper import Keeper, best_interval
@@ -180,6 +181,59 @@ def test_a21_the_result_of_others_is_never_overwritten(shelf: Shelf) -> None:
     with pytest.raises(UserError, match="something that no FineTuneJob published"):
         publish(shelf.context(path="data"))
     assert (foreign / "thesis.tex").exists()
+
+
+def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -> None:
+    published = shelf.folder / "published"
+    assert check(shelf.context()).reason == "TargetsReady"
+    assert not list(published.iterdir()), "asking leaves nothing behind"
+    publish(shelf.context())
+    assert check(shelf.context()).reason == "TargetsReady", "its own result it may replace"
+    with pytest.raises(UserError, match=r"team/model: the target holds the result of job n/j .* no GPU was taken") as taken:
+        check(shelf.context(uid="22222222-b"))
+    assert taken.value.reason == "TargetTaken"
+    (published / "file").write_text("x")
+    with pytest.raises(InfrastructureError, match=r"file in claim published cannot be written by uid") as refused:
+        check(shelf.context(path="file/model"))
+    assert refused.value.reason == "TargetNotWritable"
+
+
+def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str | None] = []
+    answers: dict[str, Any] = {"exists": False, "role": "write"}
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            asked.append(token)
+
+        def file_exists(self, name: str, file: str) -> bool:
+            return bool(answers["exists"])
+
+        def hf_hub_download(self, name: str, file: str, cache_dir: str) -> str:
+            (shelf.folder / "lineage.json").write_text(json.dumps({"job": {"uid": "other", "namespace": "b", "name": "x"}}))
+            return str(shelf.folder / "lineage.json")
+
+        def whoami(self) -> dict[str, Any]:
+            if isinstance(answers["role"], Exception):
+                raise answers["role"]
+            return {"auth": {"accessToken": {"role": answers["role"]}}}
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
+    (shelf.folder / "token").write_text("hf_write\n")
+    job = JobFile(name="j", namespace="n", uid="1", spec=spec, secrets={"publish-0": str(shelf.folder)})
+    context = Context(job, str(shelf.folder / "workspace"))
+    assert check(context).message == "hf://org/m" and asked == ["hf_write"]
+    answers["role"] = OSError("no such endpoint on this mirror")
+    assert check(context).reason == "TargetsReady"
+    answers["role"] = "read"
+    with pytest.raises(UserError, match="hf://org/m: the token may only read"):
+        check(context)
+    answers["exists"] = True
+    with pytest.raises(UserError, match="the repository holds the result of job b/x"):
+        check(context)
 
 
 def test_a21_a_link_out_of_the_volume_is_refused(shelf: Shelf) -> None:

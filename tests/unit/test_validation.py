@@ -28,12 +28,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("infinity", {"tuning": {"hyperparameters": {"epochs": float("inf")}}}, "finite number"),
     ("bool as a number", {"distribution": {"nodes": True}}, "spec.distribution.nodes: True"),
     ("missing", {"model": {}}, "spec.model.uri: is required"),
-    ("file scheme", {"model": {"uri": "file:///etc/passwd"}}, "expected hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH"),
+    ("file scheme", {"model": {"uri": "file:///etc/passwd"}}, "is not a model URI; write hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH"),
+    ("no scheme", {"model": {"uri": "org/model"}}, '"org/model" has no scheme; did you mean hf://org/model?'),
+    ("no scheme of rows", {"dataset": {"train": {"uri": "org/rows"}}}, "did you mean hf://org/rows?"),
     ("path traversal", {"model": {"uri": "pvc://models/../secret"}}, "spec.model.uri"),
     ("shell characters", {"model": {"uri": "hf://org/$(id)"}}, "spec.model.uri"),
     ("credentials in a uri", {"dataset": {"train": {"uri": "hf://user:pass@host/x"}}}, "spec.dataset.train.uri"),
     ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH or hf://ORG/MODEL"),
-    ("duration", {"checkpoint": {"every": "10 minutes"}}, "expected a duration such as 90s, 10m"),
+    ("duration", {"checkpoint": {"every": "10 minutes"}}, '"10 minutes" is not a duration; write for example 90s'),
     ("full with lora settings", {"tuning": {"method": "full", "lora": {"rank": 8}}}, "remove tuning.lora or set method to lora"),
     (
         "qlora with sharding",
@@ -223,5 +225,5 @@ def test_durations_and_quantities() -> None:
 def test_uris() -> None:
     assert parse_uri("hf://org/m@v1").revision == "v1"
     assert (parse_uri("pvc://c/a/b").name, parse_uri("pvc://c/a/b").path) == ("c", "a/b")
-    with pytest.raises(ValueError, match="not a supported URI"):
+    with pytest.raises(ValueError, match="is not a data set URI; write hf://"):
         parse_uri("http://169.254.169.254/")

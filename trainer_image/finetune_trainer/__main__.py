@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from finetune_api.contract import ExitCode, Mounts, StageResult
+from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
 
-from . import lifeline, secrecy
+from . import lifeline, secrecy, sources
 from .context import Context
 from .errors import Stopped, classify
 
@@ -34,13 +34,16 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> None:
     """Run a stage; exits with the code of the contract."""
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
-    parser.add_argument("stage", choices=["prepare", "train", "evaluate", "publish"])
+    parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
     secrecy.configure()
     signal.signal(signal.SIGTERM, _stop)
     lifeline.hold()
+    sources.trust()
+    if arguments.stage == "train":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
     try:
         context = Context.load(arguments.job, arguments.workspace)
         os.environ["FINETUNE_JOB_FILE"] = arguments.job
@@ -62,8 +65,12 @@ def main() -> None:
 
 
 def _run(stage: str, context: Context) -> StageResult:
+    if stage != "train":
+        sources.hub_never_sleeps_long()
     if stage == "prepare":
         from .prepare import prepare as run
+    elif stage == "check":
+        from .check import check as run
     elif stage == "train":
         from .train import train as run
     elif stage == "evaluate":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
@@ -12,6 +11,7 @@ from finetune_api.status import Plan
 
 from . import models
 from .context import Context
+from .kernels import pick_fused_layers
 
 _OPTIMIZERS = {
     "adamw": ("adamw_torch_fused", "adamw_torch"),
@@ -53,7 +53,8 @@ def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
         "tf32": True if cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
         "neftune_noise_alpha": hyper.neftune_noise_alpha,
         "torch_compile": hyper.torch_compile,
-        "use_liger_kernel": hyper.fused_kernels == "auto" and cuda and importlib.util.find_spec("liger_kernel") is not None,
+        "use_liger_kernel": pick_fused_layers(hyper.fused_kernels, models.model_type(context), cuda=cuda),
+        "liger_kernel_config": {"fused_linear_cross_entropy": False},  # replaces forward, which rewards, orpo and TRL's own loss need
         "use_cpu": not cuda and not configured,  # accelerate would run DDP instead of DeepSpeed
         "ddp_backend": None if cuda or sharded or plan.world_size == 1 else "gloo",
         "ddp_find_unused_parameters": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.contract import ExitCode, StageResult
+from finetune_api.contract import WAITING_FOR_SOURCE, ExitCode, StageResult, Unavailable
 from finetune_api.signatures import recognise
 
 from .secrecy import redact
@@ -38,6 +38,16 @@ class OutOfMemory(StageError):
 
 class InfrastructureError(StageError):
     """Something around the job broke: worth another try."""
+
+
+class SourceUnavailable(InfrastructureError):
+    """A hub or server does not answer, or asks for patience: the stage ends, and is tried again later."""
+
+    code = ExitCode.SOURCE_UNAVAILABLE
+
+    def __init__(self, host: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(WAITING_FOR_SOURCE, message, Unavailable(host=host[:253], retry_after_seconds=retry_after).to_wire())
+        self.host, self.retry_after = host, retry_after
 
 
 class Hang(StageError):

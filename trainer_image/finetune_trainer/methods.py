@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.spec import Lora, Method, Partial, Tuning, VirtualTokens
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Partial, Tuning, VirtualTokens
 from finetune_api.status import Plan
 
 from . import models
@@ -126,7 +126,10 @@ def tuned_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
     kind, dtype = METHODS[tuning.method], models.compute_dtype(cuda, tuning.hyperparameters.precision)
     load = torch.float32 if kind.config is None else dtype  # the optimizer needs full-precision weights
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
-    model = models.load_model(context, folder, dtype=load, quantised=kind.quantised, device=device, reward=reward, cuda=cuda)
+    flat = tuning.objective in ("sft", "pretrain") and tuning.method not in VIRTUAL_TOKEN_METHODS
+    model = models.load_model(
+        context, folder, dtype=load, quantised=kind.quantised, device=device, reward=reward, cuda=cuda, padding_free=flat
+    )
     model.config.use_cache = False
     if kind.quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)

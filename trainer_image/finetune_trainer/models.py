@@ -14,7 +14,9 @@ from finetune_api.uris import parse_uri
 
 from .context import Context
 from .errors import UserError
+from .kernels import pick_attention
 from .memory import ModelShape
+from .sources import hub_host, patiently, unavailable
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 _TEMPLATE_LIMIT = 256 * 1024
@@ -29,7 +31,7 @@ def fetch(context: Context, name: str, uri: str, *, remote_code: bool = False, c
         if not (folder / config).is_file():
             raise UserError("ModelNotFound", f"{uri} holds no {config}; name the folder that from_pretrained would load")
     else:
-        folder = _download(context, name, parsed.name, parsed.revision, remote_code)
+        folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
     _require_safetensors(folder)
     if not remote_code:
         _refuse_code(folder, uri)
@@ -48,16 +50,34 @@ def noted(context: Context, name: str = "model") -> str:
     return str(context.read_json(context.layout.reference(name))["path"])
 
 
-def _download(context: Context, name: str, repository: str, revision: str, remote_code: bool) -> Path:
+def _fetched(context: Context, name: str, uri: str, config: str) -> Path | None:
+    """What an earlier try of this job fetched whole: a branch that has moved since does not move the job."""
+    try:
+        known = context.read_json(context.layout.reference(name))
+        folder = Path(known["path"])
+        return folder if known["uri"] == uri and (folder / config).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    parsed = parse_uri(uri)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if remote_code else [])]
     secret = context.secret("teacher" if name == "teacher" else "model")
-    return Path(
-        snapshot_download(
-            repository, revision=revision or None, token=secret, allow_patterns=patterns, cache_dir=f"{context.layout.cache}/models"
+
+    def refused(why: str) -> UserError:
+        return UserError("SourceNotFound", f"{uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
+
+    def download() -> str:
+        cache = f"{context.layout.cache}/models"
+        found: str = snapshot_download(
+            parsed.name, revision=parsed.revision or None, token=secret, allow_patterns=patterns, cache_dir=cache
         )
-    )
+        return found
+
+    return Path(patiently(download, hub_host(), refused))
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -99,7 +119,9 @@ def load_tokenizer(context: Context, folder: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
     except (OSError, ValueError, KeyError) as failure:
-        raise UserError("TokenizerNotReadable", f"the model's tokenizer cannot be loaded: {str(failure)[:500]}") from failure
+        raise unavailable(failure, hub_host()) or UserError(
+            "TokenizerNotReadable", f"the model's tokenizer cannot be loaded: {str(failure)[:500]}"
+        ) from failure
     if not tokenizer.is_fast:
         raise UserError("SlowTokenizer", "the model has no fast tokenizer (tokenizer.json), which the loss mask needs")
     if tokenizer.pad_token_id is None:
@@ -121,13 +143,9 @@ def compute_dtype(cuda: bool, precision: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def attention(wanted: str, cuda: bool, dtype: torch.dtype) -> str:
-    """The attention implementation by its transformers name."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if wanted == "auto":
-        return "flash_attention_2" if cuda and dtype != torch.float32 and is_flash_attn_2_available() else "sdpa"
-    return {"flash-attention-2": "flash_attention_2"}.get(wanted, wanted)
+def model_type(context: Context) -> str:
+    """The base model's `model_type`, by which libraries know what they support."""
+    return str(context.read_json(f"{noted(context)}/config.json").get("model_type", ""))
 
 
 def load_model(
@@ -139,10 +157,15 @@ def load_model(
     device: str | None = None,
     reward: bool = False,
     cuda: bool = False,
+    padding_free: bool = False,
 ) -> Any:
-    """The causal language model, or the reward model over it; NF4 with double quantisation for qlora (https://arxiv.org/abs/2305.14314)."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    """The causal language model, or the reward model over it; NF4 with double quantisation for qlora (https://arxiv.org/abs/2305.14314).
 
+    `padding_free`: rows may come one behind the other, and an attention that can tell them apart is picked where there is one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    hyper, trust = context.spec.tuning.hyperparameters, context.spec.model.trust_remote_code
     options: dict[str, Any] = {}
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -156,14 +179,20 @@ def load_model(
     if reward:
         options["num_labels"] = 1
     kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    return kind.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        attn_implementation=attention(context.spec.tuning.hyperparameters.attention, cuda, dtype),
-        trust_remote_code=context.spec.model.trust_remote_code,
-        **options,
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    computed = compute_dtype(cuda, hyper.precision)  # weights in fp32 are computed with under autocast
+    attention = pick_attention(
+        hyper.attention, _class(kind, config), config, computed, cuda=cuda, padding_free=padding_free, compiled=hyper.torch_compile
     )
+    return kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, attn_implementation=attention, trust_remote_code=trust, **options
+    )
+
+
+def _class(auto: Any, config: Any) -> Any:
+    """The class that an Auto class would load, or None for one that the model brings along."""
+    found = auto._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def describe(context: Context, folder: str) -> ModelShape:
@@ -179,7 +208,9 @@ def describe(context: Context, folder: str) -> ModelShape:
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=trust)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as failure:
-        raise UserError("ModelNotReadable", f"the model's config.json is not understood: {str(failure)[:500]}") from failure
+        raise unavailable(failure, hub_host()) or UserError(
+            "ModelNotReadable", f"the model's config.json is not understood: {str(failure)[:500]}"
+        ) from failure
     return shape_of(spec, config.get_text_config(), model, METHODS[spec.tuning.method].trainable(spec.tuning, model))
 
 

@@ -120,7 +120,10 @@ def _why(spec: FineTuneJobSpec, chosen: Setting, shape: ModelShape, limit: int |
         reason = f"{size} parameters, {shape.trainable / 1e6:.1f} M of them trained: {what} are sharded{hosted}"
     if limit is None and spec.distribution.gpus_per_node > 0:
         reason += "; whether it fits is not checked, set resources.gpuMemory"
-    if chosen.gradient_checkpointing and spec.tuning.hyperparameters.gradient_checkpointing is None:
+    hyper = spec.tuning.hyperparameters
+    if hyper.packing and spec.distribution.gpus_per_node > 0 and hyper.attention in ("sdpa", "eager"):
+        reason += f"; packed rows cost the square of their tokens together with attention {hyper.attention}, auto avoids that"
+    if chosen.gradient_checkpointing and hyper.gradient_checkpointing is None:
         reason += "; gradient checkpointing is needed to fit"
     return reason
 

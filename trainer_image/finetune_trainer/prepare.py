@@ -17,6 +17,7 @@ from .data.report import samples, write_report
 from .data.store import Store
 from .data.tokens import Tokeniser
 from .errors import UserError
+from .evaluation import harness
 from .evaluation.forgetting import keep_general_rows
 from .plan import make_plan
 
@@ -37,6 +38,8 @@ def prepare(context: Context) -> StageResult:
     exports.check(context, folder)
     if spec.tuning.continue_from is not None:
         _check_adapter(context)
+    if spec.evaluation is not None and spec.evaluation.harness_tasks:
+        harness.fetch(spec.evaluation.harness_tasks)
     if spec.evaluation is not None and spec.evaluation.forgetting is not None:
         keep_general_rows(context, tokeniser.tokenizer, spec.evaluation.forgetting)
     store = Store(context.layout.data)

@@ -6,9 +6,13 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from finetune_api.contract import StageResult
 from finetune_api.spec import Output
@@ -17,7 +21,8 @@ from finetune_api.uris import URI, parse_uri
 
 from .card import Facts, model_card
 from .context import Context
-from .errors import InfrastructureError, UserError
+from .errors import InfrastructureError, SourceUnavailable, StageError, UserError
+from .sources import hub_host, patiently
 
 log = logging.getLogger("finetune.publish")
 LINEAGE = "finetune.json"
@@ -31,7 +36,8 @@ _LEFT_OUT = {"training_args.bin"}
 def publish(context: Context) -> StageResult:
     """Run the stage. Every target is tried; those that fail are named, those that succeeded stay."""
     bundle = _bundle(context)
-    done, failed = [], []
+    done: list[Artifact] = []
+    failed: list[tuple[str, StageError]] = []
     for index, target in enumerate(context.spec.publish):
         uri = parse_uri(target.uri)
         try:
@@ -42,11 +48,19 @@ def publish(context: Context) -> StageResult:
         except (UserError, InfrastructureError) as failure:
             failed.append((target.uri, failure))
     if failed:
-        published = f"; published: {', '.join(a.uri for a in done)}" if done else ""
-        first = next((f for _, f in failed if isinstance(f, InfrastructureError)), failed[0][1])
-        raise type(first)(first.reason, "; ".join(f"{uri}: {f.message}" for uri, f in failed) + published)
+        raise together(failed, f"; published: {', '.join(a.uri for a in done)}" if done else "")
     where = ", ".join(a.uri for a in done)
     return StageResult(reason="Published", message=f"published to {where}", result={"artifacts": [a.to_wire() for a in done]})
+
+
+def together(failed: list[tuple[str, StageError]], rest: str) -> StageError:
+    """One error for all targets: what will never go is said at once, what may go by itself is waited for."""
+    message = "; ".join(f"{uri}: {error.message}" for uri, error in failed) + rest
+    errors = [error for _, error in failed]
+    first = min(errors, key=lambda error: (not isinstance(error, UserError), isinstance(error, SourceUnavailable)))
+    if isinstance(first, SourceUnavailable):
+        return SourceUnavailable(first.host, message, max(e.retry_after or 0 for e in errors if isinstance(e, SourceUnavailable)) or None)
+    return type(first)(first.reason, message)
 
 
 def _bundle(context: Context) -> Path:
@@ -134,7 +148,7 @@ def _artifact(bundle: Path, uri: str) -> Artifact:
 def _to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
     """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
     target = context.target(uri)
-    _refuse_foreign(target, context)
+    refuse_foreign(target, context)
     aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +172,8 @@ def _to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact
     return _artifact(bundle, shown)
 
 
-def _refuse_foreign(target: Path, context: Context) -> None:
+def refuse_foreign(target: Path, context: Context) -> None:
+    """Raise UserError when a folder holds something that this job did not publish."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
@@ -172,31 +187,37 @@ def _refuse_foreign(target: Path, context: Context) -> None:
         )
 
 
+def refuse_foreign_repository(api: HfApi, name: str, context: Context) -> None:
+    """Raise UserError when a repository of the hub holds another job's result."""
+    if not api.file_exists(name, LINEAGE):
+        return
+    owner = json.loads(Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
+    if owner.get("uid") != context.job.uid:
+        told = f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name"
+        raise UserError("TargetTaken", told)
+
+
+def refusal(uri: URI) -> Callable[[str], UserError]:
+    """What it means that the hub refuses a repository."""
+    return lambda why: UserError("PublishRefused", f"{why}: the token may not write there, or the owner of {uri.name} does not exist")
+
+
 def _to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
     """One commit with all files; then read their digests back."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi(token=token)
     try:
-        api.create_repo(uri.name, exist_ok=True, private=True)
-        if api.file_exists(uri.name, LINEAGE):
-            owner = json.loads(Path(api.hf_hub_download(uri.name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
-            if owner.get("uid") != context.job.uid:
-                raise UserError(
-                    "TargetTaken",
-                    f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name",
-                )
-        api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
-        present = set(api.list_repo_files(uri.name))
-    except HfHubHTTPError as failure:
-        status = failure.response.status_code if failure.response is not None else 0
-        if status in (401, 403):
-            raise UserError("PublishRefused", f"the token may not write there ({status})") from failure
-        raise InfrastructureError("PublishFailed", f"the hub answered {status}") from failure
-    except OSError as failure:
-        raise InfrastructureError("PublishFailed", f"the hub cannot be reached: {failure}") from failure
+        present = patiently(lambda: _commit(context, bundle, uri, token), hub_host(), refusal(uri))
+    except (OSError, HfHubHTTPError) as failure:
+        raise InfrastructureError("PublishFailed", f"the hub did not take it: {failure}") from failure
     missing = {str(p.relative_to(bundle)) for p in _files(bundle)} - present
     if missing:
         raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")
     return _artifact(bundle, shown)
+
+
+def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[str]:
+    """Write, unless the repository holds another job's result; the files that are there then."""
+    api = HfApi(token=token)
+    api.create_repo(uri.name, exist_ok=True, private=True)
+    refuse_foreign_repository(api, uri.name, context)
+    api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
+    return set(api.list_repo_files(uri.name))

@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from finetune_api.contract import Env, StageResult
 from finetune_api.status import Plan
 
-from . import checkpoints, lifeline, methods, models, reshard, secrecy
+from . import checkpoints, devices, kernels, lifeline, methods, models, reshard, secrecy
 from .arguments import common
 from .context import Context
 from .errors import InfrastructureError, Stopped, classify
@@ -79,6 +79,8 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     kind = OBJECTIVES[context.spec.tuning.objective]
     arguments = kind.arguments(context, common(context, plan, cuda))  # starts the process group, and DeepSpeed's configuration
     _check_world(arguments, plan)
+    if cuda:
+        devices.check_own()
     set_seed(context.spec.tuning.hyperparameters.seed)  # the trainer does so too, but after the adapter was made
     attempt, scratch = int(os.environ.get(Env.ATTEMPT, "0")), Scratch.mine()
     fence = checkpoints.Fence(context.layout.checkpoints, attempt)
@@ -94,7 +96,8 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     beats = [Heartbeat(scratch)] if scratch is not None else []
     trainer = build_trainer(context, plan, arguments, cuda, [reporter, keeper, *beats])
     _check_strategy(trainer, plan)
-    log.info("starting from %s", begin.folder or "the base model")
+    picked = kernels.named(trainer.model, arguments)
+    log.info("starting from %s, with %s", begin.folder or "the base model", picked)
     output = trainer.train(resume_from_checkpoint=begin.folder)
     state = trainer.state
     if keeper.stopped_at is not None:
@@ -106,9 +109,12 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     stopped = state.global_step < state.max_steps
     if stopped and not _stopped_on_purpose(trainer):
         raise InfrastructureError("StoppedEarly", f"training ended at step {state.global_step} of {state.max_steps}")
+    used = devices.gather() if cuda else []
     save(context, trainer)
     if not trainer.is_world_process_zero():
         return None
+    context.write_json(context.layout.devices, {"kernels": picked, "estimated": plan.estimated_memory_per_gpu, "ranks": used})
+    memory = f"; {devices.peak(used, plan)}" if used else ""
     plot_history(context.layout.history, context.layout.history_plot)
     best = f", best held-out loss {state.best_metric:.4g} at step {state.best_global_step}" if state.best_metric is not None else ""
     early = f" of {state.max_steps}, stopped early" if stopped else ""
@@ -116,7 +122,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return StageResult(
         reason="Trained",
-        message=f"{state.global_step} steps{early}{f' (from the checkpoint at step {begin.step})' if begin.step else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}{best}",
+        message=f"{state.global_step} steps{early}{f' (from the checkpoint at step {begin.step})' if begin.step else ''}, training loss {losses[0] if losses else loss:.4g} -> {losses[-1] if losses else loss:.4g}{best}; {picked}{memory}",
         result={
             "steps": state.global_step,
             "resumedFrom": begin.step,

@@ -7,13 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ..base import APIModel
-from ..scalars import DNSSubdomain
-
-ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
-LabelMap = Annotated[
-    dict[str, Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]],
-    Field(max_length=32),
-]
+from ..scalars import PLAIN_NAME, DNSSubdomain
 
 
 class SecretReference(APIModel):
@@ -21,5 +15,5 @@ class SecretReference(APIModel):
 
     name: DNSSubdomain
     """Name of the Secret."""
-    key: Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253)] = "token"
+    key: Annotated[str, Field(min_length=1, max_length=253), PLAIN_NAME] = "token"
     """Key within the Secret that holds the token; only this key is mounted, only into the stage that needs it."""

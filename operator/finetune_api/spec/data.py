@@ -7,14 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..base import APIModel, Rule
-from ..uris import DatasetURI
+from ..scalars import PlainName
+from ..uris import DatasetURI, EndpointURL
 from .common import SecretReference
-from .model import EndpointURL
 
 DatasetFormat = Literal[
     "auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference", "unpaired-preference", "prompt-only"
 ]
-Split = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 class DatasetSource(APIModel):
@@ -22,7 +21,7 @@ class DatasetSource(APIModel):
 
     uri: DatasetURI
     """`hf://ORG/DATASET[@REVISION]`, `pvc://CLAIM/PATH`, `s3://BUCKET/KEY`, `https://HOST/PATH` or `configmap://NAME/KEY`; JSONL, JSON, CSV or Parquet, also gzipped."""
-    split: Split = "train"
+    split: PlainName = "train"
     """Split to load from an hf:// data set; other sources have none."""
     secret_ref: SecretReference | None = None
     """Secret for private data: a Hugging Face token (hf://), a bearer token (https://), or the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3://)."""
@@ -52,7 +51,7 @@ class EvalDataset(APIModel):
     """Share of the training rows held out, chosen by `hyperparameters.seed`; for example 0.1."""
     uri: DatasetURI | None = None
     """A source of its own for the held-out rows, with the same schemes, secret and S3 endpoint as `train.uri`."""
-    split: Split = "test"
+    split: PlainName = "test"
     """Split to load from an hf:// data set; other sources have none."""
 
     RULES = (

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..base import APIModel, Rule
+from ..scalars import PlainName
 from ..uris import DatasetURI, PublishURI
 from .common import SecretReference
 from .model import Endpoint
@@ -75,9 +76,7 @@ class Evaluation(APIModel):
     """Model that compares the two answers, in both orders, for metric judge-win-rate."""
     forgetting: Forgetting | None = None
     """Check the loss on a general text before and after."""
-    harness_tasks: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")]], Field(max_length=16)
-    ] = []
+    harness_tasks: Annotated[list[PlainName], Field(max_length=16)] = []
     """Tasks of lm-evaluation-harness to run on both models, by name, for example `arc_easy`; their data comes from the Hugging Face hub."""
     harness_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Most examples per harness task. Unset: all."""
@@ -140,8 +139,8 @@ class PublishTarget(APIModel):
 
     RULES = (
         Rule(
-            cel="has(self.secretRef) == self.uri.startsWith('hf://')",
+            cel="!self.uri.startsWith(has(self.secretRef) ? 'pvc://' : 'hf://')",
             message="publish: an hf:// target needs secretRef with a write token, and a pvc:// target takes none",
-            holds=lambda m: (m.secret_ref is not None) == m.uri.startswith("hf://"),
+            holds=lambda m: not m.uri.startswith("pvc://" if m.secret_ref is not None else "hf://"),
         ),
     )

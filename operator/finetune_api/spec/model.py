@@ -7,13 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from ..base import APIModel, Rule
-from ..uris import ModelURI
+from ..uris import EndpointURL, ModelURI
 from .common import SecretReference
-
-EndpointURL = Annotated[
-    str,
-    Field(pattern=r"^https?://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{1,5})?(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$", max_length=512),
-]
 
 
 class Model(APIModel):
@@ -28,9 +23,9 @@ class Model(APIModel):
 
     RULES = (
         Rule(
-            cel="!has(self.secretRef) || self.uri.startsWith('hf://')",
+            cel="!has(self.secretRef) || !self.uri.startsWith('pvc://')",
             message="model.secretRef is only used with an hf:// uri; remove it or change model.uri",
-            holds=lambda m: m.secret_ref is None or m.uri.startswith("hf://"),
+            holds=lambda m: m.secret_ref is None or not m.uri.startswith("pvc://"),
         ),
     )
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..base import APIModel, Rule
-from ..scalars import DNSLabel, DNSSubdomain, Duration, QualifiedName, Quantity
-from .common import LabelMap
+from ..scalars import DNSLabel, DNSSubdomain, Duration, LabelMap, QualifiedName, Quantity
 
 Strategy = Literal["auto", "ddp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "fsdp"]
 
@@ -52,7 +51,7 @@ class ComputeResources(APIModel):
     """CPU and memory of a pod."""
 
     cpu: Quantity | None = None
-    """CPU cores, for example "4" or 500m."""
+    """CPU cores, for example 4 or 500m."""
     memory: Quantity | None = None
     """Memory, for example 16Gi."""
 
@@ -160,7 +159,7 @@ class RunPolicy(APIModel):
     gang_timeout: Duration = "10m"
     """Longest time for all pods of a stage to start; then they are released and the start is tried again later."""
     stage_timeout: Duration = "12h"
-    """Longest time for one try of prepare, evaluate or publish; then it is tried again. May be changed at any time."""
+    """Longest time for one try of prepare, evaluate or publish, which is then tried again; and for a hub or server that does not answer, then the job fails. May be changed at any time."""
     hang_timeout: Duration | None = None
     """Longest time for a training step, an evaluation or a checkpoint before the gang is restarted. Unset: ten times the longest so far, at least 3 minutes for a step."""
     ttl_after_finished: Duration | None = None

@@ -121,6 +121,12 @@ class Cluster(Protocol):
     async def get(self, kind: str, namespace: str, name: str) -> Object:
         """Read one object; APIError 404 when absent."""
 
+    async def patch(self, kind: str, namespace: str, name: str, body: Object) -> Object:
+        """JSON merge patch; APIError 404 when absent."""
+
+    async def serves(self, kind: str) -> bool:
+        """Whether the API server knows a kind in its version."""
+
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
         """Delete in the background if the UID matches; the object while it lingers, None when it is gone."""
 
@@ -220,13 +226,30 @@ class KubernetesCluster:
 
     async def create(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
-        path = RESOURCES[kind].path(meta.get("namespace", ""))
+        version = str(manifest.get("apiVersion", "")).rpartition("/")[2]
+        path = RESOURCES.get(f"{kind}/{version}", RESOURCES[kind]).path(meta.get("namespace", ""))
         priority = Priority.LOOK if kind == "Event" else Priority.ACT
         query = {"fieldManager": names.MANAGER}
         return await self.request("POST", path, kind=kind, verb="create", body=manifest, query=query, priority=priority)
 
     async def get(self, kind: str, namespace: str, name: str) -> Object:
         return await self.request("GET", RESOURCES[kind].path(namespace, name), kind=kind, verb="get")
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Object) -> Object:
+        path = RESOURCES[kind].path(namespace, name)
+        query, priority = {"fieldManager": names.MANAGER}, Priority.ACT
+        content = "application/merge-patch+json"
+        return await self.request("PATCH", path, kind=kind, verb="patch", body=body, query=query, content_type=content, priority=priority)
+
+    async def serves(self, kind: str) -> bool:
+        resource = RESOURCES[kind]
+        try:
+            answer = await self.request("GET", f"/apis/{resource.group}/{resource.version}", kind=kind, verb="discover")
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return not failure.not_found  # not allowed to ask: the objects will tell
+        return any(known.get("name") == resource.plural for known in answer.get("resources") or ())
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
         body: Object = {

@@ -197,7 +197,7 @@ class Store:
         if kind == "Pod":
             return {
                 "metadata": _keep(raw["metadata"]),
-                "spec": {"nodeName": (raw.get("spec") or {}).get("nodeName", "")},
+                "spec": {field: raw["spec"][field] for field in ("nodeName", "priority") if (raw.get("spec") or {}).get(field)},
                 "status": _pod_status(raw.get("status") or {}),
             }
         if kind == "Job":

@@ -14,6 +14,8 @@ from ..settings import Settings
 from .model import Action, Due, Event, Observed, Plan, parse_time, rfc3339
 
 MESSAGE_LIMIT = 4000
+RETRY_AFTER_LIMIT = 3600.0
+"""Seconds of patience that a hub or server may ask for."""
 
 
 class Draft:
@@ -30,6 +32,8 @@ class Draft:
         self.requeue: list[datetime] = []
         self.last_words = False
         """Something was learnt from a pod that may be gone in a moment: it is put on record at once."""
+        self.place = ""
+        """Kueue's Workload that the evaluation's Job is admitted by, where one keeps its place in line."""
         self.more_follows = False
         """The next step is near: it is put on record together with this one."""
 
@@ -90,7 +94,7 @@ class Draft:
         Longer than the longest back-off it cannot last: a clock was set back, and must not hold the job up.
         """
         after = parse_time(self.status.retry_after)
-        longest = timedelta(seconds=self.settings.backoff_limit_seconds)
+        longest = timedelta(seconds=max(self.settings.backoff_limit_seconds, RETRY_AFTER_LIMIT))
         if after is None or not self.now < after <= self.now + longest:
             self.status.retry_after = None
             return False

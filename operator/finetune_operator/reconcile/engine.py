@@ -7,7 +7,7 @@ crash. A decision that deletes evidence is put into the status first and acted o
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
 from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
@@ -24,9 +24,11 @@ from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, note_checkpoints, release, run_gang
 from .handed import handed_over
+from .kueue import DEACTIVATED, keep_place
 from .model import Apply, Delete, Observed, Plan, parse_time, rfc3339
 from .stages import run_stage
 from .usage import workers
+from .waiting import end_wait
 
 
 def reconcile(observed: Observed, settings: Settings) -> Plan:
@@ -65,6 +67,7 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
 
 def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
     note_checkpoints(draft)
+    keep_place(draft, spec)
     draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
     if not _cancelled(draft, spec) and not _past_deadline(draft, spec) and not _suspended(draft, spec):
         _walk(draft, spec)
@@ -93,13 +96,22 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.fail(verdict.reason, verdict.message)
         return
     _apply_shared(draft, spec)
+    may_publish = _may_publish(draft, spec)
+    if status.finished:
+        return
     if not status.is_true("DataReady"):
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
+            # what has just ended is put on record while the other goes on
+            draft.more_follows &= status.is_true("TargetsReady") == draft.before.is_true("TargetsReady")
             return
         if not _prepared(draft, result):
             return
+    if not may_publish:
+        draft.phase("Preparing")
+        draft.more_follows &= draft.before.is_true("DataReady")
+        return
     if not status.is_true("Trained"):
         if not (admitted if draft.settings.queueing_backend == "builtin" else handed_over)(draft, spec):
             return
@@ -140,6 +152,18 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     draft.event("Normal", "Succeeded", _summary(status))
     status.finished_at = rfc3339(draft.now)
     draft.phase("Succeeded")
+
+
+def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
+    """Whether the targets can take the result, as far as that can be known before GPUs are taken. Whoever was in a queue was asked."""
+    status = draft.status
+    if not spec.publish or status.is_true("TargetsReady") or status.condition("Admitted") is not None or status.is_true("Trained"):
+        return True
+    result = run_stage(draft, spec, "check", "TargetsReady")
+    if result is not None:
+        draft.more_follows = True
+        draft.set("TargetsReady", "True", result.reason, result.message)
+    return result is not None
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
@@ -250,9 +274,13 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
         if workers(draft) and not draft.status.is_true("Trained"):
             next_attempt(draft, spec, Failure("Stopped", "Suspended", "runPolicy.suspend is true", ""), "runPolicy.suspend is true")
             draft.status.retry_after = None
-        if draft.status.is_true("Admitted") and not draft.status.is_true("Trained"):
+        known = draft.status.condition("Admitted")
+        held = known is not None and (known.status == "True" or known.reason == DEACTIVATED)
+        if held and not draft.status.is_true("Trained"):
             draft.set("Admitted", "False", "Suspended", "a suspended job holds nothing; it keeps its place")
         draft.status.queue = None
+        for stage in get_args(Stage):
+            end_wait(draft, stage)
     elif not draft.status.is_true("Trained"):
         release(draft)
     _stop_jobs(draft)
@@ -272,6 +300,8 @@ def _after_the_end(draft: Draft) -> Plan:
     """Give back what still runs, and delete the job after its TTL. The status never changes again."""
     release(draft)
     _stop_jobs(draft)
+    if draft.observed.spec is not None:
+        keep_place(draft, draft.observed.spec)
     actions = list(draft.actions)
     requeue = None
     finished = parse_time(draft.status.finished_at)

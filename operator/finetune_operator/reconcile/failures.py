@@ -44,6 +44,7 @@ _BY_CODE: dict[int, Cause] = {
     ExitCode.INFRASTRUCTURE: "Infrastructure",
     ExitCode.STOPPED: "Stopped",
     ExitCode.HANG: "Hang",
+    ExitCode.SOURCE_UNAVAILABLE: "Infrastructure",
 }
 NEAR_SECONDS = 15
 """Failures of a gang within so many seconds belong together: most of them follow from the one that tells most."""
@@ -69,7 +70,7 @@ def classify(pod: PodView) -> Failure:
         return Failure(_cause(pod, None), words.reason, words.message, pod.name, pod.node, pod.exit_code)
     shown = recognise(pod.message)
     cause = _cause(pod, shown)
-    reason = {"OutOfMemory": "OutOfMemory", "Disruption": "Disrupted"}.get(cause, shown.reason if shown else "PodFailed")
+    reason = {"OutOfMemory": "OutOfMemory", "Disruption": pod.eviction or "Disrupted"}.get(cause, shown.reason if shown else "PodFailed")
     end = f"exited {pod.exit_code}" if pod.exit_code is not None else "failed"
     if pod.exit_code in _SIGNALS:
         end += f" ({_SIGNALS[pod.exit_code]})"

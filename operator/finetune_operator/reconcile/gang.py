@@ -15,6 +15,7 @@ from ..resources.common import Manifest
 from ..resources.gang import service, worker
 from .draft import Draft
 from .failures import FROM_OUTSIDE, NEAR_SECONDS, Failure, first_failure, verdict
+from .kueue import DEACTIVATED, taken_away
 from .model import Apply, Create, Delete, PodView, is_within, parse_time, rfc3339
 from .stages import why_not_running
 from .usage import account, holds_since, lost_seconds, workers
@@ -137,9 +138,12 @@ def _tell_of_gang(draft: Draft, spec: FineTuneJobSpec) -> None:
 
 def _failure(draft: Draft, by_rank: dict[int, PodView]) -> Failure | None:
     failed = [p for p in by_rank.values() if p.phase == "Failed"]
-    lost = _lost_pods(draft, by_rank)
+    evicted = taken_away(draft, list(by_rank.values()))
+    lost = evicted or _lost_pods(draft, by_rank)
     if failed:
         failure = first_failure(failed)
+        if evicted is not None and (failure.from_outside or failure.reason == PEER_LOST):
+            return dataclasses.replace(evicted, message=f"{evicted.message}; {failure.message}")
         last = max(p.finished or p.created for p in failed)
         if failure.cause == "Stopped" and lost is not None:
             return dataclasses.replace(lost, message=f"{lost.message}; {failure.message}")
@@ -225,6 +229,9 @@ def end_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure) -> None:
     next_attempt(draft, spec, failure, message, counted=counted)
     if failure.reason == GANG_TIMEOUT:
         draft.set("Admitted", "False", GANG_TIMEOUT, message)
+    elif failure.reason.startswith(DEACTIVATED):  # whoever did that does not want it to begin anew by itself
+        told = f"{message}; suspend and resume the job (runPolicy.suspend) to let it wait in Kueue's queue again"
+        draft.set("Admitted", "False", DEACTIVATED, told)
 
 
 def _progressed(draft: Draft) -> bool:

@@ -32,6 +32,7 @@ class PodView:
     deleting: bool = False
     running: bool = False
     """The container has started."""
+    started: datetime | None = None
     exit_code: int | None = None
     finished: datetime | None = None
     reason: str = ""
@@ -43,7 +44,14 @@ class PodView:
     unschedulable: str = ""
     """The scheduler's message while it finds no node."""
     disrupted: bool = False
-    """The DisruptionTarget condition is set."""
+    """The DisruptionTarget condition is set, or Kueue takes it away."""
+    eviction: str = ""
+    """Kueue's reason for taking it away: Preempted, ClusterQueueStopped, ..."""
+    eviction_message: str = ""
+    queue: str = ""
+    """Kueue's LocalQueue that it waits in."""
+    priority: int = 0
+    """Of its priority class."""
     node: str = ""
     """The node it was bound to."""
     admission: str = ""
@@ -83,8 +91,16 @@ class Observed:
     """The spec that the job began with, when the present one may be another."""
     lost_nodes: frozenset[str] = frozenset()
     """Nodes of pods that are being deleted which are gone or not ready: their kubelets will not confirm anything."""
+    served: str = ""
+    """Kind in which another scheduler says where a gang stands (settings.queueing_backend), in the version that is served; or empty."""
     group: Object | None = None
-    """What another scheduler says of the gang (settings.queueing_backend): Kueue's Workload or Volcano's PodGroup."""
+    """What another scheduler says of what waits for it, gang or evaluation: Kueue's Workload or Volcano's PodGroup."""
+    place: Object | None = None
+    """Kueue's Workload that keeps the evaluation's place in line."""
+    place_seen: bool = False
+    """Whether it was looked for."""
+    preemptor: str = ""
+    """namespace/name of the Workload that Kueue took the gang's pods away for."""
     suspect_nodes: tuple[str, ...] = ()
     """Nodes that jobs kept failing on lately."""
     verdict: Verdict | None = None
@@ -107,17 +123,26 @@ class Create:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Change a few fields of an object that others write, too (JSON merge patch); before anything is created."""
+
+    kind: str
+    name: str
+    body: Object
+
+
+@dataclass(frozen=True)
 class Delete:
     """Delete an object if it is still the one that was observed."""
 
-    kind: Literal["Pod", "Job", "FineTuneJob"]
+    kind: Literal["Pod", "Job", "Workload", "FineTuneJob"]
     name: str
     uid: str
     grace_seconds: int | None = None
     """Seconds between SIGTERM and SIGKILL; None is the pod's own, 0 takes the object away without its kubelet."""
 
 
-Action = Apply | Create | Delete
+Action = Apply | Create | Patch | Delete
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api import names
 
+from ..resources.backends import QUEUE_LABEL
 from .model import ChildJobView, PodView, parse_time
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -25,6 +27,11 @@ def _number(labels: dict[str, str], label: str) -> int:
     return int(value) if value.isdigit() and len(value) < 10 else 0
 
 
+def _eviction(reason: str) -> str:
+    """Kueue's reason for taking pods away (Preempted, ClusterQueueStopped, ...), from that of the pod's condition."""
+    return re.sub(r"[^A-Za-z0-9_]", "", reason.removeprefix("WorkloadEvictedDueTo"))[:128] or "Evicted"
+
+
 def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozenset()) -> PodView:
     """A pod. `child_jobs`: UIDs of child Jobs, to tell stage pods from workers."""
     metadata, status = raw["metadata"], raw.get("status") or {}
@@ -35,6 +42,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
     ended, waiting = state.get("terminated") or {}, state.get("waiting") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or ()}
     scheduled = conditions.get("PodScheduled") or {}
+    stopped = found if (found := conditions.get("TerminationTarget") or {}).get("status") == "True" else {}
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -46,6 +54,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         created=parse_time(metadata.get("creationTimestamp")) or _EPOCH,
         deleting=bool(metadata.get("deletionTimestamp")),
         running="running" in state or bool(ended),
+        started=parse_time((state.get("running") or {}).get("startedAt")),
         exit_code=ended.get("exitCode"),
         finished=parse_time(ended.get("finishedAt")),
         reason=str(status.get("reason") or ended.get("reason") or ""),  # an evicted pod's container only says Error
@@ -55,7 +64,11 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         unschedulable=str(scheduled.get("message") or "") if scheduled.get("status") == "False" else "",
         node=str((raw.get("spec") or {}).get("nodeName") or ""),
         admission=str((metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION, "")),
-        disrupted=(conditions.get("DisruptionTarget") or {}).get("status") == "True",
+        disrupted=bool(stopped) or (conditions.get("DisruptionTarget") or {}).get("status") == "True",
+        eviction=_eviction(str(stopped.get("reason") or "")) if stopped else "",
+        eviction_message=str(stopped.get("message") or "")[:1000],
+        queue=str(labels.get(QUEUE_LABEL, "")),
+        priority=int((raw.get("spec") or {}).get("priority") or 0),
     )
 
 

@@ -1,21 +1,25 @@
-"""Single-pod stages: prepare, evaluate, publish."""
+"""Single-pod stages: prepare, check, evaluate, publish."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
 
-from finetune_api.contract import Stage, StageResult, read_stage_result
+from finetune_api.contract import WAITING_FOR_SOURCE, Stage, StageResult, read_stage_result
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, StageRetry
 
-from ..resources.backends import local_queue
+from ..resources.backends import local_queue, take_place
 from ..resources.stage import stage_job
 from .draft import Draft
 from .failures import Failure, classify
+from .kueue import OUT_OF_SYNC, finished_as, keeps_place, standing
 from .model import Create, Delete, PodView, is_within, parse_time, rfc3339
+from .waiting import end_wait, may_still_wait, wait_for_source
 
+LOOK_AGAIN = 10.0
+"""Seconds between two looks at what another scheduler says"""
 QUEUED = "Queued"
 """Reason of a stage whose Job Kueue has not let start yet"""
 #: a finished Job whose pod is not in sight for so long has lost it
@@ -25,10 +29,14 @@ _POD_GRACE_SECONDS = 20
 def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType) -> StageResult | None:
     """Bring a stage forward by one step. Returns its result when it is done, else None."""
     retry = draft.status.stages.get(stage, StageRetry())
-    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.retries, draft.status.admission)
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission)
     name = manifest["metadata"]["name"]
-    _drop_other_tries(draft, stage, name)
     child = next((j for j in draft.observed.jobs if j.name == name), None)
+    _drop_other_tries(draft, stage, name, ended=retry.waits > 0 and child is not None)
+    handed = stage == "evaluate" and keeps_place(spec, draft.settings)
+    if child is None and handed and not draft.observed.place_seen:
+        draft.wait(1)  # the next pass will have looked
+        return None
     if child is None or child.deleting:
         if child is None:
             _start(draft, stage, condition, retry, manifest)
@@ -41,12 +49,17 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
     if done is not None:
         result = read_stage_result(done.message)
         if result is not None:
+            end_wait(draft, stage)
             return result
         _retry(draft, spec, stage, condition, Failure("Infrastructure", "NoResult", f"pod {done.name} ended without a result", done.name))
         return None
     failed = next((p for p in pods if p.phase == "Failed"), None)
+    if failed is not None and handed and failed.deleting and not (child.complete or child.failed):
+        failed = None  # Kueue takes the quota away and suspends the Job, which it lets go on later
+        draft.wait(1)
     if failed is not None:
-        _retry(draft, spec, stage, condition, classify(failed))
+        if not wait_for_source(draft, spec, stage, condition, failed):
+            _retry(draft, spec, stage, condition, classify(failed))
     elif child.complete or child.failed:
         if is_within(_POD_GRACE_SECONDS, child.created, draft.now):
             draft.wait(_POD_GRACE_SECONDS)
@@ -54,7 +67,7 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
             message = child.message or f"the pod of Job {name} is gone"
             _retry(draft, spec, stage, condition, Failure("Disruption", "PodDeleted", message, name))
     elif child.suspended:
-        draft.set(condition, "Unknown", QUEUED, f"Job {name} waits in queue {local_queue(spec)} for its GPU")
+        _wait_in_queue(draft, spec, stage, condition, name)
     else:
         if (known := draft.status.condition(condition)) is not None and known.reason == QUEUED:  # it has waited long enough
             draft.set(condition, "Unknown", "Started", f"{stage} was started")
@@ -63,26 +76,42 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
     return None
 
 
+def _wait_in_queue(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, name: str) -> None:
+    """A Job that another scheduler has not let start."""
+    text, group = f"Job {name} waits in queue {local_queue(spec)} for its GPU", draft.observed.group
+    if draft.settings.queueing_backend == "kueue":
+        if finished_as(group) == OUT_OF_SYNC:  # something changes Jobs or Workloads of this cluster
+            message = f"Kueue found Job {name} to differ from the Workload that kept its place: it waits again, behind the others"
+            _retry(draft, spec, stage, condition, Failure("Infrastructure", OUT_OF_SYNC, message, name))
+            return
+        text = f"{text}: {standing(group, local_queue(spec), draft.observed.served).message}"
+    draft.set(condition, "Unknown", QUEUED, text)
+    draft.wait(LOOK_AGAIN)
+
+
 def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, manifest: dict[str, Any]) -> None:
     if draft.held_back():
         return
+    if stage == "evaluate" and draft.place == manifest["metadata"]["name"]:
+        take_place(manifest, draft.place)
     draft.actions.append(Create(manifest))
     _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now), tell=True)
 
 
 def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, name: str, started_at: str, *, tell: bool) -> None:
     draft.status.stages[stage] = retry.model_copy(update={"started_at": started_at})
-    if stage == "prepare":
+    if stage in ("prepare", "check"):
         draft.more_follows = True  # in a moment its pod says how it fares
     if draft.status.condition(condition) is None:
         draft.set(condition, "Unknown", "Started", f"{stage} was started")
-        if tell:
+        if tell and stage != "check":  # of which one hears when it fails
             draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
 
 
-def _drop_other_tries(draft: Draft, stage: Stage, current: str) -> None:
+def _drop_other_tries(draft: Draft, stage: Stage, current: str, *, ended: bool) -> None:
+    """Delete those that still run; `ended`: also those that ended, of which a long wait makes many."""
     for job in draft.observed.jobs:
-        if job.stage == stage and job.name != current and not job.deleting and not (job.complete or job.failed):
+        if job.stage == stage and job.name != current and not job.deleting and (ended or not (job.complete or job.failed)):
             draft.actions.append(Delete("Job", job.name, job.uid))
 
 
@@ -98,7 +127,7 @@ def _retry(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Conditi
     draft.more_follows = False  # the next try waits for this to be on record
     retries = retry.retries + 1
     delay = draft.backoff(retries)
-    draft.status.stages[stage] = StageRetry(retries=retries)
+    draft.status.stages[stage] = retry.model_copy(update={"retries": retries, "started_at": None})
     draft.status.retry_after = rfc3339(draft.now + timedelta(seconds=delay)) if delay else None
     draft.set(
         condition, "False", failure.reason, f"{stage} is tried again ({retries} of {draft.settings.stage_retries}): {failure.message}"
@@ -111,7 +140,8 @@ def _watch_start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: C
     """Say why a pod does not start, and give its place back after gangTimeout."""
     if any(p.running for p in pods):
         old = draft.status.condition(condition)
-        if old is None or old.status == "Unknown" or old.reason in START_TROUBLE:
+        answered = old is not None and old.reason == WAITING_FOR_SOURCE and not may_still_wait(draft, pods)
+        if old is None or old.status == "Unknown" or old.reason in START_TROUBLE or answered:
             draft.set(condition, "Unknown", "Running", f"{stage} is running")
         _watch_run(draft, spec, stage, condition, pods)
         return

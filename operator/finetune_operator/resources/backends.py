@@ -19,6 +19,9 @@ GROUP_KINDS = {"kueue": ("Workload", "Workload/v1beta1"), "volcano": ("PodGroup"
 """Kinds in which a back-end says where a gang stands; the first that is there counts."""
 _KUEUE = "kueue.x-k8s.io"
 _VOLCANO = "scheduling.volcano.sh"
+QUEUE_LABEL, GROUP_LABEL = f"{_KUEUE}/queue-name", f"{_KUEUE}/pod-group-name"
+JOB_UID_LABEL = f"{_KUEUE}/job-uid"
+"""On the Workload that Kueue makes or takes for a Job"""
 _GROUP_NAME = "scheduling.k8s.io/group-name"
 
 
@@ -32,7 +35,7 @@ def hand_over(pod: Manifest, job: JobRef, settings: Settings, attempt: int, node
     meta, spec = pod["metadata"], pod["spec"]
     group = names.group_name(job.name, attempt)
     if settings.queueing_backend == "kueue":
-        meta["labels"].update({f"{_KUEUE}/queue-name": local_queue(job.spec), f"{_KUEUE}/pod-group-name": group})
+        meta["labels"].update({QUEUE_LABEL: local_queue(job.spec), GROUP_LABEL: group})
         told = {
             f"{_KUEUE}/pod-group-total-count": str(nodes),
             f"{_KUEUE}/pod-group-pod-index-label": names.LABEL_RANK,
@@ -52,12 +55,37 @@ def hand_over(pod: Manifest, job: JobRef, settings: Settings, attempt: int, node
 def hand_over_stage(manifest: Manifest, job: JobRef, settings: Settings) -> None:
     """Let the Job of a stage that asks for GPUs wait in the same queue."""
     if settings.queueing_backend == "kueue":
-        manifest["metadata"]["labels"][f"{_KUEUE}/queue-name"] = local_queue(job.spec)
+        manifest["metadata"]["labels"][QUEUE_LABEL] = local_queue(job.spec)
         manifest["spec"]["suspend"] = True
     elif settings.queueing_backend == "volcano":
         template = manifest["spec"]["template"]
         template["metadata"]["annotations"] = {f"{_VOLCANO}/queue-name": local_queue(job.spec)}
         template["spec"]["schedulerName"] = "volcano"
+
+
+def pod_sets(manifest: Manifest) -> list[Manifest]:
+    """What Kueue makes of a Job: it takes a Workload for its own only when the containers are the same."""
+    return [{"name": "main", "count": 1, "template": manifest["spec"]["template"]}]
+
+
+def kept_place(job: JobRef, manifest: Manifest, priority: int, served: str) -> Manifest:
+    """Kueue's Workload of a stage that is still to come: inactive, it holds nothing but its place in line.
+
+    It goes with the FineTuneJob. Kueue makes the stage's Job its controller when that names it (`take_place`).
+    """
+    meta = manifest["metadata"]
+    owner = {key: value for key, value in meta["ownerReferences"][0].items() if key not in ("controller", "blockOwnerDeletion")}
+    return {
+        "apiVersion": f"{_KUEUE}/{served.partition('/')[2] or 'v1beta2'}",
+        "kind": "Workload",
+        "metadata": {**meta, "ownerReferences": [owner]},
+        "spec": {"active": False, "queueName": local_queue(job.spec), "priority": priority, "podSets": pod_sets(manifest)},
+    }
+
+
+def take_place(manifest: Manifest, place: str) -> None:
+    """Let a stage's Job be admitted by a Workload that is there already."""
+    manifest["metadata"]["labels"][f"{_KUEUE}/prebuilt-workload-name"] = place
 
 
 def pod_group(job: JobRef, attempt: int, nodes: int, first: tuple[str, str], worker: Manifest) -> Manifest:

@@ -95,7 +95,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
         need("wandb", tracking.wandb.secret_ref if tracking.wandb is not None else None)
     if stage == "evaluate" and spec.evaluation is not None and spec.evaluation.judge is not None:
         need("judge", spec.evaluation.judge.secret_ref)
-    if stage == "publish":
+    if stage in ("check", "publish"):
         for index, target in enumerate(spec.publish):
             need(f"publish-{index}", target.secret_ref)
     return found
@@ -128,6 +128,15 @@ def workspace_claim(job: JobRef) -> str:
     return own.claim_name if own is not None else names.workspace_name(job.name)
 
 
+def _net(settings: Settings) -> dict[str, str]:
+    """How a stage reaches hubs and servers, as their libraries read it."""
+    proxies = {"HTTP_PROXY": settings.http_proxy, "HTTPS_PROXY": settings.https_proxy}
+    if any(proxies.values()):
+        proxies["NO_PROXY"] = ",".join(filter(None, (settings.no_proxy, "localhost,127.0.0.1,.svc,.cluster.local")))
+    found = {Env.HUB: settings.hub_endpoint, Env.S3: settings.s3_endpoint, **proxies}
+    return {name: value for name, value in found.items() if value}
+
+
 def pod_spec(
     job: JobRef,
     settings: Settings,
@@ -140,12 +149,10 @@ def pod_spec(
     """The pod of a stage: non-root, read-only root file system, no service-account token for the API server."""
     volumes: list[Manifest] = [
         {"name": "job", "configMap": {"name": names.config_map_name(job.name)}},
-        {"name": "workspace", "persistentVolumeClaim": {"claimName": workspace_claim(job)}},
         {"name": "tmp", "emptyDir": {}},
     ]
     mounts: list[Manifest] = [
         {"name": "job", "mountPath": Mounts.JOB, "readOnly": True},
-        {"name": "workspace", "mountPath": Mounts.WORKSPACE},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
 
@@ -153,12 +160,14 @@ def pod_spec(
         volumes.append({"name": name, **source})
         mounts.append({"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})})
 
-    for index, reference in enumerate(sources(job.spec)):
+    if stage != "check":  # it looks at targets alone
+        mount("workspace", Mounts.WORKSPACE, {"persistentVolumeClaim": {"claimName": workspace_claim(job)}}, read_only=False)
+    for index, reference in enumerate(sources(job.spec) if stage != "check" else ()):
         scheme, name = reference.split("://")
         volume = {"persistentVolumeClaim": {"claimName": name, "readOnly": True}} if scheme == "pvc" else {"configMap": {"name": name}}
         if scheme == "pvc" or stage == "prepare":  # a ConfigMap's rows are in the workspace after prepare
             mount(f"source-{index}", _folder(Mounts.SOURCES, reference), volume, read_only=True)
-    if stage == "publish":
+    if stage in ("check", "publish"):
         for index, reference in enumerate(targets(job.spec)):
             claim = {"persistentVolumeClaim": {"claimName": reference.split("://")[1]}}
             mount(f"target-{index}", _folder(Mounts.TARGETS, reference), claim, read_only=False)
@@ -177,6 +186,7 @@ def pod_spec(
 
     everything = {
         "HOME": "/tmp",
+        **_net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
         **({Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts and stage == "prepare" else {}),
         **env,
@@ -199,9 +209,9 @@ def pod_spec(
                 "name": "trainer",
                 "image": settings.trainer_image,
                 "imagePullPolicy": settings.image_pull_policy,
-                "args": [stage, "--job", f"{Mounts.JOB}/job.json", "--workspace", Mounts.WORKSPACE],
+                "args": [stage, "--job", f"{Mounts.JOB}/job.json", "--workspace", "/tmp" if stage == "check" else Mounts.WORKSPACE],
                 "env": [
-                    {"name": Env.POD_NAME, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+                    {"name": Env.POD_NAME, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
                     *({"name": name, "value": value} for name, value in sorted(everything.items())),
                 ],
                 "resources": resources,
@@ -223,5 +233,9 @@ def pod_spec(
             if scheduling.tolerations and stage in ("train", "evaluate")
             else {}
         ),
-        **({"priorityClassName": scheduling.priority_class_name} if scheduling.priority_class_name and stage == "train" else {}),
+        **(
+            {"priorityClassName": scheduling.priority_class_name}
+            if scheduling.priority_class_name and stage in ("train", "evaluate")
+            else {}
+        ),
     }

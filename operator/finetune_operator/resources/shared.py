@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import PurePath
 
 from finetune_api import names
+from finetune_api.contract import Mounts
 from finetune_api.spec import WorkspaceTemplate
 
 from ..settings import Settings
@@ -28,13 +30,14 @@ def digests(job: JobRef, settings: Settings) -> dict[tuple[str, str], str]:
 
 
 def config_map(job: JobRef, settings: Settings) -> Manifest:
-    """job.json, and the certificate authority of the progress endpoint."""
+    """job.json, the certificate authority of the progress endpoint, and those that an administrator trusts."""
+    certificates = {"ca.crt": settings.ca_bundle, PurePath(Mounts.AUTHORITIES).name: settings.authorities}
     return with_hash(
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata(job, names.config_map_name(job.name)),
-            "data": {"job.json": job_file(job).dumps(), **({"ca.crt": settings.ca_bundle} if settings.ca_bundle else {})},
+            "data": {"job.json": job_file(job).dumps(), **{name: text for name, text in certificates.items() if text}},
         }
     )
 

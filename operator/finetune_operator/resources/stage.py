@@ -11,11 +11,14 @@ from .backends import hand_over_stage
 from .common import JobRef, Manifest, metadata, pod_spec
 from .gang import gpus, put_on
 
+_CHECK = {"cpu": "100m", "memory": "256Mi"}
+"""It reads a few small files."""
+
 
 def stage_job(job: JobRef, settings: Settings, stage: Stage, retry: int, admission: AdmissionStatus | None = None) -> Manifest:
-    """The Job of prepare, evaluate or publish. Only evaluate asks for a GPU, and only where training uses some."""
+    """The Job of a single-pod stage. Only evaluate asks for a GPU, and only where training uses some."""
     extended = gpus(job, min(1, job.spec.distribution.gpus_per_node)) if stage == "evaluate" else {}
-    requests = {"cpu": settings.stage_cpu, "memory": settings.stage_memory, **extended}
+    requests = {**(_CHECK if stage == "check" else {"cpu": settings.stage_cpu, "memory": settings.stage_memory}), **extended}
     template = metadata(job, "", **{names.LABEL_STAGE: stage})
     pod = pod_spec(
         job,

@@ -6,6 +6,8 @@ are out of reach unless an administrator names the host. The connection goes to 
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -13,20 +15,23 @@ import os
 import shutil
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from finetune_api.contract import Env
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import URI, parse_uri
 
 from ..context import Context
-from ..errors import InfrastructureError, UserError
+from ..errors import InfrastructureError, SourceUnavailable, UserError
+from ..sources import answered, away, patiently
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
-_REDIRECTS, _TIMEOUT, _CHUNK = 5, 60, 1 << 20
+_REDIRECTS, _CONNECT_TIMEOUT, _TIMEOUT, _CHUNK = 5, 10, 60, 1 << 20
 
 
 def fetch(context: Context, source: DatasetSource, field: str) -> Path:
@@ -38,15 +43,29 @@ def fetch(context: Context, source: DatasetSource, field: str) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    try:
+
+    def refused(why: str) -> UserError:
+        return UserError("DatasetNotFound", f"{source.uri}: {why}; check the uri and secretRef")
+
+    def download() -> None:
         if uri.scheme == "s3":
             _from_s3(context, source, uri, field, partial)
         else:
-            _from_https(source.uri, context.secret(field), partial)
+            _from_https(source.uri, context.secret(field), partial, refused)
+
+    try:
+        patiently(download, _host(source, uri), refused)
     except OSError as failure:
         raise InfrastructureError("DownloadFailed", f"{source.uri}: {failure}") from failure
     partial.rename(target)
     return target
+
+
+def _host(source: DatasetSource, uri: URI) -> str:
+    """Who is asked, where an error does not say so itself."""
+    if uri.scheme == "https":
+        return str(urlsplit(source.uri).hostname)
+    return str(urlsplit(source.s3_endpoint or os.environ.get(Env.S3) or "https://s3.amazonaws.com").hostname)
 
 
 def allowed_addresses(host: str, port: int) -> list[str]:
@@ -54,7 +73,7 @@ def allowed_addresses(host: str, port: int) -> list[str]:
     try:
         found = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as failure:
-        raise InfrastructureError("HostNotFound", f"{host} has no address: {failure}") from failure
+        raise away(host, f"has no address: {failure}") from failure
     if host in os.environ.get(Env.ALLOWED_HOSTS, "").split(","):
         return found
     hidden = [address for address in found if not ipaddress.ip_address(address.partition("%")[0]).is_global]
@@ -66,6 +85,20 @@ def allowed_addresses(host: str, port: int) -> list[str]:
     return found
 
 
+def _connect(host: str, port: int) -> http.client.HTTPSConnection:
+    """A connection to an address that may be connected to; through the proxy where an administrator set one, which then looks names up."""
+    via = None if proxy_bypass(host) else getproxies().get("https")
+    if via is None:
+        return _Pinned(host, port, allowed_addresses(host, port)[0])
+    with contextlib.suppress(SourceUnavailable):
+        allowed_addresses(host, port)
+    proxy = urlsplit(via if "://" in via else f"http://{via}")
+    connection = http.client.HTTPSConnection(str(proxy.hostname), proxy.port or 80, timeout=_TIMEOUT)
+    token = base64.b64encode(f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()).decode() if proxy.username else ""
+    connection.set_tunnel(host, port, {"Proxy-Authorization": f"Basic {token}"} if token else {})
+    return connection
+
+
 class _Pinned(http.client.HTTPSConnection):
     """Connects to an address that was checked, whatever the name means a moment later."""
 
@@ -75,11 +108,12 @@ class _Pinned(http.client.HTTPSConnection):
         self._address = address
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), _TIMEOUT)
+        plain = socket.create_connection((self._address, self.port), _CONNECT_TIMEOUT)
+        plain.settimeout(_TIMEOUT)
         self.sock = self._context.wrap_socket(plain, server_hostname=self.host)
 
 
-def _from_https(url: str, token: str | None, target: Path) -> None:
+def _from_https(url: str, token: str | None, target: Path, refused: Callable[[str], UserError]) -> None:
     first = urlsplit(url).hostname
     for _ in range(_REDIRECTS):
         parts = urlsplit(url)
@@ -88,7 +122,7 @@ def _from_https(url: str, token: str | None, target: Path) -> None:
                 "RedirectRefused", f"the data set's address leads to {parts.scheme}://{parts.hostname}; only https:// is followed"
             )
         port = parts.port or 443
-        connection = _Pinned(parts.hostname, port, allowed_addresses(parts.hostname, port)[0])
+        connection = _connect(parts.hostname, port)
         headers = {"User-Agent": "finetune-operator", "Accept-Encoding": "identity"}
         if token and parts.hostname == first:  # never to another host
             headers["Authorization"] = f"Bearer {token}"
@@ -98,22 +132,18 @@ def _from_https(url: str, token: str | None, target: Path) -> None:
             if answer.status in (301, 302, 303, 307, 308):
                 url = urljoin(url, answer.headers.get("Location", ""))
                 continue
-            if answer.status in (401, 403, 404, 410):
-                raise UserError(
-                    "DatasetNotFound", f"https://{parts.hostname}{parts.path} answers {answer.status}; check the uri and secretRef"
-                )
+            if (error := answered(parts.hostname, answer.status, dict(answer.headers.items()), refused)) is not None:
+                raise error
             if answer.status != 200:
                 raise InfrastructureError("DownloadFailed", f"https://{parts.hostname}{parts.path} answers {answer.status}")
-            _save(answer, target, answer.headers.get("Content-Length"))
+            _save(answer, target, answer.headers.get("Content-Length"), parts.hostname)
             return
-        except http.client.HTTPException as failure:
-            raise InfrastructureError("DownloadFailed", f"https://{parts.hostname}{parts.path}: {failure!r}") from failure
         finally:
             connection.close()
     raise UserError("TooManyRedirects", f"the data set's address redirects more than {_REDIRECTS} times")
 
 
-def _save(stream: Any, target: Path, announced: str | None) -> None:
+def _save(stream: Any, target: Path, announced: str | None, host: str) -> None:
     size = 0
     with target.open("wb") as sink:
         while chunk := stream.read(_CHUNK):
@@ -122,33 +152,34 @@ def _save(stream: Any, target: Path, announced: str | None) -> None:
                 raise UserError("DatasetTooLarge", f"the file is over {SIZE_LIMIT // 2**30} GiB")
             sink.write(chunk)
     if announced is not None and announced.isdigit() and int(announced) != size:
-        raise InfrastructureError("DownloadIncomplete", f"{size} of {announced} bytes arrived")
+        raise away(host, f"broke off: {size} of {announced} bytes arrived")
 
 
 def _from_s3(context: Context, source: DatasetSource, uri: URI, field: str, target: Path) -> None:
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
 
     if source.s3_endpoint is not None:
         parts = urlsplit(source.s3_endpoint)
         allowed_addresses(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
     key, secret = (context.secret(field, name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
     settings = Config(
-        connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT, retries={"max_attempts": 5}, signature_version=None if key else UNSIGNED
+        connect_timeout=_CONNECT_TIMEOUT,
+        read_timeout=_TIMEOUT,
+        retries={"total_max_attempts": 2},
+        signature_version=None if key else UNSIGNED,
     )
     client = boto3.client("s3", endpoint_url=source.s3_endpoint, aws_access_key_id=key, aws_secret_access_key=secret, config=settings)
     try:
         answer = client.get_object(Bucket=uri.name, Key=uri.path)
-        _save(answer["Body"], target, str(answer["ContentLength"]))
     except ClientError as failure:
         code = str(failure.response.get("Error", {}).get("Code", ""))
-        if code in ("NoSuchKey", "NoSuchBucket", "AccessDenied", "403", "404", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        if code in ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             raise UserError("DatasetNotFound", f"{source.uri}: {code}; check the uri and secretRef") from None
-        raise InfrastructureError("DownloadFailed", f"{source.uri}: {code}") from failure
-    except BotoCoreError as failure:
-        raise InfrastructureError("DownloadFailed", f"{source.uri}: {failure}") from failure
+        raise
+    _save(answer["Body"], target, str(answer["ContentLength"]), _host(source, uri))
 
 
 def forget_downloads(context: Context) -> None:

@@ -17,6 +17,7 @@ from finetune_api.uris import parse_uri
 
 from ..context import Context
 from ..errors import UserError
+from ..sources import hub_host, patiently, verdict
 from .fetch import fetch
 
 LINE_LIMIT = 16 * 1024 * 1024
@@ -53,7 +54,7 @@ def rows(context: Context, source: DatasetSource, field: str) -> Iterator[Row]:
     """All rows of a source; `field` names its secret. Raises UserError when the source itself cannot be read."""
     uri = parse_uri(source.uri)
     if uri.scheme == "hf":
-        yield from _hub_rows(uri.name, uri.revision, source.split, context.secret(field))
+        yield from _hub_rows(source, context.secret(field))
         return
     path = fetch(context, source, field) if uri.scheme in ("https", "s3") else context.mounted(uri)
     if not path.exists():
@@ -234,9 +235,25 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError("DatasetNotParquet", f"{path.name}, after row {number}: {_excerpt(str(failure), 200)}") from None
 
 
-def _hub_rows(name: str, revision: str, split: str, token: str | None) -> Iterator[Row]:
-    from datasets import load_dataset
+def _hub_rows(source: DatasetSource, token: str | None) -> Iterator[Row]:
+    from datasets import config, load_dataset
+    from huggingface_hub import HfApi
 
-    loaded = load_dataset(name, revision=revision or None, split=split, token=token, streaming=True)
-    for number, value in enumerate(loaded, start=1):
-        yield _row(number, {k: v for k, v in dict(value).items() if v is not None})
+    uri = parse_uri(source.uri)
+    host = hub_host()
+
+    def refused(why: str) -> UserError:
+        return UserError("DatasetNotFound", f"{source.uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
+
+    # asked first: load_dataset hides a hub that is down behind a file that it does not find
+    known = patiently(lambda: HfApi(token=token).dataset_info(uri.name, revision=uri.revision or None), host, refused)
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 3
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 5
+    try:
+        loaded = load_dataset(uri.name, revision=known.sha or uri.revision or None, split=source.split, token=token, streaming=True)
+        for number, value in enumerate(loaded, start=1):
+            yield _row(number, {k: v for k, v in dict(value).items() if v is not None})
+    except Exception as failure:
+        if (error := verdict(failure, host, refused)) is None:
+            raise
+        raise error from failure

@@ -12,7 +12,7 @@ from finetune_api.contract import StageResult
 from finetune_api.spec import ANSWER_METRICS, WHOLE_MODEL_METHODS, Evaluation, Metric
 from finetune_api.status import EvaluationStatus
 
-from .. import models
+from .. import chat, models
 from ..context import Context, render_page, write_text
 from ..data.store import read_rows
 from ..data.tokens import Tokeniser
@@ -31,6 +31,8 @@ def evaluate(context: Context) -> StageResult:
     """Run the stage."""
     spec = context.spec.evaluation
     assert spec is not None
+    if spec.judge is not None:
+        chat.look(spec.judge)
     cuda = torch.cuda.is_available()
     folder = models.noted(context)
     tokenizer = models.load_tokenizer(context, folder)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS
+
 from ..context import Context
+from ..kernels import PADDING_FREE
 from .base import ObjectiveKind, Setup
 from .order import Ordered
 
@@ -28,11 +31,16 @@ def arguments(context: Context, common: dict[str, Any]) -> Any:
 
 
 def trainer(setup: Setup) -> Any:
-    """TRL's SFTTrainer. Without packing, flash attention makes batches padding-free."""
+    """TRL's SFTTrainer. An attention that tells rows apart makes batches padding-free, packed or not."""
     import transformers
     from trl import SFTTrainer
 
-    if not setup.arguments.packing and getattr(setup.model.config, "_attn_implementation", "") == "flash_attention_2":
+    # virtual tokens would stand in front of the first row alone
+    flat = (
+        setup.context.spec.tuning.method not in VIRTUAL_TOKEN_METHODS
+        and getattr(setup.model.config, "_attn_implementation", "") in PADDING_FREE
+    )
+    if not setup.arguments.packing and flat:
         setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
 
     class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]

@@ -1,0 +1,171 @@
+"""Both CustomResourceDefinitions on real API servers of the oldest and of the newest Kubernetes in support."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client, config
+
+from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
+from finetune_api.crd import crd
+from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from finetune_api.validation import InvalidDocument
+from tests.cluster import binaries
+from tests.cluster.local import LocalCluster
+from tests.cluster.shell import REPO
+from tests.component.conftest import CRDS
+from tests.factory import MINIMAL, merged
+from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
+from tests.unit.test_validation import BAD
+
+KINDS = list(SPECS)
+OWN_WORDS = {
+    "unknown field": 'unknown field "spec.tunning"',
+    "snake case": 'unknown field "spec.tuning.hyperparameters.learning_rate"',
+    "wrong type": "spec.distribution.nodes in body must be of type integer",
+    "number as a string": "spec.tuning.hyperparameters.learningRate in body must be of type number",
+    "misspelt enum": 'spec.tuning.method: Unsupported value: "lorra": supported values: "full", "partial", "lora"',
+    "negative": "spec.distribution.nodes in body should be greater than or equal to 1",
+    "NaN": "invalid character 'N'",
+    "infinity": "invalid character 'I'",
+    "bool as a number": "spec.distribution.nodes in body must be of type integer",
+    "missing": "spec.model.uri: Required value",
+    "secret of another namespace": 'unknown field "spec.model.secretRef.namespace"',
+}
+"""What an API server says where types and bounds, which are its own, speak before any rule; else its words are ours."""
+
+
+class Server:
+    """An API server with the definitions."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.cluster = cluster
+        self.connection = config.new_client_from_config(str(cluster.kubeconfig))
+        self.custom = client.CustomObjectsApi(self.connection)
+
+    def create(self, kind: str, spec: Any) -> dict[str, Any]:
+        """As it would be stored. Raises ApiException."""
+        body, more = document(kind, "probe", spec), {"dry_run": "All", "field_validation": "Strict"}
+        if kind == QUEUE_KIND:
+            return dict(self.custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body, **more))
+        return dict(self.custom.create_namespaced_custom_object(GROUP, VERSION, "default", PLURAL, body, **more))
+
+    def refusal(self, kind: str, spec: Any) -> str:
+        """Why it would not be stored; empty when it would."""
+        try:
+            self.create(kind, spec)
+        except client.ApiException as failure:
+            return str(json.loads(failure.body)["message"])
+        return ""
+
+
+def document(kind: str, name: str, spec: Any) -> dict[str, Any]:
+    return {"apiVersion": API_VERSION, "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+@pytest.fixture(scope="module", params=[binaries.OLDEST, binaries.NEWEST])
+def server(request: pytest.FixtureRequest, cluster: LocalCluster) -> Iterator[Server]:
+    if cluster.kubernetes == request.param:
+        yield Server(cluster)
+        return
+    other = LocalCluster(f"{cluster.name}-other", size=0, kubernetes=request.param)
+    other.down(quiet=True)
+    other.up()
+    for path in CRDS:
+        other.define(path)
+    yield Server(other)
+    other.down(quiet=True)
+
+
+def test_both_are_established(server: Server) -> None:
+    found = client.ApiextensionsV1Api(server.connection).list_custom_resource_definition().items
+    conditions = {item.spec.names.kind: {c.type: c.status for c in item.status.conditions} for item in found}
+    assert conditions == {kind: {"NamesAccepted": "True", "Established": "True"} for kind in KINDS}
+    assert client.VersionApi(server.connection).get_code().git_version == binaries.version(server.cluster.kubernetes)
+
+
+def test_defaults_are_held_against_their_rules_as_they_are_written(server: Server) -> None:
+    """What the unit test finds in a definition is what the server refuses it for."""
+    broken = crd()
+    spec = broken["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    for _, node in walk(spec):
+        if isinstance(node.get("default"), dict):
+            node["default"] = {}
+    with pytest.raises(client.ApiException) as refused:
+        client.ApiextensionsV1Api(server.connection).create_custom_resource_definition(broken, dry_run="All")
+    assert refused.value.status == 422
+    for path, _ in bad_defaults(spec):
+        assert ".".join(f"properties[{part}]" for part in path.split(".")) in refused.value.body, path
+
+
+def test_every_example_is_accepted(server: Server) -> None:
+    texts = [path.read_text() for path in sorted((REPO / "examples").rglob("*.yaml"))]
+    ours = [d for text in texts if "kind: FineTune" in text for d in yaml.safe_load_all(text) if d and d["kind"] in KINDS]
+    assert {d["kind"] for d in ours} == set(KINDS)
+    for example in ours:
+        assert not server.refusal(example["kind"], example["spec"]), example["metadata"]
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), BAD, ids=[row[0] for row in BAD])
+def test_a1_a2_refused_in_the_words_of_the_command_line(server: Server, name: str, change: dict[str, Any], expected: str) -> None:
+    assert OWN_WORDS.get(name, expected) in server.refusal("FineTuneJob", merged(MINIMAL, **change))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_is_absent_to_server_and_models(server: Server, kind: str) -> None:
+    for path in placements(kind):
+        spec = with_value(kind, path, None)
+        refusal = server.refusal(kind, spec)
+        assert model_accepts(kind, spec) == (not refusal), (path, refusal)
+        if not refusal:
+            assert PARSERS[kind](server.create(kind, spec)["spec"]) == PARSERS[kind](spec), path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_string_that_looks_wrong_is_quoted_with_the_fix(server: Server, kind: str) -> None:
+    """And never answered with a pattern."""
+    for path in formatted(kind):
+        for value in ("bad value!", "x/" * 11 + "\u00e9", "a\u202eb"):
+            spec = with_value(kind, path, value)
+            with pytest.raises(InvalidDocument) as refused:
+                PARSERS[kind](spec)
+            refusal = server.refusal(kind, spec)
+            assert refused.value.errors[0].message in refusal, path
+            assert not [part for part in ("a-z", "A-Z", "0-9") if part in refusal], refusal
+
+
+@pytest.mark.parametrize("flags", [(), ("--server-side",)], ids=["client-side", "server-side"])
+def test_what_is_applied_again_changes_nothing(server: Server, flags: tuple[str, ...]) -> None:
+    """The same manifests, and what the server made of them."""
+
+    def stored() -> list[dict[str, Any]]:
+        kinds = f"{PLURAL},{QUEUE_PLURAL}"
+        return list(json.loads(server.cluster.kubectl("get", kinds, "-n", "default", "-o", "json"))["items"])
+
+    def both(manifest: str) -> None:
+        """Diff, then apply. `kubectl diff` fails when there is a difference."""
+        server.cluster.kubectl("diff", *flags, "-f", "-", input=manifest)
+        server.cluster.kubectl("apply", *flags, "-f", "-", input=manifest)
+
+    def listed(items: list[dict[str, Any]]) -> str:
+        return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+
+    items = [document(kind, f"again-{index}", spec) for kind in KINDS for index, spec in enumerate(SPECS[kind])]
+    manifest = listed(items)
+    server.cluster.kubectl("apply", *flags, "-f", "-", input=manifest)
+    try:
+        first = stored()
+        assert len(first) == len(items)
+        both(manifest)
+        assert stored() == first, "not even a resourceVersion"
+        both(listed([document(item["kind"], item["metadata"]["name"], item["spec"]) for item in first]))
+        assert [item["spec"] for item in stored()] == [item["spec"] for item in first]
+        for item in first:
+            original = next(i for i in items if (i["kind"], i["metadata"]["name"]) == (item["kind"], item["metadata"]["name"]))
+            assert PARSERS[item["kind"]](item["spec"]) == PARSERS[item["kind"]](original["spec"])
+    finally:
+        server.cluster.kubectl("delete", "-f", "-", input=manifest)

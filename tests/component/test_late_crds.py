@@ -1,0 +1,165 @@
+"""An operator whose CustomResourceDefinitions come after it, go, and come again. They are taken away here: a server of its own."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.local import LocalCluster
+from tests.cluster.shell import REPO, digest_of
+from tests.component.conftest import Api, Kubelet, Operator, until
+from tests.factory import MINIMAL
+
+JOBS, QUEUES = (REPO / "crds" / f"finetune{name}.yaml" for name in ("jobs", "queues"))
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[LocalCluster]:
+    """An API server without any of our kinds."""
+    target = LocalCluster(f"crds-{digest_of(str(REPO))[:6]}", size=0)
+    target.down(quiet=True)
+    target.up()
+    yield target
+    target.down(quiet=True)
+
+
+@pytest.fixture
+def api(bare: LocalCluster, request: pytest.FixtureRequest) -> Iterator[Api]:
+    """A namespace, and none of our kinds yet."""
+    for crd in (JOBS, QUEUES):
+        undefine(bare, crd)
+    name = f"t-{digest_of(request.node.name)[:8]}"
+    target = Api(bare, name)
+    target.core.create_namespace({"metadata": {"name": name}})
+    yield target
+
+
+@pytest.fixture
+def operator(api: Api, tmp_path: Path) -> Iterator[Operator]:
+    """The operator of the whole cluster, started before its kinds are there."""
+    target = Operator(api, tmp_path / "operator.log", watch="")
+    yield target
+    if target.process is not None and target.process.poll() is None:
+        target.kill()
+    print(target.logs.read_text()[-8000:])
+
+
+def undefine(cluster: LocalCluster, crd: Path) -> None:
+    """Delete a CustomResourceDefinition, and with it all that is of its kind."""
+    cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(crd))
+
+
+def ready(operator: Operator) -> tuple[int, str]:
+    """What the readiness probe says."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{operator.probes}/readyz", timeout=2) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as failure:
+        return failure.code, failure.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def until_ready(operator: Operator) -> None:
+    until("ready", lambda: ready(operator)[0] == 200)
+
+
+def until_it_misses(operator: Operator, *plurals: str) -> None:
+    missing = ", ".join(f"{plural}.finetune.dev/v1alpha1" for plural in plurals)
+    why = f"the API server does not serve {missing}: install the CustomResourceDefinitions"
+    until(f"not ready for want of {missing}", lambda: ready(operator) == (503, why))
+
+
+def served(api: Api, name: str) -> None:
+    """A job that is made now is seen, and goes on."""
+    until(f"{name} is made", lambda: api.create_job(MINIMAL, name))  # a kind that was replaced is served again in a moment
+    until(f"{name} succeeds", lambda: api.status(name).get("phase") == "Succeeded")
+
+
+def alive(operator: Operator) -> bool:
+    assert operator.process is not None
+    return operator.process.poll() is None
+
+
+def test_kinds_that_come_late_go_and_come_again(bare: LocalCluster, api: Api, operator: Operator) -> None:
+    kubelet = Kubelet(api)
+    try:
+        operator.start()
+        until_it_misses(operator, "finetunejobs", "finetunequeues")
+        with urllib.request.urlopen(f"http://127.0.0.1:{operator.probes}/healthz", timeout=2) as answer:
+            assert answer.status == 200, "to be killed would help nobody"
+        bare.define(JOBS)
+        until_it_misses(operator, "finetunequeues")
+        served(api, "before-queues")
+        bare.define(QUEUES)
+        until_ready(operator)
+        served(api, "first")
+
+        undefine(bare, JOBS)
+        until_it_misses(operator, "finetunejobs")
+        bare.define(JOBS)
+        until_ready(operator)
+        served(api, "second")
+
+        undefine(bare, QUEUES)
+        until_it_misses(operator, "finetunequeues")
+        served(api, "without-queues")
+        bare.define(QUEUES)
+        until_ready(operator)
+        queue: dict[str, Any] = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneQueue",
+            "metadata": {"name": "default"},
+            "spec": {"flavours": [{"name": "any", "resourceName": "nvidia.com/gpu", "nominalQuota": 1}]},
+        }
+        bare.kubectl("apply", "-f", "-", input=json.dumps(queue))
+        until("the queue has a status", lambda: json.loads(bare.kubectl("get", "ftq", "default", "-o", "json")).get("status"))
+
+        for number in range(3):  # so fast that no look sees it gone
+            bare.kubectl("replace", "--force", "-f", str(JOBS))
+            until_ready(operator)
+            served(api, f"replaced-{number}")
+        assert alive(operator), "in the same process all the time"
+    finally:
+        kubelet.stop()
+
+
+def test_it_can_be_stopped_while_it_waits(operator: Operator) -> None:
+    operator.start()
+    until_it_misses(operator, "finetunejobs", "finetunequeues")
+    assert operator.terminate() == 0
+
+
+def test_an_operator_of_one_namespace_needs_jobs_alone(bare: LocalCluster, api: Api, operator: Operator) -> None:
+    kubelet = Kubelet(api)
+    try:
+        operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
+        until_it_misses(operator, "finetunejobs")
+        bare.define(JOBS)
+        until_ready(operator)
+        served(api, "job")
+    finally:
+        kubelet.stop()
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("kueue", "workloads.kueue.x-k8s.io/v1beta2"), ("volcano", "podgroups.scheduling.volcano.sh/v1beta1")]
+)
+def test_a_back_end_that_is_not_there_is_named(bare: LocalCluster, api: Api, operator: Operator, backend: str, kind: str) -> None:
+    for crd in (JOBS, QUEUES):
+        bare.define(crd)
+    operator.start(FINETUNE_QUEUEING_BACKEND=backend)
+    until(f"{kind} is named", lambda: ready(operator) == (503, ready(operator)[1]) and kind in ready(operator)[1])
+    backends = REPO / "tests" / "component" / "backends.yaml"
+    bare.define(backends)
+    try:
+        until_ready(operator)
+    finally:
+        undefine(bare, backends)
+    until(f"{kind} is named again", lambda: kind in ready(operator)[1])
