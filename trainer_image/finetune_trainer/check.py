@@ -51,8 +51,11 @@ def _hub(context: Context, uri: URI, token: str | None) -> None:
     api = HfApi(token=token)
     patiently(lambda: refuse_foreign_repository(api, uri.name, context), hub_host(), refusal(uri))
     try:
-        account = patiently(api.whoami, hub_host(), refusal(uri))
-    except (HfHubHTTPError, OSError):
+        account = api.whoami()
+    except (HfHubHTTPError, OSError) as failure:
+        status = getattr(getattr(failure, "response", None), "status_code", 0)
+        if status in (401, 403):
+            raise refusal(uri)(f"the hub answered {status}") from failure
         return  # a mirror need not know who asks
     if (account.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UserError("PublishRefused", "the token may only read: make one that may write")
