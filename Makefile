@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 SLOWEST := --durations=25
 
-.PHONY: help quickstart test setup up down unit trainer combinations component e2e chaos bench lint format crds lock docs site sbom release release-check clean-cache
+.PHONY: help quickstart test setup up down unit trainer combinations local component e2e chaos gpu bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ trainer: setup  ## The trainer's stages on a tiny model: every method, objective
 combinations: setup  ## Every objective with every method that is accepted
 	FINETUNE_COMBINATIONS=all $(VENV) -m pytest tests/trainer/test_methods.py $(SLOWEST)
 
+local: setup  ## `finetune run --local`: processes that really train here, disturbed and undisturbed
+	$(VENV) -m pytest tests/local $(SLOWEST)
+
 component: setup  ## Tests against a real API server
 	$(VENV) -m pytest tests/component $(SLOWEST)
 
@@ -40,6 +43,9 @@ e2e: setup  ## Tests with real pods that really train
 
 chaos: setup  ## 200 random faults over twenty jobs at once; `make test` strikes 60 times
 	FINETUNE_CHAOS_FAULTS=200 $(VENV) -m pytest tests/chaos $(SLOWEST)
+
+gpu:  ## The stages on this machine's NVIDIA GPUs, measured beside trl sft; with the Python at hand, no Kubernetes
+	@if [ -x $(VENV) ]; then $(VENV) -m tests.gpu $(ARGS); else $(PYTHON) -m tests.gpu $(ARGS); fi
 
 bench: setup  ## Benchmarks with their baselines
 	$(VENV) -m tests.bench

@@ -165,7 +165,7 @@ def keep_place(draft: Draft, spec: FineTuneJobSpec) -> None:
     if job is not None and owner in ("", job.uid):
         return  # Kueue looks after both
     opened = (place.get("spec") or {}).get("active") is not False
-    wanted = not ended and (retry is None or not retry.retries) and (status.is_true("Trained") or _is_near_end(status))
+    wanted = not ended and (retry is None or not retry.tries) and (status.is_true("Trained") or _is_near_end(status))
     evicted = _is(found, "QuotaReserved") and _is(found, "Evicted")
     if owner or evicted or _is(found, "Finished") or status.finished or (opened and not wanted):
         draft.actions.append(Delete("Workload", name, place["metadata"]["uid"]))
