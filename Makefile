@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 SLOWEST := --durations=25
 
-.PHONY: help quickstart test setup up down unit trainer combinations component e2e chaos gpu bench lint format crds lock docs site sbom release release-check clean-cache
+.PHONY: help quickstart test setup up down unit trainer combinations local component e2e chaos gpu bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ trainer: setup  ## The trainer's stages on a tiny model: every method, objective
 
 combinations: setup  ## Every objective with every method that is accepted
 	FINETUNE_COMBINATIONS=all $(VENV) -m pytest tests/trainer/test_methods.py $(SLOWEST)
+
+local: setup  ## `finetune run --local`: processes that really train here, disturbed and undisturbed
+	$(VENV) -m pytest tests/local $(SLOWEST)
 
 component: setup  ## Tests against a real API server
 	$(VENV) -m pytest tests/component $(SLOWEST)

@@ -16,7 +16,7 @@ import time
 from tests.cluster.shell import REPO
 
 CLUSTER = ["tests/component", "tests/chaos", "tests/e2e", "--verbose"]
-OTHERS = ["tests/unit", "tests/trainer", "--cov", "--cov-report=term"]
+OTHERS = ["tests/unit", "tests/trainer", "tests/local", "--cov", "--cov-report=term"]
 SLOWEST = "--durations=25"
 _CLOSING = re.compile(r"=+ .* in [\d.]+s.* =+")
 
@@ -52,7 +52,7 @@ class Part:
             sys.stdout.flush()
 
 
-def main(cluster: list[str] = CLUSTER, others: list[str] = OTHERS, nice: int = 5) -> int:
+def main(cluster: list[str] = CLUSTER, others: list[str] = OTHERS, nice: int = 3) -> int:
     """Run both, and return the first exit code that is not 0."""
     running = [Part(cluster, nice=0, live=True), Part(others, nice=nice, live=False)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.quickstart import model
-from tests.e2e.test_faults import HANG, QUIET, SLOWLY, Gang, prepared
+from tests.local.test_faults import HANG, QUIET, SLOWLY, Gang, prepared
 
 ROUNDS = 3
 STEP_SECONDS = 0.1

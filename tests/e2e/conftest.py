@@ -28,7 +28,7 @@ def cluster() -> Iterator[LocalCluster | KindCluster]:
     """Brought up when it is not; then also taken down again."""
     target = any_cluster()
     ours = not target.is_up()
-    target.up(load=[images.operator(), images.trainer()])
+    target.up(load=images.both())
     helm.install(target.kubeconfig)
     yield target
     if ours:
@@ -99,7 +99,7 @@ def user(prepared: User, request: pytest.FixtureRequest) -> Iterator[User]:
     yield prepared
     if request.node.stash.get(FAILED, False):
         print(prepared.story())
-    prepared.kubectl("delete", "finetunejobs", "--all", "--wait=true", "--timeout=60s", check=False)
+    prepared.kubectl("delete", "finetunejobs", "--all", "--wait=false", check=False)  # no test takes another's name
 
 
 FAILED = pytest.StashKey[bool]()

@@ -27,8 +27,14 @@ def manifest(name: str, **spec: Any) -> dict[str, Any]:
     """examples/tiny.yaml under another name, with top-level blocks replaced."""
     document: dict[str, Any] = yaml.safe_load((REPO / "examples" / "tiny.yaml").read_text())
     document["metadata"]["name"] = name
-    document["spec"].update(spec)
+    document["spec"].update({"resources": {"requests": {"cpu": "1"}}, **spec})  # one thread: two would only be in each other's way
     document["spec"]["publish"] = [{"uri": f"pvc://published/{name}"}]
+    return document
+
+
+def trained_only(document: dict[str, Any]) -> dict[str, Any]:
+    """Neither evaluated nor published: that is looked at once for a single pod and once for a gang."""
+    del document["spec"]["evaluation"], document["spec"]["publish"]
     return document
 
 
@@ -116,7 +122,7 @@ def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) ->
 
 def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
     """A pod is drained, then the job is suspended: both end with a checkpoint, and no restart is counted."""
-    document = gang("pause", steps=300)
+    document = trained_only(gang("pause", steps=300))
     document["spec"]["checkpoint"] = {"every": "1h"}
     user.apply(document)
 
@@ -160,7 +166,7 @@ def queue(user: User) -> Iterator[str]:
 
 
 def test_f12_urgent_work_gets_the_gpus_and_the_other_goes_on_where_it_was(user: User, queue: str) -> None:
-    document = gang("modest", steps=400, scheduling={"queue": queue})
+    document = trained_only(gang("modest", steps=400, scheduling={"queue": queue}))
     document["spec"]["checkpoint"] = {"every": "1h"}
     user.apply(document)
     user.until("it is admitted", lambda: user.status("modest")["admission"], 240)
@@ -186,7 +192,7 @@ def test_f33_an_upgrade_of_the_chart_touches_no_running_gang(user: User) -> None
     """The operator's pod is replaced under a running job: the next one takes over by the Lease. (There is no earlier release to
     upgrade from yet; the code is the same.)
     """
-    user.apply(gang("upgraded", steps=300))
+    user.apply(trained_only(gang("upgraded", steps=300)))
     user.until("it trains", lambda: user.status("upgraded").get("progress", {}).get("step", 0) > 3, 240)
     operator = ("-n", "finetune-system", "get", "pods", "-o", "jsonpath={.items[*].metadata.uid}")
     workers, before = {p["metadata"]["uid"] for p in user.pods("upgraded")}, user.cluster.kubectl(*operator)
@@ -275,9 +281,8 @@ def test_f22_deletion_in_mid_training(user: User) -> None:
 def test_f36_training_does_not_need_the_operator(user: User) -> None:
     """F2 with real pods: the operator is away while the pods train, and picks the result up on return."""
     operator = ("-n", "finetune-system", "scale", "deployment", "finetune-operator")
-    user.apply(
-        manifest("alone", tuning={"hyperparameters": {"maxSteps": 300, "learningRate": 1e-3, "globalBatchSize": 8, "maxLength": 64}})
-    )
+    hyper = {"maxSteps": 300, "learningRate": 1e-3, "globalBatchSize": 8, "maxLength": 64}
+    user.apply(trained_only(manifest("alone", tuning={"hyperparameters": hyper})))
     user.until("it trains", lambda: user.status("alone").get("phase") == "Training", 240)
     user.cluster.kubectl(*operator, "--replicas=0")
     try:
@@ -321,7 +326,7 @@ def test_an_uninstalled_operator_strands_nothing(user: User) -> None:
         assert "finetune" not in left, "nothing of the chart is left that could hold anybody up"
         user.kubectl("delete", "finetunejob", "stays", "--timeout=30s")
         user.until("all of it is gone", lambda: not user.pods("stays"), 120)
-        user.apply(manifest("waits"))
+        user.apply(trained_only(manifest("waits")))
     finally:
         helm.install(user.cluster.kubeconfig)
     assert user.ended("waits")["phase"] == "Succeeded", user.story()

@@ -226,6 +226,18 @@ def test_a_model_without_chat_template_learns_with_one_given(bench: Bench) -> No
     assert saved == template, "it is published with the result"
 
 
+@pytest.mark.parametrize(
+    ("format_", "rows"),
+    [("prompt-completion", [{"prompt": q, "completion": a} for q, a in COLOURS]), ("text", ROWS["text"])],
+    ids=["prompt-completion", "text"],
+)
+def test_the_other_formats(bench: Bench, format_: str, rows: list[dict[str, Any]]) -> None:
+    context = bench.context(rows, tuning=lora(maxSteps=24))
+    assert prepare(context).result["dataset"]["format"] == format_
+    base, tuned, _ = bench.run(None, tuning=lora(maxSteps=24), evaluation={"metrics": ["loss"]})
+    assert tuned["loss"] < base["loss"]
+
+
 def test_several_turns_are_all_learned(bench: Bench) -> None:
     rows = [
         {"messages": [*chat(q, a)["messages"], *chat(other, answer)["messages"]]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from typing import Any
@@ -14,11 +15,17 @@ from .tokens import IGNORED
 _SAMPLES, _LANGUAGE_SAMPLES, _SHOWN_TOKENS = 8, 400, 400
 
 
-def languages(store: Store) -> dict[str, int]:
-    """Languages of a sample of the training rows, the commonest first; a label is ISO 639-1."""
+@functools.cache
+def _identifier() -> Any:
+    """Unpacking its model takes most of a small prepare's time."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def languages(store: Store) -> dict[str, int]:
+    """Languages of a sample of the training rows, the commonest first; a label is ISO 639-1."""
+    identifier = _identifier()
     seen: Counter[str] = Counter()
     for (row,) in store.sample(_LANGUAGE_SAMPLES, "row"):
         text = " ".join(strings(json.loads(row)))[:1000]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +72,30 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+Case = Callable[[str], tuple[FineTuneJobStatus, LocalRun]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Case:
+    """The run of a case by its name; run once, and only looked at by those who ask again."""
+
+    @functools.cache
+    def ran(name: str) -> tuple[FineTuneJobStatus, LocalRun]:
+        return run(tmp_path_factory.mktemp(name), tiny_model, name, **dict(CASES)[name])
+
+    return ran
+
+
 @pytest.mark.parametrize(("name", "spec"), CASES, ids=[name for name, _ in CASES])
-def test_every_method_and_strategy_learns(tmp_path: Path, tiny_model: Path, name: str, spec: dict[str, Any]) -> None:
-    status, local = run(tmp_path, tiny_model, name, **spec)
+def test_every_method_and_strategy_learns(case: Case, name: str, spec: dict[str, Any]) -> None:
+    status, local = case(name)
     log = local.logs / "train-0.log"
     assert status.phase == "Succeeded", f"{status.conditions[-1].message}\n{log.read_text()[-4000:] if log.exists() else ''}"
     assert status.evaluation is not None and status.plan is not None
     assert status.evaluation.tuned["loss"] < 0.9 * status.evaluation.base["loss"], status.evaluation
     nodes = spec.get("distribution", {}).get("nodes", 1)
     assert status.plan.world_size == nodes
-    files = {p.name for p in (tmp_path / "published" / "tiny").iterdir()}
+    files = {p.name for p in (local.workspace.parent / "published" / "tiny").iterdir()}
     assert ("model.safetensors" if spec["tuning"].get("method") in ("full", "partial") else "adapter_model.safetensors") in files
 
 
@@ -95,38 +111,17 @@ def test_the_examples_of_other_objectives(tmp_path: Path, tiny_model: Path, name
     assert (tmp_path / "published" / name / "adapter_model.safetensors").exists()
 
 
-def test_one_and_two_processes_see_the_same_data_in_the_same_order(tmp_path: Path, tiny_model: Path) -> None:
+def test_one_and_two_processes_see_the_same_data_in_the_same_order(case: Case) -> None:
     """And ZeRO-2 as well: the losses of every step agree."""
 
-    def losses(name: str, distribution: dict[str, Any]) -> list[float]:
-        spec = {"tuning": tuning(hyperparameters={**HYPER, "maxSteps": 8}), "evaluation": None, "distribution": distribution}
-        del spec["evaluation"]
-        _, local = run(tmp_path / name, tiny_model, name, **spec)
-        entries = [json.loads(line) for line in Path(local.layout.history).read_text().splitlines()]
-        return [e["loss"] for e in entries if e.get("loss") is not None]
+    def losses(name: str) -> list[float]:
+        entries = [json.loads(line) for line in Path(case(name)[1].layout.history).read_text().splitlines()]
+        return [e["loss"] for e in entries if e.get("loss") is not None][:8]  # later ones drift apart by rounding
 
-    alone = losses("alone", {"gpusPerNode": 0})
+    alone = losses("lora")
     assert len(alone) == 8
-    assert losses("ddp", {**GANG, "strategy": "ddp"}) == pytest.approx(alone, rel=5e-3)
-    assert losses("zero2", {**GANG, "strategy": "deepspeed-zero2"}) == pytest.approx(alone, rel=5e-3)
-
-
-@pytest.mark.parametrize("format_", ["prompt-completion", "text"])
-def test_the_other_formats(tmp_path: Path, tiny_model: Path, format_: str) -> None:
-    rows = [json.loads(line)["messages"] for line in (REPO / "examples" / "data" / "colours.jsonl").read_text().splitlines()]
-    shaped = [
-        {"prompt": q["content"], "completion": a["content"]}
-        if format_ == "prompt-completion"
-        else {"text": f"{q['content']} {a['content']}"}
-        for q, a in rows
-    ]
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shaped))
-    status, _ = run(tmp_path, tiny_model, "formats", data, tuning=tuning(), evaluation={"metrics": ["loss"]})
-    assert status.phase == "Succeeded", status.conditions[-1].message
-    assert status.dataset is not None and status.dataset.format == format_
-    assert status.evaluation is not None and status.evaluation.tuned["loss"] < status.evaluation.base["loss"]
+    assert losses("lora-ddp") == pytest.approx(alone, rel=5e-3)
+    assert losses("lora-zero2") == pytest.approx(alone, rel=5e-3)
 
 
 def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(tmp_path: Path, tiny_model: Path) -> None:
@@ -179,9 +174,9 @@ def test_f29_the_gate_holds_back_what_is_not_better(tmp_path: Path, tiny_model: 
     assert not (tmp_path / "published" / "tiny").exists()
 
 
-def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Path, case: Case) -> None:
     """A worker that is started alone, of a gang of two, does not train alone in silence."""
-    _, local = run(tmp_path, tiny_model, "world", tuning=tuning(hyperparameters={**HYPER, "maxSteps": 1}))
+    _, local = case("lora")
     plan = json.loads(Path(local.layout.plan).read_text())
     env = {
         **os.environ,
