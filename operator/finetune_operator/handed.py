@@ -77,7 +77,8 @@ class Handed:
         status, meta = read_status(job.get("status")), job["metadata"]
         served = await self._served()
         found: dict[str, Any] = {"served": served}
-        if served and status.phase == "Queued":
+        made = not status.is_true("Admitted") and any(p.stage == "train" and p.attempt == status.attempt for p in observed.pods)
+        if served and (status.phase == "Queued" or made):
             found["group"] = await self._get(served, meta["namespace"], names.group_name(meta["name"], status.attempt))
         elif served and (child := next((j for j in observed.jobs if j.stage == "evaluate" and j.suspended and not j.deleting), None)):
             found["group"] = await self._of_job(served, meta["namespace"], child.uid)

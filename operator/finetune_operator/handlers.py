@@ -16,6 +16,7 @@ from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
 from .cluster.client import CHILD_KINDS, RESOURCES, Resource, child_kinds
 from .cluster.kinds import Kinds
+from .cluster.login import login
 from .controller import SELECTOR, Controller
 from .settings import Settings
 
@@ -79,10 +80,7 @@ def watching(insights: Insights, kinds: Kinds) -> set[Resource]:
 
 def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings, kinds: Kinds) -> None:
     """Connect the watches of the job and of its children to the controller."""
-
-    @kopf.on.login(registry=registry)
-    def login(**kwargs: Any) -> Any:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    kopf.on.login(registry=registry)(login)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:

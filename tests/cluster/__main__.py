@@ -26,10 +26,10 @@ def main() -> None:
     target = cluster()
     try:
         if command == "up":
-            target.up(load=[images.operator(), images.trainer()])
+            target.up(load=images.both())
             print(f"export KUBECONFIG={target.kubeconfig}")
         elif command == "load":
-            for image in (images.operator(), images.trainer()):
+            for image in images.both():
                 target.load(image)
         elif command == "down":
             target.down()

@@ -54,6 +54,12 @@ def ensure(name: str) -> Path:
     return cached(name, digest_of(MODULES / name, _BUILD), lambda target: _build(name, target))
 
 
+def ensure_all(kubernetes: str = NEWEST) -> None:
+    """Build all that a cluster with nodes needs."""
+    for name in (*RUNTIME, kubernetes):
+        ensure(name)
+
+
 _BUILD = "go build -trimpath -ldflags '-s -w' 1"
 """Part of the cache's key: change it when what `_build` makes changes."""
 

@@ -28,6 +28,7 @@ class Authority:
         self._certificate = (
             self._builder(name, name, self._key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         self.path = folder / "ca.crt"
@@ -63,6 +64,9 @@ class Authority:
         builder = self._builder(x509.Name(attributes), self._certificate.subject, key.public_key()).add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
         )
+        # as kubeadm does; Python 3.13 refuses a certificate without
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = builder.add_extension(identifier, critical=False)
         if alternatives:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         path = self.folder / f"{name}.crt"

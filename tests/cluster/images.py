@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import debian, machine
+from . import binaries, debian, machine
 from .shell import CACHE, REPO, cached, digest_of, locked, run, say, step
 
 #: a registry that answers nothing: a missing image fails at once instead of being looked for elsewhere
@@ -178,6 +179,16 @@ def trainer() -> Image:
 def operator() -> Image:
     """The operator's image."""
     return _ours("operator", OPERATOR)
+
+
+def both() -> list[Image]:
+    """The images of the operator and the trainer, while Kubernetes is built beside them: packages come from the network meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        built = None if machine.with_kind() else pool.submit(binaries.ensure_all)
+        found = [operator(), trainer()]
+        if built is not None:
+            built.result()
+    return found
 
 
 def _ours(name: str, repository: str) -> Image:

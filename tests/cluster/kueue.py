@@ -95,8 +95,8 @@ def start(cluster: LocalCluster) -> None:
     state.mkdir()
     authority = Authority(state / "pki")
     certificate, key = authority.issue("webhooks", "kueue", hosts=["127.0.0.1"])
-    served = state / "serving"
-    served.mkdir()
+    served = state / "etc" / "kueue" / "metrics" / "certs"  # where it looks for those of its metrics, whatever it is told
+    served.mkdir(parents=True)
     (served / "tls.crt").write_bytes(certificate.read_bytes())
     (served / "tls.key").write_bytes(key.read_bytes())
     port, health = free_port(), free_port()
@@ -122,8 +122,9 @@ def start(cluster: LocalCluster) -> None:
         cluster.define(state / "crds.yaml")
         cluster.kubectl("create", "namespace", NAMESPACE)
         env = {"KUBECONFIG": str(cluster.kubeconfig), "POD_NAMESPACE": NAMESPACE}
-        command: list[str | Path] = [_folder() / "kueue", f"--config={state / 'config.yaml'}", "--zap-log-level=2"]
-        processes.start(cluster.name, "kueue", command, cluster.state / "logs", env)
+        with_etc = f'mount -t overlay overlay -o lowerdir={state / "etc"}:/etc /etc && exec "$@"'
+        manager: list[str | Path] = [_folder() / "kueue", f"--config={state / 'config.yaml'}", "--zap-log-level=2"]
+        processes.start(cluster.name, "kueue", ["unshare", "--mount", "sh", "-c", with_etc, "sh", *manager], cluster.state / "logs", env)
         wait_for("Kueue", lambda: answers(f"http://127.0.0.1:{health}/readyz"), 60, cluster.state / "logs")
         cluster.kubectl("apply", "-f", str(state / "webhooks.yaml"))
         wait_for("Kueue's webhooks", lambda: _takes(cluster), 60, cluster.state / "logs")

@@ -71,7 +71,7 @@ class LocalCluster:
                 for item in found.get("items", [found])
             )
 
-        self.kubectl("apply", "-f", str(resources))
+        self.kubectl("apply", "--server-side", "-f", str(resources))  # the client's copy in an annotation would be too long
         wait_for(f"the resources of {resources.name}", served, 60, self.state / "logs")
 
     def is_up(self) -> bool:

@@ -37,7 +37,7 @@ def main() -> None:
     target = cluster()
     try:
         smollm2 = model("smollm2.py", "SmolLM2-135M-Instruct")
-        target.up(load=[images.operator(), images.trainer()])
+        target.up(load=images.both())
         helm.install(target.kubeconfig)
 
         def kubectl(*words: str, input: str | None = None) -> str:

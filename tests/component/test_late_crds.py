@@ -149,17 +149,41 @@ def test_an_operator_of_one_namespace_needs_jobs_alone(bare: LocalCluster, api: 
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind"), [("kueue", "workloads.kueue.x-k8s.io/v1beta2"), ("volcano", "podgroups.scheduling.volcano.sh/v1beta1")]
+    ("backend", "group", "version", "plural"),
+    [("kueue", "kueue.x-k8s.io", "v1beta1", "workloads"), ("volcano", "scheduling.volcano.sh", "v1beta1", "podgroups")],
 )
-def test_a_back_end_that_is_not_there_is_named(bare: LocalCluster, api: Api, operator: Operator, backend: str, kind: str) -> None:
+def test_a_back_end_that_is_not_there_is_named(
+    bare: LocalCluster, api: Api, operator: Operator, tmp_path: Path, backend: str, group: str, version: str, plural: str
+) -> None:
     for crd in (JOBS, QUEUES):
         bare.define(crd)
+    theirs = tmp_path / "theirs.yaml"
+    open_schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{plural}.{group}",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"},
+        },
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"plural": plural, "singular": plural[:-1], "kind": plural[:-1].capitalize()},
+            "versions": [{"name": version, "served": True, "storage": True, "schema": open_schema}],
+        },
+    }
+    theirs.write_text(json.dumps(definition))
     operator.start(FINETUNE_QUEUEING_BACKEND=backend)
-    until(f"{kind} is named", lambda: ready(operator) == (503, ready(operator)[1]) and kind in ready(operator)[1])
-    backends = REPO / "tests" / "component" / "backends.yaml"
-    bare.define(backends)
+
+    def named() -> bool:
+        code, text = ready(operator)
+        return code == 503 and f"does not serve {plural}.{group}/" in text
+
+    until(f"{plural} is named", named)
+    bare.define(theirs)
     try:
         until_ready(operator)
     finally:
-        undefine(bare, backends)
-    until(f"{kind} is named again", lambda: kind in ready(operator)[1])
+        undefine(bare, theirs)
+    until(f"{plural} is named again", named)

@@ -28,7 +28,7 @@ def cluster() -> Iterator[LocalCluster | KindCluster]:
     """Brought up when it is not; then also taken down again."""
     target = any_cluster()
     ours = not target.is_up()
-    target.up(load=[images.operator(), images.trainer()])
+    target.up(load=images.both())
     helm.install(target.kubeconfig)
     yield target
     if ours:

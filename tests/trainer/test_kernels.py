@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,9 @@ import torch
 import transformers
 from transformers.utils import import_utils
 
-from finetune_trainer import kernels, models
+from finetune_api.status import Plan
+from finetune_trainer import devices, kernels, models
+from finetune_trainer.errors import InfrastructureError
 from finetune_trainer.kernels import VARLEN, Rows, pick_attention, pick_fused_layers
 
 from .conftest import ROWS, Bench, history
@@ -161,6 +165,64 @@ def test_liger_is_for_gpus_and_models_that_it_knows() -> None:
     assert not pick_fused_layers("auto", "gpt2", cuda=True)
     assert not pick_fused_layers("auto", "llama", cuda=False)
     assert not pick_fused_layers("off", "llama", cuda=True)
+
+
+@pytest.mark.skipif(not import_utils.is_liger_kernel_available(), reason="liger-kernel is not installed")
+def test_liger_leaves_the_forward_pass_alone(bench: Bench, tiny_model: Path) -> None:
+    """It would compute the loss itself: a reward model has no vocabulary, orpo and distill read the logits, TRL has its own loss."""
+    from finetune_trainer.arguments import common
+    from finetune_trainer.prepare import prepare
+
+    context = bench.context(ROWS["messages"])
+    plan = Plan.model_validate(prepare(context).result["plan"])
+    code = """
+import json, sys, torch, transformers
+from transformers.integrations.liger import apply_liger_kernel
+for kind in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM):
+    model = kind.from_pretrained(sys.argv[1])
+    apply_liger_kernel(model, json.loads(sys.argv[2]))
+    assert model.forward.__func__ is type(model).forward
+    assert "Liger" in repr(model.model.norm.__class__) + repr(model.model.norm.forward)
+"""  # in a process of its own: it changes modules of transformers
+    words = [sys.executable, "-c", code, str(tiny_model), json.dumps(common(context, plan, cuda=False)["liger_kernel_config"])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Cuda:
+    """torch.cuda of one GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gib = 1 << 30
+        found = {
+            "current_device": 0, "get_device_properties": SimpleNamespace(name="H100", uuid="a"), "mem_get_info": (70 * gib, 80 * gib),
+            "max_memory_allocated": 7 * gib, "max_memory_reserved": 9 * gib, "memory_reserved": 8 * gib,
+        }  # fmt: skip
+        for name, value in found.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+def test_memory_at_the_peak_is_told_beside_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    devices.check_own()
+    used = devices.gather()
+    assert [(rank["reserved"] >> 30, rank["context"] >> 30, rank["uuid"]) for rank in used] == [(9, 2, "a")]
+    plan = Plan(world_size=1, per_device_batch_size=1, gradient_accumulation=1, strategy="ddp", estimated_memory_per_gpu="12Gi")
+    assert devices.peak(used, plan) == "peak memory 11Gi of an estimated 12Gi"
+
+
+@pytest.mark.parametrize(("uuids", "hosts", "refused"), [("aa", "xx", True), ("ab", "xx", False), ("aa", "xy", False)])
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, uuids: str, hosts: str, refused: bool) -> None:
+    Cuda(monkeypatch)
+    monkeypatch.setattr(devices.socket, "gethostname", lambda: "x")
+    ranks = [{"rank": n, "host": host, "uuid": uuid, "name": "H100"} for n, (host, uuid) in enumerate(zip(hosts, uuids, strict=True))]
+    monkeypatch.setattr(devices, "_gathered", lambda _: ranks)
+    if not refused:
+        devices.check_own()
+        return
+    with pytest.raises(InfrastructureError) as found:
+        devices.check_own()
+    assert found.value.reason == "SharedDevice" and "ranks 0, 1" in str(found.value)
 
 
 @pytest.mark.parametrize("packing", [True, False])

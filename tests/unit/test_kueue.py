@@ -162,6 +162,10 @@ SAVED = StageResult(reason="Stopped", message="stopped on request at step 52", r
 @pytest.mark.parametrize(("code", "last_words", "step"), [(ExitCode.STOPPED, SAVED, 52), (137, "", None)])
 def test_a_preemption_is_told_as_kueues_with_who_takes_the_place(code: int, last_words: str, step: int | None) -> None:
     world = KueueWorld().to_queue().admitted()
+    first = world.pods["support-worker-0"]
+    world.set(first, eviction="Preempted", eviction_message=PREEMPTED, disrupted=True)
+    world.settle()
+    assert world.status.phase == "Training", "it says why before it deletes: nothing has begun to save"
     evict(world, "Preempted")
     world.handed["preemptor"] = "team-b/urgent-attempt-0"
     world.settle()

@@ -132,3 +132,18 @@ def test_known_sizes() -> None:
 def test_sizes_for_people(size: int, text: str) -> None:
     assert human_bytes(size) == text
     assert Memory(1, 2, 3, 4, 5).total == 15
+
+
+@pytest.mark.parametrize(
+    ("hyper", "gpus", "said"),
+    [
+        ({"packing": True, "attention": "sdpa"}, 1, True),
+        ({"packing": True, "attention": "eager"}, 1, True),
+        ({"packing": True}, 1, False),
+        ({"attention": "sdpa"}, 1, False),
+        ({"packing": True, "attention": "sdpa"}, 0, False),
+    ],
+)
+def test_what_packing_costs_with_a_dense_mask_is_said(hyper: dict[str, Any], gpus: int, said: bool) -> None:
+    reason = make_plan(spec(gpus=gpus, hyper=hyper), 1000, TINY).reason
+    assert ("packed rows cost the square of their tokens together" in reason) is said

@@ -199,7 +199,6 @@ def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -
 
 
 def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
 
     asked: list[str | None] = []
     answers: dict[str, Any] = {"exists": False, "role": "write"}
@@ -220,7 +219,7 @@ def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatc
                 raise answers["role"]
             return {"auth": {"accessToken": {"role": answers["role"]}}}
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr("finetune_trainer.check.HfApi", Hub)
     spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
     (shelf.folder / "token").write_text("hf_write\n")
     job = JobFile(name="j", namespace="n", uid="1", spec=spec, secrets={"publish-0": str(shelf.folder)})

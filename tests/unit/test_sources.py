@@ -14,15 +14,15 @@ import pytest
 
 from finetune_api.contract import Env, ExitCode, JobFile
 from finetune_api.spec import DatasetSource
-from finetune_api.status import Artifact
 from finetune_api.uris import parse_uri
 from finetune_api.validation import parse_spec
 from finetune_trainer import models, sources
+from finetune_trainer.check import check
 from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
 from finetune_trainer.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify
-from finetune_trainer.publish import _to_hub, _told_together
+from finetune_trainer.publish import _to_hub, together
 from finetune_trainer.sources import retry_after
 from tests.factory import MINIMAL, NOW
 
@@ -73,7 +73,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 def the_hub_is(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv(Env.HUB, url)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)  # read from the environment once, at import
+    for name, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)  # read from the environment once, at import
 
 
 @pytest.fixture
@@ -97,7 +98,12 @@ def _bucket(context: Context, url: str) -> None:
     fetch(context, DatasetSource(uri="s3://bucket/rows.jsonl", s3_endpoint=url), "train")
 
 
-ASKS = {"model": _model, "rows": _rows, "publish": _publish, "bucket": _bucket}
+def _check(context: Context, url: str) -> None:
+    spec = parse_spec({**MINIMAL, "publish": [{"uri": "hf://org/out", "secretRef": {"name": "s"}}]})
+    check(Context(context.job.model_copy(update={"spec": spec}), context.workspace))
+
+
+ASKS = {"model": _model, "rows": _rows, "publish": _publish, "check": _check, "bucket": _bucket}
 
 
 def end(ask: str, context: Context, url: str) -> StageError:
@@ -131,8 +137,7 @@ def test_a_name_without_address_is_waited_for(ask: str, server: Server, context:
     assert type(error) is SourceUnavailable and error.host == "hub.invalid"
 
 
-@pytest.mark.parametrize("code", [401, 403, 404])
-@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize(("ask", "code"), [(ask, code) for ask in ASKS for code in (401, 403, 404) if (ask, code) != ("check", 404)])
 def test_a_refusal_is_the_users_error_at_once(ask: str, code: int, server: Server, context: Context) -> None:
     server.says(code)
     error = end(ask, context, server.url)
@@ -150,6 +155,12 @@ def test_a_revision_that_does_not_exist_is_the_users_error(ask: str, server: Ser
 def test_a_short_trouble_is_over_before_anybody_notices(server: Server, context: Context) -> None:
     server.script = [(503, {}), (503, {}), (404, {})]
     assert type(end("rows", context, server.url)) is UserError, "it came as far as the answer"
+
+
+def test_a_target_that_does_not_exist_yet_is_no_refusal(server: Server, context: Context) -> None:
+    """It is made when it is written; a mirror may answer a bare 404, also to the question whose token it is."""
+    server.says(404)
+    _check(context, server.url)
 
 
 def test_what_this_job_has_fetched_is_not_asked_for_again(server: Server, context: Context, tmp_path: Path) -> None:
@@ -198,10 +209,9 @@ def test_several_targets_are_told_together() -> None:
     """What will never go is said at once; what may go by itself is waited for."""
     away = ("hf://org/a", SourceUnavailable("hub", "hub answers 503", 30.0))
     broken, refused = ("pvc://b/c", InfrastructureError("TargetNotWritable", "full")), ("hf://org/d", UserError("PublishRefused", "403"))
-    done = [Artifact(uri="pvc://x/y", digest="sha256:0", bytes=1)]
-    assert type(_told_together([away, broken, refused], [])) is UserError
-    assert _told_together([away, broken], []).reason == "TargetNotWritable"
-    waits = _told_together([away], done)
+    assert type(together([away, broken, refused], "")) is UserError
+    assert together([away, broken], "").reason == "TargetNotWritable"
+    waits = together([away], "; published: pvc://x/y")
     assert isinstance(waits, SourceUnavailable) and waits.retry_after == 30
     assert waits.message == "hf://org/a: hub answers 503; published: pvc://x/y"
 

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.contract import ExitCode, StageResult, Unavailable
 from finetune_operator.reconcile.model import parse_time
-from tests.factory import COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, TRAINED, after, merged
+from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, TRAINED, after, merged
 from tests.unit.test_reconcile import EVALUATED, World
 
 HOST = "huggingface.co"
@@ -142,16 +142,20 @@ def test_f31_a_clock_that_was_set_back() -> None:
     assert "since 2026-11-21T12:00:00Z" in condition(world)[2]
 
 
-def test_evaluate_and_publish_wait_without_a_pod_too() -> None:
+def test_check_evaluate_and_publish_wait_without_a_pod_too() -> None:
     world = World(EVALUATED)
     world.settle()
     world.succeed("prepare", PREPARED)
-    world.settle()
-    world.succeed("worker", TRAINED)
-    for stage, type_, result in (("evaluate", "Evaluated", COMPARED), ("publish", "Published", PUBLISHED)):
+    for stage, type_, result in (
+        ("check", "TargetsReady", CHECKED),
+        ("evaluate", "Evaluated", COMPARED),
+        ("publish", "Published", PUBLISHED),
+    ):
+        if stage == "evaluate":
+            world.succeed("worker", TRAINED)
         fail(world, stage)
         assert condition(world, type_)[:2] == ("False", "WaitingForSource")
-        assert all(p.phase in ("Succeeded", "Failed") for p in world.pods.values())
+        assert all(p.phase in ("Succeeded", "Failed") for p in world.pods.values()), "no GPU is taken or held"
         until_next_try(world)
         world.settle()
         world.succeed(f"{stage}-1", result)

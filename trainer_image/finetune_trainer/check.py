@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -50,9 +51,22 @@ def _writable(folder: Path) -> bool:
 def _hub(context: Context, uri: URI, token: str | None) -> None:
     api = HfApi(token=token)
     patiently(lambda: refuse_foreign_repository(api, uri.name, context), hub_host(), refusal(uri))
-    try:
-        account = patiently(api.whoami, hub_host(), refusal(uri))
-    except (HfHubHTTPError, OSError):
-        return  # a mirror need not know who asks
-    if (account.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+    if (_account(api, uri).get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UserError("PublishRefused", "the token may only read: make one that may write")
+
+
+def _account(api: HfApi, uri: URI) -> dict[str, Any]:
+    """Whose token it is; empty where a mirror does not say."""
+
+    def ask() -> dict[str, Any]:
+        try:
+            return dict(api.whoami())
+        except HfHubHTTPError as failure:
+            if failure.response.status_code != 404:
+                raise
+            return {}
+
+    try:
+        return patiently(ask, hub_host(), refusal(uri))
+    except OSError:
+        return {}

@@ -189,7 +189,12 @@ def refuse_foreign(target: Path, context: Context) -> None:
 
 def refuse_foreign_repository(api: HfApi, name: str, context: Context) -> None:
     """Raise UserError when a repository of the hub holds another job's result."""
-    if not api.file_exists(name, LINEAGE):
+    try:
+        if not api.file_exists(name, LINEAGE):
+            return
+    except HfHubHTTPError as failure:  # a mirror need not say what it is that it does not have
+        if failure.response.status_code != 404:
+            raise
         return
     owner = json.loads(Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
     if owner.get("uid") != context.job.uid:

@@ -117,9 +117,9 @@ class Hyperparameters(APIModel):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the computation; `auto` is bf16 where the GPU has it, else fp16, and fp32 on CPU."""
     attention: Literal["auto", "sdpa", "flash-attention-2", "eager"] = "auto"
-    """Attention kernel; `auto` is flash-attention-2 when the image and the GPU have it, else PyTorch's own sdpa. Padding-free batches come with flash attention."""
+    """Attention kernel; `auto` is flash-attention-2 when the image and the GPU have it, else PyTorch's own: varlen for rows without padding (sft and pretrain), sdpa for all others."""
     fused_kernels: Literal["auto", "off"] = "auto"
-    """Liger kernels, used when the image and the GPU have them; `off` never uses them."""
+    """Liger kernels, used on a GPU for the models that Liger knows; `off` never uses them."""
     torch_compile: bool = False
     """Compile the model with torch.compile: slower to start, faster steps on GPUs."""
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = None

@@ -333,6 +333,7 @@ async def connect(
 ) -> KubernetesCluster:
     """Connect with the pod's service account, or with the kubeconfig outside a cluster."""
     configuration = kubernetes_client.Configuration()
+    configuration.disable_strict_ssl_verification = True  # see login.py
     if _in_cluster() and kubeconfig is None:
         kubernetes_config.load_incluster_config(client_configuration=configuration)
     else:

@@ -104,8 +104,9 @@ def preemptor_uid(message: str) -> str | None:
 
 
 def taken_away(draft: Draft, pods: list[PodView]) -> Failure | None:
-    """That Kueue has taken the gang's pods away, why, and for whom."""
-    pod = next((p for p in sorted(pods, key=lambda p: p.rank) if p.eviction), None)
+    """That Kueue has taken the gang's pods away, why, and for whom. It says why before it deletes them: then they have not begun to save."""
+    gone = [p for p in sorted(pods, key=lambda p: p.rank) if p.eviction and (p.deleting or p.phase == "Failed")]
+    pod = gone[0] if gone else None
     if pod is None:
         return None
     favour = f" in favor of Workload {draft.observed.preemptor}" if draft.observed.preemptor else ""
@@ -164,7 +165,7 @@ def keep_place(draft: Draft, spec: FineTuneJobSpec) -> None:
     if job is not None and owner in ("", job.uid):
         return  # Kueue looks after both
     opened = (place.get("spec") or {}).get("active") is not False
-    wanted = not ended and (retry is None or not retry.retries) and (status.is_true("Trained") or _is_near_end(status))
+    wanted = not ended and (retry is None or not retry.tries) and (status.is_true("Trained") or _is_near_end(status))
     evicted = _is(found, "QuotaReserved") and _is(found, "Evicted")
     if owner or evicted or _is(found, "Finished") or status.finished or (opened and not wanted):
         draft.actions.append(Delete("Workload", name, place["metadata"]["uid"]))

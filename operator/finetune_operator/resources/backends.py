@@ -30,14 +30,14 @@ def local_queue(spec: FineTuneJobSpec) -> str:
     return spec.scheduling.queue or "default"
 
 
-def hand_over(pod: Manifest, job: JobRef, settings: Settings, attempt: int, nodes: int) -> None:
-    """Make a worker pod a member of its gang's group."""
+def hand_over(pod: Manifest, job: JobRef, settings: Settings, attempt: int) -> None:
+    """Make a worker pod a member of its gang's group, which starts whole."""
     meta, spec = pod["metadata"], pod["spec"]
     group = names.group_name(job.name, attempt)
     if settings.queueing_backend == "kueue":
         meta["labels"].update({QUEUE_LABEL: local_queue(job.spec), GROUP_LABEL: group})
         told = {
-            f"{_KUEUE}/pod-group-total-count": str(nodes),
+            f"{_KUEUE}/pod-group-total-count": str(job.spec.distribution.nodes),
             f"{_KUEUE}/pod-group-pod-index-label": names.LABEL_RANK,
             f"{_KUEUE}/retriable-in-group": "false",  # the operator starts another group instead
         }

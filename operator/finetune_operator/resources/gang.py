@@ -75,7 +75,7 @@ def worker(
     if admission is not None:
         meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
-    hand_over(pod, job, settings, attempt, plan.nodes(job.spec.distribution.gpus_per_node))
+    hand_over(pod, job, settings, attempt)
     return pod
 
 
