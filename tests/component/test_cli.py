@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
+from tests.component.cli import finetune
 from tests.component.conftest import Api, Kubelet, Operator, until
 from tests.factory import MINIMAL
-
-
-def finetune(api: Api, *words: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "finetune_cli", *words, "--kubeconfig", str(api.cluster.kubeconfig), "-n", api.namespace]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, (done.stdout, done.stderr)
-    return done.stdout + done.stderr
 
 
 def test_a_job_from_flags_to_its_end(api: Api, kubelet: Kubelet, operator: Operator) -> None:

@@ -20,7 +20,7 @@ from tests.component.test_operator import WHOLE
 WRITES = ("apply", "create", "delete", "replace_status")
 
 #: events of states that may come and go between two looks: pods here start and end within milliseconds
-PASSING = {"GangCreated", "GangRunning", "Unschedulable"}
+PASSING = {"GangCreated", "GangRunning", "Unschedulable", "PrepareStarted", "EvaluateStarted", "PublishStarted"}
 
 
 class Died(BaseException):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ from finetune_api import GROUP, VERSION
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from tests.cluster.local import LocalCluster
+from tests.component.cli import finetune
 from tests.component.conftest import Api, Kubelet, Operator, until
 from tests.component.machines import Machines
 from tests.factory import MINIMAL, ended, merged
@@ -315,25 +313,18 @@ def test_the_command_line_says_who_waits_for_what(
     api.create_job(gpu_job(queue, gpus=1), name="second")
     until("second waits", lambda: phase_of(api, "second") == "Queued")
 
-    def finetune(*words: str) -> str:
-        command = [sys.executable, "-m", "finetune_cli", *words, "--kubeconfig", str(api.cluster.kubeconfig), "-n", api.namespace]
-        env = {**os.environ, "COLUMNS": "200"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    told = finetune("queues")
+    told = finetune(api, "queues")
     assert f"queue {queue}: 1 admitted, 1 waiting" in told and "2 of 2" in told
     assert f"1. {api.namespace}/second: waits for 1 of 1 {GPU}" in told
-    told = finetune("why", "second")
+    told = finetune(api, "why", "second")
     assert "second: Queued" in told and f"position 1 in queue {queue}: waits for 1 of 1" in told
-    told = finetune("simulate", "--quota", f"{queue}/any=3")
+    told = finetune(api, "simulate", "--quota", f"{queue}/any=3")
     assert "second" in told and "starts" in told
     job = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FineTuneJob", "metadata": {"name": "third"}, "spec": gpu_job(queue)}
     (tmp_path / "third.yaml").write_text(yaml.safe_dump(job))
-    told = finetune("simulate", "-f", str(tmp_path / "third.yaml"))
+    told = finetune(api, "simulate", "-f", str(tmp_path / "third.yaml"))
     assert "third (simulated)" in told and "waits for 1 of 1" in told
-    assert finetune("simulate", "--quota", f"{queue}/any=2").strip() == "nothing would change"
+    assert finetune(api, "simulate", "--quota", f"{queue}/any=2").strip() == "nothing would change"
 
 
 def test_f24_a_changed_shape_neither_gets_nor_frees_gpus(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:
