@@ -76,7 +76,8 @@ def check_run(name: str, run: dict[str, Any], *, gpus: int, half: bool, liger: b
     losses = run.get("losses") or []
     if run["phase"] != "Succeeded" or not losses:
         return found
-    first, last = _mean(losses[:FEW]), _mean(losses[-FEW:])
+    few = min(FEW, max(1, len(losses) // 2))
+    first, last = _mean(losses[:few]), _mean(losses[-few:])
     found.append(Check(name, "the loss falls", last < first, f"{first:.3f} -> {last:.3f}"))
     ranks = run["ranks"]
     if not gpus:
