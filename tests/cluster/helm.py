@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python as helm
+import yaml
 
 from . import images
 from .shell import REPO, step
@@ -31,6 +32,14 @@ def local_values() -> dict[str, Any]:
         },
         "settings": {"statusIntervalSeconds": 1, "backoffBaseSeconds": 2, "nodeLostSeconds": 5},
     }
+
+
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an installation with these values creates."""
+    with helm.Chart.load(str(CHART)) as chart:
+        texts = chart.render(values, name=RELEASE, namespace=NAMESPACE, is_install=True)
+    documents = [text for name, text in texts.items() if name.endswith(".yaml")]
+    return [document for text in documents for document in yaml.safe_load_all(text) if document]
 
 
 def install(kubeconfig: Path, values: dict[str, Any] | None = None) -> None:
