@@ -139,7 +139,7 @@ def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path 
             with step(f"building the image {name} from {dockerfile.relative_to(REPO)}"):
                 run([*command, *options, context], env=_STORAGE_DRIVER, log=CACHE / f"{name}-image.log")
             if not docker:
-                _forget(repository, keep=3)
+                _forget(repository, digest_of(below, dockerfile, inputs[0]))
                 parts = ", ".join(f"{part} {size} MB" for part, size in _largest(image.reference))
                 say(f"image {name}: {image.size / 1e6:.0f} MB, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB; {parts}")
     return image
@@ -164,11 +164,16 @@ def _largest(reference: str) -> list[tuple[str, int]]:
         buildah("rm", container)
 
 
-def _forget(repository: str, *, keep: int) -> None:
-    """Remove all but the newest images of a repository, and layers that no image has."""
+def _forget(repository: str, packages: str) -> None:
+    """Remove all but three images of a repository; all but the newest, and what nothing needs any more, when its packages are others."""
+    note = STORAGE / f"{repository.rpartition('/')[2]}.packages"
+    changed = note.exists() and note.read_text() != packages
     newest_first = buildah("images", "--noheading", "--format", "{{.Name}}:{{.Tag}}", "--filter", f"reference={repository}").split()
-    for stale in newest_first[keep:]:
+    for stale in newest_first[1 if changed else 3 :]:
         buildah("rmi", stale)
+    if changed:
+        buildah("rmi", "--prune")
+    note.write_text(packages)
 
 
 def trainer() -> Image:

@@ -22,6 +22,7 @@ from .shell import CACHE, locked, run, say, step
 ROOT = CACHE / "node-images"
 _NAME = "finetune-store"
 _RUN = Path("/run/finetune-local/store")
+_MOST_IMAGES = 12
 _OWN = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db")
 """What containerd writes in place: each node has its own."""
 
@@ -49,6 +50,9 @@ def ensure(wanted: list[images.Image]) -> None:
         if not missing:
             return
         processes.end(lambda: processes.of(_NAME))  # of a run that was killed
+        if len(list(ROOT.glob("has/*"))) > _MOST_IMAGES:  # made anew in seconds, without what nothing needs any more
+            shutil.rmtree(ROOT)
+            missing = wanted
         _RUN.mkdir(parents=True, exist_ok=True)
         config, socket = _RUN / "containerd.toml", _RUN / "containerd.sock"
         no_pods = 'disabled_plugins = ["io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri"]\n'

@@ -17,11 +17,14 @@ REAL = {
 """Qwen2.5-0.5B: 494 million parameters."""
 SMALL = {**REAL, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 _MODEL = """
-import json, sys, torch
+import json, runpy, sys, torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+script, tiny, target, sizes = sys.argv[1:]
+sys.argv = [script, tiny]
+runpy.run_path(script, run_name="__main__")
 torch.manual_seed(0)
-config = Qwen2Config(**json.loads(sys.argv[2]), pad_token_id=0, bos_token_id=1, eos_token_id=1)
-Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
+config = Qwen2Config(**json.loads(sizes), pad_token_id=0, bos_token_id=1, eos_token_id=1)
+Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
 """
 WORDS = [
     "red",
@@ -48,8 +51,11 @@ WORDS = [
 def make_model(folder: Path, *, small: bool) -> Path:
     """Write the model; weights are random, the tokenizer is that of examples/models/tiny.py."""
     tiny, target = folder / "tiny", folder / "models" / "made"
-    _python(str(REPO / "examples" / "models" / "tiny.py"), str(tiny))
-    _python("-c", _MODEL, str(target), json.dumps(SMALL if small else REAL))
+    script = REPO / "examples" / "models" / "tiny.py"
+    words = [sys.executable, "-c", _MODEL, str(script), str(tiny), str(target), json.dumps(SMALL if small else REAL)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the model was not made: {(done.stdout + done.stderr)[-2000:]}")
     for file in tiny.iterdir():
         if "token" in file.name or "template" in file.name:
             shutil.copyfile(file, target / file.name)
@@ -66,9 +72,3 @@ def make_rows(folder: Path, *, small: bool) -> Path:
         rows.append({"prompt": f"what is number {index}? ", "completion": answer})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def _python(*words: str) -> None:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the model was not made: {(done.stdout + done.stderr)[-2000:]}")

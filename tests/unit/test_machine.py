@@ -13,11 +13,12 @@ import copy
 import dataclasses
 import itertools
 import os
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.status import read_status
+from finetune_operator import controller, scheduler, world
 from finetune_operator.cluster.client import APIError, Object
 from finetune_operator.cluster.store import Store
 from finetune_operator.controller import Controller
@@ -35,6 +37,8 @@ from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, RESULTS, after, container_status, ended, job, merged, stamp
 
 KEY = ("team-a", "support")
+LATER = NOW + timedelta(days=7)
+"""When the operator looks at the job."""
 SPEC = merged(
     MINIMAL,
     dataset={"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
@@ -62,6 +66,8 @@ class Server:
         self.broken: list[str] = []
         self.skew = 0.0
         """Seconds that its clock goes wrong by."""
+        self.looks = 0
+        """How often its clock was asked: time goes on by that, the same in every run of an example."""
 
     def put(self, kind: str, raw: Object) -> Object:
         raw["metadata"]["resourceVersion"] = str(next(self.count))
@@ -159,7 +165,8 @@ class Server:
         raise NotImplementedError
 
     def now(self) -> datetime:
-        return datetime.now(UTC) + timedelta(seconds=self.skew)
+        self.looks += 1
+        return LATER + timedelta(seconds=self.skew + self.looks / 100)
 
     async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
         def do() -> Object:
@@ -183,6 +190,14 @@ class Server:
 
 class Machine(RuleBasedStateMachine):
     """One job."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ticks = itertools.count()  # not this machine's clock, which makes a busy machine's runs differ
+        clock = SimpleNamespace(monotonic=lambda: next(ticks) / 1000)
+        self.clocks = contextlib.ExitStack()
+        for module in (controller, scheduler, world):
+            self.clocks.enter_context(mock.patch.object(module, "time", clock))
 
     @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
     def begin(self, stage: str, patient: bool) -> None:
@@ -423,6 +438,12 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Left alone, the job ends, however things stood."""
+        try:
+            self.ends()
+        finally:
+            self.clocks.close()
+
+    def ends(self) -> None:
         if not hasattr(self, "server"):
             return
         self.server.trouble = None
@@ -459,7 +480,7 @@ def test_a_job_that_is_looked_at_late_is_queued_and_admitted_in_one_write() -> N
     uid = machine.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
     machine.pods_succeed(0.0, True)
     machine.deliver_everything()
-    machine.controller._untold[uid] = time.monotonic() - 3600
+    machine.controller._untold[uid] = -3600.0
     machine.work(0, "")
     assert not machine.status.is_true("DataReady"), "not on record yet: the scheduler is asked first"
     machine.schedule(0, "")
@@ -467,16 +488,18 @@ def test_a_job_that_is_looked_at_late_is_queued_and_admitted_in_one_write() -> N
     assert machine.status.is_true("DataReady") and machine.status.is_true("Admitted")
     told = [raw for kind, raw, _ in machine.server.watch if kind == "FineTuneJob"]
     assert len(told) == 1, "one write"
+    machine.clocks.close()
 
 
 def test_a_job_that_is_looked_at_late_and_waits_is_told_so_in_time() -> None:
     """It is put off once, not for as long as the operator is late."""
     machine = Machine()
     machine.begin("prepare", patient=False)
-    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=0.05)
+    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=0.01)
     machine.pods_succeed(0.0, True)
     machine.deliver_everything()
     machine.work(0, "")
-    time.sleep(0.06)
-    machine.work(0, "")
+    for _ in range(20):  # time goes on by a thousandth at each look
+        machine.work(0, "")
     assert machine.status.is_true("DataReady") and machine.status.phase == "Queued"
+    machine.clocks.close()
