@@ -54,14 +54,15 @@ class Part:
 
 def main(cluster: list[str] = CLUSTER, others: list[str] = OTHERS, nice: int = 3) -> int:
     """Run both, and return the first exit code that is not 0."""
-    running = [Part(cluster, nice=0, live=True), Part(others, nice=nice, live=False)]
+    running: list[Part] = []
 
     def stop(*_: object) -> None:
         for part in running:
             part.process.send_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells them, too; they clean up and end
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells them, too: they clean up and end, also where nobody else heeds it
+    running += [Part(cluster, nice=0, live=True), Part(others, nice=nice, live=False)]
     told: list[Part] = []
     while left := [part for part in running if part not in told]:
         over = [part for part in left if part.process.poll() is not None]

@@ -18,3 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def tiny_model() -> Path:
     """Folder of a model of 0.2 million parameters, made by the example's own script."""
     return model("tiny.py", "tiny")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage is what unit tests measure; of what trains it would cost a third more processor time."""
+    for item in items:
+        if "unit" not in item.path.parts:
+            item.add_marker("no_cover")
