@@ -47,7 +47,7 @@ def test_a_whole_job(api: Api, kubelet: Kubelet, operator: Operator) -> None:
     api.create_job(WHOLE)
     status = phase(api, "Succeeded")
     assert [c["type"] for c in status["conditions"] if c["status"] == "True"] == [
-        "Ready", "Accepted", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert status["attempt"] == 0 and "restarts" not in status
     assert api.events()[-1] == "Succeeded" and len(api.events()) == len(set(api.events()))

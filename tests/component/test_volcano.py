@@ -76,4 +76,4 @@ def test_volcano_decides_when_a_gang_starts(api: Api, kubelet: Kubelet, operator
     api.create_job(gpu_job("research", nodes=1), "later")
     until("its group", lambda: len(groups(api)) == 2)
     api.patch_job({"spec": {"runPolicy": {"suspend": True}}}, "later")
-    until("its group is gone", lambda: len(groups(api)) == 1, 60)
+    until("its group is gone", lambda: len(groups(api)) == 1, 150)
