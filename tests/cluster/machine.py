@@ -29,7 +29,8 @@ def with_kind() -> bool:
 
 def needed(cache: Path) -> int:
     """Gigabytes of disk that what is not cached yet takes."""
-    return sum(size for name, size in GIGABYTES.items() if not any(cache.glob(f"{name}*")))
+    made = {path.name for path in cache.glob("*") if path.is_dir() and path.suffix != ".partial"}
+    return sum(size for name, size in GIGABYTES.items() if not any(found.startswith(name) for found in made))
 
 
 def problem(
