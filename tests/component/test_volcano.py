@@ -73,7 +73,8 @@ def test_volcano_decides_when_a_gang_starts(api: Api, kubelet: Kubelet, operator
     assert api.condition("Admitted")["message"] == "its pods were let through"
     assert len(groups(api)) == 1, "one group an attempt"
     # suspended while it waits, nothing reserves a place
+    gate.through.clear()
     api.create_job(gpu_job("research", nodes=1), "later")
     until("its group", lambda: len(groups(api)) == 2)
     api.patch_job({"spec": {"runPolicy": {"suspend": True}}}, "later")
-    until("its group is gone", lambda: len(groups(api)) == 1, 150)
+    until("its group is gone", lambda: len(groups(api)) == 1, 60)
