@@ -27,9 +27,10 @@ print(bool(list(pathlib.Path(os.environ["TRITON_CACHE_DIR"]).rglob("launcher*.so
 """
 STACK = """
 import pathlib, sys
+from importlib.util import cache_from_source
 import torch, trl, peft, deepspeed, transformers, datasets, accelerate, bitsandbytes, liger_kernel
 modules = [m for m in list(sys.modules.values()) if str(getattr(m, "__file__", "")).startswith("/opt/finetune/site-packages")]
-lacking = [m.__name__ for m in modules if str(m.__file__).endswith(".py") and not (m.__cached__ and pathlib.Path(m.__cached__).exists())]
+lacking = [m.__name__ for m in modules if str(m.__file__).endswith(".py") and not pathlib.Path(cache_from_source(m.__file__)).exists()]
 print(len(modules) > 1000, lacking)
 """
 
