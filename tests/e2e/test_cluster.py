@@ -248,14 +248,19 @@ def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:
 
 
 def test_a11_a_planted_secret_is_nowhere(user: User) -> None:
-    """Prepare uses it and fails, again and again; then everything that anybody could read is searched."""
+    """Prepare and check use it with a hub that is not there, and wait for it; then everything that anybody could read is searched."""
     planted = "planted-9f3b7c-token"
     user.kubectl("create", "secret", "generic", "hf-token", f"--from-literal=token={planted}")
     document = manifest("planted", model={"uri": "hf://org/model@1a2b3c4", "secretRef": {"name": "hf-token"}})
     document["spec"]["publish"] = [{"uri": "hf://org/result", "secretRef": {"name": "hf-token"}}]
     user.apply(document)
-    status = user.ended("planted")
-    assert status["phase"] == "Failed" and status["stages"]["prepare"]["retries"] >= 1, user.story()
+
+    def waits() -> bool:
+        return all(user.status("planted")["stages"][stage]["waits"] >= 1 for stage in ("prepare", "check"))
+
+    user.until("both wait for the hub", waits, 240)
+    told = {c["type"]: c for c in user.status("planted")["conditions"]}
+    assert "huggingface.co" in told["DataReady"]["message"] and "Failed" not in told, told
     kinds = "finetunejobs,pods,jobs,configmaps,events,services,networkpolicies,persistentvolumeclaims"
     said = user.kubectl("get", kinds, "-o", "yaml")
     said += "".join(user.kubectl("logs", p["metadata"]["name"], check=False) for p in user.pods("planted"))
