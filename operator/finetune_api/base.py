@@ -72,9 +72,9 @@ class Format:
         return f'"{shown}"{self._not_one}'
 
     def check(self, value: str) -> str:
-        """The value. Raises ValueError when it is none."""
+        """The value. Raises PydanticCustomError, a ValueError, when it is none."""
         if refusal := self.refusal(value):
-            raise ValueError(refusal)
+            raise refused(refusal)
         return value
 
     def to_cel(self) -> dict[str, str]:
@@ -106,13 +106,8 @@ class Format:
     def _or_write(self) -> str:
         return f"? {self.name[0].upper()}{self.name[1:]} is {self.write}"
 
-    def _checked(self, value: str) -> str:
-        if refusal := self.refusal(value):
-            raise refused(refusal)
-        return value
-
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema = no_info_after_validator_function(self._checked, handler(source))
+        schema = no_info_after_validator_function(self.check, handler(source))
         return no_info_before_validator_function(_integer_as_text, schema) if self.or_integer else schema
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

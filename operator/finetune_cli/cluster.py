@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from kubernetes import client, config
 
 from finetune_api import API_VERSION, GROUP, KIND, PLURAL, VERSION, names
+from finetune_api.contract import Stage
 
 Object = dict[str, Any]
 _SECONDS = 30
@@ -82,7 +83,7 @@ class Jobs:
         """Pods of a job, by stage and rank."""
         selector = f"{names.LABEL_JOB_UID}={job['metadata']['uid']}"
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_SECONDS).items
-        order = ("prepare", "check", "train", "evaluate", "publish")
+        order = get_args(Stage)
 
         def place(pod: Any) -> tuple[int, int, str]:
             labels = pod.metadata.labels

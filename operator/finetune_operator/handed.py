@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from finetune_api import names
@@ -109,34 +110,36 @@ class Handed:
         return self._kind
 
     async def _get(self, kind: str, namespace: str, name: str) -> Object | None:
-        try:
+        with _where_allowed():
             return await self.cluster.get(kind, namespace, name)
-        except APIError as failure:
-            if failure.transient:
-                raise
-            return None  # not allowed to look, or not there: the pods will tell
+        return None
 
     async def _of_job(self, kind: str, namespace: str, uid: str) -> Object | None:
-        try:
-            return next(iter([raw async for raw in self.cluster.list(kind, namespace, f"{JOB_UID_LABEL}={uid}")]), None)
-        except APIError as failure:
-            if failure.transient:
-                raise
-            return None
+        with _where_allowed():
+            found = [raw async for raw in self.cluster.list(kind, namespace, f"{JOB_UID_LABEL}={uid}")]
+            return found[0] if found else None
+        return None
 
     async def _preemptor(self, kind: str, uid: str) -> str:
         """namespace/name of a Workload; only its UID is in what Kueue says. Empty where it may not be looked for."""
         if uid not in self._preemptors and kind:
-            try:
+            with _where_allowed():
                 for namespace in self.settings.watch_namespaces or ("",):
                     async for raw in self.cluster.list(kind, namespace):
                         meta = raw["metadata"]
                         if meta["uid"] == uid:
                             _remember(self._preemptors, uid, f"{meta['namespace']}/{meta['name']}")
-            except APIError as failure:
-                if failure.transient:
-                    raise
         return self._preemptors.get(uid, "")
+
+
+@contextlib.contextmanager
+def _where_allowed() -> Iterator[None]:
+    """Pass over what may not be looked at, or is not there: the pods will tell."""
+    try:
+        yield
+    except APIError as failure:
+        if failure.transient:
+            raise
 
 
 def _remember(known: dict[str, str], key: str, value: str) -> None:

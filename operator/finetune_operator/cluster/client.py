@@ -241,15 +241,24 @@ class KubernetesCluster:
         content = "application/merge-patch+json"
         return await self.request("PATCH", path, kind=kind, verb="patch", body=body, query=query, content_type=content, priority=priority)
 
+    async def plurals(self, group: str, version: str) -> set[str]:
+        """Names of the resources that the API server serves in a version of a group; none when it does not know it."""
+        try:
+            answer = await self.request("GET", f"/apis/{group}/{version}", kind="APIResourceList", verb="get")
+        except APIError as failure:
+            if failure.not_found:
+                return set()
+            raise
+        return {str(known.get("name")) for known in answer.get("resources") or ()}
+
     async def serves(self, kind: str) -> bool:
         resource = RESOURCES[kind]
         try:
-            answer = await self.request("GET", f"/apis/{resource.group}/{resource.version}", kind=kind, verb="discover")
+            return resource.plural in await self.plurals(resource.group, resource.version)
         except APIError as failure:
             if failure.transient:
                 raise
-            return not failure.not_found  # not allowed to ask: the objects will tell
-        return any(known.get("name") == resource.plural for known in answer.get("resources") or ())
+            return True  # not allowed to ask: the objects will tell
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
         body: Object = {

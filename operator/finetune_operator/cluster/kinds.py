@@ -46,7 +46,7 @@ class Kinds:
         """Ask what is served. Raises APIError when the API server does not say."""
         wanted = (*self.watched, *self.asked)
         versions = sorted({(resource.group, resource.version) for resource in wanted})
-        plurals = {version: await self._plurals(*version) for version in versions}
+        plurals = {version: await self._cluster.plurals(*version) for version in versions}
         self._served = frozenset(r for r in wanted if r.plural in plurals[r.group, r.version])
         missing = [_shown(r) for r in self.watched if r not in self._served]
         if self.asked and not self._served.intersection(self.asked):
@@ -55,15 +55,6 @@ class Kinds:
         if self.missing != self._told:
             log.warning("not served: %s", ", ".join(missing)) if missing else log.info("every kind that is needed is served")
             self._told = self.missing
-
-    async def _plurals(self, group: str, version: str) -> set[str]:
-        try:
-            answer = await self._cluster.request("GET", f"/apis/{group}/{version}", kind="APIResourceList", verb="get")
-        except APIError as failure:
-            if failure.not_found:
-                return set()
-            raise
-        return {str(resource.get("name")) for resource in answer.get("resources") or ()}
 
     async def found(self) -> None:
         """Wait until jobs are served: there is nothing to do without them."""

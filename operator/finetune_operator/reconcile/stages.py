@@ -92,7 +92,7 @@ def _wait_in_queue(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition:
 def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, manifest: dict[str, Any]) -> None:
     if draft.held_back():
         return
-    if stage == "evaluate" and draft.place == manifest["metadata"]["name"]:
+    if draft.place == manifest["metadata"]["name"]:
         take_place(manifest, draft.place)
     draft.actions.append(Create(manifest))
     _note_start(draft, stage, condition, retry, manifest["metadata"]["name"], rfc3339(draft.now), tell=True)
