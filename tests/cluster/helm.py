@@ -34,12 +34,13 @@ def local_values() -> dict[str, Any]:
     }
 
 
-def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an installation with these values creates."""
-    with helm.Chart.load(str(CHART)) as chart:
-        texts = chart.render(values, name=RELEASE, namespace=NAMESPACE, is_install=True)
-    documents = [text for name, text in texts.items() if name.endswith(".yaml")]
-    return [document for text in documents for document in yaml.safe_load_all(text) if document]
+def rendered(values: dict[str, Any], chart: Path = CHART, *, name: str = RELEASE, namespace: str = NAMESPACE) -> list[dict[str, Any]]:
+    """What an installation with these values creates. Raises HelmError where the chart's schema refuses them."""
+    with helm.Chart.load(str(chart)) as loaded:
+        loaded.validate_schema(loaded.merge_values(values))
+        texts = loaded.render(values, name=name, namespace=namespace, is_install=True)
+    manifests = [text for path, text in texts.items() if path.endswith(".yaml")]
+    return [document for text in manifests for document in yaml.safe_load_all(text) if document]
 
 
 def install(kubeconfig: Path, values: dict[str, Any] | None = None) -> None:

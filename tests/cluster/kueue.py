@@ -17,6 +17,7 @@ import yaml
 from . import binaries, images, processes
 from .certificates import Authority
 from .control_plane import answers, free_port, wait_for
+from .helm import rendered
 from .shell import step
 
 if TYPE_CHECKING:
@@ -109,10 +110,12 @@ def start(cluster: LocalCluster) -> None:
         "featureGates": {"VisibilityOnDemand": False},
     }
     (state / "config.yaml").write_text(yaml.safe_dump(configuration))
-    with helm.Chart.load(str(_folder() / "chart")) as chart:
-        rendered = chart.render(_values(configuration), name=RELEASE, namespace=NAMESPACE, is_install=True)
     wanted = ("CustomResourceDefinition", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration")
-    documents = [d for text in rendered.values() for d in yaml.safe_load_all(text) if d and d["kind"] in wanted]
+    documents = [
+        document
+        for document in rendered(_values(configuration), _folder() / "chart", name=RELEASE, namespace=NAMESPACE)
+        if document["kind"] in wanted
+    ]
     trust = base64.b64encode(authority.path.read_bytes()).decode()
     for document in documents:
         _call_by_url(document, f"https://127.0.0.1:{port}", trust)

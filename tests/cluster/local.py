@@ -92,6 +92,7 @@ class LocalCluster:
         load = [images.pause(), *(load or [])] if self.size else []
         if self.is_up():
             say(f"local cluster {self.name} is up")
+            store.ensure(load)
             for image in load:
                 self.load(image)
         else:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kubernetes import client, config
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.contract import StageResult
+from tests.cluster import binaries
 from tests.cluster.control_plane import free_port
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO, digest_of
@@ -29,16 +30,23 @@ SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 CRDS = sorted((REPO / "crds").glob("*.yaml"))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[LocalCluster]:
-    """etcd, API server, controller manager, scheduler; no nodes. Two checkouts on one machine have one each."""
-    target = LocalCluster(f"component-{digest_of(str(REPO))[:6]}", size=0)
+@contextlib.contextmanager
+def control_plane(name: str, kubernetes: str = binaries.NEWEST, *, definitions: Sequence[Path] = CRDS) -> Iterator[LocalCluster]:
+    """etcd, API server, controller manager, scheduler; no nodes. Two checkouts on one machine have one each of a name."""
+    target = LocalCluster(f"{name}-{digest_of(str(REPO))[:6]}", size=0, kubernetes=kubernetes)
     target.down(quiet=True)
     target.up()
-    for crd in CRDS:
-        target.define(crd)
+    for definition in definitions:
+        target.define(definition)
     yield target
     target.down(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    """What most tests share."""
+    with control_plane("component") as target:
+        yield target
 
 
 class Api:
@@ -121,6 +129,16 @@ def api(cluster: LocalCluster) -> Iterator[Api]:
         target.core.delete_collection_namespaced_pod(name, grace_period_seconds=0)
     with contextlib.suppress(client.ApiException):
         target.core.delete_namespace(name)
+
+
+@pytest.fixture
+def priority(api: Api) -> Iterator[str]:
+    """A PriorityClass of 1000."""
+    name = f"urgent-{uuid.uuid4().hex[:6]}"
+    scheduling = client.SchedulingV1Api(api.core.api_client)
+    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1000})
+    yield name
+    scheduling.delete_priority_class(name)
 
 
 Behaviour = Callable[[Any], dict[str, Any] | None]

@@ -17,7 +17,7 @@ from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
-from tests.component.conftest import CRDS
+from tests.component.conftest import control_plane
 from tests.factory import MINIMAL, merged
 from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
 from tests.unit.test_validation import BAD
@@ -72,13 +72,8 @@ def server(request: pytest.FixtureRequest, cluster: LocalCluster) -> Iterator[Se
     if cluster.kubernetes == request.param:
         yield Server(cluster)
         return
-    other = LocalCluster(f"{cluster.name}-other", size=0, kubernetes=request.param)
-    other.down(quiet=True)
-    other.up()
-    for path in CRDS:
-        other.define(path)
-    yield Server(other)
-    other.down(quiet=True)
+    with control_plane("other", request.param) as other:
+        yield Server(other)
 
 
 def test_both_are_established(server: Server) -> None:

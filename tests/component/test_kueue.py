@@ -13,8 +13,7 @@ from kubernetes import client
 from finetune_api import names
 from tests.cluster import kueue
 from tests.cluster.local import LocalCluster
-from tests.cluster.shell import REPO, digest_of
-from tests.component.conftest import CRDS, Api, Kubelet, Operator, until
+from tests.component.conftest import Api, Kubelet, Operator, control_plane, until
 from tests.component.machines import Machines
 from tests.component.test_queues import GPU, Leaving, gpu_job
 from tests.factory import merged
@@ -26,16 +25,11 @@ QUEUES = ("localqueues", "clusterqueues", "resourceflavors")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     """A control plane of its own: Kueue's webhooks see every pod of it."""
-    target = LocalCluster(f"kueue-{digest_of(str(REPO))[:6]}", size=0)
-    target.down(quiet=True)
-    target.up()
-    for crd in CRDS:
-        target.define(crd)
-    kueue.start(target)
-    machines = Machines(Api(target, "default").core, ["gpus"], {GPU: "64"})
-    yield target
-    machines.close()
-    target.down(quiet=True)
+    with control_plane("kueue") as target:
+        kueue.start(target)
+        machines = Machines(Api(target, "default").core, ["gpus"], {GPU: "64"})
+        yield target
+        machines.close()
 
 
 class Kueue:
@@ -86,15 +80,6 @@ def leaving(api: Api) -> Iterator[Leaving]:
     yield played
     played.end()
     made.close()
-
-
-@pytest.fixture
-def priority(api: Api) -> Iterator[str]:
-    name = f"urgent-{uuid.uuid4().hex[:6]}"
-    scheduling = client.SchedulingV1Api(api.core.api_client)
-    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1000})
-    yield name
-    scheduling.delete_priority_class(name)
 
 
 def evaluated(nodes: int = 2, **scheduling: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO, digest_of
-from tests.component.conftest import Api, Kubelet, Operator, until
+from tests.component.conftest import Api, Kubelet, Operator, control_plane, until
 from tests.factory import MINIMAL
 
 JOBS, QUEUES = (REPO / "crds" / f"finetune{name}.yaml" for name in ("jobs", "queues"))
@@ -22,11 +22,8 @@ JOBS, QUEUES = (REPO / "crds" / f"finetune{name}.yaml" for name in ("jobs", "que
 @pytest.fixture(scope="module")
 def bare() -> Iterator[LocalCluster]:
     """An API server without any of our kinds."""
-    target = LocalCluster(f"crds-{digest_of(str(REPO))[:6]}", size=0)
-    target.down(quiet=True)
-    target.up()
-    yield target
-    target.down(quiet=True)
+    with control_plane("crds", definitions=()) as target:
+        yield target
 
 
 @pytest.fixture

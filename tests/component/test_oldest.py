@@ -10,19 +10,15 @@ import yaml
 
 from tests.cluster import binaries, helm
 from tests.cluster.local import LocalCluster
-from tests.cluster.shell import REPO, digest_of
-from tests.component.conftest import CRDS, Api, Kubelet, Operator, until
+from tests.component.conftest import CRDS, Api, Kubelet, Operator, control_plane, until
 from tests.factory import MINIMAL, merged
 
 
 @pytest.fixture(scope="module")
 def oldest() -> Iterator[LocalCluster]:
     """A bare control plane; the definitions come with the chart."""
-    target = LocalCluster(f"oldest-{digest_of(str(REPO))[:6]}", size=0, kubernetes=binaries.OLDEST)
-    target.down(quiet=True)
-    target.up()
-    yield target
-    target.down(quiet=True)
+    with control_plane("oldest", binaries.OLDEST, definitions=()) as target:
+        yield target
 
 
 def test_the_chart_is_taken_and_a_job_succeeds(oldest: LocalCluster, tmp_path: Path) -> None:

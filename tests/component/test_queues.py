@@ -62,16 +62,6 @@ def make_queue(api: Api) -> Iterator[MakeQueue]:
             api.custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
 
 
-@pytest.fixture
-def priority(api: Api) -> Iterator[str]:
-    """A PriorityClass of 1000."""
-    name = f"urgent-{uuid.uuid4().hex[:6]}"
-    scheduling = client.SchedulingV1Api(api.core.api_client)
-    scheduling.create_priority_class({"metadata": {"name": name}, "value": 1000})
-    yield name
-    scheduling.delete_priority_class(name)
-
-
 def gpu_job(
     queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, resource: str = GPU, **scheduling: Any
 ) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,33 +27,14 @@ torch.manual_seed(0)
 config = Qwen2Config(**json.loads(sizes), pad_token_id=0, bos_token_id=1, eos_token_id=1)
 Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
 """
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "bird",
-    "one",
-    "two",
-    "three",
-    "yes",
-    "no",
-    "colour",
-    "animal",
-    "number",
-    "what",
-    "is",
-    "a",
-    "the",
-]
+_TINY = REPO / "examples" / "models" / "tiny.py"
+"""Whose words and tokenizer are used."""
 
 
 def make_model(folder: Path, *, small: bool) -> Path:
     """Write the model; weights are random, the tokenizer is that of examples/models/tiny.py."""
     tiny, target = folder / "tiny", folder / "models" / "made"
-    script = REPO / "examples" / "models" / "tiny.py"
-    words = [sys.executable, "-c", _MODEL, str(script), str(tiny), str(target), json.dumps(SMALL if small else REAL)]
+    words = [sys.executable, "-c", _MODEL, str(_TINY), str(tiny), str(target), json.dumps(SMALL if small else REAL)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the model was not made: {(done.stdout + done.stderr)[-2000:]}")
@@ -65,10 +47,10 @@ def make_model(folder: Path, *, small: bool) -> Path:
 def make_rows(folder: Path, *, small: bool) -> Path:
     """Write rows of very different lengths, as real ones are: packing and its attention have something to do."""
     folder.mkdir(parents=True)
-    chance, rows = random.Random(0), []
+    chance, rows, words = random.Random(0), [], runpy.run_path(str(_TINY))["WORDS"]
     for index in range(48 if small else 800):
         length = min(40 if small else 1500, int(chance.lognormvariate(2.5 if small else 5.0, 0.9)) + 4)
-        answer = " ".join(chance.choice(WORDS) for _ in range(length))
+        answer = " ".join(chance.choice(words) for _ in range(length))
         rows.append({"prompt": f"what is number {index}? ", "completion": answer})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

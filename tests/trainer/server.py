@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import QuietHandler, serving
 
 
 class Chat:
@@ -23,7 +23,7 @@ def chat_server(answer: Callable[[list[dict[str, Any]]], str], *, failures: list
     left = list(failures or [])
     chat = Chat("")
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if left:
@@ -38,14 +38,6 @@ def chat_server(answer: Callable[[list[dict[str, Any]]], str], *, failures: list
             self.end_headers()
             self.wfile.write(text)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    chat.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as port:
+        chat.url = f"http://127.0.0.1:{port}/v1"
         yield chat
-    finally:
-        server.shutdown()
-        server.server_close()

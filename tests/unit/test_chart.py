@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 
 from finetune_operator import metrics as _metrics  # noqa: F401 - registers them
 from tests.cluster.helm import CHART
+from tests.cluster.helm import rendered as render
 
 VALUES: list[dict[str, Any]] = [
     {},
@@ -60,14 +61,6 @@ VALUES: list[dict[str, Any]] = [
         "podAnnotations": {"a": "b"},
     },
 ]
-
-
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    with helm.Chart.load(str(CHART)) as chart:
-        chart.validate_schema(chart.merge_values(values))
-        rendered = chart.render(values, name="finetune-operator", namespace="finetune-system", is_install=True)
-    texts = [text for path, text in rendered.items() if path.endswith(".yaml")]
-    return [d for text in texts for d in yaml.safe_load_all(text) if d]
 
 
 def test_lint_is_clean() -> None:

@@ -9,9 +9,7 @@ import json
 import select
 import socket
 import ssl
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from finetune_trainer.data.fetch import allowed_addresses, fetch
 from finetune_trainer.data.reading import rows
 from finetune_trainer.errors import SourceUnavailable, UserError
 from tests.factory import MINIMAL
+from tests.loopback import QuietHandler, serving
 
 ROWS = b'{"text": "a"}\n{"text": "b"}\n'
 
@@ -60,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     pem.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             path, body = self.path, ROWS
             if path.startswith("/to/"):
@@ -89,19 +88,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(pem)
-    httpd.socket = tls.wrap_socket(httpd.socket, server_side=True)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
+    with serving(Handler, tls) as port, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(pem))
         patch.setenv(Env.ALLOWED_HOSTS, "localhost")
-        yield f"https://localhost:{httpd.server_port}"
-    httpd.shutdown()
+        yield f"https://localhost:{port}"
 
 
 def read(context: Context, uri: str, **more: Any) -> list[dict[str, Any] | None]:
@@ -159,9 +151,9 @@ def test_an_authority_that_is_not_trusted_is_named_with_the_way_out(
 
 def test_through_a_proxy(context: Context, server: str, no_pause: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy is asked by name and looks the name up; what has an address that is not public here is refused all the same."""
-    asked = []
+    asked: list[tuple[str, str | None]] = []
 
-    class Proxy(BaseHTTPRequestHandler):
+    class Proxy(QuietHandler):
         def do_CONNECT(self) -> None:
             asked.append((self.path, self.headers.get("Proxy-Authorization")))
             self.send_response(200)
@@ -174,24 +166,19 @@ def test_through_a_proxy(context: Context, server: str, no_pause: None, monkeypa
                             return
                         (far if end is self.connection else self.connection).sendall(data)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, f"http://me:pass%21@127.0.0.1:{proxy.server_port}")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert len(read(context, f"{server}/rows.jsonl")) == 2
-    assert asked == [(server.removeprefix("https://"), "Basic bWU6cGFzcyE=")]
-    with pytest.raises(SourceUnavailable, match="nowhere"):  # the far end's certificate is another's
-        fetch(context, DatasetSource(uri="https://nowhere.invalid/rows.jsonl"), "train")
-    assert asked[-1][0] == "nowhere.invalid:443"
-    monkeypatch.setenv(Env.ALLOWED_HOSTS, "")
-    with pytest.raises(UserError, match="not public"):
-        fetch(context, DatasetSource(uri=f"{server}/other.jsonl"), "train")
-    proxy.shutdown()
+    with serving(Proxy) as port:
+        for name in ("https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://me:pass%21@127.0.0.1:{port}")
+        assert len(read(context, f"{server}/rows.jsonl")) == 2
+        assert asked == [(server.removeprefix("https://"), "Basic bWU6cGFzcyE=")]
+        with pytest.raises(SourceUnavailable, match="nowhere"):  # the far end's certificate is another's
+            fetch(context, DatasetSource(uri="https://nowhere.invalid/rows.jsonl"), "train")
+        assert asked[-1][0] == "nowhere.invalid:443"
+        monkeypatch.setenv(Env.ALLOWED_HOSTS, "")
+        with pytest.raises(UserError, match="not public"):
+            fetch(context, DatasetSource(uri=f"{server}/other.jsonl"), "train")
 
 
 def test_half_a_file_is_tried_again(context: Context, server: str, no_pause: None) -> None:

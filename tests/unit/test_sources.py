@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -25,6 +22,7 @@ from finetune_trainer.errors import InfrastructureError, SourceUnavailable, Stag
 from finetune_trainer.publish import _to_hub, together
 from finetune_trainer.sources import retry_after
 from tests.factory import MINIMAL, NOW
+from tests.loopback import QuietHandler, serving
 
 DOWN = "http://127.0.0.1:1"
 
@@ -37,7 +35,7 @@ class Server:
         self.asked: list[str] = []
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def answer(self) -> None:
                 outer.asked.append(f"{self.command} {self.path}")
                 code, headers = outer.script[0] if len(outer.script) == 1 else outer.script.pop(0)
@@ -48,12 +46,7 @@ class Server:
 
             do_GET = do_HEAD = do_POST = answer
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.httpd.server_port}"
-        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+        self.handler, self.url = Handler, ""
 
     def says(self, code: int, **headers: str) -> None:
         self.script = [(code, {name.replace("_", "-"): value for name, value in headers.items()})]
@@ -63,12 +56,12 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     """A server that stands for the hub, and whose address data may be fetched from. Nobody sleeps."""
     found = Server()
-    the_hub_is(monkeypatch, found.url)
-    monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
-    yield found
-    found.httpd.shutdown()
-    found.httpd.server_close()
+    with serving(found.handler) as port:
+        found.url = f"http://127.0.0.1:{port}"
+        the_hub_is(monkeypatch, found.url)
+        monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
+        monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+        yield found
 
 
 def the_hub_is(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
