@@ -187,7 +187,9 @@ class Controller:
     async def _lost_nodes(self, observed: Observed) -> frozenset[str]:
         """Nodes of lingering pods that are gone or not ready. Asked for only while a pod lingers."""
         lost = set()
-        for node in sorted({p.node for p in observed.pods if p.deleting and p.node and p.phase not in ("Succeeded", "Failed")}):
+        for node in sorted(
+            {p.node for p in (*observed.pods, *observed.left) if p.deleting and p.node and p.phase not in ("Succeeded", "Failed")}
+        ):
             try:
                 conditions = ((await self.cluster.get("Node", "", node)).get("status") or {}).get("conditions") or ()
             except APIError as failure:

@@ -24,6 +24,7 @@ from tests.cluster import binaries
 from tests.cluster.control_plane import free_port
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO, digest_of
+from tests.component.machines import Leaving, Machines
 from tests.factory import RESULTS, container_status, ended
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
@@ -139,6 +140,15 @@ def priority(api: Api) -> Iterator[str]:
     scheduling.create_priority_class({"metadata": {"name": name}, "value": 1000})
     yield name
     scheduling.delete_priority_class(name)
+
+
+@pytest.fixture
+def leaving(api: Api) -> Iterator[Leaving]:
+    """A node, and pods that leave it as asked."""
+    made, played = Machines(api.core, [api.namespace], {}), Leaving(api)
+    yield played
+    played.end()
+    made.close()
 
 
 Behaviour = Callable[[Any], dict[str, Any] | None]

@@ -1,15 +1,23 @@
-"""Nodes without machines: objects of the API that stay ready as long as somebody renews their leases."""
+"""Nodes without machines, which are ready as long as somebody renews their leases, jobs for them, and pods that leave them."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import urllib3
 from kubernetes import client
 
+from finetune_api.contract import ExitCode, StageResult
+from tests.factory import MINIMAL, ended, merged
+
+if TYPE_CHECKING:
+    from tests.component.conftest import Api
+
+GPU = "example.com/gpu"
+SAVED = ended(int(ExitCode.STOPPED), StageResult(reason="Stopped", message="saved", result={"checkpointStep": 7}).dumps())
 AWAY = (client.ApiException, urllib3.exceptions.HTTPError)
 
 
@@ -47,3 +55,48 @@ class Machines:
         self._thread.join()
         for name in self.names:
             self.core.delete_node(name)
+
+
+class Leaving:
+    """Pods that are deleted save, say so and vanish, as with a kubelet and a trainer."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            with contextlib.suppress(client.ApiException):
+                for pod in self.api.pods():
+                    if pod.metadata.deletion_timestamp is None:
+                        if pod.spec.node_name is None and pod.status.phase == "Running":
+                            self.bind_to(self.api, pod.metadata.name)
+                    elif pod.status.phase == "Running":
+                        self.api.set_pod(pod.metadata.name, SAVED)
+                    else:
+                        self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=0)
+
+    @staticmethod
+    def bind_to(api: Api, name: str) -> None:
+        """A pod without a node would be gone at once when it is deleted."""
+        target = client.V1ObjectReference(kind="Node", name=api.namespace)
+        body = client.V1Binding(metadata=client.V1ObjectMeta(name=name), target=target)
+        api.core.create_namespaced_pod_binding(name, api.namespace, body, _preload_content=False)
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def gpu_job(
+    queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, resource: str = GPU, **scheduling: Any
+) -> dict[str, Any]:
+    fewest = {"minNodes": min_nodes} if min_nodes is not None else {}
+    return merged(
+        MINIMAL,
+        distribution={"nodes": nodes, "gpusPerNode": gpus, **fewest},
+        resources={"gpuResourceName": resource},
+        scheduling={**({"queue": queue} if queue is not None else {}), **scheduling},
+    )

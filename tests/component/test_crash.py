@@ -87,14 +87,15 @@ async def _live(api: Api, life: int | None, name: str) -> int:
 
 def _end_state(api: Api, name: str) -> dict[str, Any]:
     status = api.status(name)
+    own = [o for o in api.owned() if o.partition("/")[2].startswith(f"{name}-")]  # the collector may not have taken the last one's yet
     return {
         "phase": status["phase"],
         "attempt": status["attempt"],
         "restarts": len(status.get("restarts", [])),
         "retries": {stage: s["retries"] for stage, s in status["stages"].items()},
         "conditions": {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]},
-        "children": [o.replace(f"{name}-", "X-") for o in api.owned() if not o.startswith("Pod/") or "worker" in o],
-        "pods": len(api.pods()),
+        "children": [o.replace(f"{name}-", "X-") for o in own if not o.startswith("Pod/") or "worker" in o],
+        "pods": len([o for o in own if o.startswith("Pod/")]),
         "events": sorted(e for e in api.events() if e not in PASSING),
     }
 

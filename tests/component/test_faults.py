@@ -104,7 +104,7 @@ def test_f32_many_jobs_at_once_are_served_in_order(api: Api, operator: Operator)
         return list(api.batch.list_namespaced_job(api.namespace).items)
 
     until("every job's prepare was started", lambda: len(started()) == count, 120)
-    order = [j.metadata.name for j in sorted(started(), key=lambda j: int(j.metadata.resource_version))]
+    order = [j.metadata.name for j in sorted(started(), key=lambda j: (j.metadata.creation_timestamp, j.metadata.name))]
     places = {name: place for place, name in enumerate(order)}
     late = max(abs(places[f"job-{n:03}-prepare-0"] - n) for n in range(count))
     assert late < count / 2, "first come, first served, but for what works side by side"

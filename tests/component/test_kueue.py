@@ -14,8 +14,7 @@ from finetune_api import names
 from tests.cluster import kueue
 from tests.cluster.local import LocalCluster
 from tests.component.conftest import Api, Kubelet, Operator, control_plane, until
-from tests.component.machines import Machines
-from tests.component.test_queues import GPU, Leaving, gpu_job
+from tests.component.machines import GPU, Leaving, Machines, gpu_job
 from tests.factory import merged
 
 pytestmark = pytest.mark.operator(FINETUNE_QUEUEING_BACKEND="kueue")
@@ -71,14 +70,6 @@ class Kueue:
 def admin(api: Api) -> Iterator[Kueue]:
     made = Kueue(api)
     yield made
-    made.close()
-
-
-@pytest.fixture
-def leaving(api: Api) -> Iterator[Leaving]:
-    made, played = Machines(api.core, [api.namespace], {}), Leaving(api)
-    yield played
-    played.end()
     made.close()
 
 

@@ -133,6 +133,22 @@ def test_f21_a_stage_job_deleted_by_hand(api: Api, kubelet: Kubelet, operator: O
     phase(api, "Succeeded")
 
 
+def test_f21_a_stage_is_not_started_again_while_a_pod_of_it_runs(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    """Two of them would write to one workspace. `--cascade=orphan` leaves the pod for as long as it likes."""
+    kubelet.hold = {"prepare"}
+    api.create_job(MINIMAL)
+    until("prepare runs", lambda: api.condition("DataReady").get("reason") == "Running")
+    api.batch.delete_namespaced_job("support-prepare-0", api.namespace, propagation_policy="Orphan")
+    until("it is waited for", lambda: api.condition("DataReady").get("reason") == "Stopping")
+    assert "has not ended yet" in api.condition("DataReady")["message"]
+    operator.kill()
+    operator.start()
+    time.sleep(2)
+    assert len(api.pods()) == 1 and not api.batch.list_namespaced_job(api.namespace).items
+    kubelet.hold = set()
+    phase(api, "Succeeded")
+
+
 @pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "publish"])
 def test_f22_deletion_in_any_phase(api: Api, kubelet: Kubelet, operator: Operator, stage: str) -> None:
     kubelet.hold = {stage}

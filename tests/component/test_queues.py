@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,18 +13,15 @@ import yaml
 from kubernetes import client
 
 from finetune_api import GROUP, VERSION
-from finetune_api.contract import ExitCode, StageResult
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from tests.cluster.local import LocalCluster
 from tests.component.cli import finetune
 from tests.component.conftest import Api, Kubelet, Operator, until
-from tests.component.machines import Machines
-from tests.factory import MINIMAL, ended, merged
+from tests.component.machines import GPU, Leaving, Machines, gpu_job
 
-GPU, SCARCE = "example.com/gpu", "example.com/scarce-gpu"
-"""There are many of the one, for what quotas decide; of the other there are as many as a test says"""
+SCARCE = "example.com/scarce-gpu"
+"""Of GPU there are many, for what quotas decide; of this one as many as a test says"""
 pytestmark = pytest.mark.operator(FINETUNE_SNAPSHOT_SECONDS="0.5")
-SAVED = ended(int(ExitCode.STOPPED), StageResult(reason="Stopped", message="saved", result={"checkpointStep": 7}).dumps())
 MakeQueue = Callable[..., str]
 
 
@@ -62,18 +58,6 @@ def make_queue(api: Api) -> Iterator[MakeQueue]:
             api.custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
 
 
-def gpu_job(
-    queue: str | None, nodes: int = 1, gpus: int = 1, min_nodes: int | None = None, resource: str = GPU, **scheduling: Any
-) -> dict[str, Any]:
-    fewest = {"minNodes": min_nodes} if min_nodes is not None else {}
-    return merged(
-        MINIMAL,
-        distribution={"nodes": nodes, "gpusPerNode": gpus, **fewest},
-        resources={"gpuResourceName": resource},
-        scheduling={**({"queue": queue} if queue is not None else {}), **scheduling},
-    )
-
-
 def set_quota(api: Api, queue: str, quota: int) -> None:
     flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": quota}]
     api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
@@ -86,47 +70,6 @@ def queue_status(api: Api, name: str) -> dict[str, Any]:
 
 def phase_of(api: Api, name: str) -> str:
     return str(api.status(name).get("phase"))
-
-
-class Leaving:
-    """Pods that are deleted save, say so and vanish, as with a kubelet and a trainer."""
-
-    def __init__(self, api: Api) -> None:
-        self.api = api
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.1):
-            with contextlib.suppress(client.ApiException):
-                for pod in self.api.pods():
-                    if pod.metadata.deletion_timestamp is None:
-                        if pod.spec.node_name is None and pod.status.phase == "Running":
-                            self.bind_to(self.api, pod.metadata.name)
-                    elif pod.status.phase == "Running":
-                        self.api.set_pod(pod.metadata.name, SAVED)
-                    else:
-                        self.api.core.delete_namespaced_pod(pod.metadata.name, self.api.namespace, grace_period_seconds=0)
-
-    @staticmethod
-    def bind_to(api: Api, name: str) -> None:
-        """A pod without a node would be gone at once when it is deleted."""
-        target = client.V1ObjectReference(kind="Node", name=api.namespace)
-        body = client.V1Binding(metadata=client.V1ObjectMeta(name=name), target=target)
-        api.core.create_namespaced_pod_binding(name, api.namespace, body, _preload_content=False)
-
-    def end(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-@pytest.fixture
-def leaving(api: Api) -> Iterator[Leaving]:
-    made, played = Machines(api.core, [api.namespace], {}), Leaving(api)
-    yield played
-    played.end()
-    made.close()
 
 
 def test_jobs_wait_for_their_turn_and_say_what_for(api: Api, kubelet: Kubelet, operator: Operator, make_queue: MakeQueue) -> None:

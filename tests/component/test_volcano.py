@@ -10,7 +10,7 @@ import pytest
 from finetune_api import names
 from tests.cluster.local import LocalCluster
 from tests.component.conftest import Api, Kubelet, Operator, until
-from tests.component.test_queues import GPU, Leaving, gpu_job
+from tests.component.machines import GPU, Leaving, gpu_job
 
 POD_GROUP = ("scheduling.volcano.sh", "v1beta1", "podgroups")
 

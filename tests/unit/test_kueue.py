@@ -170,7 +170,10 @@ def test_a_preemption_is_told_as_kueues_with_who_takes_the_place(code: int, last
     world.handed["preemptor"] = "team-b/urgent-attempt-0"
     world.settle()
     assert world.condition("Running").reason == "Stopping" and "team-b/urgent-attempt-0" in world.condition("Running").message
+    world.time += 30
     end(world, code, last_words)
+    world.set(world.pods["support-worker-1"], finished=after(world.time + 4))
+    world.time += 5
     world.settle()
     gone(world)
     world.settle()
@@ -178,6 +181,7 @@ def test_a_preemption_is_told_as_kueues_with_who_takes_the_place(code: int, last
     assert (restart.cause, restart.reason, restart.counted, restart.checkpoint_step) == ("Disruption", "Preempted", False, step)
     assert restart.message.startswith("evicted by Kueue (Preempted) in favor of Workload team-b/urgent-attempt-0: Preempted to accommodate")
     assert (world.status.phase, world.status.attempt) == ("Queued", 1) and world.condition("Admitted").status == "False"
+    assert (world.status.usage.lost_seconds == 0) is (step == 52), "what was saved as it stopped is not lost"
 
 
 def test_a_preemption_whose_preemptor_is_not_to_be_seen_is_told_all_the_same() -> None:

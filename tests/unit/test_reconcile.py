@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -42,6 +43,7 @@ class World:
         """What another scheduler says"""
         self.pods: dict[str, PodView] = {}
         self.jobs: dict[str, ChildJobView] = {}
+        self.left: tuple[PodView, ...] = ()
         self.applied: dict[tuple[str, str], str] = {}
         self.report: ProgressReport | None = None
         self.lost: frozenset[str] = frozenset()
@@ -61,6 +63,7 @@ class World:
             job=self.job,
             pods=tuple(self.pods.values()),
             jobs=tuple(self.jobs.values()),
+            left=self.left,
             applied=dict(self.applied),
             report=self.report,
             lost_nodes=self.lost,
@@ -305,6 +308,26 @@ def test_f27_an_evaluation_that_does_not_end_is_tried_again_then_fails_and_keeps
         "nothing is published or runs on"
     )
     assert world.status.is_true("Trained"), "the adapter is in the workspace"
+
+
+def test_a_stage_is_not_tried_again_while_a_pod_of_the_last_try_runs() -> None:
+    """Deleting a Job in the background takes it away first, and its pods when they have ended."""
+    world = World(merged(EVALUATED, runPolicy={"stageTimeout": "1h"})).to_training()
+    world.succeed("worker", TRAINED)
+    world.settle()
+    world.run("evaluate-0")
+    world.settle()
+    pod = dataclasses.replace(world.pod("evaluate-0"), job_uid="", stage="evaluate", node="n1", deleting=True)
+    world.time = 3601
+    world.left = (pod,)
+    world.settle()
+    assert "support-evaluate-0" not in world.jobs and "support-evaluate-1" not in world.jobs
+    assert "support-evaluate-0-x" in world.status.condition("Evaluated").message  # type: ignore[union-attr]
+    for ends in ({"left": ()}, {"left": (dataclasses.replace(pod, phase="Failed"),)}, {"lost": frozenset({"n1"})}):
+        other = copy.deepcopy(world)
+        vars(other).update(ends)
+        other.settle()
+        assert "support-evaluate-1" in other.jobs, ends
 
 
 def test_f31_a_back_off_of_a_clock_that_was_wrong_holds_nothing_up() -> None:

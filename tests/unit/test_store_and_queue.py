@@ -50,6 +50,26 @@ def test_a18_foreign_pods_with_our_labels_are_not_adopted() -> None:
     assert seen is not None and not seen.pods, "but it is none of its pods"
 
 
+def test_pods_whose_job_is_gone_are_seen_until_they_are_too() -> None:
+    store = Store()
+    store.put_job(job())
+    made = child("Job", "support-prepare-0", "j1", UID)
+    pod = child("Pod", "support-prepare-0-x7k2p", "p1", "j1", status={"phase": "Running"})
+    pod["metadata"]["ownerReferences"][0].update(kind="Job", name="support-prepare-0")
+    for kind, raw in (("Job", made), ("Pod", pod)):
+        store.put_child(kind, raw)
+    store.drop_child("Job", made)
+    seen = store.observe(KEY, NOW, None)
+    assert seen is not None and not seen.pods and [p.uid for p in seen.left] == ["p1"]
+    restarted = Store()
+    restarted.put_job(job())
+    restarted.put_child("Pod", pod)
+    assert restarted.observe(KEY, NOW, None).left == seen.left, "an operator that has just started sees them, too"  # type: ignore[union-attr]
+    store.drop_child("Pod", pod)
+    seen = store.observe(KEY, NOW, None)
+    assert seen is not None and not seen.left
+
+
 def test_f5_an_older_event_does_not_undo_a_newer_state() -> None:
     store = Store()
     store.put_job(job(resourceVersion="7"))

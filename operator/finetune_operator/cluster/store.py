@@ -61,6 +61,8 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._labelled: dict[str, set[str]] = defaultdict(set)
+        """UIDs of pods by the job's UID on their label"""
 
     # jobs
 
@@ -166,8 +168,12 @@ class Store:
             owner = owner_uid(raw)
             if known is not None and known.owner != owner:
                 self._by_owner[known.owner].discard((kind, uid))
+            if known is not None and known.job_uid != job_uid:
+                self._labelled[known.job_uid].discard(uid)
             self._children[kind][uid] = _Entry(_version(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
             self._by_owner[owner].add((kind, uid))
+            if kind == "Pod":
+                self._labelled[job_uid].add(uid)
             self.touch(job_uid)
         return self._keys.get(job_uid)
 
@@ -212,6 +218,10 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
+            if kind == "Pod":
+                self._labelled[entry.job_uid].discard(uid)
+                if not self._labelled[entry.job_uid]:
+                    del self._labelled[entry.job_uid]
         self._bury(uid)
 
     def _bury(self, uid: str) -> None:
@@ -243,10 +253,14 @@ class Store:
             for kind, child in self._by_owner.get(owner, ()):
                 if kind == "Pod":
                     pods.append(pod_view(self._children[kind][child].value, child_jobs))
+        labelled = [self._children["Pod"][child] for child in self._labelled.get(uid, ())]
+        prefix = f"{names.base_name(key[1])}-"
+        left = [pod_view(e.value) for e in labelled if e.owner not in (uid, *child_jobs) and _made_by_job(e.value, prefix)]
         return Observed(
             job=job,
             spec=self.spec(job) if not has_ended(job) else None,
             pods=tuple(sorted(pods, key=lambda p: p.name)),
+            left=tuple(sorted(left, key=lambda p: p.name)),
             jobs=tuple(sorted(jobs, key=lambda j: j.name)),
             applied=applied,
             report=report[0] if report else None,
@@ -274,6 +288,11 @@ class Store:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)
         return entry.value if entry is not None else None
+
+
+def _made_by_job(pod: Object, prefix: str) -> bool:
+    owners = pod["metadata"].get("ownerReferences") or ()
+    return any(o.get("kind") == "Job" and str(o.get("name", "")).startswith(prefix) for o in owners)
 
 
 def _keep(metadata: Object) -> Object:

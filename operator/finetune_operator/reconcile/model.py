@@ -83,6 +83,8 @@ class Observed:
     """The job's spec where somebody has parsed it already."""
     pods: tuple[PodView, ...] = ()
     jobs: tuple[ChildJobView, ...] = ()
+    left: tuple[PodView, ...] = ()
+    """Pods of stages whose Job is gone already. By label and name, which anyone may set: good to wait for, and for nothing else."""
     applied: dict[tuple[str, str], str] = field(default_factory=dict)
     """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
     report: ProgressReport | None = None

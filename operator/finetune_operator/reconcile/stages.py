@@ -38,7 +38,9 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
         draft.wait(1)  # the next pass will have looked
         return None
     if child is None or child.deleting:
-        if child is None:
+        if still_there := _runs_still(draft, stage, name):
+            draft.set(condition, "Unknown", "Stopping", f"pod {still_there.name} of the last try has not ended yet")
+        elif child is None:
             _start(draft, stage, condition, retry, manifest)
         return None
 
@@ -106,6 +108,14 @@ def _note_start(draft: Draft, stage: Stage, condition: ConditionType, retry: Sta
         draft.set(condition, "Unknown", "Started", f"{stage} was started")
         if tell and stage != "check":  # of which one hears when it fails
             draft.event("Normal", f"{stage.capitalize()}Started", f"{stage} runs as Job {name}")
+
+
+def _runs_still(draft: Draft, stage: Stage, current: str) -> PodView | None:
+    """A pod of another try, which may write to the workspace until it has ended: a Job that is deleted goes before its pods."""
+    others = {job.uid for job in draft.observed.jobs if job.stage == stage and job.name != current}
+    pods = [p for p in draft.observed.pods if p.job_uid in others] + [p for p in draft.observed.left if p.stage == stage]
+    lost = draft.observed.lost_nodes
+    return next((p for p in pods if p.phase not in ("Succeeded", "Failed") and not (p.deleting and p.node in lost)), None)
 
 
 def _drop_other_tries(draft: Draft, stage: Stage, current: str, *, ended: bool) -> None:

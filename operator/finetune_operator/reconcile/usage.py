@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from finetune_api.contract import ExitCode, read_stage_result
 from finetune_api.scalars import human_duration
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Plan
@@ -57,6 +58,10 @@ def lost_seconds(draft: Draft) -> int:
     begun = parse_time(gang.running_since) if gang is not None else None
     if begun is None:
         return 0
+    for pod in workers(draft):
+        words = read_stage_result(pod.message) if pod.exit_code == ExitCode.STOPPED else None
+        if words is not None and saved is not None and words.result.get("checkpointStep") == saved.step:
+            return 0  # it stopped right there; that its pods take seconds to end costs no work
     ends = [p.finished for p in workers(draft) if p.finished is not None]
     kept = parse_time(saved.saved_at) if saved is not None else None
     return round(max(0.0, ((max(ends) if ends else draft.now) - max(begun, kept or begun)).total_seconds()))
