@@ -55,7 +55,7 @@ def test_pods_whose_job_is_gone_are_seen_until_they_are_too() -> None:
     store.put_job(job())
     made = child("Job", "support-prepare-0", "j1", UID)
     pod = child("Pod", "support-prepare-0-x7k2p", "p1", "j1", status={"phase": "Running"})
-    pod["metadata"]["ownerReferences"][0].update(kind="Job", name="support-prepare-0")
+    pod["metadata"]["ownerReferences"][0]["kind"] = "Job"
     for kind, raw in (("Job", made), ("Pod", pod)):
         store.put_child(kind, raw)
     store.drop_child("Job", made)
@@ -65,9 +65,11 @@ def test_pods_whose_job_is_gone_are_seen_until_they_are_too() -> None:
     restarted.put_job(job())
     restarted.put_child("Pod", pod)
     assert restarted.observe(KEY, NOW, None).left == seen.left, "an operator that has just started sees them, too"  # type: ignore[union-attr]
-    store.drop_child("Pod", pod)
-    seen = store.observe(KEY, NOW, None)
-    assert seen is not None and not seen.left
+    orphan = {**pod, "metadata": {**pod["metadata"], "resourceVersion": "2", "ownerReferences": []}}
+    store.put_child("Pod", orphan)
+    assert len(store.observe(KEY, NOW, None).left) == 1  # type: ignore[union-attr]
+    store.drop_child("Pod", orphan)
+    assert not store.observe(KEY, NOW, None).left  # type: ignore[union-attr]
 
 
 def test_f5_an_older_event_does_not_undo_a_newer_state() -> None:

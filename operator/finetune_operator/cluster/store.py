@@ -254,8 +254,7 @@ class Store:
                 if kind == "Pod":
                     pods.append(pod_view(self._children[kind][child].value, child_jobs))
         labelled = [self._children["Pod"][child] for child in self._labelled.get(uid, ())]
-        prefix = f"{names.base_name(key[1])}-"
-        left = [pod_view(e.value) for e in labelled if e.owner not in (uid, *child_jobs) and _made_by_job(e.value, prefix)]
+        left = [pod_view(e.value) for e in labelled if e.owner not in (uid, *child_jobs) and _was_a_jobs(e.value)]
         return Observed(
             job=job,
             spec=self.spec(job) if not has_ended(job) else None,
@@ -290,9 +289,9 @@ class Store:
         return entry.value if entry is not None else None
 
 
-def _made_by_job(pod: Object, prefix: str) -> bool:
-    owners = pod["metadata"].get("ownerReferences") or ()
-    return any(o.get("kind") == "Job" and str(o.get("name", "")).startswith(prefix) for o in owners)
+def _was_a_jobs(pod: Object) -> bool:
+    """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
+    return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
 
 
 def _keep(metadata: Object) -> Object:

@@ -84,7 +84,7 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     jobs: tuple[ChildJobView, ...] = ()
     left: tuple[PodView, ...] = ()
-    """Pods of stages whose Job is gone already. By label and name, which anyone may set: good to wait for, and for nothing else."""
+    """Pods of stages whose Job is gone already. By label, which anyone may set: good to wait for, and for nothing else."""
     applied: dict[tuple[str, str], str] = field(default_factory=dict)
     """(kind, name) -> applied hash, of the ConfigMaps, Services and claims that the job owns."""
     report: ProgressReport | None = None
