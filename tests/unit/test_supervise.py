@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune_api.status import Restart
-from finetune_operator.reconcile.failures import suspects
+from finetune_operator.reconcile.job.failures import suspects
 from finetune_trainer.errors import Hang, Stopped
 from finetune_trainer.scratch import Beat, Doing, Scratch
 from finetune_trainer.supervise import Pulse, Supervisor, waits
