@@ -16,6 +16,7 @@ from . import GROUP, KIND, PLURAL, VERSION
 from .base import APIModel
 from .queue import QUEUE_KIND, QUEUE_PLURAL, FineTuneQueueSpec, FineTuneQueueStatus
 from .spec import FineTuneJobSpec
+from .spec.transitions import FROZEN
 from .status import FineTuneJobStatus
 
 HEADER = "# Generated from operator/finetune_api by `make crds`. Do not edit.\n"
@@ -137,9 +138,12 @@ def queue_columns() -> list[dict[str, Any]]:
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
     text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
-    return _definition(
+    definition = _definition(
         KIND, PLURAL, ["ftj"], "Namespaced", text, FineTuneJobSpec, FineTuneJobStatus, printer_columns(), ["all", "finetune"]
     )
+    root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    root["x-kubernetes-validations"] = [field.to_cel() for field in FROZEN]
+    return definition
 
 
 def queue_crd() -> dict[str, Any]:

@@ -294,7 +294,7 @@ class StageRetry(APIModel):
     retries: int = 0
     """Retries after failures of the infrastructure."""
     waits: int = 0
-    """Tries that ended because a hub or server did not answer: not counted as retries."""
+    """Tries that are not counted as retries: a hub or server did not answer, or the job's shape was changed."""
     waiting: SourceWait | None = None
     """What the stage waits for."""
     started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kubernetes import client, config
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_api.crd import crd
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from finetune_api.spec.transitions import HOLDS
 from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
 from tests.cluster.local import LocalCluster
@@ -20,6 +22,7 @@ from tests.cluster.shell import REPO
 from tests.component.conftest import control_plane
 from tests.factory import MINIMAL, merged
 from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
+from tests.unit.test_transitions import ALWAYS, EVALUATED, FREE, WHILE_HELD
 from tests.unit.test_validation import BAD
 
 KINDS = list(SPECS)
@@ -164,3 +167,63 @@ def test_what_is_applied_again_changes_nothing(server: Server, flags: tuple[str,
             assert PARSERS[item["kind"]](item["spec"]) == PARSERS[item["kind"]](original["spec"])
     finally:
         server.cluster.kubectl("delete", "-f", "-", input=manifest)
+
+
+@pytest.fixture
+def stored(server: Server) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Writes a job, whole, with its status where one is given, and gives back what is stored. Raises ApiException."""
+    where = (GROUP, VERSION, "default", PLURAL)
+
+    def write(spec: dict[str, Any], status: dict[str, Any] | None = None) -> dict[str, Any]:
+        body = document("FineTuneJob", "changing", spec)
+        try:
+            meta = server.custom.get_namespaced_custom_object(*where, "changing")["metadata"]
+            body["metadata"]["resourceVersion"] = meta["resourceVersion"]
+            found = dict(server.custom.replace_namespaced_custom_object(*where, "changing", body))
+        except client.ApiException as failure:
+            if failure.status != 404:
+                raise
+            found = dict(server.custom.create_namespaced_custom_object(*where, body))
+        if status is not None:
+            found = dict(server.custom.replace_namespaced_custom_object_status(*where, "changing", {**found, "status": status}))
+        return found
+
+    yield write
+    with contextlib.suppress(client.ApiException):
+        server.custom.delete_namespaced_custom_object(*where, "changing")
+
+
+def holding(*types: str) -> dict[str, Any]:
+    """A status in which these conditions are True."""
+    rest = {"status": "True", "reason": "Test", "message": "", "lastTransitionTime": "2026-11-21T12:00:00Z"}
+    return {"conditions": [{"type": type_, **rest} for type_ in types]}
+
+
+def test_f24_what_may_change_is_said_by_the_definition(stored: Callable[..., dict[str, Any]]) -> None:
+    """Each refusal names the field and what to do; what was applied before passes again, defaults or not."""
+
+    def refusal(spec: dict[str, Any]) -> str:
+        with pytest.raises(client.ApiException) as refused:
+            stored(spec)
+        assert refused.value.status == 422
+        return str(json.loads(refused.value.body)["message"])
+
+    first = stored(EVALUATED)
+    for field, change in ALWAYS:
+        told = refusal(merged(EVALUATED, **change))
+        assert f"spec.{field}: Invalid value" in told and f"spec.{field} cannot change: undo the change, or create another job" in told
+    stored(merged(EVALUATED, **dict(WHILE_HELD)["distribution"]))
+    stored(EVALUATED, holding("DataReady"))
+    for _, change in WHILE_HELD:
+        stored(merged(EVALUATED, **change))
+        stored(EVALUATED)
+    for type_ in HOLDS:
+        stored(EVALUATED, holding(type_))
+        for field, change in WHILE_HELD:
+            assert f"spec.{field} can change only while the job holds no GPUs" in refusal(merged(EVALUATED, **change))
+        for change in FREE:
+            stored(merged(EVALUATED, **change))
+        stored(EVALUATED)
+        assert stored(first["spec"])["spec"] == first["spec"]
+    stored(EVALUATED, {})
+    stored(merged(EVALUATED, **dict(WHILE_HELD)["resources"]))

@@ -29,7 +29,7 @@ from ..model.queueing import Admission, Allocation, Decision, Decisions, Queue, 
 from ..model.workload import has_ended, is_still, request_of, workload_of
 from ..queueing import decide
 from ..queueing.report import queue_status
-from ..reconcile.job.immutability import may_have_changed, with_changes
+from ..reconcile.job.immutability import holds, may_have_changed, with_changes
 from ..settings import Settings
 
 log = logging.getLogger("finetune.scheduler")
@@ -309,7 +309,8 @@ class Scheduler:
             spec = self._store.spec(raw) or kept
             if spec is None:
                 return known[1:] if known is not None else None
-            spec = with_changes(kept, spec) if kept is not None else spec
+            if kept is not None:
+                spec = with_changes(kept, spec, held=holds(raw.get("status") or {}, self._store.gpu_pods(uid)))
             request = request_of(spec)
             if len(self._requests) > _REQUESTS:
                 self._requests.clear()

@@ -67,7 +67,9 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
     return _go_on(draft, kept)
 
 
-def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
+def _go_on(draft: Draft, spec: FineTuneJobSpec | None) -> Plan:
+    if spec is None:
+        return draft.plan()
     note_checkpoints(draft)
     keep_place(draft, spec)
     draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
