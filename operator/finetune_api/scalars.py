@@ -32,6 +32,12 @@ QUALIFIED_NAME = Format(
     name="a qualified name",
     write="for example nvidia.com/gpu",
 )
+#: as a batch/v1 Job's managedBy; without "'", which could not stand in a rule
+DOMAIN_PREFIXED_PATH = Format(
+    pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9/._~%!$&()*+,;=:-]+$",
+    name="a domain-prefixed path",
+    write="for example example.com/controller",
+)
 LABEL_VALUE = Format(
     pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", name="a label's value", write=f"letters, digits, '-', '_' and '.', {_ENDS}"
 )
@@ -45,6 +51,7 @@ Quantity = Annotated[str, Field(max_length=24), QUANTITY]
 DNSLabel = Annotated[str, Field(max_length=63), DNS_LABEL]
 DNSSubdomain = Annotated[str, Field(max_length=253), DNS_SUBDOMAIN]
 QualifiedName = Annotated[str, Field(max_length=253), QUALIFIED_NAME]
+DomainPrefixedPath = Annotated[str, Field(max_length=63), DOMAIN_PREFIXED_PATH]
 PlainName = Annotated[str, Field(min_length=1, max_length=128), PLAIN_NAME]
 LabelMap = Annotated[dict[str, Annotated[str, Field(max_length=63), LABEL_VALUE]], Field(max_length=32), BeforeValidator(without_nulls)]
 

@@ -334,3 +334,13 @@ def test_several_namespaces_and_no_others(api: Api, kubelet: Kubelet, operator: 
     finally:
         for name in (second, third):
             api.core.delete_namespace(name)
+
+
+def test_another_controllers_job_is_left_alone(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    api.create_job(merged(MINIMAL, managedBy="example.com/another"), name="theirs")
+    api.create_job(merged(MINIMAL, managedBy=names.MANAGED_BY), name="ours")
+    until("ours ends", lambda: api.status("ours").get("phase") == "Succeeded")
+    assert "status" not in api.job("theirs") and not [name for name in api.owned() if "theirs" in name]
+    with pytest.raises(client.ApiException) as refused:
+        api.patch_job({"spec": {"managedBy": names.MANAGED_BY}}, name="theirs")
+    assert "spec.managedBy cannot change" in refused.value.body

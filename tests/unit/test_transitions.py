@@ -29,6 +29,7 @@ ALWAYS = [
     ("evaluation", {"evaluation": {"metrics": ["perplexity"]}}),
     ("output", {"output": {"merged": True}}),
     ("publish", {"publish": [{"uri": "pvc://published/support"}]}),
+    ("managedBy", {"managedBy": "example.com/another"}),
 ]
 WHILE_HELD = [
     ("distribution", {"distribution": {"nodes": 2, "gpusPerNode": 0}}),

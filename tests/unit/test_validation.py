@@ -17,6 +17,7 @@ EVAL = {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFractio
 HUGE = 10**12
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("manager without a domain", {"managedBy": "multikueue"}, '"multikueue" is not a domain-prefixed path; write for example'),
     ("unknown field", {"tunning": {}}, "spec.tunning: unknown field; did you mean 'tuning'?"),
     ("snake case", {"tuning": {"hyperparameters": {"learning_rate": 1e-4}}}, "did you mean 'learningRate'?"),
     ("wrong type", {"distribution": {"nodes": "two"}}, "spec.distribution.nodes: 'two'"),

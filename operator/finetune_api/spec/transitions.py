@@ -83,6 +83,7 @@ FROZEN = (
     Frozen(field="evaluation"),
     Frozen(field="output"),
     Frozen(field="publish"),
+    Frozen(field="managedBy"),
     Frozen(field="distribution", while_held=True),
     Frozen(field="resources", while_held=True),
     Frozen(

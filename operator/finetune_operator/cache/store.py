@@ -40,6 +40,12 @@ def _version(raw: Object) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def _is_ours(raw: Object) -> bool:
+    spec = raw.get("spec")
+    manager = spec.get("managedBy") if isinstance(spec, dict) else None
+    return manager is None or manager == names.MANAGED_BY
+
+
 class Store:
     """Jobs and their children, as last seen or written."""
 
@@ -63,11 +69,18 @@ class Store:
     # jobs
 
     def put_job(self, raw: Object) -> Key:
-        """Remember a job, unless a newer state of the same object is known."""
+        """Remember a job, unless a newer state of the same object is known, or it is another controller's (`spec.managedBy`).
+
+        What is not here is not there: neither reconciled, nor counted by queues and metrics, nor heard.
+        """
         meta = raw["metadata"]
         key = (meta["namespace"], meta["name"])
         known = self._jobs.get(key)
         if meta["uid"] in self._gone:
+            return key
+        if not _is_ours(raw):
+            if known is not None and known["metadata"]["uid"] != meta["uid"]:
+                self.drop_job(known)
             return key
         if not self.is_known(raw):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
