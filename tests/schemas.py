@@ -159,7 +159,8 @@ QUEUE: dict[str, Any] = {
             "lendingLimit": 8,
             "nodeLabels": {"gpu": "h100"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
-            "pricePerHour": 2.5,
+            "pricePerHour": "2.5",
+            "teraflops": 989,
         }
     ],
     "namespaceSelector": {

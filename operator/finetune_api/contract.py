@@ -147,7 +147,7 @@ class Prepared(APIModel):
 class Published(APIModel):
     """What publish's StageResult holds."""
 
-    artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
+    artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
 
 
 class Unavailable(APIModel):

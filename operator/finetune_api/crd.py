@@ -71,6 +71,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str,
         node.pop("additionalProperties", None)
         node["x-kubernetes-preserve-unknown-fields"] = True
     if "items" in node:
+        node.setdefault("x-kubernetes-list-type", "atomic")
         node["items"] = _convert(node["items"], definitions, seen)
     if node.get("default") == "":  # says nothing
         del node["default"]
@@ -102,7 +103,7 @@ def printer_columns() -> list[dict[str, Any]]:
     return [
         column("Phase", ".status.phase"),
         column("Progress", ".status.progress.percent", "integer", description="Percent of the training steps"),
-        column("Loss", ".status.progress.loss", "number", description="Training loss"),
+        column("Loss", ".status.progress.loss", description="Training loss"),
         column("Queue", ".spec.scheduling.queue"),
         column("GPUs", ".status.totalGpus", "integer"),
         column("Restarts", ".status.attempt", "integer"),
@@ -129,7 +130,7 @@ def queue_columns() -> list[dict[str, Any]]:
         column("Pending", ".status.pending", description="Jobs that wait"),
         column("Oldest", ".status.oldestWaiting.since", "date", description="Since when the oldest of them has waited"),
         column("Active", ".status.conditions[?(@.type=='Active')].status", "string"),
-        column("Share", ".status.share", "number", priority=1),
+        column("Share", ".status.share", "string", priority=1),
         column("Waiting", ".status.oldestWaiting.job", "string", priority=1),
         column("Age", ".metadata.creationTimestamp", "date"),
     ]

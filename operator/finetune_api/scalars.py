@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function, plain_serializer_function_ser_schema
 
 from .base import Format, without_nulls
 
@@ -71,6 +75,7 @@ def seconds(duration: str) -> int:
     return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in found)
 
 
+@functools.lru_cache(maxsize=1024)
 def quantity(text: str) -> Decimal:
     """The value of a Kubernetes quantity such as `500m`, `16` or `200Gi`. Raises ValueError when it is none."""
     match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
@@ -79,6 +84,27 @@ def quantity(text: str) -> Decimal:
     return Decimal(match.group(1)) * _SUFFIX[match.group(2)]
 
 
+@dataclass(frozen=True)
+class _AsText:
+    """A float in Python, text on the wire, as Kubernetes' API conventions ask for: "0.5123", "2e-05".
+
+    A number is read, too: status of earlier versions, and what a stage's last words hold.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        to_text = plain_serializer_function_ser_schema(lambda value: f"{value:.12g}", when_used="json")
+        return no_info_before_validator_function(_number, handler(source), serialization=to_text)
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "maxLength": 32}
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9.]{1,24}(e[-+]?[0-9]{1,3})?", value) else value
+
+
+DecimalText = Annotated[float, _AsText()]
+"""A fraction in a status: text, since there are no floats there"""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number that JSON carries exactly."""
 

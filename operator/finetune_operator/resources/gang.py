@@ -73,7 +73,8 @@ def worker(
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
     meta = metadata(job, name, **labels)
     if admission is not None:
-        meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
+        kept = admission.model_copy(update={"planned_nodes": []})  # of a large gang they would be on each pod, of all pods
+        meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(kept.to_wire(), sort_keys=True)}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
     hand_over(pod, job, settings, attempt)
     return pod

@@ -51,8 +51,9 @@ def evaluate(context: Context) -> StageResult:
         found = judge.compare(spec.judge, context.secret("judge"), prompts, base.answers, tuned.answers)
         base.values["judge-win-rate"], tuned.values["judge-win-rate"] = found
     status, message = _verdict(context, spec, base, tuned, base_scores, tuned_scores)
-    _report(context, status, message, prompts, base, tuned)
-    return StageResult(reason="Compared", message=message, result=status.to_wire())
+    told = status.model_dump(by_alias=True, exclude_none=True)  # numbers: text they are in the Kubernetes API alone
+    _report(context, told, message, prompts, base, tuned)
+    return StageResult(reason="Compared", message=message, result=told)
 
 
 class _Desk:
@@ -137,13 +138,11 @@ def _verdict(
     return status, message
 
 
-def _report(
-    context: Context, status: EvaluationStatus, message: str, prompts: list[tuple[str, str]], base: Measured, tuned: Measured
-) -> None:
+def _report(context: Context, found: dict[str, Any], message: str, prompts: list[tuple[str, str]], base: Measured, tuned: Measured) -> None:
     samples = [
         {"prompt": prompt, "expected": wanted, "base": old, "tuned": new}
         for (prompt, wanted), old, new in list(zip(prompts, base.answers, tuned.answers, strict=True))[:_SHOWN]
     ]
-    context.write_json(context.layout.evaluation_report, {**status.to_wire(), "message": message, "samples": samples})
-    page = render_page("evaluation.html.j2", job=context.job.name, status=status.to_wire(), message=message, samples=samples)
+    context.write_json(context.layout.evaluation_report, {**found, "message": message, "samples": samples})
+    page = render_page("evaluation.html.j2", job=context.job.name, status=found, message=message, samples=samples)
     write_text(context.layout.evaluation_page, page)
