@@ -12,7 +12,7 @@ from kubernetes.aio import config as aio_config
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.transport import KubernetesCluster
-from finetune_operator.controllers.job import Controller
+from finetune_operator.controllers.manager import Manager
 from finetune_operator.settings import Settings
 from tests.component.conftest import Api, Kubelet
 from tests.component.test_operator import WHOLE
@@ -66,8 +66,8 @@ async def _live(api: Api, life: int | None, name: str) -> int:
         workers=2,
     )
     store = Store()
-    controller = Controller(cluster, store, ProgressBoard(), settings)  # type: ignore[arg-type]
-    task = asyncio.create_task(controller.run())
+    manager = Manager(cluster, store, ProgressBoard(), settings)  # type: ignore[arg-type]
+    task = asyncio.create_task(manager.run())
     try:
         for _ in range(1200):
             await asyncio.sleep(0.05)

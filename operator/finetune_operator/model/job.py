@@ -104,3 +104,8 @@ class Observed:
     decision: Decision | None = None
     """What the scheduler has decided, unless it has not looked yet."""
     now: datetime
+
+    @property
+    def raw(self) -> Object:
+        """The job."""
+        return self.job
