@@ -25,6 +25,7 @@ from .cache.store import Store
 from .cluster.connect import connect
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
+from .cluster.seal_key import ensure_seal_key
 from .cluster.transport import KubernetesCluster
 from .controllers.manager import Manager
 from .handlers import Insights
@@ -113,7 +114,7 @@ async def run(settings: Settings) -> None:
     """
     cluster = await connect(settings.api_qps, settings.api_burst)
     identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
+    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities, seal_key=await ensure_seal_key(cluster, settings))
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)

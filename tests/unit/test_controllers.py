@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +15,24 @@ import pytest
 
 from finetune_api.contract import ProgressReport
 from finetune_api.status import Condition, FineTuneJobStatus, Progress
+from finetune_api.validation import parse_spec
 from finetune_operator import metrics
 from finetune_operator.cache import assumptions as assumptions_module
 from finetune_operator.cache.assumptions import EXPIRES_SECONDS, Assumptions
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.limits import AGEING_SECONDS, Priority, RateLimit
+from finetune_operator.cluster.seal_key import ensure_seal_key
 from finetune_operator.cluster.transport import APIError
 from finetune_operator.controllers.controller import Controller, Kind
 from finetune_operator.controllers.events import Events
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.controllers.writer import Writer
+from finetune_operator.model.job import PodView
 from finetune_operator.model.objects import Key, Object
-from finetune_operator.model.queueing import Admission, Decision
+from finetune_operator.model.queueing import Admission, Decision, Workload
+from finetune_operator.model.seal import seal
+from finetune_operator.model.workload import request_of, workload_of
 from finetune_operator.reconcile.plan import Event, Plan
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, UID, job, merged, stamp
@@ -377,3 +384,61 @@ async def test_a_late_event_does_not_undo_what_was_heard_after_the_list_began(cl
     operator.job_event(cluster.put("FineTuneJob", changed), deleted=False)
     operator.store.put_job(old, asked_at=asked_at)
     assert operator.store.job(KEY)["metadata"]["labels"] == {"new": "1"}  # type: ignore[index]
+
+
+# the operator's own word
+
+
+class Secrets:
+    """An API server with one Secret, written by another operator first `conflicts` times."""
+
+    def __init__(self, data: dict[str, str] | None, conflicts: int = 0, failure: APIError | None = None) -> None:
+        self.data, self.conflicts, self.failure = data, conflicts, failure
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        assert (kind, namespace, name) == ("Secret", "finetune-system", "finetune-operator-seal")
+        if self.failure is not None:
+            raise self.failure
+        return {"metadata": {"name": name}, **({"data": self.data} if self.data is not None else {})}
+
+    async def replace(self, manifest: Object) -> Object:
+        if self.conflicts:
+            self.conflicts -= 1
+            self.data = {"key": base64.b64encode(b"of the other").decode()}
+            raise APIError(409, "Conflict", "stale")
+        self.data = manifest["data"]
+        return manifest
+
+
+async def test_the_key_of_seals_is_made_once_and_shared() -> None:
+    settings = Settings(seal_secret="finetune-operator-seal")
+    cluster = Secrets(None)
+    key = await ensure_seal_key(cluster, settings)  # type: ignore[arg-type]
+    assert len(key) == 64 and await ensure_seal_key(cluster, settings) == key  # type: ignore[arg-type]
+    assert await ensure_seal_key(Secrets(None, conflicts=1), settings) == "of the other"  # type: ignore[arg-type]
+    refused = Secrets(None, failure=APIError(403, "Forbidden", "secrets is forbidden"))
+    assert await ensure_seal_key(refused, settings) != await ensure_seal_key(refused, settings), (
+        "its own, which nobody can have sealed with"
+    )  # type: ignore[arg-type]
+    with pytest.raises(APIError):
+        await ensure_seal_key(Secrets(None, failure=APIError(503, "Unavailable", "later")), settings)  # type: ignore[arg-type]
+
+
+def test_a18_a_wiped_status_counts_towards_quota_by_what_is_sealed() -> None:
+    settings, spec = Settings(seal_key="k"), parse_spec(merged(MINIMAL, distribution={"gpusPerNode": 2}))
+    text = json.dumps({"queue": "q", "flavor": "a100", "nodes": 1, "attempt": 0, "admittedAt": stamp(NOW)})
+    pod = PodView(name="support-worker-0", uid="p", stage="train", phase="Running", created=NOW, admission=text, seal=seal("k", UID, text))
+
+    def seen(pod: PodView, status: Object | None = None) -> Workload:
+        return workload_of(job(status=status), spec, request_of(spec), [pod], 0, settings, NOW)
+
+    held = seen(pod).allocation
+    assert seen(pod).recovers and held is not None and (held.queue, held.flavor, held.total, held.stopping) == ("q", "a100", 2, False)
+    for other in (
+        dataclasses.replace(pod, seal=seal("k", "uid-of-another", text)),
+        dataclasses.replace(pod, admission="{}"),
+        dataclasses.replace(pod, deleting=True),
+    ):
+        forged = seen(other)
+        assert not forged.recovers and forged.allocation is not None and forged.allocation.stopping
+    assert not seen(pod, {"finishedAt": stamp(NOW), "conditions": [{"type": "Failed", "status": "True"}]}).recovers

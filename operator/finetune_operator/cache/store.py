@@ -331,8 +331,9 @@ def _was_a_jobs(pod: Object) -> bool:
 def _keep(metadata: Object) -> Object:
     wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
     kept = {field: metadata[field] for field in wanted if field in metadata}
-    admission = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION)
-    return kept if admission is None else {**kept, "annotations": {names.ANNOTATION_ADMISSION: admission}}
+    annotations = metadata.get("annotations") or {}
+    known = {name: annotations[name] for name in (names.ANNOTATION_ADMISSION, names.ANNOTATION_SEAL) if name in annotations}
+    return {**kept, "annotations": known} if known else kept
 
 
 def _pod_status(status: Object) -> Object:

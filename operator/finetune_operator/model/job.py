@@ -52,6 +52,8 @@ class PodView:
     """The node it was bound to."""
     admission: str = ""
     """What its gang was admitted to, as JSON."""
+    seal: str = ""
+    """That the operator wrote that (model/seal.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
