@@ -62,7 +62,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.progress_storage = _NoProgress()
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.watching.server_timeout = 570  # kopf lists all objects again after it
+    settings.watching.server_timeout = 570  # kopf then goes on from the last resourceVersion
     settings.watching.client_timeout = 600
     settings.watching.connect_timeout = 15
     settings.watching.chunk_size = 500
