@@ -804,6 +804,19 @@ def test_a18_what_pods_say_of_their_admission_is_believed_with_the_operators_sea
     assert not world.status.is_true("Admitted") and not workers(world), "it gives its pods back, and waits for its turn"
 
 
+def test_a18_a_gang_whose_record_was_wiped_runs_on_until_quota_was_looked_at() -> None:
+    world = World(TWO).to_training()
+    world.job["status"], made = {}, world.count
+    for decision in (None, Decision(action="keep"), Decision(action="preempt", message="as of before")):
+        world.decision = decision
+        world.settle()
+        assert not world.status.is_true("Admitted") and len(workers(world)) == 2
+    world.decision = Decision(action="keep", reason=RECOVERED)
+    world.settle()
+    assert world.status.condition("Admitted").reason == "Recovered" and world.status.phase == "Training"  # type: ignore[union-attr]
+    assert len(workers(world)) == 2 and world.count == made, "nothing was made anew"
+
+
 def test_suspend_and_resume() -> None:
     world = World(TWO).to_training()
     world.job["spec"]["runPolicy"] = {"suspend": True}

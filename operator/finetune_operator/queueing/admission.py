@@ -96,6 +96,8 @@ class _Pass:
         may = held.queue in self.ledger.queues and self._may_use(self.ledger.queues[held.queue], workload.namespace)
         if may and counted and (flavor is None or self.ledger.available(held.queue, flavor) >= 0):
             return workload
+        message = f"the record of its admission was lost, and queue {held.queue or 'none'} has no room for it: its pods save and end"
+        self.decisions[workload.uid] = Decision(action="wait", reason="AdmissionLost", message=message, queue=held.queue)
         return dataclasses.replace(workload, allocation=dataclasses.replace(held, stopping=True))
 
     def _expect(self, workload: Workload) -> None:

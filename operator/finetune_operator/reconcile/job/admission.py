@@ -25,7 +25,7 @@ def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
             _resize(draft, spec, decision.admission, decision.message)
             return False
         return True
-    if draft.status.condition("Admitted") is None and decision is not None and decision.reason == RECOVERED and _recover(draft):
+    if draft.status.condition("Admitted") is None and _is_recovered(draft):
         return False
     draft.phase("Queued")
     if not release(draft) or draft.held_back() or decision is None:
@@ -37,17 +37,20 @@ def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
     return False
 
 
-def _recover(draft: Draft) -> bool:
-    """Whether a gang runs that the status does not know: somebody wiped it, and the pods bear what they were admitted to, sealed.
+def _is_recovered(draft: Draft) -> bool:
+    """Whether a gang runs that the status does not know, and goes on: somebody wiped it, and the pods bear what they were admitted to.
 
-    The admission loop has found that quota has room for it.
+    Only with the operator's seal, and when the admission loop has found that quota has room for it; it is waited for.
     """
-    sealed = sealed_admission(workers(draft), draft.observed.job["metadata"]["uid"], draft.settings)
-    if sealed is not None:
-        draft.status.admission = sealed
-        draft.set("Admitted", "True", RECOVERED, "the gang was found running, and keeps what it was admitted to")
+    sealed, decision = sealed_admission(workers(draft), draft.observed.job["metadata"]["uid"], draft.settings), draft.observed.decision
+    if sealed is None or (decision is not None and decision.action in ("wait", "refuse")):
+        return False
+    if decision is None or decision.reason != RECOVERED:
+        draft.wait(1)
         return True
-    return False
+    draft.status.admission = sealed
+    draft.set("Admitted", "True", RECOVERED, "the gang was found running, and keeps what it was admitted to")
+    return True
 
 
 def _admit(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: str) -> None:
