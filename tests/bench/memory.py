@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from finetune_api.status import Plan
-from finetune_trainer import models
-from finetune_trainer.memory import Setting, estimate
+from finetune_trainer.models import load as models
+from finetune_trainer.training.memory import Setting, estimate
 from tests.trainer.conftest import Bench
 
 
@@ -107,8 +107,8 @@ def _measured(found: list[int]) -> Iterator[None]:
 
 def measure(case: Case, tiny: Path, folder: Path) -> tuple[int, int]:
     """(measured peak, estimate) in bytes, of two steps with two accumulations each."""
-    from finetune_trainer.prepare import prepare
-    from finetune_trainer.worker import fit
+    from finetune_trainer.stages.prepare import prepare
+    from finetune_trainer.stages.worker import fit
 
     made = folder / "models" / "made"
     _model(case, tiny, made)

@@ -11,9 +11,9 @@ import torch
 
 from finetune_api.spec import Distillation, Model
 from finetune_trainer.data.store import read_rows
-from finetune_trainer.errors import UserError
-from finetune_trainer.objectives.distill import divergence
-from finetune_trainer.prepare import prepare
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.training.objectives.distill import divergence
 from tests.trainer.conftest import COLOURS, ROWS, Bench
 from tests.trainer.server import chat_server
 
@@ -40,7 +40,7 @@ def test_the_divergence_against_its_definition() -> None:
 
 def test_a_student_learns_what_only_its_teacher_knows(bench: Bench) -> None:
     """Rows with wrong answers, weight 0 on them: what falls is the distance to the teacher's distribution."""
-    from finetune_trainer.publish import publish
+    from finetune_trainer.stages.publish import publish
 
     full = {"method": "full", "hyperparameters": {**HYPER, "learningRate": 3e-3, "maxSteps": 40}}
     teacher = bench.context(ROWS["messages"], name="teacher", tuning=full, publish=[{"uri": "pvc://published/teacher"}])

@@ -16,9 +16,11 @@ import transformers
 from transformers.utils import import_utils
 
 from finetune_api.status import Plan
-from finetune_trainer import devices, kernels, models
-from finetune_trainer.errors import InfrastructureError
-from finetune_trainer.kernels import VARLEN, Rows, pick_attention, pick_fused_layers
+from finetune_trainer.models import kernels
+from finetune_trainer.models import load as models
+from finetune_trainer.models.kernels import VARLEN, Rows, pick_attention, pick_fused_layers
+from finetune_trainer.process.errors import InfrastructureError
+from finetune_trainer.training import devices
 
 from .conftest import ROWS, Bench, history
 
@@ -170,8 +172,8 @@ def test_liger_is_for_gpus_and_models_that_it_knows() -> None:
 @pytest.mark.skipif(not import_utils.is_liger_kernel_available(), reason="liger-kernel is not installed")
 def test_liger_leaves_the_forward_pass_alone(bench: Bench, tiny_model: Path) -> None:
     """It would compute the loss itself: a reward model has no vocabulary, orpo and distill read the logits, TRL has its own loss."""
-    from finetune_trainer.arguments import common
-    from finetune_trainer.prepare import prepare
+    from finetune_trainer.stages.prepare import prepare
+    from finetune_trainer.training.arguments import common
 
     context = bench.context(ROWS["messages"])
     plan = Plan.model_validate(prepare(context).result["plan"])

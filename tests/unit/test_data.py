@@ -20,8 +20,8 @@ from finetune_trainer.data.scan import Scan, scan_rows
 from finetune_trainer.data.sensitive import findings
 from finetune_trainer.data.store import read_rows
 from finetune_trainer.data.tokens import IGNORED, Tokeniser
-from finetune_trainer.errors import StageError, UserError
-from finetune_trainer.prepare import prepare
+from finetune_trainer.process.errors import StageError, UserError
+from finetune_trainer.stages.prepare import prepare
 from tests.unit.test_prepare import Desk, chat, desk, lines, rows
 
 __all__ = ["desk"]

@@ -10,11 +10,11 @@ import pytest
 
 from finetune_api.contract import JobFile, StageResult
 from finetune_api.validation import parse_spec
-from finetune_trainer.context import Context
 from finetune_trainer.data import reading
 from finetune_trainer.data.store import read_rows
-from finetune_trainer.errors import StageError, UserError
-from finetune_trainer.prepare import prepare
+from finetune_trainer.job.context import Context
+from finetune_trainer.process.errors import StageError, UserError
+from finetune_trainer.stages.prepare import prepare
 from tests.factory import merged
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three"]
@@ -304,8 +304,8 @@ def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
 
 
 def test_errors_of_libraries_get_a_class() -> None:
-    from finetune_trainer.errors import classify
-    from finetune_trainer.secrecy import redact
+    from finetune_trainer.process.errors import classify
+    from finetune_trainer.process.redaction import redact
 
     assert classify(OSError(28, "No space left on device")).reason == "NoSpaceLeft"
     assert classify(RuntimeError("CUDA out of memory. Tried to allocate")).code == 11

@@ -11,14 +11,14 @@ import pytest
 
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
-from finetune_trainer import checkpoints
-from finetune_trainer.check import check
-from finetune_trainer.context import Context
-from finetune_trainer.errors import InfrastructureError, Stopped, UserError
-from finetune_trainer.keeper import Keeper, best_interval
-from finetune_trainer.memory import ModelShape
-from finetune_trainer.plan import make_plan
-from finetune_trainer.publish import publish
+from finetune_trainer.checkpointing import checkpoints
+from finetune_trainer.checkpointing.checkpoint_schedule import Keeper, best_interval
+from finetune_trainer.job.context import Context
+from finetune_trainer.process.errors import InfrastructureError, Stopped, UserError
+from finetune_trainer.stages.check import check
+from finetune_trainer.stages.publish import publish
+from finetune_trainer.training.memory import ModelShape
+from finetune_trainer.training.plan import make_plan
 from tests.factory import MINIMAL, merged
 
 
@@ -219,7 +219,7 @@ def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatc
                 raise answers["role"]
             return {"auth": {"accessToken": {"role": answers["role"]}}}
 
-    monkeypatch.setattr("finetune_trainer.check.HfApi", Hub)
+    monkeypatch.setattr("finetune_trainer.stages.check.HfApi", Hub)
     spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
     (shelf.folder / "token").write_text("hf_write\n")
     job = JobFile(name="j", namespace="n", uid="1", spec=spec, secrets={"publish-0": str(shelf.folder)})

@@ -13,14 +13,15 @@ from finetune_api.contract import Env, ExitCode, JobFile
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import parse_uri
 from finetune_api.validation import parse_spec
-from finetune_trainer import models, sources
-from finetune_trainer.check import check
-from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
-from finetune_trainer.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify
-from finetune_trainer.publish import _to_hub, together
-from finetune_trainer.sources import retry_after
+from finetune_trainer.job.context import Context
+from finetune_trainer.models import load as models
+from finetune_trainer.process.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify
+from finetune_trainer.remote import retry
+from finetune_trainer.remote.retry import retry_after
+from finetune_trainer.stages.check import check
+from finetune_trainer.stages.publish import _to_hub, together
 from tests.factory import MINIMAL, NOW
 from tests.loopback import QuietHandler, serving
 
@@ -60,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         found.url = f"http://127.0.0.1:{port}"
         the_hub_is(monkeypatch, found.url)
         monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
-        monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+        monkeypatch.setattr(retry.time, "sleep", lambda _: None)
         yield found
 
 
@@ -171,7 +172,7 @@ def test_huggingface_hub_does_not_sleep_for_an_hour(server: Server, monkeypatch:
     """Its own retries would sleep as long as Retry-After says."""
     server.says(503, Retry_After="3600")
     factory = huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY
-    sources.hub_never_sleeps_long()
+    retry.hub_never_sleeps_long()
     try:
         began = time.monotonic()
         with pytest.raises(SourceUnavailable) as caught:
@@ -194,7 +195,7 @@ def test_huggingface_hub_does_not_sleep_for_an_hour(server: Server, monkeypatch:
     ],
 )
 def test_the_patience_that_is_asked_for(headers: dict[str, str], expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.time, "time", NOW.timestamp)
+    monkeypatch.setattr(retry.time, "time", NOW.timestamp)
     assert retry_after(headers) == expected
 
 
@@ -213,12 +214,12 @@ def test_authorities_are_trusted_beside_the_systems(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE"):
         monkeypatch.setenv(name, "")
-    sources.trust(str(tmp_path / "none"))
+    retry.trust(str(tmp_path / "none"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "own.crt").write_text("OWN")
     (tmp_path / "system.crt").write_text("SYSTEM")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "system.crt"))
-    sources.trust(str(tmp_path / "own.crt"))
+    retry.trust(str(tmp_path / "own.crt"))
     import os
 
     assert Path(os.environ["REQUESTS_CA_BUNDLE"]).read_text().split() == ["SYSTEM", "OWN"]

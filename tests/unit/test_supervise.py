@@ -13,9 +13,9 @@ import pytest
 
 from finetune_api.status import Restart
 from finetune_operator.reconcile.failures import suspects
-from finetune_trainer.errors import Hang, Stopped
-from finetune_trainer.scratch import Beat, Doing, Scratch
-from finetune_trainer.supervise import Pulse, Supervisor, waits
+from finetune_trainer.process.errors import Hang, Stopped
+from finetune_trainer.process.ipc import Beat, Doing, Scratch
+from finetune_trainer.process.supervise import Pulse, Supervisor, waits
 from tests.factory import after, stamp
 
 
@@ -51,7 +51,7 @@ def test_a_limit_of_the_users() -> None:
 
 WORKER = """
 import faulthandler, pathlib, signal, sys, time
-from finetune_trainer.scratch import Scratch
+from finetune_trainer.process.ipc import Scratch
 scratch = Scratch.mine()
 faulthandler.register(signal.SIGUSR1, file=scratch.stack(0).open("w"), all_threads=True)
 scratch.beat(0, 0, "start"); scratch.beat(0, 4, "step")
@@ -117,7 +117,7 @@ def test_a_stop_that_is_not_heard_ends_with_the_grace_period(tmp_path: Path) -> 
 
 
 def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
-    child = "from finetune_trainer import lifeline; lifeline.hold(); print('up', flush=True); import time; time.sleep(60)"
+    child = "from finetune_trainer.process import parent_watch; parent_watch.hold(); print('up', flush=True); import time; time.sleep(60)"
     parent = f"""
 import os, subprocess, sys
 env = {{**os.environ, "FINETUNE_PARENT_PID": str(os.getpid())}}

@@ -25,9 +25,9 @@ from finetune_api.contract import Env
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import URI, parse_uri
 
-from ..context import Context
-from ..errors import InfrastructureError, SourceUnavailable, UserError
-from ..sources import answered, away, patiently
+from ..job.context import Context
+from ..process.errors import InfrastructureError, SourceUnavailable, UserError
+from ..remote.retry import answered, away, patiently
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""

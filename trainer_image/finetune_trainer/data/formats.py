@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..process.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 Shape = dict[str, Any]

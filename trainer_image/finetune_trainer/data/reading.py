@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import parse_uri
 
-from ..context import Context
-from ..errors import UserError
-from ..sources import hub_host, patiently, verdict
+from ..job.context import Context
+from ..process.errors import UserError
+from ..remote.retry import hub_host, patiently, verdict
 from .fetch import fetch
 
 LINE_LIMIT = 16 * 1024 * 1024

@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune_api.spec import Objective
 
-from ..errors import UserError
-from ..limits import time_limit
+from ..process.errors import UserError
+from ..process.limits import time_limit
 from .formats import BadRow, Shape
 
 IGNORED = -100

@@ -8,11 +8,11 @@ from typing import Any
 
 from finetune_api.spec import DatasetSource, Forgetting
 
-from ..context import Context, write_text
 from ..data.formats import FORMATS, BadRow
 from ..data.reading import rows
 from ..data.tokens import Tokeniser
-from ..errors import UserError
+from ..job.context import Context, write_text
+from ..process.errors import UserError
 from .measure import token_values
 
 _MOST = 200
@@ -23,7 +23,7 @@ def keep_general_rows(context: Context, tokenizer: Any, settings: Forgetting) ->
     """In prepare: write the tokens of the general text, so that a bad row is refused before a GPU is taken."""
     tokeniser = Tokeniser(tokenizer, objective="pretrain", max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=False)
     if settings.uri is None:
-        text = resources.files("finetune_trainer").joinpath("templates", "general.txt").read_text()
+        text = resources.files(__package__).joinpath("general.txt").read_text()
         texts = [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]
     else:
         texts = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import InfrastructureError, StageError, UserError
-from ..sources import hub_host, verdict
+from ..process.errors import InfrastructureError, StageError, UserError
+from ..remote.retry import hub_host, verdict
 
 OWN_TASKS = "FINETUNE_HARNESS_TASKS"
 """Environment variable: a folder with task files of one's own."""

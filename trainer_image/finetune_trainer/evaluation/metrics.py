@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune_api.spec import Evaluation, Metric
 
-from .. import answers
+from . import answers
 
 Values = np.ndarray[Any, Any]
 """float64 of shape (rows, 2): numerator and denominator."""

@@ -1,0 +1,63 @@
+"""distill: matching a teacher's distribution over the rows' answers (Hinton et al., https://arxiv.org/abs/1503.02531).
+
+With mode generate the teacher's answers were written into the rows by prepare, and this is plain sft.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune_api.spec import Distillation
+
+from ...models import load as models
+from .base import ObjectiveKind, Setup
+from .sampler import Ordered
+from .sft import arguments
+from .sft import trainer as sft_trainer
+
+
+def divergence(student: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, settings: Distillation) -> torch.Tensor:
+    """Sum over the learned tokens of alpha CE(labels) + (1 - alpha) T^2 KL(teacher || student).
+
+    student, taught: logits [batch, length, vocabulary]; labels: [batch, length], -100 where nothing is learned.
+    """
+    learned = labels[:, 1:] != -100
+    theirs, ours, targets = taught[:, :-1][learned].float(), student[:, :-1][learned].float(), labels[:, 1:][learned]
+    heat = settings.temperature
+    gap = torch.nn.functional.kl_div(
+        torch.log_softmax(ours / heat, -1), torch.log_softmax(theirs / heat, -1), log_target=True, reduction="sum"
+    )
+    return settings.alpha * torch.nn.functional.cross_entropy(ours, targets, reduction="sum") + (1 - settings.alpha) * heat**2 * gap
+
+
+def _trainer(setup: Setup) -> Any:
+    from trl import SFTTrainer
+
+    context, told = setup.context, setup.context.spec.tuning.distillation
+    assert told is not None
+    settings: Distillation = told
+    if settings.mode == "generate":
+        return sft_trainer(setup)
+    cuda = setup.arguments.device.type == "cuda"
+    dtype = models.compute_dtype(cuda, context.spec.tuning.hyperparameters.precision)
+    taught = models.load_model(context, models.noted(context, "teacher"), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
+    taught.requires_grad_(False)
+
+    class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            """The divergence, averaged over the learned tokens of the global batch."""
+            given = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+            with torch.no_grad():
+                logits = taught(**given).logits
+            outputs = model(**given)
+            count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
+            scale = self.accelerator.num_processes if num_items_in_batch is not None and self.args.average_tokens_across_devices else 1
+            loss = divergence(outputs.logits, logits, inputs["labels"], settings) / count * scale
+            return (loss, outputs) if return_outputs else loss
+
+    return Trainer(**setup.parts())
+
+
+DISTILL = ObjectiveKind(("input_ids", "labels"), arguments, _trainer)
