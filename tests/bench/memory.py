@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from finetune_api.status import Plan
-from finetune_trainer.models import load as models
 from finetune_trainer.training.memory import Setting, estimate
+from finetune_trainer.training.shape import describe_model
 from tests.trainer.conftest import Bench
 
 
@@ -135,7 +135,7 @@ def measure(case: Case, tiny: Path, folder: Path) -> tuple[int, int]:
     found: list[int] = []
     with _measured(found):
         fit(context, plan)
-    shape = models.describe(context, str(made))
+    shape = describe_model(context, str(made))
     setting = Setting("ddp", 1, plan.per_device_batch_size, plan.gradient_checkpointing)
     if not torch.cuda.is_available():
         return found[0], estimate(context.spec, shape, setting, element=4).total

@@ -181,7 +181,7 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
     env = {
         **os.environ,
         "FINETUNE_PLAN": json.dumps({**plan, "worldSize": 2}),
-        "FINETUNE_SCRATCH": str(tmp_path),
+        "FINETUNE_IPC_DIR": str(tmp_path),
         "ACCELERATE_USE_CPU": "true",
         **{
             "LOCAL_RANK": "0",

@@ -45,10 +45,10 @@ def test_the_order_of_the_data_depends_on_the_seed_alone(bench: Bench) -> None:
 
 
 def test_every_epoch_is_a_shuffle_in_whole_batches() -> None:
-    from finetune_trainer.training.objectives.sampler import WholeBatches
+    from finetune_trainer.training.objectives.sampler import GlobalBatchSampler
 
-    def sampler(steps: int, rows: int = 10, batch: int = 4, seed: int = 1) -> WholeBatches:
-        return WholeBatches(rows, batch, seed, lambda: steps)
+    def sampler(steps: int, rows: int = 10, batch: int = 4, seed: int = 1) -> GlobalBatchSampler:
+        return GlobalBatchSampler(rows, batch, seed, lambda: steps)
 
     epochs = [list(sampler(3 * epoch)) for epoch in range(3)]
     assert all(list(sampler(3 + inside)) == epochs[1] for inside in range(3)), "resumed inside an epoch"

@@ -206,8 +206,8 @@ LEAKY = """
 import logging, sys
 from finetune_trainer.process import redaction
 from finetune_trainer.process.errors import UserError
-redaction.remember([sys.argv[1]])
-redaction.configure()
+redaction.add_secrets([sys.argv[1]])
+redaction.configure_logging()
 secret = open(sys.argv[1] + "/token").read().strip()
 print("printed", secret)
 sys.stderr.write(f"written {secret}\\n")

@@ -271,7 +271,7 @@ def test_a_model_without_chat_template(desk: Desk) -> None:
 def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import IGNORED, Tokeniser
+    from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     row = {
@@ -283,24 +283,24 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
             {"role": "assistant", "content": "a number"},
         ]
     }
-    tokens = Tokeniser(tokenizer, max_length=256, assistant_only=True)(row)[0]
+    tokens = RowTokenizer(tokenizer, max_length=256, assistant_only=True)(row)[0]
     learned = tokenizer.decode([t for t, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label != IGNORED])
     assert learned == "a colour<|end|>a number<|end|>"
-    everything = Tokeniser(tokenizer, max_length=256, assistant_only=False)(row)[0]
+    everything = RowTokenizer(tokenizer, max_length=256, assistant_only=False)(row)[0]
     assert everything["labels"] == everything["input_ids"]
-    pair = Tokeniser(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})[0]
+    pair = RowTokenizer(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})[0]
     assert tokenizer.decode([t for t in pair["labels"] if t != IGNORED]) == "a colour<|end|>"
 
 
 def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import Tokeniser
+    from finetune_trainer.data.tokens import RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="assistantOnlyLoss: false"):
-        Tokeniser(tokenizer, max_length=256, assistant_only=True)(chat("a"))
+        RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))
 
 
 def test_errors_of_libraries_get_a_class() -> None:

@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
-    redaction.configure()
+    redaction.configure_logging()
     signal.signal(signal.SIGTERM, _stop)
-    parent_watch.hold()
-    retry.trust()
+    parent_watch.start()
+    retry.trust_authorities()
     if arguments.stage == "train":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
     try:
@@ -67,7 +67,7 @@ def main() -> None:
 
 def _run(stage: str, context: Context) -> StageResult:
     if stage != "train":
-        retry.hub_never_sleeps_long()
+        retry.cap_hub_retry_wait()
     if stage == "prepare":
         from .stages.prepare import prepare as run
     elif stage == "check":

@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from finetune_api.scalars import seconds
 from finetune_api.spec import Checkpoint
 
-from ..process.ipc import Scratch
-from .checkpoints import MANIFEST, Fence, folders, remove, seal
+from ..process import ranks
+from ..process.ipc import Channel
+from .checkpoints import MANIFEST, Fence, list_checkpoints, remove, write_manifest
 
 _NODE_MTBF = 24 * 3600.0
 """Seconds between two interruptions of one node, preemptions included: a shared cluster's, not the hardware's alone."""
@@ -30,15 +30,15 @@ def best_interval(cost: float, nodes: int) -> float:
     return min(_LONGEST, max(_SHORTEST, math.sqrt(2.0 * cost * _NODE_MTBF / nodes)))
 
 
-class Keeper(TrainerCallback):  # type: ignore[misc]
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Asks for a checkpoint in time and when the pod is asked to stop, seals it, and keeps the newest ones.
 
     All ranks must save, and stop, at the same step: they agree on it after every step. The digests are computed beside
     the training that goes on.
     """
 
-    def __init__(self, settings: Checkpoint, root: str, *, nodes: int, fence: Fence, scratch: Scratch | None) -> None:
-        self._settings, self._nodes, self._fence, self._scratch = settings, nodes, fence, scratch
+    def __init__(self, settings: Checkpoint, root: str, *, nodes: int, fence: Fence, channel: Channel | None) -> None:
+        self._settings, self._nodes, self._fence, self._channel = settings, nodes, fence, channel
         self._root, self._last, self._last_step = Path(root), time.monotonic(), 0
         self._begun = self._last
         self._stopping = False
@@ -58,12 +58,11 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         due = time.monotonic() - self._last >= self.interval or state.global_step >= state.max_steps
         if self._settings.every_steps is not None and state.global_step - self._last_step >= self._settings.every_steps:
             due = True
-        stop = self._scratch is not None and self._scratch.stop.exists()
-        due, stop = _agree(args.device, due and state.is_world_process_zero, stop)
+        stop = self._channel is not None and self._channel.stop_requested
+        due, stop = ranks.any_rank(args.device, due and state.is_world_process_zero, stop)
         self._stopping = self._stopping or stop
-        if (
-            due or self._stopping
-        ):  # where the trainer decides otherwise (an evaluation that is not the best), it is still due at the next step
+        # where the trainer decides otherwise (an evaluation that is not the best), it is still due at the next step
+        if due or self._stopping:
             self._begun = time.monotonic()
             control.should_save = True
             if state.is_world_process_zero:
@@ -72,7 +71,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seal the checkpoint once every rank has written its part, then drop the oldest but the best."""
-        _barrier()
+        ranks.barrier()
         self._last, self._last_step = time.monotonic(), state.global_step
         if self._settings.every is None:
             self.interval = best_interval(self._last - self._begun, self._nodes)
@@ -82,7 +81,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             self._sealing = self._pool.submit(self._seal, state.global_step, args.world_size, best)
         if self._stopping and state.global_step < state.max_steps:
             self._settle()
-            _barrier()  # no process may end before the checkpoint counts: launchers kill the others
+            ranks.barrier()  # no process may end before the checkpoint counts: launchers kill the others
             self.stopped_at = state.global_step
             control.should_training_stop = True
 
@@ -91,8 +90,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         self._settle()
 
     def _seal(self, step: int, world_size: int, best: str | None) -> None:
-        seal(self._root / f"checkpoint-{step}", world_size)
-        sealed = [folder for _, folder in folders(self._root) if (folder / MANIFEST).exists()]
+        write_manifest(self._root / f"checkpoint-{step}", world_size)
+        sealed = [folder for _, folder in list_checkpoints(self._root) if (folder / MANIFEST).exists()]
         for old in sealed[self._settings.keep :]:
             if old.name != best:
                 remove(old)
@@ -102,22 +101,3 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         sealing, self._sealing = self._sealing, None
         if sealing is not None:
             sealing.result()
-
-
-def together() -> bool:
-    """Whether this process is one of several that can talk to each other."""
-    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def _agree(device: torch.device, *flags: bool) -> list[bool]:
-    """Each flag, true when it is true on any rank."""
-    if not together():
-        return list(flags)
-    found = torch.tensor([int(flag) for flag in flags], device=device if device.type == "cuda" else "cpu")
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
-
-
-def _barrier() -> None:
-    if together():
-        torch.distributed.barrier()

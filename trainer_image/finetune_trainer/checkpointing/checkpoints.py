@@ -16,7 +16,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..job.context import write_text
+from ..job.files import write_text
 from ..process.errors import Stopped
 
 log = logging.getLogger("finetune.checkpoints")
@@ -32,13 +32,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.startswith(f".{MANIFEST}"))
 
 
-def seal(folder: Path, world_size: int) -> None:
+def write_manifest(folder: Path, world_size: int) -> None:
     """Write the manifest that makes a checkpoint complete."""
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in _files(folder)}
     write_text(folder / MANIFEST, json.dumps({"worldSize": world_size, "files": files}, indent=1, sort_keys=True))
 
 
-def fault(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when it is complete and undamaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -53,14 +53,14 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def folders(root: str | Path) -> list[tuple[int, Path]]:
+def list_checkpoints(root: str | Path) -> list[tuple[int, Path]]:
     """Steps and folders, complete or not, newest first."""
     found = [(int(m.group(1)), p) for p in Path(root).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     return sorted(found, reverse=True)
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumePoint:
     """Where a run begins."""
 
     folder: str | None = None
@@ -72,23 +72,23 @@ class Resume:
     """Steps of newer checkpoints that were passed over."""
 
 
-def find(root: str) -> Resume:
+def find_latest(root: str) -> ResumePoint:
     """The newest good checkpoint. What is newer than it is removed: this run writes those steps again."""
     skipped: list[int] = []
-    for step, folder in folders(root):
-        problem = fault(folder)
+    for step, folder in list_checkpoints(root):
+        problem = find_damage(folder)
         if problem is None:
             world = int(json.loads((folder / MANIFEST).read_text())["worldSize"])
-            return Resume(str(folder), step, world, tuple(skipped))
+            return ResumePoint(str(folder), step, world, tuple(skipped))
         log.warning("checkpoint at step %d is passed over: %s", step, problem)
         skipped.append(step)
         remove(folder)
-    return Resume(skipped=tuple(skipped))
+    return ResumePoint(skipped=tuple(skipped))
 
 
-def newest_step(root: str) -> int | None:
+def latest_step(root: str) -> int | None:
     """Step of the newest complete checkpoint."""
-    return next((step for step, folder in folders(root) if (folder / MANIFEST).exists()), None)
+    return next((step for step, folder in list_checkpoints(root) if (folder / MANIFEST).exists()), None)
 
 
 def remove(folder: Path) -> None:
@@ -103,7 +103,7 @@ class Fence:
     def __init__(self, root: str, attempt: int) -> None:
         self._path, self._attempt = Path(root, "attempt"), attempt
 
-    def raise_(self) -> None:
+    def claim(self) -> None:
         """Put this attempt on record. Raises Stopped when a later one is."""
         self.check()
         write_text(self._path, str(self._attempt))

@@ -10,12 +10,13 @@ import torch
 
 from finetune_api.spec import WHOLE_MODEL_METHODS
 
-from ..job.context import Context, write_text
-from ..models import load as models
+from ..job.context import Context
+from ..job.files import write_text
+from ..models.fetch import local_path
 from ..process.errors import UserError
 
 
-def save(context: Context, trainer: Any) -> None:
+def save_result(context: Context, trainer: Any) -> None:
     """Write the adapter or the model on rank 0; all ranks take part. Raises UserError when nothing was learned or saved."""
     output = Path(context.layout.output)
     trainer.save_model(str(output))
@@ -24,7 +25,7 @@ def save(context: Context, trainer: Any) -> None:
         return
     trainer.processing_class.save_pretrained(str(output))
     if context.spec.tuning.method in WHOLE_MODEL_METHODS:
-        _as_stored(output, models.noted(context))
+        _as_stored(output, local_path(context))
     _verify(output)
 
 

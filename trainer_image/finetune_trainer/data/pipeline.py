@@ -1,11 +1,11 @@
-"""Where the rows of one job are looked through: read, compared, counted, written."""
+"""The rows of one job on their way: read, compared, counted, written. Knows neither the model's weights nor who writes answers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -15,17 +15,18 @@ from finetune_api.status import DatasetStatus, Plan
 
 from ..job.context import Context
 from ..process.errors import UserError
-from ..training import teacher
 from .formats import FORMATS, detect
 from .reading import Row, rows
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
 from .store import HELD_OUT, Store
-from .tokens import Tokeniser
+from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
 _SHOWN, _SAMPLE = 5, 50
 _CONVERSATIONS = ("messages", "sharegpt", "alpaca")
+AnswerWriter = Callable[[Iterable[Row], str], dict[str, str]]
+"""Writes an answer to each row of a format, by the digest of its prompt (scan.prompt_digest)."""
 
 
 @dataclass
@@ -62,11 +63,11 @@ class SourceReport:
         return {"uri": self.uri, "format": self.format, "reason": self.reason, "rows": self.rows}
 
 
-class Desk:
+class Pipeline:
     """The rows of one job. The methods are called in the order they stand here."""
 
-    def __init__(self, context: Context, tokeniser: Tokeniser, store: Store) -> None:
-        self.context, self.tokeniser, self.store = context, tokeniser, store
+    def __init__(self, context: Context, row_tokenizer: RowTokenizer, store: Store, write_answers: AnswerWriter | None = None) -> None:
+        self.context, self.row_tokenizer, self.store, self.write_answers = context, row_tokenizer, store, write_answers
         dataset = context.spec.dataset
         self.checks = dataset.checks
         self.sources, self.fields = list(dataset.sources.values()), list(dataset.sources)
@@ -108,12 +109,12 @@ class Desk:
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
         if report.format in _CONVERSATIONS:
-            self.tokeniser.require_chat_template()
+            self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
-        scan = Scan(self.tokeniser, report.format, similar)
-        if teacher.writes_answers(self.context):
+        scan = Scan(self.row_tokenizer, report.format, similar)
+        if self.write_answers is not None:
             again = rows(self.context, source, name)
-            scan = Scan(self.tokeniser, report.format, similar, teacher.answers(self.context, self.tokeniser, again, report.format))
+            scan = Scan(self.row_tokenizer, report.format, similar, self.write_answers(again, report.format))
         if "text" in FORMATS[report.format].columns and self._wants_answers:
             raise UserError(
                 "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
@@ -143,7 +144,7 @@ class Desk:
                     self.dropped["tooLong"] += 1
                 continue
             if row.truncated:
-                self.problems.add("tooLong", place, f"longer than maxLength {self.tokeniser.max_length}")
+                self.problems.add("tooLong", place, f"longer than maxLength {self.row_tokenizer.max_length}")
                 if self.checks.too_long == "drop":
                     self.dropped["tooLong"] += 1
                     continue
@@ -241,6 +242,6 @@ class Desk:
             "lengths": self.lengths,
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
-            "maxLength": self.tokeniser.max_length,
+            "maxLength": self.row_tokenizer.max_length,
             "plan": plan.to_wire(),
         }

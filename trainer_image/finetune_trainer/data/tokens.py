@@ -30,7 +30,7 @@ class RowTooLong(BadRow):
     """A row of which nothing to learn is left within max_length."""
 
 
-class Tokeniser:
+class RowTokenizer:
     """Turns rows into tokens with the model's tokenizer and chat template.
 
     `encode` gives {"input_ids", "labels"}: the prompt and the answer that is learned or, for pairs, preferred.

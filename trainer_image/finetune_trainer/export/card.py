@@ -11,7 +11,7 @@ from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a card tells."""
 
     job: JobFile
@@ -34,7 +34,7 @@ class Facts:
         return uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else None
 
 
-def model_card(facts: Facts) -> str:
+def model_card(facts: CardFacts) -> str:
     """README.md of the published result."""
     job, tuning, hyper = facts.job, facts.job.spec.tuning, facts.job.spec.tuning.hyperparameters
     task = "text-classification" if tuning.objective == "reward" else "text-generation"
@@ -95,7 +95,7 @@ def _code(language: str, *lines: str) -> list[str]:
     return [f"```{language}", *lines, "```"]
 
 
-def _usage(facts: Facts) -> list[str]:
+def _usage(facts: CardFacts) -> list[str]:
     spec, base = facts.job.spec, facts.hub or "BASE"
     tuning, output = spec.tuning, spec.output
     kind = "AutoModelForSequenceClassification" if tuning.objective == "reward" else "AutoModelForCausalLM"

@@ -21,7 +21,8 @@ import torch
 from finetune_api.spec import WHOLE_MODEL_METHODS
 
 from ..job.context import Context
-from ..models import load as models
+from ..models.fetch import local_path
+from ..models.load import load_model, load_tokenizer
 from ..process.errors import InfrastructureError, UserError
 
 MERGED, GGUF = "merged", "gguf"
@@ -30,7 +31,7 @@ _ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3
 _CONVERT_SECONDS = 3600
 
 
-def check(context: Context, folder: str) -> None:
+def check_convertible(context: Context, folder: str) -> None:
     """In prepare: raises UserError when the model cannot be converted, before a GPU is taken."""
     output = context.spec.output
     kind = str(context.read_json(f"{folder}/config.json").get("model_type"))
@@ -51,7 +52,7 @@ def check(context: Context, folder: str) -> None:
 def export(context: Context, bundle: Path) -> None:
     """Write what `output` asks for into the bundle."""
     output = context.spec.output
-    folder, adapter = models.noted(context), context.spec.tuning.method not in WHOLE_MODEL_METHODS
+    folder, adapter = local_path(context), context.spec.tuning.method not in WHOLE_MODEL_METHODS
     if output.gguf_adapter:
         (bundle / GGUF).mkdir(exist_ok=True)
         write_adapter(Path(context.layout.output), json.loads(Path(folder, "config.json").read_text()), bundle / GGUF / "adapter.gguf")
@@ -67,7 +68,7 @@ def export(context: Context, bundle: Path) -> None:
         (bundle / GGUF).mkdir(exist_ok=True)
         _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
     if output.gguf:
-        tokenizer = models.load_tokenizer(context, folder)
+        tokenizer = load_tokenizer(context, folder)
         (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf"))
     if output.merged and adapter:
         shutil.copytree(whole, bundle / MERGED)
@@ -80,13 +81,13 @@ def merge(context: Context, folder: str, target: Path) -> None:
     from transformers import AutoConfig
 
     reward = context.spec.tuning.objective == "reward"
-    base = models.load_model(context, folder, dtype=torch.float32, reward=reward)
+    base = load_model(context, folder, dtype=torch.float32, reward=reward)
     merged = PeftModel.from_pretrained(base, context.layout.output).merge_and_unload()
     stored = getattr(AutoConfig.from_pretrained(folder), "dtype", None)
     dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     shutil.rmtree(target, ignore_errors=True)
     merged.to(dtype).save_pretrained(target)
-    models.load_tokenizer(context, folder).save_pretrained(target)
+    load_tokenizer(context, folder).save_pretrained(target)
 
 
 def _convert(folder: str, target: Path, kind: str, *more: str) -> None:

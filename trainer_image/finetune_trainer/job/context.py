@@ -12,6 +12,7 @@ from finetune_api.uris import URI
 
 from ..process import redaction
 from ..process.errors import UserError
+from .files import write_text
 
 
 class Context:
@@ -27,7 +28,7 @@ class Context:
     def load(cls, job_file: str, workspace: str) -> Context:
         """Read job.json. What is secret of it is never said from here on."""
         job = JobFile.model_validate(json.loads(Path(job_file).read_text()))
-        redaction.remember(job.secrets.values())
+        redaction.add_secrets(job.secrets.values())
         return cls(job, workspace)
 
     def mounted(self, uri: URI) -> Path:
@@ -66,19 +67,3 @@ def _inside(root: str, uri: URI) -> Path:
     if uri.scheme != "configmap" and path != base and base not in path.parents:
         raise UserError("PathLeavesVolume", f"{uri.scheme}://{uri.name}/{uri.path} leads out of the volume")
     return path if uri.scheme != "configmap" else base / uri.path
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write aside, then rename."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def render_page(template: str, **values: Any) -> str:
-    """A page for people; everything that comes from data is escaped (case A16)."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    pages = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    return str(pages.get_template(template).render(**values))

@@ -1,6 +1,6 @@
 """Which kernels compute the model: its attention, and Liger's fused layers. Picked where the GPU is; the stage's result says which.
 
-Rows without padding (packed, or one behind the other) need an attention that knows where each begins. `sdpa` gets a dense
+PackedRows without padding (packed, or one behind the other) need an attention that knows where each begins. `sdpa` gets a dense
 mask over all of them, which costs the square of their tokens together; flash-attention and PyTorch's own `varlen_attn` cost
 the sum of the rows' squares. The latter comes with torch, needs an Ampere GPU or a later one, and is registered here with
 transformers under the name `varlen`.
@@ -22,12 +22,12 @@ LARGEST_HEAD = 256
 _AMPERE = (8, 0)
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Where the rows of one sequence begin: what layers get in place of a mask."""
 
-    starts: torch.Tensor
+    cu_seqlens: torch.Tensor
     """Cumulative lengths, int32 [rows + 1]."""
-    longest: int
+    max_seqlen: int
     window: int | None
     """Tokens that a token sees, itself included; None for all before it."""
 
@@ -46,13 +46,13 @@ def pick_attention(
     half = cuda and dtype != torch.float32
     if half and is_flash_attn_2_available() and getattr(kind, "_supports_flash_attn", True):
         return "flash_attention_2"
-    if half and padding_free and not compiled and varlen_fits(kind, config) and torch.cuda.get_device_capability() >= _AMPERE:
-        register()
+    if half and padding_free and not compiled and supports_varlen(kind, config) and torch.cuda.get_device_capability() >= _AMPERE:
+        register_varlen()
         return VARLEN
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
-def varlen_fits(kind: Any, config: Any) -> bool:
+def supports_varlen(kind: Any, config: Any) -> bool:
     """Whether a model's attention is of the kind that `varlen_attn` computes, and this torch has it."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
@@ -68,7 +68,7 @@ def varlen_fits(kind: Any, config: Any) -> bool:
     return head <= LARGEST_HEAD and head % 8 == 0 and not any(getattr(text, name, None) for name in special)
 
 
-def register() -> None:
+def register_varlen() -> None:
     """Tell transformers of `varlen`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -89,7 +89,7 @@ def varlen_mask(
     device: Any = "cpu",
     **more: Any,
 ) -> Any:
-    """`Rows` for rows behind each other, and the mask of `sdpa` for all else. transformers calls it once a forward pass."""
+    """`PackedRows` for rows behind each other, and the mask of `sdpa` for all else. transformers calls it once a forward pass."""
     from transformers.masking_utils import sdpa_mask
 
     plain = attention_mask is None and batch_size == 1 and q_length == kv_length > 1
@@ -111,7 +111,7 @@ def varlen_mask(
     )
 
 
-def _rows(mask_function: Callable[..., Any], length: int, device: Any, window: int | None) -> Rows | None:
+def _rows(mask_function: Callable[..., Any], length: int, device: Any, window: int | None) -> PackedRows | None:
     """Read the rows off the mask's own function: one begins where a token does not see the token before it.
 
     So nothing depends on which keyword arguments a model hands down to its layers. None where a token sees the one after it.
@@ -121,15 +121,15 @@ def _rows(mask_function: Callable[..., Any], length: int, device: Any, window: i
     if bool(mask_function(none, none, before, after).any()):
         return None
     breaks = after[~mask_function(none, none, after, before).expand(length - 1)]
-    starts = torch.cat([place[:1], breaks, place[-1:] + 1]).to(torch.int32)
-    return Rows(starts, int(starts.diff().max()), window)
+    cu_seqlens = torch.cat([place[:1], breaks, place[-1:] + 1]).to(torch.int32)
+    return PackedRows(cu_seqlens, int(cu_seqlens.diff().max()), window)
 
 
 def varlen_attention(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any
 ) -> tuple[Any, None]:
-    """Attention within `Rows`; with any other mask, that of `sdpa`. Tensors are [batch, heads, tokens, head size]."""
-    if not isinstance(attention_mask, Rows):
+    """Attention within `PackedRows`; with any other mask, that of `sdpa`. Tensors are [batch, heads, tokens, head size]."""
+    if not isinstance(attention_mask, PackedRows):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)  # type: ignore[no-any-return]
@@ -148,7 +148,7 @@ def _half(query: torch.Tensor, value: torch.Tensor) -> torch.dtype:
     return value.dtype if query.dtype == torch.float32 else query.dtype
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None) -> torch.Tensor:
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, scale: float | None) -> torch.Tensor:
     """The kernel. Tensors are [tokens, heads, head size]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -156,11 +156,11 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: R
     options = {"enable_gqa": grouped} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (-1 if rows.window is None else rows.window - 1, 0)
     return varlen_attn(  # type: ignore[no-any-return]
-        query, key, value, rows.starts, rows.starts, rows.longest, rows.longest, scale=scale, window_size=window, **options
+        query, key, value, rows.cu_seqlens, rows.cu_seqlens, rows.max_seqlen, rows.max_seqlen, scale=scale, window_size=window, **options
     )
 
 
-def pick_fused_layers(wanted: str, model_type: str, *, cuda: bool) -> bool:
+def use_liger_kernels(wanted: str, model_type: str, *, cuda: bool) -> bool:
     """Whether Liger's kernels are used, for `hyperparameters.fusedKernels`: on a GPU, for models that Liger knows."""
     if wanted == "off" or not cuda or importlib.util.find_spec("liger_kernel") is None:
         return False
@@ -169,7 +169,7 @@ def pick_fused_layers(wanted: str, model_type: str, *, cuda: bool) -> bool:
     return model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def named(model: Any, arguments: Any) -> str:
+def describe_kernels(model: Any, arguments: Any) -> str:
     """For people: the kernels that a trainer uses."""
     attention = str(getattr(model.config, "_attn_implementation", "") or "unknown")
     return f"{attention} attention{', Liger kernels' if arguments.use_liger_kernel else ''}"

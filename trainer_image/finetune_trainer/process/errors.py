@@ -76,3 +76,13 @@ def classify(failure: BaseException) -> StageError:
     if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "DatasetNotFoundError"):
         return UserError("SourceNotFound", f"{failure}; check the uri, and secretRef if it is gated or private")
     return InfrastructureError("UnexpectedError", text)
+
+
+def combine(failed: list[tuple[str, StageError]], rest: str) -> StageError:
+    """One error for all targets: what will never go is said at once, what may go by itself is waited for."""
+    message = "; ".join(f"{uri}: {error.message}" for uri, error in failed) + rest
+    errors = [error for _, error in failed]
+    first = min(errors, key=lambda error: (not isinstance(error, UserError), isinstance(error, SourceUnavailable)))
+    if isinstance(first, SourceUnavailable):
+        return SourceUnavailable(first.host, message, max(e.retry_after or 0 for e in errors if isinstance(e, SourceUnavailable)) or None)
+    return type(first)(first.reason, message)

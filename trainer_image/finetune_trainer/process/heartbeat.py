@@ -9,24 +9,24 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .ipc import Doing, Scratch
+from .ipc import Channel, Phase
 
 
-class Heartbeat(TrainerCallback):  # type: ignore[misc]
+class HeartbeatCallback(TrainerCallback):  # type: ignore[misc]
     """Tells what is done and what is begun. Comes after the callbacks that decide what is begun."""
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch, self._rank = scratch, int(os.environ.get("RANK", "0"))
-        self._stacks = scratch.stack(self._rank).open("w")
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._rank = channel, int(os.environ.get("RANK", "0"))
+        self._stacks = channel.stack(self._rank).open("w")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)  # needs no debugger's rights
 
     def _beat(self, state: Any, control: Any, *, evaluated: bool = False) -> None:
-        doing: Doing = "evaluate" if control.should_evaluate and not evaluated else "save" if control.should_save else "step"
-        self._scratch.beat(self._rank, state.global_step, doing)
+        phase: Phase = "evaluate" if control.should_evaluate and not evaluated else "save" if control.should_save else "step"
+        self._channel.send_heartbeat(self._rank, state.global_step, phase)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on there is something to save."""
-        self._scratch.beat(self._rank, state.global_step, "start")
+        self._channel.send_heartbeat(self._rank, state.global_step, "start")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step is done."""
@@ -38,8 +38,8 @@ class Heartbeat(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint is written."""
-        self._scratch.beat(self._rank, state.global_step, "step")
+        self._channel.send_heartbeat(self._rank, state.global_step, "step")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The result is written next."""
-        self._scratch.beat(self._rank, state.global_step, "finish")
+        self._channel.send_heartbeat(self._rank, state.global_step, "finish")

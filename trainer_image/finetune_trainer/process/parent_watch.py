@@ -9,7 +9,7 @@ import threading
 from finetune_api.contract import Env, ExitCode
 
 
-def hold() -> None:
+def start() -> None:
     """Watch the process named in the environment from a thread of its own. Without one, or where the kernel cannot, do nothing."""
     pid = os.environ.get(Env.PARENT, "")
     if not pid.isdigit():
@@ -20,7 +20,7 @@ def hold() -> None:
         os._exit(int(ExitCode.INFRASTRUCTURE))
     except (OSError, AttributeError):  # an old kernel, a sandbox without it, macOS
         return
-    threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(parent,), name="parent-watch", daemon=True).start()
 
 
 def _watch(parent: int) -> None:

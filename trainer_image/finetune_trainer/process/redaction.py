@@ -16,7 +16,7 @@ _SHORTEST = 6
 _known: set[str] = set()
 
 
-def remember(folders: Iterable[str]) -> None:
+def add_secrets(folders: Iterable[str]) -> None:
     """Values of these mounted Secrets are never said."""
     for folder in folders:
         for path in Path(folder).glob("*") if os.path.isdir(folder) else ():
@@ -52,7 +52,7 @@ class _Stream:
         return getattr(self._inner, name)
 
 
-def configure() -> None:
+def configure_logging() -> None:
     """Log to stderr, without secrets; what is printed goes the same way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from finetune_api.contract import PEER_LOST, Env
 
 from .errors import Hang, Stopped
-from .ipc import ENVIRONMENT, Beat, Doing, Scratch
+from .ipc import IPC_DIR, Channel, Heartbeat, Phase
 
 log = logging.getLogger("finetune.supervise")
 _POLL = 0.5
@@ -23,34 +23,34 @@ _MARGIN = 10.0
 """Seconds of the grace period that are left for the exit itself."""
 _GRACE = 60.0
 _FACTOR = 10.0
-FLOORS: Mapping[Doing, float] = {"start": 1800.0, "step": 180.0, "evaluate": 1800.0, "save": 1800.0, "finish": 1800.0}
+FLOORS: Mapping[Phase, float] = {"start": 1800.0, "step": 180.0, "evaluate": 1800.0, "save": 1800.0, "finish": 1800.0}
 """Least seconds without a sign of life that count as a hang. Nothing is known yet of the first of each kind."""
 
 
-class Pulse:
+class HangDetector:
     """One process's signs of life: how long the present one may take, from how long those of its kind took."""
 
     def __init__(self, began: float, hang_timeout: float | None = None) -> None:
-        self.last = Beat(0, 0, 0, "start", began)
+        self.last = Heartbeat(0, 0, 0, "start", began)
         self._timeout = hang_timeout
-        self._longest: dict[Doing, float] = {}
+        self._longest: dict[Phase, float] = {}
 
-    def take(self, beat: Beat) -> None:
+    def observe(self, beat: Heartbeat) -> None:
         """Take a sign of life."""
         if beat.at > self.last.at:
-            doing = self.last.doing
-            self._longest[doing] = max(self._longest.get(doing, 0.0), beat.at - self.last.at)
+            phase = self.last.phase
+            self._longest[phase] = max(self._longest.get(phase, 0.0), beat.at - self.last.at)
             self.last = beat
 
     @property
     def limit(self) -> float:
         """Seconds that the present step, save or evaluation may take."""
-        doing = self.last.doing
-        if self._timeout is not None and doing != "start":
+        phase = self.last.phase
+        if self._timeout is not None and phase != "start":
             return self._timeout
-        return max(FLOORS[doing], self._timeout or 0.0, _FACTOR * self._longest.get(doing, 0.0))
+        return max(FLOORS[phase], self._timeout or 0.0, _FACTOR * self._longest.get(phase, 0.0))
 
-    def late(self, now: float) -> bool:
+    def hung(self, now: float) -> bool:
         """Whether it takes longer than that."""
         return now - self.last.at > self.limit
 
@@ -58,18 +58,18 @@ class Pulse:
 class Supervisor:
     """Runs the command that starts a pod's training processes, until it ends, is stopped, or hangs."""
 
-    def __init__(self, scratch: Scratch, hang_timeout: float | None) -> None:
-        self._scratch, self._hang_timeout = scratch, hang_timeout
+    def __init__(self, channel: Channel, hang_timeout: float | None) -> None:
+        self._channel, self._hang_timeout = channel, hang_timeout
         self._stop = threading.Event()
         self._grace = max(1.0, float(os.environ.get(Env.GRACE, _GRACE)) - _MARGIN)
 
     def run(self, command: list[str], env: dict[str, str]) -> int:
         """The exit code. Raises Stopped when they did not end in time after a stop, Hang when they hung."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
-        ours = {ENVIRONMENT: str(self._scratch.folder), Env.PARENT: str(os.getpid())}
+        ours = {IPC_DIR: str(self._channel.folder), Env.PARENT: str(os.getpid())}
         process = subprocess.Popen(command, env={**env, **ours}, start_new_session=True)
         began = time.monotonic()
-        pulses: dict[int, Pulse] = {}
+        detectors: dict[int, HangDetector] = {}
         deadline: float | None = None
         try:
             while True:
@@ -78,51 +78,51 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     pass
                 now = time.monotonic()
-                for beat in self._scratch.beats():
-                    pulses.setdefault(beat.rank, Pulse(began, self._hang_timeout)).take(beat)
+                for beat in self._channel.heartbeats():
+                    detectors.setdefault(beat.rank, HangDetector(began, self._hang_timeout)).observe(beat)
                 if self._stop.is_set() and deadline is None:
-                    deadline = now + self._grace if pulses else now  # before the first sign of life there is nothing to save
-                    self._scratch.stop.touch()
+                    deadline = now + self._grace if detectors else now  # before the first sign of life there is nothing to save
+                    self._channel.request_stop()
                     log.info("asked to stop: a checkpoint is saved after this step")
                 if deadline is not None and now >= deadline:
-                    raise Stopped("Stopped", f"stopped before a checkpoint was saved: {self._where(pulses)}")
-                if any(pulse.late(now) for pulse in pulses.values()) or (not pulses and now - began > FLOORS["start"]):
-                    raise self._hang(pulses, now)
+                    raise Stopped("Stopped", f"stopped before a checkpoint was saved: {self._where(detectors)}")
+                if any(detector.hung(now) for detector in detectors.values()) or (not detectors and now - began > FLOORS["start"]):
+                    raise self._hang(detectors, now)
         finally:
             _kill(process)
 
-    def _where(self, pulses: dict[int, Pulse]) -> str:
-        if not pulses:
+    def _where(self, detectors: dict[int, HangDetector]) -> str:
+        if not detectors:
             return "training had not begun"
-        slowest = min(pulses.values(), key=lambda p: (p.last.step, p.last.at)).last
-        return f"rank {slowest.rank} was at step {slowest.step} ({slowest.doing}) and did not end it in {self._grace:.0f} s"
+        slowest = min(detectors.values(), key=lambda p: (p.last.step, p.last.at)).last
+        return f"rank {slowest.rank} was at step {slowest.step} ({slowest.phase}) and did not end it in {self._grace:.0f} s"
 
-    def _hang(self, pulses: dict[int, Pulse], now: float) -> Hang:
+    def _hang(self, detectors: dict[int, HangDetector], now: float) -> Hang:
         """Dump every process's stacks to the log. Names the rank that is behind."""
-        if not pulses:
+        if not detectors:
             return Hang("Hang", f"no process began to train in {FLOORS['start']:.0f} s")
-        for pulse in pulses.values():
+        for detector in detectors.values():
             try:
-                os.kill(pulse.last.pid, signal.SIGUSR1)
+                os.kill(detector.last.pid, signal.SIGUSR1)
             except ProcessLookupError:
                 pass
         time.sleep(1.0)
         places = {}
-        for rank in pulses:
-            path = self._scratch.stack(rank)
+        for rank in detectors:
+            path = self._channel.stack(rank)
             text = path.read_text(errors="replace") if path.exists() else ""
             print(f"--- stacks of rank {rank}, which hangs\n{text}", file=sys.stderr, flush=True)
             places[rank] = _innermost(text)
-        slowest = min(pulses.values(), key=lambda p: (p.last.step, waits(places[p.last.rank]), p.last.at)).last
+        slowest = min(detectors.values(), key=lambda p: (p.last.step, waits_for_peers(places[p.last.rank]), p.last.at)).last
         silent = now - slowest.at
         message = (
-            f"rank {slowest.rank} gave no sign of life for {silent:.0f} s after step {slowest.step} ({slowest.doing}), "
+            f"rank {slowest.rank} gave no sign of life for {silent:.0f} s after step {slowest.step} ({slowest.phase}), "
             f"in {places[slowest.rank] or 'an unknown place'}; the stacks of all ranks are in the log"
         )
-        return Hang(PEER_LOST if waits(places[slowest.rank]) else "Hang", message)
+        return Hang(PEER_LOST if waits_for_peers(places[slowest.rank]) else "Hang", message)
 
 
-def waits(place: str) -> bool:
+def waits_for_peers(place: str) -> bool:
     """Whether a process most likely waits for the others: it is inside torch, not in what feeds it."""
     return "/torch/" in place and "/torch/utils/data/" not in place
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from typing import Any
 from urllib.parse import urlsplit
 
 from finetune_api.spec import Endpoint
 
-from ..data.formats import Shape
 from ..process.errors import InfrastructureError, SourceUnavailable, UserError
-from .retry import answered, patiently
+from .retry import error_for_status, with_retries
 
 _TIMEOUT = 120
 
@@ -21,7 +21,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def complete(endpoint: Endpoint, messages: list[Shape], *, key: str | None, max_tokens: int) -> str:
+def complete(endpoint: Endpoint, messages: list[dict[str, Any]], *, key: str | None, max_tokens: int) -> str:
     """The server's answer, sampled at temperature 0. Raises UserError when it refuses, SourceUnavailable when it stays away."""
     body = json.dumps({"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
@@ -36,7 +36,7 @@ def complete(endpoint: Endpoint, messages: list[Shape], *, key: str | None, max_
             with opener.open(request, timeout=_TIMEOUT) as answer:
                 return str(json.loads(answer.read(16 << 20))["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as failure:
-            raise answered(host, failure.code, dict(failure.headers.items()), refused) or refused(
+            raise error_for_status(host, failure.code, dict(failure.headers.items()), refused) or refused(
                 f"{host} answers {failure.code}"
             ) from None
         except (ValueError, KeyError, IndexError, TypeError) as failure:
@@ -44,10 +44,10 @@ def complete(endpoint: Endpoint, messages: list[Shape], *, key: str | None, max_
                 "EndpointUnreachable", f"{endpoint.url} answers something that is no chat completion: {type(failure).__name__}"
             ) from None
 
-    return patiently(ask, host, refused)
+    return with_retries(ask, host, refused)
 
 
-def look(endpoint: Endpoint) -> None:
+def check_reachable(endpoint: Endpoint) -> None:
     """Raise SourceUnavailable when the server is not there: before a GPU computes what it is asked about later."""
     host = str(urlsplit(endpoint.url).hostname)
 
@@ -55,8 +55,8 @@ def look(endpoint: Endpoint) -> None:
         try:
             urllib.request.build_opener(_NoRedirect).open(f"{endpoint.url.rstrip('/')}/models", timeout=_TIMEOUT).close()
         except urllib.error.HTTPError as failure:  # not every server lists its models: any word of it will do
-            error = answered(host, failure.code, dict(failure.headers.items()), lambda why: UserError("EndpointRefused", why))
+            error = error_for_status(host, failure.code, dict(failure.headers.items()), lambda why: UserError("EndpointRefused", why))
             if isinstance(error, SourceUnavailable):
                 raise error from None
 
-    patiently(knock, host, lambda why: UserError("EndpointRefused", why))
+    with_retries(knock, host, lambda why: UserError("EndpointRefused", why))

@@ -27,7 +27,7 @@ from ..process.errors import SourceUnavailable, StageError, UserError
 REFUSED, PATIENCE = (401, 403, 404, 410), (408, 425, 429)
 UNKNOWN_METHOD = (501, 505)
 HUB = "https://huggingface.co"
-PATIENT_SECONDS = 10.0
+LONGEST_WAIT = 10.0
 """The longest wait within a process: what takes longer is waited for without a pod."""
 _PAUSES = (1.0, 2.0, 4.0)
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
@@ -45,55 +45,55 @@ def hub_host() -> str:
     return str(urlsplit(os.environ.get(Env.HUB) or HUB).hostname)
 
 
-def away(host: str, what: str, retry_after: float | None = None) -> SourceUnavailable:
+def host_unavailable(host: str, what: str, retry_after: float | None = None) -> SourceUnavailable:
     """The error of a host that does not answer, or not now."""
     return SourceUnavailable(host, f"{host} {what}", retry_after)
 
 
-def answered(host: str, status: int, headers: Mapping[str, str], refused: Callable[[str], UserError]) -> StageError | None:
+def error_for_status(host: str, status: int, headers: Mapping[str, str], refused: Callable[[str], UserError]) -> StageError | None:
     """What a status means: the user's error, one that is waited for, or nothing that is known."""
     if status in REFUSED:
         return refused(f"{host} answers {status}")
     if status in PATIENCE or (status >= 500 and status not in UNKNOWN_METHOD):
-        return away(host, f"answers {status} {http.client.responses.get(status, '')}".rstrip(), retry_after(headers))
+        return host_unavailable(host, f"answers {status} {http.client.responses.get(status, '')}".rstrip(), retry_after(headers))
     return None
 
 
-def verdict(failure: BaseException, host: str, refused: Callable[[str], UserError]) -> StageError | None:
+def error_for_exception(failure: BaseException, host: str, refused: Callable[[str], UserError]) -> StageError | None:
     """What an exception of a library means, by itself and by what it came from; None when it tells of nothing remote."""
     for link in _chain(failure):
         if isinstance(link, StageError):
             return link
         if (answer := _answer(link)) is not None:
             status, headers, url = answer
-            if (found := answered(str(urlsplit(url).hostname or host), status, headers, refused)) is not None:
+            if (found := error_for_status(str(urlsplit(url).hostname or host), status, headers, refused)) is not None:
                 return found
         if type(link).__name__ in _NOT_FOUND:
             return refused(f"{host} does not have it")
         if _is_transport(link):
             untrusted = any("CERTIFICATE_VERIFY_FAILED" in str(other) for other in _chain(link))
             hint = "; the chart value trainer.caBundle names authorities to trust" if untrusted else ""
-            return away(_asked(link) or host, f"cannot be reached: {_short(link)}{hint}")
+            return host_unavailable(_asked(link) or host, f"cannot be reached: {_short(link)}{hint}")
     return None
 
 
-def unavailable(failure: BaseException, host: str) -> SourceUnavailable | None:
+def unavailable_error(failure: BaseException, host: str) -> SourceUnavailable | None:
     """The same, where a refusal is said by what the library makes of it."""
-    found = verdict(failure, host, lambda why: UserError("SourceNotFound", why))
+    found = error_for_exception(failure, host, lambda why: UserError("SourceNotFound", why))
     return found if isinstance(found, SourceUnavailable) else None
 
 
-def patiently(ask: Callable[[], T], host: str, refused: Callable[[str], UserError]) -> T:
+def with_retries(ask: Callable[[], T], host: str, refused: Callable[[str], UserError]) -> T:
     """Ask, and ask again a few times where that may help. Raises UserError or SourceUnavailable, or what else went wrong."""
     for pause in (*_PAUSES, None):
         try:
             return ask()
         except Exception as failure:
-            error = verdict(failure, host, refused)
+            error = error_for_exception(failure, host, refused)
             if error is None or (error is failure and not isinstance(failure, SourceUnavailable)):
                 raise
             slow = any(isinstance(link, TimeoutError) for link in _chain(failure))
-            if not isinstance(error, SourceUnavailable) or pause is None or slow or (error.retry_after or 0) > PATIENT_SECONDS:
+            if not isinstance(error, SourceUnavailable) or pause is None or slow or (error.retry_after or 0) > LONGEST_WAIT:
                 raise error from failure.__cause__ if error is failure else failure
             time.sleep(max(pause, error.retry_after or 0))
     raise AssertionError("unreachable")
@@ -114,15 +114,15 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return float(reset.group(1)) if reset else None
 
 
-def hub_never_sleeps_long() -> None:
+def cap_hub_retry_wait() -> None:
     """huggingface_hub itself would sleep as long as Retry-After says, be it an hour, and nobody would see why."""
     import httpx
     import huggingface_hub
 
     def look(response: httpx.Response) -> None:
         patience = retry_after(response.headers) if response.status_code in (429, 503) else None
-        if patience is not None and patience > PATIENT_SECONDS:
-            raise away(str(response.url.host), f"answers {response.status_code} {response.reason_phrase}", patience)
+        if patience is not None and patience > LONGEST_WAIT:
+            raise host_unavailable(str(response.url.host), f"answers {response.status_code} {response.reason_phrase}", patience)
 
     def client() -> httpx.Client:
         made: httpx.Client = huggingface_hub.utils._http.default_client_factory()
@@ -132,7 +132,7 @@ def hub_never_sleeps_long() -> None:
     huggingface_hub.set_client_factory(client)
 
 
-def trust(authorities: str = Mounts.AUTHORITIES) -> None:
+def trust_authorities(authorities: str = Mounts.AUTHORITIES) -> None:
     """Let every library trust an administrator's certificate authorities, beside those of the system."""
     own = Path(authorities)
     if not own.is_file():

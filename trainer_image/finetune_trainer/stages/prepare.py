@@ -1,4 +1,10 @@
-"""prepare: fetch the models, check and tokenise the data, fix the plan. CPU only; the last chance to refuse bad input."""
+"""prepare: fetch the models, check and tokenize the data, fix the plan. CPU only; the last chance to refuse bad input.
+
+    python -m finetune_trainer prepare --job job.json --workspace DIR
+
+The one stage that asks hubs for models and data: what it leaves in the workspace is all that the others see. Loads no weights,
+but for a teacher that writes answers.
+"""
 
 from __future__ import annotations
 
@@ -9,65 +15,65 @@ import re
 from finetune_api.contract import StageResult
 from finetune_api.status import DatasetStatus
 
-from ..data.fetch import forget_downloads
-from ..data.pipeline import Desk
+from ..data.fetch import remove_downloads
+from ..data.pipeline import Pipeline
 from ..data.report import samples, write_report
 from ..data.store import Store
-from ..data.tokens import Tokeniser
+from ..data.tokens import RowTokenizer
 from ..evaluation import harness
-from ..evaluation.forgetting import keep_general_rows
+from ..evaluation.forgetting import write_general_rows
 from ..export import forms
 from ..job.context import Context
-from ..models import load as models
+from ..models.fetch import fetch_base_model
+from ..models.load import load_tokenizer
 from ..process.errors import UserError
 from ..training import teacher
+from ..training.adapter import fetch_adapter
 from ..training.plan import make_plan
+from ..training.shape import describe_model
 
 
 def prepare(context: Context) -> StageResult:
     """Run the stage."""
     spec = context.spec
+    evaluation, hyper = spec.evaluation, spec.tuning.hyperparameters
+
+    # 1. What costs nothing to refuse
     _check_settings(context)
-    folder = models.fetch_base(context)
-    tokeniser = Tokeniser(
-        models.load_tokenizer(context, folder),
-        objective=spec.tuning.objective,
-        max_length=spec.tuning.hyperparameters.max_length,
-        assistant_only=spec.tuning.assistant_only_loss,
-    )
-    teacher.fetch(context, tokeniser.tokenizer)
-    shape = models.describe(context, folder)
-    forms.check(context, folder)
+
+    # 2. The models: fetched, and looked at as far as their configuration tells
+    folder = fetch_base_model(context)
+    tokenizer = load_tokenizer(context, folder)
+    teacher.fetch_teacher(context, tokenizer)
+    shape = describe_model(context, folder)
+    forms.check_convertible(context, folder)
     if spec.tuning.continue_from is not None:
-        _check_adapter(context)
-    if spec.evaluation is not None and spec.evaluation.harness_tasks:
-        harness.fetch(spec.evaluation.harness_tasks)
-    if spec.evaluation is not None and spec.evaluation.forgetting is not None:
-        keep_general_rows(context, tokeniser.tokenizer, spec.evaluation.forgetting)
+        fetch_adapter(context)
+
+    # 3. What evaluate will need of the network
+    if evaluation is not None and evaluation.harness_tasks:
+        harness.fetch(evaluation.harness_tasks)
+    if evaluation is not None and evaluation.forgetting is not None:
+        write_general_rows(context, tokenizer, evaluation.forgetting)
+
+    # 4. The rows: read, compared, counted; then the plan, and the rows written
+    row_tokenizer = RowTokenizer(
+        tokenizer, objective=spec.tuning.objective, max_length=hyper.max_length, assistant_only=spec.tuning.assistant_only_loss
+    )
     store = Store(context.layout.data)
     try:
-        desk = Desk(context, tokeniser, store)
-        desk.read_all()
-        desk.compare()
-        desk.check_enough()
-        plan = make_plan(spec, desk.rows_per_epoch, shape, teacher=teacher.parameters(context), tokens=desk.tokens)
-        status = desk.write()
+        pipeline = Pipeline(context, row_tokenizer, store, teacher.answer_writer(context, row_tokenizer))
+        pipeline.read_all()
+        pipeline.compare()
+        pipeline.check_enough()
+        plan = make_plan(spec, pipeline.rows_per_epoch, shape, teacher=teacher.resident_parameters(context), tokens=pipeline.tokens)
+        status = pipeline.write()
         context.write_json(context.layout.plan, plan.to_wire())
-        write_report(context, desk.report(status, plan), samples(store, tokeniser.tokenizer))
+        write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:
         store.close()
-    forget_downloads(context)
+    remove_downloads(context)
     return StageResult(reason="DataReady", message=_message(status), result={"dataset": status.to_wire(), "plan": plan.to_wire()})
-
-
-def _message(status: DatasetStatus) -> str:
-    gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
-    odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
-    return (
-        f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
-        + (f"; left out: {gone}" if gone else "")
-        + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
-    )
 
 
 def _check_settings(context: Context) -> None:
@@ -104,24 +110,11 @@ def _check_schema(place: str, text: str) -> None:
         raise UserError("BadJSONSchema", f"{place} is no JSON Schema: {str(failure).splitlines()[0][:300]}") from None
 
 
-def _check_adapter(context: Context) -> None:
-    """The adapter of `continueFrom` is of the method asked for."""
-    uri = str(context.spec.tuning.continue_from)
-    folder = models.fetch(context, "adapter", uri, config="adapter_config.json")
-    try:
-        kind = context.read_json(f"{folder}/adapter_config.json")
-        found = {
-            "LORA": "dora" if kind.get("use_dora") else "rslora" if kind.get("use_rslora") else "lora",
-            "IA3": "ia3",
-            "PROMPT_TUNING": "prompt",
-        }
-        found |= {"PREFIX_TUNING": "prefix", "P_TUNING": "p-tuning"}
-        method = found.get(str(kind.get("peft_type")), "another method")
-    except (OSError, ValueError, AttributeError):
-        raise UserError("AdapterNotReadable", f"tuning.continueFrom: {uri} has no readable adapter_config.json") from None
-    wanted = "lora" if context.spec.tuning.method == "qlora" else context.spec.tuning.method
-    if method != wanted:
-        raise UserError(
-            "WrongAdapter",
-            f"tuning.continueFrom: {uri} is an adapter of {method}, tuning.method is {context.spec.tuning.method}; set method to {method}",
-        )
+def _message(status: DatasetStatus) -> str:
+    gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
+    odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
+    return (
+        f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
+        + (f"; left out: {gone}" if gone else "")
+        + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
+    )

@@ -10,8 +10,8 @@ import torch
 from finetune_api.status import Plan
 
 from ..job.context import Context
-from ..models import load as models
-from ..models.kernels import pick_fused_layers
+from ..models.kernels import use_liger_kernels
+from ..models.load import compute_dtype, model_type
 
 _OPTIMIZERS = {
     "adamw": ("adamw_torch_fused", "adamw_torch"),
@@ -23,10 +23,10 @@ _OPTIMIZERS = {
 """By name: on GPU, on CPU."""
 
 
-def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
+def common_arguments(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
     """Keyword arguments of transformers.TrainingArguments."""
     spec, hyper = context.spec, context.spec.tuning.hyperparameters
-    dtype, sharded = models.compute_dtype(cuda, hyper.precision), plan.strategy.startswith("deepspeed")
+    dtype, sharded = compute_dtype(cuda, hyper.precision), plan.strategy.startswith("deepspeed")
     configured = not cuda and (sharded or plan.strategy == "fsdp")
     stopping = hyper.early_stopping
     return {
@@ -53,7 +53,7 @@ def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
         "tf32": True if cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
         "neftune_noise_alpha": hyper.neftune_noise_alpha,
         "torch_compile": hyper.torch_compile,
-        "use_liger_kernel": pick_fused_layers(hyper.fused_kernels, models.model_type(context), cuda=cuda),
+        "use_liger_kernel": use_liger_kernels(hyper.fused_kernels, model_type(context), cuda=cuda),
         "liger_kernel_config": {"fused_linear_cross_entropy": False},  # replaces forward, which rewards, orpo and TRL's own loss need
         "use_cpu": not cuda and not configured,  # accelerate would run DDP instead of DeepSpeed
         "ddp_backend": None if cuda or sharded or plan.world_size == 1 else "gloo",
@@ -65,7 +65,7 @@ def common(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding" if spec.tuning.objective in ("sft", "pretrain", "distill") else "no",
-        # checkpoints.Keeper decides when, and publishes them atomically; transformers itself saves the best for early stopping
+        # CheckpointCallback decides when, and publishes them atomically; transformers itself saves the best for early stopping
         "save_strategy": "best" if stopping is not None else "no",
         "eval_strategy": "steps" if stopping is not None else "no",
         "eval_steps": stopping.every_steps if stopping is not None else None,

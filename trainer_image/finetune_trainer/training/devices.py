@@ -10,20 +10,21 @@ import torch
 
 from finetune_api.status import Plan
 
+from ..process import ranks
 from ..process.errors import InfrastructureError
 from .memory import human_bytes
 
 
-def check_own() -> None:
+def check_distinct() -> None:
     """Refuse to train when two processes got the same GPU: NCCL would hang or fail with words that do not say so."""
     mine = _identity()
-    others = _gathered(mine)
+    others = ranks.all_gather(mine)
     same = [rank for rank, other in enumerate(others) if (other["host"], other["uuid"]) == (mine["host"], mine["uuid"])]
     if len(same) > 1:
         raise InfrastructureError("SharedDevice", f"ranks {', '.join(map(str, same))} got the same GPU ({mine['name']}) of {mine['host']}")
 
 
-def gather() -> list[dict[str, Any]]:
+def gather_memory() -> list[dict[str, Any]]:
     """Of all ranks, in bytes: what tensors took at the peak, what PyTorch held for them, and what CUDA took beside that."""
     free, total = torch.cuda.mem_get_info()
     mine = {
@@ -33,10 +34,10 @@ def gather() -> list[dict[str, Any]]:
         "reserved": torch.cuda.max_memory_reserved(),
         "context": max(0, total - free - torch.cuda.memory_reserved()),
     }
-    return _gathered(mine)
+    return ranks.all_gather(mine)
 
 
-def peak(used: list[dict[str, Any]], plan: Plan) -> str:
+def describe_peak(used: list[dict[str, Any]], plan: Plan) -> str:
     """For people: the fullest GPU beside the plan's estimate."""
     most = max(rank["reserved"] + rank["context"] for rank in used)
     return f"peak memory {human_bytes(most)} of an estimated {plan.estimated_memory_per_gpu}"
@@ -46,11 +47,3 @@ def _identity() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     rank = int(os.environ.get("RANK", "0"))
     return {"rank": rank, "host": socket.gethostname(), "name": properties.name, "uuid": str(getattr(properties, "uuid", rank))}
-
-
-def _gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    found: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found

@@ -14,7 +14,8 @@ from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Partial, Tuni
 from finetune_api.status import Plan
 
 from ..job.context import Context
-from ..models import load as models
+from ..models.fetch import local_path
+from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
 
 
@@ -117,19 +118,17 @@ METHODS: dict[Method, MethodKind] = {
 }
 
 
-def tuned_model(context: Context, plan: Plan, folder: str, arguments: Any, *, reward: bool, cuda: bool) -> Any:
+def build_model(context: Context, plan: Plan, folder: str, arguments: Any, *, reward: bool, cuda: bool) -> Any:
     """The model as it is trained: loaded, frozen where the method says so, with its adapter (or that of `continueFrom`)."""
     import torch
     from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     tuning = context.spec.tuning
-    kind, dtype = METHODS[tuning.method], models.compute_dtype(cuda, tuning.hyperparameters.precision)
+    kind, dtype = METHODS[tuning.method], compute_dtype(cuda, tuning.hyperparameters.precision)
     load = torch.float32 if kind.config is None else dtype  # the optimizer needs full-precision weights
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
     flat = tuning.objective in ("sft", "pretrain") and tuning.method not in VIRTUAL_TOKEN_METHODS
-    model = models.load_model(
-        context, folder, dtype=load, quantised=kind.quantised, device=device, reward=reward, cuda=cuda, padding_free=flat
-    )
+    model = load_model(context, folder, dtype=load, quantised=kind.quantised, device=device, reward=reward, cuda=cuda, padding_free=flat)
     model.config.use_cache = False
     if kind.quantised:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
@@ -138,7 +137,7 @@ def tuned_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
         return model
     sharded = plan.strategy == "deepspeed-zero3"  # gathers parameters of one dtype only
     if tuning.continue_from is not None:
-        adapter = models.noted(context, "adapter")
+        adapter = local_path(context, "adapter")
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=not sharded)
     return get_peft_model(model, kind.config(tuning, task_type(tuning)), autocast_adapter_dtype=not sharded)
 

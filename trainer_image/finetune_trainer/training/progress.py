@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from finetune_api.contract import Env, Mounts, ProgressReport
 
-from ..checkpointing.checkpoint_schedule import Keeper
-from ..checkpointing.checkpoints import Resume, newest_step
+from ..checkpointing.checkpoint_schedule import CheckpointCallback
+from ..checkpointing.checkpoints import ResumePoint, latest_step
 from ..job.context import Context
 from ..process.errors import UserError
 
@@ -31,8 +31,8 @@ _INTERVAL = 1.0
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
     """Writes history.jsonl and sends the newest state, at most once a second, from a thread of its own."""
 
-    def __init__(self, context: Context, keeper: Keeper, begin: Resume, attempt: int) -> None:
-        self._context, self._keeper, self._begin, self._attempt = context, keeper, begin, attempt
+    def __init__(self, context: Context, checkpointing: CheckpointCallback, resume: ResumePoint, attempt: int) -> None:
+        self._context, self._checkpointing, self._resume, self._attempt = context, checkpointing, resume, attempt
         self._started = time.monotonic()
         self._first_step = self._first_tokens = 0
         self.tokens_per_second: float | None = None
@@ -63,7 +63,7 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             raise UserError(
                 "NonFiniteLoss",
                 f"{what} at step {state.global_step}; lower hyperparameters.learningRate or maxGradNorm, and look at the rows of that step. "
-                f"The last good checkpoint is of step {newest_step(self._context.layout.checkpoints) or 0}",
+                f"The last good checkpoint is of step {latest_step(self._context.layout.checkpoints) or 0}",
             )
         if state.is_world_process_zero:
             self._report(state, logs)
@@ -84,10 +84,10 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             learning_rate=float(logs["learning_rate"]) if "learning_rate" in logs else None,
             tokens_per_second=self.tokens_per_second,
             eta_seconds=round((state.max_steps - state.global_step) * elapsed / steps, 1) if steps > 0 else None,
-            checkpoint_step=newest_step(self._context.layout.checkpoints),
-            checkpoint_every=round(self._keeper.interval, 1),
-            resumed_from=self._begin.step,
-            skipped_checkpoints=list(self._begin.skipped[:8]),
+            checkpoint_step=latest_step(self._context.layout.checkpoints),
+            checkpoint_every=round(self._checkpointing.interval, 1),
+            resumed_from=self._resume.step,
+            skipped_checkpoints=list(self._resume.skipped[:8]),
         )
         more = {k: v for k, v in logs.items() if k not in ("loss", "learning_rate", "grad_norm", "epoch") and isinstance(v, int | float)}
         line = {**report.to_wire(), "gradNorm": logs.get("grad_norm"), "seconds": round(elapsed, 2), "tokens": tokens, "metrics": more}

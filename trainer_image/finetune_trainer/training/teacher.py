@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data.formats import FORMATS, BadRow, Shape
+from ..data.pipeline import AnswerWriter
 from ..data.reading import Row
 from ..data.scan import prompt_digest, without_answer
-from ..data.tokens import Tokeniser
+from ..data.tokens import RowTokenizer
 from ..job.context import Context
-from ..models import load as models
+from ..models.fetch import fetch_model, local_path
+from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
 from ..remote.chat import complete
 
@@ -22,18 +25,12 @@ log = logging.getLogger("finetune.teacher")
 _BATCH = 8
 
 
-def writes_answers(context: Context) -> bool:
-    """Whether the teacher writes the answers to learn."""
-    settings = context.spec.tuning.distillation
-    return settings is not None and settings.mode == "generate"
-
-
-def fetch(context: Context, tokenizer: Any) -> None:
+def fetch_teacher(context: Context, tokenizer: Any) -> None:
     """Fetch the teacher. Raises UserError when its logits are not over the student's vocabulary."""
     settings = context.spec.tuning.distillation
     if settings is None or settings.teacher is None:
         return
-    place = models.fetch(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
+    place = fetch_model(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
     if settings.mode == "logits":
         from transformers import AutoTokenizer
 
@@ -45,7 +42,7 @@ def fetch(context: Context, tokenizer: Any) -> None:
             )
 
 
-def parameters(context: Context) -> int:
+def resident_parameters(context: Context) -> int:
     """Parameters of a teacher that stays in memory while training; 0 when none does."""
     settings = context.spec.tuning.distillation
     if settings is None or settings.teacher is None or settings.mode != "logits":
@@ -54,11 +51,19 @@ def parameters(context: Context) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.noted(context, "teacher")))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(local_path(context, "teacher")))
     return int(sum(p.numel() for p in model.parameters()))
 
 
-def answers(context: Context, tokeniser: Tokeniser, rows: Iterable[Row], format_: str) -> dict[str, str]:
+def answer_writer(context: Context, row_tokenizer: RowTokenizer) -> AnswerWriter | None:
+    """What writes the answers to learn; None where the rows' own are learned."""
+    settings = context.spec.tuning.distillation
+    if settings is None or settings.mode != "generate":
+        return None
+    return partial(write_answers, context, row_tokenizer)
+
+
+def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[Row], format_: str) -> dict[str, str]:
     """The teacher's answer to each row's prompt, by digest. What it said already, before a retry, is not asked again."""
     path = Path(context.layout.teacher_answers)
     known: dict[str, str] = {}
@@ -69,7 +74,7 @@ def answers(context: Context, tokeniser: Tokeniser, rows: Iterable[Row], format_
                 known[entry["digest"]] = entry["answer"]
             except (ValueError, KeyError, TypeError):  # the last line of an interrupted run
                 continue
-    ask = _from_endpoint(context) if context.spec.tuning.distillation.endpoint is not None else _from_model(context, tokeniser)  # type: ignore[union-attr]
+    ask = _from_endpoint(context) if context.spec.tuning.distillation.endpoint is not None else _from_model(context, row_tokenizer)  # type: ignore[union-attr]
     missing = _missing(rows, format_, known)
     with path.open("a") as sink:
         while batch := list(islice(missing, _BATCH)):
@@ -114,7 +119,7 @@ def _from_endpoint(context: Context) -> Any:
     return ask
 
 
-def _from_model(context: Context, tokeniser: Tokeniser) -> Any:
+def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
     import torch
     from transformers import AutoTokenizer
 
@@ -122,13 +127,13 @@ def _from_model(context: Context, tokeniser: Tokeniser) -> Any:
 
     settings = context.spec.tuning.distillation
     assert settings is not None
-    place = models.noted(context, "teacher")
+    place = local_path(context, "teacher")
     cuda = torch.cuda.is_available()
-    model = models.load_model(context, place, dtype=models.compute_dtype(cuda), cuda=cuda).to("cuda" if cuda else "cpu").eval()
+    model = load_model(context, place, dtype=compute_dtype(cuda), cuda=cuda).to("cuda" if cuda else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    theirs = Tokeniser(tokenizer, max_length=tokeniser.max_length, assistant_only=True)
+    theirs = RowTokenizer(tokenizer, max_length=row_tokenizer.max_length, assistant_only=True)
 
     def ask(prompts: list[Shape]) -> list[str]:
         texts = [theirs.prompt_and_answer(p)[0] for p in prompts]

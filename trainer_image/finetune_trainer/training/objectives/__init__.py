@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.spec import Objective
 
-from .base import ObjectiveKind, Setup
+from .base import ObjectiveKind, TrainerSetup
 from .distill import DISTILL
 from .grpo import GRPO
 from .preference import DPO, KTO, ORPO, REWARD
@@ -20,4 +20,4 @@ OBJECTIVES: dict[Objective, ObjectiveKind] = {
     "grpo": GRPO,
     "distill": DISTILL,
 }
-__all__ = ["OBJECTIVES", "ObjectiveKind", "Setup"]
+__all__ = ["OBJECTIVES", "ObjectiveKind", "TrainerSetup"]

@@ -10,7 +10,7 @@ from ...job.context import Context
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainerSetup:
     """Everything a trainer is made of."""
 
     context: Context
@@ -25,7 +25,7 @@ class Setup:
     callbacks: list[Any]
     optimizers: tuple[Any, Any] = (None, None)
 
-    def parts(self) -> dict[str, Any]:
+    def trainer_kwargs(self) -> dict[str, Any]:
         """What every trainer of TRL takes by the same names."""
         return {
             "model": self.model,
@@ -46,13 +46,13 @@ class ObjectiveKind:
     """Columns of the prepared rows (data.tokens) that it reads."""
     arguments: Callable[[Context, dict[str, Any]], Any]
     """Its TrainingArguments, from those that all share."""
-    trainer: Callable[[Setup], Any]
+    trainer: Callable[[TrainerSetup], Any]
     """TRL's trainer for it."""
     reward_model: bool = False
     """Whether the model has a score for a head instead of a vocabulary."""
 
 
-class Prepared:
+class Pretokenized:
     """Mixed into trainers of TRL that would tokenise again: prepare did."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:

@@ -11,14 +11,15 @@ import torch
 
 from finetune_api.spec import Distillation
 
-from ...models import load as models
-from .base import ObjectiveKind, Setup
-from .sampler import Ordered
+from ...models.fetch import local_path
+from ...models.load import compute_dtype, load_model
+from .base import ObjectiveKind, TrainerSetup
+from .sampler import GlobalBatchOrder
 from .sft import arguments
 from .sft import trainer as sft_trainer
 
 
-def divergence(student: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, settings: Distillation) -> torch.Tensor:
+def distillation_loss(student: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, settings: Distillation) -> torch.Tensor:
     """Sum over the learned tokens of alpha CE(labels) + (1 - alpha) T^2 KL(teacher || student).
 
     student, taught: logits [batch, length, vocabulary]; labels: [batch, length], -100 where nothing is learned.
@@ -32,7 +33,7 @@ def divergence(student: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor
     return settings.alpha * torch.nn.functional.cross_entropy(ours, targets, reduction="sum") + (1 - settings.alpha) * heat**2 * gap
 
 
-def _trainer(setup: Setup) -> Any:
+def _trainer(setup: TrainerSetup) -> Any:
     from trl import SFTTrainer
 
     context, told = setup.context, setup.context.spec.tuning.distillation
@@ -41,11 +42,11 @@ def _trainer(setup: Setup) -> Any:
     if settings.mode == "generate":
         return sft_trainer(setup)
     cuda = setup.arguments.device.type == "cuda"
-    dtype = models.compute_dtype(cuda, context.spec.tuning.hyperparameters.precision)
-    taught = models.load_model(context, models.noted(context, "teacher"), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
+    dtype = compute_dtype(cuda, context.spec.tuning.hyperparameters.precision)
+    taught = load_model(context, local_path(context, "teacher"), dtype=dtype, cuda=cuda).to(setup.arguments.device).eval()
     taught.requires_grad_(False)
 
-    class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             """The divergence, averaged over the learned tokens of the global batch."""
             given = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
@@ -54,10 +55,10 @@ def _trainer(setup: Setup) -> Any:
             outputs = model(**given)
             count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
             scale = self.accelerator.num_processes if num_items_in_batch is not None and self.args.average_tokens_across_devices else 1
-            loss = divergence(outputs.logits, logits, inputs["labels"], settings) / count * scale
+            loss = distillation_loss(outputs.logits, logits, inputs["labels"], settings) / count * scale
             return (loss, outputs) if return_outputs else loss
 
-    return Trainer(**setup.parts())
+    return Trainer(**setup.trainer_kwargs())
 
 
 DISTILL = ObjectiveKind(("input_ids", "labels"), arguments, _trainer)

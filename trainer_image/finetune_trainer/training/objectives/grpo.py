@@ -10,7 +10,7 @@ from finetune_api.spec import Reward
 
 from ...evaluation import answers
 from ...job.context import Context
-from .base import ObjectiveKind, Setup
+from .base import ObjectiveKind, TrainerSetup
 
 Score = Callable[[str, str], float]
 
@@ -68,12 +68,12 @@ def _prompt_and_answer(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": shape["prompt"], "answer": shape.get("completion", "")}
 
 
-def _trainer(setup: Setup) -> Any:
+def _trainer(setup: TrainerSetup) -> Any:
     from trl import GRPOTrainer
 
     grpo = setup.context.spec.tuning.grpo
     assert grpo is not None
-    parts = setup.parts()
+    parts = setup.trainer_kwargs()
     for side in ("train_dataset", "eval_dataset"):
         if parts[side] is not None:
             parts[side] = parts[side].map(_prompt_and_answer, remove_columns=["row"])

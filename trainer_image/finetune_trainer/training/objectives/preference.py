@@ -7,8 +7,8 @@ from typing import Any
 from finetune_api.spec import Preference
 
 from ...job.context import Context
-from .base import ObjectiveKind, Prepared, Setup
-from .sampler import Ordered
+from .base import ObjectiveKind, Pretokenized, TrainerSetup
+from .sampler import GlobalBatchOrder
 
 
 def _settings(context: Context) -> Preference:
@@ -23,13 +23,13 @@ def _dpo_arguments(context: Context, common: dict[str, Any]) -> Any:
     return DPOConfig(**common, beta=settings.beta, loss_type=[settings.loss_type], max_length=length, remove_unused_columns=True)
 
 
-def _dpo(setup: Setup) -> Any:
+def _dpo(setup: TrainerSetup) -> Any:
     from trl import DPOTrainer
 
-    class Trainer(Ordered, Prepared, DPOTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, Pretokenized, DPOTrainer):  # type: ignore[misc]
         pass
 
-    return Trainer(**setup.parts())
+    return Trainer(**setup.trainer_kwargs())
 
 
 def _orpo_arguments(context: Context, common: dict[str, Any]) -> Any:
@@ -39,10 +39,10 @@ def _orpo_arguments(context: Context, common: dict[str, Any]) -> Any:
     return ORPOConfig(**common, beta=_settings(context).beta, max_length=length, remove_unused_columns=False)
 
 
-def _orpo(setup: Setup) -> Any:
+def _orpo(setup: TrainerSetup) -> Any:
     from trl.experimental.orpo import ORPOTrainer
 
-    class Trainer(Ordered, ORPOTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, ORPOTrainer):  # type: ignore[misc]
         def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
             """Prepare's tokens under this trainer's names."""
             head = feature["prompt_ids"]
@@ -54,7 +54,7 @@ def _orpo(setup: Setup) -> Any:
                 row[f"{side}_labels"] = [-100] * len(head) + answer
             return row
 
-    made = Trainer(**setup.parts())
+    made = Trainer(**setup.trainer_kwargs())
     for name in ("train_dataset", "eval_dataset"):  # the collator takes every column it is given
         dataset = getattr(made, name)
         if dataset is not None:
@@ -79,13 +79,15 @@ def _with_mismatched(dataset: Any) -> Any:
     return dataset.add_column("KL_completion_ids", [answers[-1], *answers[:-1]])
 
 
-def _kto(setup: Setup) -> Any:
+def _kto(setup: TrainerSetup) -> Any:
     from trl import KTOTrainer
 
-    class Trainer(Ordered, Prepared, KTOTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, Pretokenized, KTOTrainer):  # type: ignore[misc]
         pass
 
-    return Trainer(**{**setup.parts(), "train_dataset": _with_mismatched(setup.train), "eval_dataset": _with_mismatched(setup.held_out)})
+    return Trainer(
+        **{**setup.trainer_kwargs(), "train_dataset": _with_mismatched(setup.train), "eval_dataset": _with_mismatched(setup.held_out)}
+    )
 
 
 def _reward_arguments(context: Context, common: dict[str, Any]) -> Any:
@@ -95,13 +97,13 @@ def _reward_arguments(context: Context, common: dict[str, Any]) -> Any:
     return RewardConfig(**common, max_length=length, center_rewards_coefficient=0.01, remove_unused_columns=True)
 
 
-def _reward(setup: Setup) -> Any:
+def _reward(setup: TrainerSetup) -> Any:
     from trl import RewardTrainer
 
-    class Trainer(Ordered, RewardTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, RewardTrainer):  # type: ignore[misc]
         pass
 
-    made = Trainer(**setup.parts())
+    made = Trainer(**setup.trainer_kwargs())
     for name, parameter in made.model.named_parameters():
         if ".score." in name and parameter.requires_grad:  # of a 4-bit base TRL makes it bf16, which only works under autocast
             parameter.data = parameter.data.float()

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class WholeBatches(Sampler[int]):
+class GlobalBatchSampler(Sampler[int]):
     """Row numbers of one epoch, shuffled by seed and epoch, in whole global batches.
 
     The last batch is completed with the epoch's first rows; libraries complete it too, but to another size for every
@@ -32,14 +32,14 @@ class WholeBatches(Sampler[int]):
             yield order[place % self._rows]
 
 
-class Ordered:
+class GlobalBatchOrder:
     """Mixed into trainers: their rows come in this order."""
 
     args: Any
     state: Any
     train_dataset: Any
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
+    def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatchSampler:
         rows = len(train_dataset if train_dataset is not None else self.train_dataset)
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return WholeBatches(rows, batch, self.args.data_seed, lambda: int(self.state.global_step))
+        return GlobalBatchSampler(rows, batch, self.args.data_seed, lambda: int(self.state.global_step))

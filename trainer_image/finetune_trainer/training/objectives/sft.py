@@ -8,8 +8,8 @@ from finetune_api.spec import VIRTUAL_TOKEN_METHODS
 
 from ...job.context import Context
 from ...models.kernels import PADDING_FREE
-from .base import ObjectiveKind, Setup
-from .sampler import Ordered
+from .base import ObjectiveKind, TrainerSetup
+from .sampler import GlobalBatchOrder
 
 
 def arguments(context: Context, common: dict[str, Any]) -> Any:
@@ -30,7 +30,7 @@ def arguments(context: Context, common: dict[str, Any]) -> Any:
     )
 
 
-def trainer(setup: Setup) -> Any:
+def trainer(setup: TrainerSetup) -> Any:
     """TRL's SFTTrainer. An attention that tells rows apart makes batches padding-free, packed or not."""
     import transformers
     from trl import SFTTrainer
@@ -43,13 +43,13 @@ def trainer(setup: Setup) -> Any:
     if not setup.arguments.packing and flat:
         setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
 
-    class Trainer(Ordered, SFTTrainer):  # type: ignore[misc]
+    class Trainer(GlobalBatchOrder, SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, *arguments: Any, **more: Any) -> Any:
             """Without a GPU's kernels TRL's chunked loss is slower than the model's own and keeps eight copies of the logits."""
             kind = SFTTrainer if self.args.device.type == "cuda" else transformers.Trainer
             return kind.compute_loss(self, *arguments, **more)
 
-    return Trainer(**setup.parts())
+    return Trainer(**setup.trainer_kwargs())
 
 
 SFT = ObjectiveKind(("input_ids", "labels"), arguments, trainer)
