@@ -217,8 +217,8 @@ def test_memory_at_the_peak_is_told_beside_the_estimate(monkeypatch: pytest.Monk
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, uuids: str, hosts: str, refused: bool) -> None:
     Cuda(monkeypatch)
     monkeypatch.setattr(devices.socket, "gethostname", lambda: "x")
-    ranks = [{"rank": n, "host": host, "uuid": uuid, "name": "H100"} for n, (host, uuid) in enumerate(zip(hosts, uuids, strict=True))]
-    monkeypatch.setattr(ranks, "all_gather", lambda _: ranks)
+    gang = [{"rank": n, "host": host, "uuid": uuid, "name": "H100"} for n, (host, uuid) in enumerate(zip(hosts, uuids, strict=True))]
+    monkeypatch.setattr("finetune_trainer.process.ranks.all_gather", lambda _: gang)
     if not refused:
         devices.check_distinct()
         return

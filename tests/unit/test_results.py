@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+from huggingface_hub import HfApi
 
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
@@ -198,8 +200,23 @@ def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -
     assert refused.value.reason == "TargetNotWritable"
 
 
-def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_on_the_hub_is_one_commit_that_is_read_back(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = create_autospec(HfApi, instance=True)  # knows what the library's client has, and nothing else
+    hub.file_exists.return_value = False
+    monkeypatch.setattr("finetune_trainer.export.hub.HfApi", lambda token: hub)
+    local = shelf.context()
+    spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
+    context = Context(local.job.model_copy(update={"spec": spec}), local.workspace)
+    hub.list_repo_files.return_value = ["README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json", "SHA256SUMS"]
+    assert publish(context).result["artifacts"][0]["uri"] == "hf://org/m"
+    assert hub.create_repo.call_args.kwargs["private"] and hub.upload_folder.call_count == 1
+    hub.list_repo_files.return_value = ["README.md"]
+    with pytest.raises(InfrastructureError, match=r"not uploaded: .*adapter_model\.safetensors") as found:
+        publish(context)
+    assert found.value.reason == "VerificationFailed"
 
+
+def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
     answers: dict[str, Any] = {"exists": False, "role": "write"}
 

@@ -1,4 +1,4 @@
-"""ResumePoint DeepSpeed in another world size: its optimizer state is cut for the processes that wrote it.
+"""Resume DeepSpeed in another world size: its optimizer state is cut for the processes that wrote it.
 
 DeepSpeed's universal checkpoints hold every parameter whole (https://www.deepspeed.ai/tutorials/universal-checkpointing/).
 One is made beside the sharded one, once, when it is needed.

@@ -36,7 +36,7 @@ def make_bundle(context: Context) -> Path:
         raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
     _name_base(context, bundle)
     if context.spec.output != Output():
-        from .forms import export
+        from .forms import export  # starts torch, which most jobs can do without here
 
         export(context, bundle)
     evaluation = _optional(context, context.layout.evaluation_report)

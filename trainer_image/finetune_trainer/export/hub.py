@@ -62,7 +62,7 @@ def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[
     api.create_repo(uri.name, exist_ok=True, private=True)
     _refuse_foreign(api, uri.name, context)
     api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
-    return set(api.list_repofiles(uri.name))
+    return set(api.list_repo_files(uri.name))
 
 
 def _refuse_foreign(api: HfApi, name: str, context: Context) -> None:

@@ -1,6 +1,6 @@
 """Which kernels compute the model: its attention, and Liger's fused layers. Picked where the GPU is; the stage's result says which.
 
-PackedRows without padding (packed, or one behind the other) need an attention that knows where each begins. `sdpa` gets a dense
+Rows without padding (packed, or one behind the other) need an attention that knows where each begins. `sdpa` gets a dense
 mask over all of them, which costs the square of their tokens together; flash-attention and PyTorch's own `varlen_attn` cost
 the sum of the rows' squares. The latter comes with torch, needs an Ampere GPU or a later one, and is registered here with
 transformers under the name `varlen`.

@@ -1,4 +1,4 @@
-"""Load models and tokenizers of the workspace: never over the network, never from pickles."""
+"""Load models and tokenizers from a folder of the workspace, never from pickles."""
 
 from __future__ import annotations
 

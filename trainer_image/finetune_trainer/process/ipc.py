@@ -71,11 +71,11 @@ class Channel:
         return self.folder / f"stack-{rank}"
 
     def send_error(self, error: StageError) -> None:
-        """Say why this process ends. The first process that failed knows best: the others are not heard."""
+        """Say why this process ends, unless another one did before."""
         try:
             with self._error.open("x") as sink:
                 json.dump({"code": int(error.code), **error.result().to_wire()}, sink)
-        except FileExistsError:
+        except FileExistsError:  # the first process that failed knows best
             pass
 
     def error(self) -> StageError | None:

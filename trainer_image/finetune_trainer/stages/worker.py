@@ -71,7 +71,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     if cuda:
         check_device_count(spec.distribution.gpus_per_node, torch.cuda.device_count())
     prepare_strategy(plan, cuda=cuda)
-    arguments = OBJECTIVES[spec.tuning.objective].arguments(context, common_arguments(context, plan, cuda))  # starts the process group
+    arguments = OBJECTIVES[spec.tuning.objective].arguments(context, common_arguments(context, plan, cuda))  # and the process group
     check_world(arguments, plan)
     if cuda:
         devices.check_distinct()
