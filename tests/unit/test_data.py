@@ -57,7 +57,7 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
     ],
 )  # fmt: skip
 def test_common_shapes(format_: str, row: dict[str, Any], shape: dict[str, Any]) -> None:
-    assert FORMATS[format_].normalise(row) == shape
+    assert FORMATS[format_].normalize(row) == shape
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_common_shapes(format_: str, row: dict[str, Any], shape: dict[str, Any])
 )  # fmt: skip
 def test_a4_rows_that_are_wrong(format_: str, row: dict[str, Any], problem: str) -> None:
     with pytest.raises(BadRow, match=problem):
-        FORMATS[format_].normalise(row)
+        FORMATS[format_].normalize(row)
 
 
 def test_the_example_of_every_format_is_of_that_format() -> None:
@@ -87,7 +87,7 @@ def test_the_example_of_every_format_is_of_that_format() -> None:
     for name, kind in FORMATS.items():
         row = json.loads(kind.example.replace("...", "x", 2).replace("...", "y"))
         assert looks_like(row) == name
-        kind.normalise(row)
+        kind.normalize(row)
 
 
 def parquet(items: list[dict[str, Any]]) -> bytes:
@@ -333,7 +333,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    row = FORMATS["messages"].normalise(
+    row = FORMATS["messages"].normalize(
         {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "red"}, {"role": "assistant", "content": "two"}]}
     )  # fmt: skip
     columns, _ = RowTokenizer(tokenizer, max_length=64, assistant_only=True)(row)

@@ -31,7 +31,7 @@ class Format:
     """Columns that a row of it has; with these it is recognised."""
     example: str
     """What a row looks like, for messages."""
-    normalise: Callable[[dict[str, Any]], Shape]
+    normalize: Callable[[dict[str, Any]], Shape]
     """The row in its common shape. Raises BadRow."""
 
 

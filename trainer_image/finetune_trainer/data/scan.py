@@ -69,7 +69,7 @@ class Scan:
         if row.value is None:
             return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
         try:
-            shape = FORMATS[self.format].normalise(row.value)
+            shape = FORMATS[self.format].normalize(row.value)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
             texts = strings(shape)

@@ -33,7 +33,7 @@ def write_general_rows(context: Context, tokenizer: Any, settings: Forgetting) -
         for row in rows(context, DatasetSource(uri=settings.uri), "train"):
             parsed = row.parsed()
             try:
-                texts.append(FORMATS["text"].normalise(parsed.value or {})["text"])
+                texts.append(FORMATS["text"].normalize(parsed.value or {})["text"])
             except BadRow as failure:
                 raise UserError("InvalidRows", f"evaluation.forgetting.uri row {row.number}: {failure}") from None
             if len(texts) == _MOST:

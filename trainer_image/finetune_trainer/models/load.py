@@ -56,7 +56,7 @@ def load_model(
     folder: str,
     *,
     dtype: torch.dtype,
-    quantised: bool = False,
+    quantized: bool = False,
     device: str | None = None,
     reward: bool = False,
     cuda: bool = False,
@@ -70,7 +70,7 @@ def load_model(
 
     hyper, trust = context.spec.tuning.hyperparameters, context.spec.model.trust_remote_code
     options: dict[str, Any] = {}
-    if quantised:
+    if quantized:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -15,13 +15,13 @@ class StageError(Exception):
 
     code = ExitCode.INFRASTRUCTURE
 
-    def __init__(self, reason: str, message: str, found: dict[str, Any] | None = None) -> None:
+    def __init__(self, reason: str, message: str, details: dict[str, Any] | None = None) -> None:
         super().__init__(f"{reason}: {message}")
-        self.reason, self.message, self.found = reason, message, found or {}
+        self.reason, self.message, self.details = reason, message, details or {}
 
     def result(self) -> StageResult:
         """The last words of the pod."""
-        return StageResult(reason=self.reason[:128], message=redact(self.message)[:3000], result=self.found)
+        return StageResult(reason=self.reason[:128], message=redact(self.message)[:3000], result=self.details)
 
 
 class UserError(StageError):

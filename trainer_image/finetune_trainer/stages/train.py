@@ -54,7 +54,7 @@ def train(context: Context) -> StageResult:
         result = _supervise(context, command, {**env, **rank_env})
     except StageError as failure:
         if (step := latest_step(context.layout.checkpoints)) is not None:
-            failure.found.setdefault("checkpointStep", step)
+            failure.details.setdefault("checkpointStep", step)
         raise
     return result or StageResult(reason="Trained", message=f"node {rank} is done")
 

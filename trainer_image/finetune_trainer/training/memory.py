@@ -19,7 +19,7 @@ _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.1, "paged-adamw-8bit": 0.1, "a
 _CHUNK = 32_768
 """Vocabulary entries that TRL's loss looks at at once."""
 _NF4_BYTES = 0.516
-"""4 bits, and a doubly quantised scale for each 64 (https://arxiv.org/abs/2305.14314)."""
+"""4 bits, and a doubly quantized scale for each 64 (https://arxiv.org/abs/2305.14314)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelShape:
     parameters: int
     trainable: int
     linear: int
-    """Parameters in linear layers other than the output head: what qlora quantises."""
+    """Parameters in linear layers other than the output head: what qlora quantizes."""
     hidden: int
     layers: int
     attention: int

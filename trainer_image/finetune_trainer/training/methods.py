@@ -25,15 +25,15 @@ class MethodKind:
 
     config: Callable[[Tuning, str], Any] | None = None
     """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS), or None."""
-    select: Callable[[Tuning, Any], None] = lambda _tuning, _model: None
-    """Freeze and release weights of the model itself."""
-    quantised: bool = False
+    set_trainable: Callable[[Tuning, Any], None] = lambda _tuning, _model: None
+    """Set `requires_grad` of the model's own weights."""
+    quantized: bool = False
     """Whether the frozen base is held in 4 bit."""
 
     def trainable(self, tuning: Tuning, model: Any) -> int:
         """Parameters that learn, of a model on the meta device (which is changed)."""
         if self.config is None:
-            self.select(tuning, model)
+            self.set_trainable(tuning, model)
         else:
             from peft import get_peft_model
 
@@ -106,9 +106,9 @@ def _partial(tuning: Tuning, model: Any) -> None:
 
 METHODS: dict[Method, MethodKind] = {
     "full": MethodKind(),
-    "partial": MethodKind(select=_partial),
+    "partial": MethodKind(set_trainable=_partial),
     "lora": MethodKind(_lora()),
-    "qlora": MethodKind(_lora(), quantised=True),
+    "qlora": MethodKind(_lora(), quantized=True),
     "dora": MethodKind(_lora(use_dora=True)),
     "rslora": MethodKind(_lora(use_rslora=True)),
     "ia3": MethodKind(_ia3),
@@ -128,12 +128,12 @@ def build_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
     load = torch.float32 if kind.config is None else dtype  # the optimizer needs full-precision weights
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
     flat = tuning.objective in ("sft", "pretrain") and tuning.method not in VIRTUAL_TOKEN_METHODS
-    model = load_model(context, folder, dtype=load, quantised=kind.quantised, device=device, reward=reward, cuda=cuda, padding_free=flat)
+    model = load_model(context, folder, dtype=load, quantized=kind.quantized, device=device, reward=reward, cuda=cuda, padding_free=flat)
     model.config.use_cache = False
-    if kind.quantised:
+    if kind.quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
     if kind.config is None:
-        kind.select(tuning, model)
+        kind.set_trainable(tuning, model)
         return model
     sharded = plan.strategy == "deepspeed-zero3"  # gathers parameters of one dtype only
     if tuning.continue_from is not None:

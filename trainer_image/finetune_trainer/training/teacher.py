@@ -93,7 +93,7 @@ def _missing(rows: Iterable[Row], format_: str, known: dict[str, str]) -> Iterat
         if value is None:
             continue
         try:
-            shape = FORMATS[format_].normalise(value)
+            shape = FORMATS[format_].normalize(value)
         except BadRow:
             continue  # counted when the rows are scanned
         if "text" in shape:

@@ -26,11 +26,11 @@ def distillation_loss(student: torch.Tensor, taught: torch.Tensor, labels: torch
     """
     learned = labels[:, 1:] != -100
     theirs, ours, targets = taught[:, :-1][learned].float(), student[:, :-1][learned].float(), labels[:, 1:][learned]
-    heat = settings.temperature
+    temperature = settings.temperature
     gap = torch.nn.functional.kl_div(
-        torch.log_softmax(ours / heat, -1), torch.log_softmax(theirs / heat, -1), log_target=True, reduction="sum"
+        torch.log_softmax(ours / temperature, -1), torch.log_softmax(theirs / temperature, -1), log_target=True, reduction="sum"
     )
-    return settings.alpha * torch.nn.functional.cross_entropy(ours, targets, reduction="sum") + (1 - settings.alpha) * heat**2 * gap
+    return settings.alpha * torch.nn.functional.cross_entropy(ours, targets, reduction="sum") + (1 - settings.alpha) * temperature**2 * gap
 
 
 def _trainer(setup: TrainerSetup) -> Any:
