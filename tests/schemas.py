@@ -141,7 +141,7 @@ def bad_defaults(node: dict[str, Any]) -> list[tuple[str, str]]:
 
 QUEUE: dict[str, Any] = {
     "cohort": "all",
-    "flavours": [
+    "flavors": [
         {
             "name": "h100",
             "nominalQuota": 16,

@@ -19,11 +19,11 @@ ANNOTATION_QUEUE = "finetune.dev/queue"
 Amount = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
-class Flavour(APIModel):
+class Flavor(APIModel):
     """One kind of GPU. Queues of a cohort share what bears the same name."""
 
     name: DNSLabel
-    """Name of the flavour, for example h100."""
+    """Name of the flavor, for example h100."""
     resource_name: QualifiedName = "nvidia.com/gpu"
     """Extended resource that it counts: GPUs, MIG slices or shared GPUs by their own names; cpu counts the cores of jobs without GPUs."""
     node_labels: LabelMap = Field(default_factory=dict)
@@ -97,11 +97,11 @@ class QueueLimits(APIModel):
     """What one namespace, and one user, may have of the queue."""
 
     max_gpus_per_namespace: Amount | None = None
-    """Most units of all flavours that one namespace's jobs hold at a time."""
+    """Most units of all flavors that one namespace's jobs hold at a time."""
     max_jobs_per_namespace: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Most jobs of one namespace that hold GPUs at a time."""
     max_gpus_per_user: Amount | None = None
-    """Most units of all flavours that one user's jobs hold at a time. Users are those that created the jobs, as the operator's webhook notes them."""
+    """Most units of all flavors that one user's jobs hold at a time. Users are those that created the jobs, as the operator's webhook notes them."""
     max_jobs_per_user: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Most jobs of one user that hold GPUs at a time."""
     max_priority: Annotated[int, Field(ge=-2_147_483_648, le=2_000_000_000)] | None = None
@@ -115,8 +115,8 @@ class FineTuneQueueSpec(APIModel):
     """Queues of one cohort lend each other what they do not use. Unset: nothing is lent or borrowed."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Share of the cohort's idle GPUs that this queue gets, relative to the others."""
-    flavours: Annotated[
-        list[Flavour],
+    flavors: Annotated[
+        list[Flavor],
         Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
     ]
     """Kinds of GPUs; a job takes the first that has its resource name, its node labels and room."""
@@ -137,23 +137,23 @@ class FineTuneQueueSpec(APIModel):
 
     RULES = (
         Rule(
-            cel="self.flavours.all(f, !has(f.borrowingLimit) || has(self.cohort))",
-            message="flavours[].borrowingLimit needs a cohort to borrow from: set cohort, or remove borrowingLimit",
-            holds=lambda m: m.cohort is not None or all(f.borrowing_limit is None for f in m.flavours),
+            cel="self.flavors.all(f, !has(f.borrowingLimit) || has(self.cohort))",
+            message="flavors[].borrowingLimit needs a cohort to borrow from: set cohort, or remove borrowingLimit",
+            holds=lambda m: m.cohort is not None or all(f.borrowing_limit is None for f in m.flavors),
         ),
         Rule(
-            cel="self.flavours.all(f, !has(f.lendingLimit) || has(self.cohort))",
-            message="flavours[].lendingLimit needs a cohort to lend to: set cohort, or remove lendingLimit",
-            holds=lambda m: m.cohort is not None or all(f.lending_limit is None for f in m.flavours),
+            cel="self.flavors.all(f, !has(f.lendingLimit) || has(self.cohort))",
+            message="flavors[].lendingLimit needs a cohort to lend to: set cohort, or remove lendingLimit",
+            holds=lambda m: m.cohort is not None or all(f.lending_limit is None for f in m.flavors),
         ),
     )
 
 
-class FlavourUsage(APIModel):
-    """What is used of a flavour."""
+class FlavorUsage(APIModel):
+    """What is used of a flavor."""
 
     name: str
-    """Name of the flavour."""
+    """Name of the flavor."""
     nominal: int = 0
     """The queue's own."""
     used: int = 0
@@ -203,12 +203,12 @@ class FineTuneQueueStatus(APIModel):
     """Jobs that wait."""
     admitted: int = 0
     """Jobs that hold GPUs."""
-    flavours: Annotated[list[FlavourUsage], Field(max_length=16)] = []
-    """Use of each flavour."""
+    flavors: Annotated[list[FlavorUsage], Field(max_length=16)] = []
+    """Use of each flavor."""
     used: int = 0
-    """Units of all flavours in use."""
+    """Units of all flavors in use."""
     nominal: int = 0
-    """Units of all flavours that belong to the queue."""
+    """Units of all flavors that belong to the queue."""
     borrowed: int = 0
     """Units borrowed from others of the cohort."""
     share: float = 0

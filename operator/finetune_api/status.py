@@ -242,20 +242,20 @@ class AdmissionStatus(APIModel):
 
     queue: str | None = None
     """FineTuneQueue; unset without any."""
-    flavour: str | None = None
-    """Its flavour."""
+    flavor: str | None = None
+    """Its flavor."""
     nodes: int
     """Worker pods: fewer than asked for where minNodes allows it."""
     node_labels: dict[str, str] = Field(default_factory=dict)
-    """Labels of the flavour's nodes."""
+    """Labels of the flavor's nodes."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
-    """Taints of the flavour's nodes."""
+    """Taints of the flavor's nodes."""
     topology: TopologyDomain | None = None
     """Where scheduling.topologyKey keeps the gang together."""
     price_per_hour: float | None = None
     """Price of one unit for an hour."""
     estimated_duration: str | None = None
-    """Estimated time of the whole training, where the flavour says how fast it is; while it runs status.progress.eta is better."""
+    """Estimated time of the whole training, where the flavor says how fast it is; while it runs status.progress.eta is better."""
     estimated_cost: float | None = None
     """Its price."""
     planned_nodes: Annotated[list[str], Field(max_length=512)] = []
@@ -314,7 +314,7 @@ class Usage(APIModel):
     queued_seconds: int = 0
     """Seconds that the job waited for its GPUs."""
     cost: float | None = None
-    """GPU-seconds at the price of their flavour, where it has one."""
+    """GPU-seconds at the price of their flavor, where it has one."""
     lost_seconds: int = 0
     """Seconds of training that ended attempts had done since their last checkpoint."""
 

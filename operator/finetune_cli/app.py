@@ -385,7 +385,7 @@ def why(name: Name, namespace: Namespace = None, kubeconfig: Kubeconfig = None, 
 @app.command()
 def simulate(
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="YAML file with FineTuneJobs to add.")] = None,
-    quota: Annotated[list[str] | None, typer.Option(metavar="QUEUE/FLAVOUR=UNITS", help="Another nominal quota.")] = None,
+    quota: Annotated[list[str] | None, typer.Option(metavar="QUEUE/FLAVOR=UNITS", help="Another nominal quota.")] = None,
     node: Annotated[list[str] | None, typer.Option(metavar="NODE[=COUNT]", help="More nodes like one that is there, all free.")] = None,
     namespace: Namespace = None,
     kubeconfig: Kubeconfig = None,

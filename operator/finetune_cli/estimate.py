@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.reconcile.usage import UTILISATION, estimate
+from finetune_operator.reconcile.job.usage import UTILISATION, estimate
 
 GPUS = {
     "t4": 65, "v100": 125, "a10": 125, "a10g": 70, "l4": 121, "l40s": 362, "rtx4090": 165, "a100": 312, "h100": 989, "h200": 989, "b200": 2250, "mi300x": 1307,

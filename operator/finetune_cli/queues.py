@@ -13,13 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.status import read_status
-from finetune_operator.cluster.client import KubernetesCluster, connect
-from finetune_operator.cluster.store import Store
-from finetune_operator.controller import SELECTOR
-from finetune_operator.queueing import Decisions, Snapshot, decide, view
-from finetune_operator.queueing.model import Node, Queue, Workload
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster.connect import connect
+from finetune_operator.cluster.transport import KubernetesCluster
+from finetune_operator.controllers.admission import Scheduler
+from finetune_operator.controllers.job import SELECTOR
+from finetune_operator.model.queueing import Decisions, Node, Queue, Snapshot, Workload
+from finetune_operator.model.workload import request_of
+from finetune_operator.queueing import decide
 from finetune_operator.queueing.quota import UNLIMITED
-from finetune_operator.scheduler import Scheduler
 from finetune_operator.settings import Settings
 
 from .cluster import namespace_of
@@ -61,7 +63,7 @@ class Reader:
 
 
 async def queues(reader: Reader, console: Console) -> int:
-    """Use of every queue and flavour, and the jobs that wait with what they wait for."""
+    """Use of every queue and flavor, and the jobs that wait with what they wait for."""
     snapshot = await reader.snapshot()
     decisions = decide(snapshot)
     for name, report in decisions.queues.items():
@@ -69,13 +71,13 @@ async def queues(reader: Reader, console: Console) -> int:
         title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"
         cohort = f", cohort {queue.spec.cohort}, share {report.share:.2f}" if queue is not None and queue.spec.cohort is not None else ""
         console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
-        for flavour in queue.spec.flavours if queue is not None else ():
-            console.print(_usage(flavour.name, report.used.get(flavour.name, 0), flavour.nominal_quota), highlight=False)
-        rows = [w for w in snapshot.workloads if (v := decisions.verdicts.get(w.uid)) and v.action == "wait" and v.queue == name]
-        for workload in sorted(rows, key=lambda w: decisions.verdicts[w.uid].position or 10**9):
-            verdict = decisions.verdicts[workload.uid]
-            place = f"{verdict.position}." if verdict.position else " -"
-            console.print(f"  {place:>4} {workload.label}: {verdict.message}", highlight=False, markup=False, soft_wrap=True)
+        for flavor in queue.spec.flavors if queue is not None else ():
+            console.print(_usage(flavor.name, report.used.get(flavor.name, 0), flavor.nominal_quota), highlight=False)
+        rows = [w for w in snapshot.workloads if (v := decisions.jobs.get(w.uid)) and v.action == "wait" and v.queue == name]
+        for workload in sorted(rows, key=lambda w: decisions.jobs[w.uid].position or 10**9):
+            decision = decisions.jobs[workload.uid]
+            place = f"{decision.position}." if decision.position else " -"
+            console.print(f"  {place:>4} {workload.label}: {decision.message}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -95,17 +97,17 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
         console.print(f"FineTuneJob {space}/{name} is not there", style="bold red")
         return 2
     status = read_status(raw.get("status"))
-    verdict = decide(snapshot).verdicts.get(raw["metadata"]["uid"])
+    decision = decide(snapshot).jobs.get(raw["metadata"]["uid"])
     console.print(f"{space}/{name}: {status.phase}", style="bold", highlight=False)
     for condition in status.conditions:
         if condition.type != "Ready" and (condition.status != "True" or condition.type in ("Failed", "Admitted")):
             console.print(f"  {condition.type}={condition.status} {condition.reason}: {condition.message}", markup=False, highlight=False)
-    if verdict is not None and verdict.action == "wait":
-        place = f"position {verdict.position} in " if verdict.position else ""
-        queue = f"queue {verdict.queue}" if verdict.queue else "the implicit queue"
-        console.print(f"  {place}{queue}: {verdict.message}", markup=False, highlight=False, style="yellow")
-    elif verdict is not None and verdict.message:
-        console.print(f"  {verdict.action}: {verdict.message}", markup=False, highlight=False)
+    if decision is not None and decision.action == "wait":
+        place = f"position {decision.position} in " if decision.position else ""
+        queue = f"queue {decision.queue}" if decision.queue else "the implicit queue"
+        console.print(f"  {place}{queue}: {decision.message}", markup=False, highlight=False, style="yellow")
+    elif decision is not None and decision.message:
+        console.print(f"  {decision.action}: {decision.message}", markup=False, highlight=False)
     return 0
 
 
@@ -139,7 +141,7 @@ def _extra(path: Path, namespace: str, snapshot: Snapshot) -> Iterable[Workload]
             queue=spec.scheduling.queue,
             since=snapshot.now,
             waits_since=snapshot.now,
-            ask=view.ask_of(spec),
+            request=request_of(spec),
             waits=True,
         )
 
@@ -149,12 +151,12 @@ def _with_quotas(queues: tuple[Queue, ...], changes: list[str]) -> tuple[Queue, 
     for change in changes:
         match = re.fullmatch(r"([^/=]+)/([^/=]+)=(\d+)", change)
         queue = found.get(match.group(1)) if match else None
-        if match is None or queue is None or match.group(2) not in {f.name for f in queue.spec.flavours}:
-            known = ", ".join(f"{q.name}/{f.name}" for q in queues for f in q.spec.flavours) or "none"
-            raise WrongInput(f"--quota {change}: write QUEUE/FLAVOUR=UNITS; there are: {known}")
+        if match is None or queue is None or match.group(2) not in {f.name for f in queue.spec.flavors}:
+            known = ", ".join(f"{q.name}/{f.name}" for q in queues for f in q.spec.flavors) or "none"
+            raise WrongInput(f"--quota {change}: write QUEUE/FLAVOR=UNITS; there are: {known}")
         quota = min(UNLIMITED, int(match.group(3)))
-        flavours = [f.model_copy(update={"nominal_quota": quota}) if f.name == match.group(2) else f for f in queue.spec.flavours]
-        found[queue.name] = dataclasses.replace(queue, spec=queue.spec.model_copy(update={"flavours": flavours}))
+        flavors = [f.model_copy(update={"nominal_quota": quota}) if f.name == match.group(2) else f for f in queue.spec.flavors]
+        found[queue.name] = dataclasses.replace(queue, spec=queue.spec.model_copy(update={"flavors": flavors}))
     return tuple(found.values())
 
 
@@ -171,8 +173,8 @@ def _machines(like: list[str], snapshot: Snapshot) -> Iterable[Node]:
 
 
 def _outcome(decisions: Decisions, uid: str) -> str:
-    verdict = decisions.verdicts.get(uid)
-    if verdict is None:
+    decision = decisions.jobs.get(uid)
+    if decision is None:
         return "-"
     words: dict[str, Any] = {"admit": "starts", "keep": "runs on", "preempt": "gives way", "resize": "grows", "refuse": "is refused"}
-    return words.get(verdict.action) or f"waits: {verdict.message}"
+    return words.get(decision.action) or f"waits: {decision.message}"

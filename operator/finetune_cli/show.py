@@ -118,8 +118,8 @@ def _where_it_stands(status: FineTuneJobStatus, fact: Any) -> None:
     if status.queue is not None:
         fact("Waits", printable(status.queue.message))
     if status.admission is not None:
-        flavour = f", flavour {status.admission.flavour}" if status.admission.flavour else ""
-        fact("Admitted to", f"{status.admission.queue or 'the cluster'}{flavour}, {status.admission.nodes} pod(s)")
+        flavor = f", flavor {status.admission.flavor}" if status.admission.flavor else ""
+        fact("Admitted to", f"{status.admission.queue or 'the cluster'}{flavor}, {status.admission.nodes} pod(s)")
         fact("Estimate", status.admission.estimated_duration)
     if status.progress is not None:
         p = status.progress

@@ -19,18 +19,21 @@ import uvloop
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from . import certificate, handlers, logs, metrics, tracing
-from .certificate import Certificate, Identity
-from .cluster.client import KubernetesCluster, connect
+from . import handlers, logs, metrics, tracing
+from .cache.progress import ProgressBoard
+from .cache.store import Store
+from .cluster.connect import connect
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
-from .cluster.store import Store
-from .controller import Controller
+from .cluster.transport import KubernetesCluster
+from .controllers.job import Controller
 from .handlers import Insights
-from .progress.board import ProgressBoard
-from .progress.server import ProgressServer
+from .servers import certificate
+from .servers.bundle import Bundle
+from .servers.certificate import Certificate, Identity
+from .servers.progress import ProgressServer
+from .servers.webhooks import AdmissionServer
 from .settings import Settings, from_environment
-from .webhooks import AdmissionServer, Bundle
 
 log = logging.getLogger("finetune")
 

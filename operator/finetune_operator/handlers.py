@@ -14,10 +14,11 @@ from kopf._cogs.structs.references import Insights as Insights  # what kopf.oper
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
-from .cluster.client import CHILD_KINDS, RESOURCES, Resource, child_kinds
 from .cluster.kinds import Kinds
 from .cluster.login import login
-from .controller import SELECTOR, Controller
+from .cluster.resources import RESOURCES, Resource
+from .controllers.job import SELECTOR, Controller
+from .model.objects import CHILD_KINDS, child_kinds
 from .settings import Settings
 
 

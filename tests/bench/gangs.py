@@ -102,8 +102,8 @@ def _run(cluster: LocalCluster, rng: random.Random, count: int) -> dict[str, Any
     documents: list[dict[str, Any]] = []
     for tenant in TENANTS:
         documents += [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": tenant}}]
-        flavour = {"name": "gpu", "resourceName": GPU, "nominalQuota": GPUS_PER_NODE}
-        spec = {"cohort": "all", "flavours": [flavour], "namespaceSelector": {"matchLabels": {"tenant": tenant}}}
+        flavor = {"name": "gpu", "resourceName": GPU, "nominalQuota": GPUS_PER_NODE}
+        spec = {"cohort": "all", "flavors": [flavor], "namespaceSelector": {"matchLabels": {"tenant": tenant}}}
         documents[-1]["metadata"]["labels"] = {"tenant": tenant}
         documents += [{"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": tenant}, "spec": spec}]
         claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}

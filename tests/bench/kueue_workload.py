@@ -39,11 +39,14 @@ from finetune_api.contract import StageResult
 from finetune_api.queue import QUEUE_KIND
 from finetune_operator import handlers, metrics
 from finetune_operator.__main__ import spare_the_collector
-from finetune_operator.cluster.client import CHILD_KINDS, RESOURCES, APIError, KubernetesCluster, Object, connect
+from finetune_operator.cache.progress import ProgressBoard
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster.connect import connect
 from finetune_operator.cluster.kinds import Kinds
-from finetune_operator.cluster.store import Store
-from finetune_operator.controller import Controller
-from finetune_operator.progress.board import ProgressBoard
+from finetune_operator.cluster.resources import RESOURCES
+from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.controllers.job import Controller
+from finetune_operator.model.objects import CHILD_KINDS, Object
 from finetune_operator.settings import Settings
 from tests.cluster import binaries, control_plane, debian, processes
 from tests.cluster.shell import CACHE, REPO
@@ -219,9 +222,9 @@ async def _set_up(admin: Path) -> None:
     for kind, _, _, _, priority, _ in CLASSES:
         await cluster.create({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": kind}, "value": priority})
     for cohort, number in itertools.product(range(COHORTS), range(QUEUES)):
-        flavour = {"name": "any", "resourceName": _GPU, "nominalQuota": QUOTA, "borrowingLimit": BORROWING, "nodes": "Autoscaled"}
+        flavor = {"name": "any", "resourceName": _GPU, "nominalQuota": QUOTA, "borrowingLimit": BORROWING, "nodes": "Autoscaled"}
         preemption = {"withinQueue": "LowerPriority", "reclaimWithinCohort": "Any", "minimumRunTime": "0s"}
-        spec = {"cohort": f"c{cohort}", "flavours": [flavour], "preemption": preemption}
+        spec = {"cohort": f"c{cohort}", "flavors": [flavor], "preemption": preemption}
         await cluster.create({"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": f"c{cohort}-q{number}"}, "spec": spec})
     await cluster.close()
 

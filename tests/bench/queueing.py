@@ -13,26 +13,26 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 from finetune_api.queue import FineTuneQueueSpec
-from finetune_operator.queueing import Admission, Snapshot, decide
-from finetune_operator.queueing.model import Ask, Held, Node, Queue, Workload
+from finetune_operator.model.queueing import Admission, Allocation, Node, Queue, Request, Snapshot, Workload
+from finetune_operator.queueing import decide
 from tests.factory import NOW
 
 GPU = "nvidia.com/gpu"
 
 
-def ask(pods: int, units: int) -> Ask:
-    return Ask(resource=GPU, units=units, pods=(pods,), per_pod=(("cpu", 4000 * units), (GPU, units)))
+def request(pods: int, units: int) -> Request:
+    return Request(resource=GPU, units=units, pods=(pods,), per_pod=(("cpu", 4000 * units), (GPU, units)))
 
 
-def job(name: str, queue: str, what: Ask, age: float, *, namespace: str = "a", priority: int = 0) -> Workload:
+def job(name: str, queue: str, what: Request, age: float, *, namespace: str = "a", priority: int = 0) -> Workload:
     since = NOW - timedelta(seconds=age)
     return Workload(
-        uid=name, namespace=namespace, name=name, queue=queue, priority=priority, since=since, waits_since=since, ask=what, waits=True
+        uid=name, namespace=namespace, name=name, queue=queue, priority=priority, since=since, waits_since=since, request=what, waits=True
     )
 
 
 def queue(name: str, quota: int, cohort: str | None = None, **spec: object) -> Queue:
-    body = {"flavours": [{"name": "any", "nominalQuota": quota}], **({"cohort": cohort} if cohort else {}), **spec}
+    body = {"flavors": [{"name": "any", "nominalQuota": quota}], **({"cohort": cohort} if cohort else {}), **spec}
     return Queue(name=name, spec=FineTuneQueueSpec.model_validate(body))
 
 
@@ -47,13 +47,15 @@ def crowd(pending: int, nodes: int, queues: int, seed: int = 1) -> Snapshot:
     quota = max(1, nodes * 8 // queues)
     running = []
     for n in range(0, nodes, 2):
-        held = Held(queue=rng.choice(names), flavour="any", pods=1, units=8, since=NOW - timedelta(hours=1), bound=((f"n{n}", 1),))
-        running.append(dataclasses.replace(job(f"r{n}", held.queue, ask(1, 8), 4000), held=held, waits=False))
+        allocation = Allocation(
+            queue=rng.choice(names), flavor="any", pods=1, units=8, since=NOW - timedelta(hours=1), bound=((f"n{n}", 1),)
+        )
+        running.append(dataclasses.replace(job(f"r{n}", allocation.queue, request(1, 8), 4000), allocation=allocation, waits=False))
     waiting = [
         job(
             f"w{n}",
             rng.choice(names),
-            ask(rng.choice([1, 1, 1, 2, 4]), rng.choice([1, 1, 2, 4, 8])),
+            request(rng.choice([1, 1, 1, 2, 4]), rng.choice([1, 1, 2, 4, 8])),
             rng.uniform(0, 1500),
             namespace=f"ns{rng.randrange(50)}",
             priority=rng.choice([0, 0, 0, 10]),
@@ -79,7 +81,7 @@ def passes() -> list[dict[str, float]]:
         row |= {"worst": round(max(times) * 1000, 1), "decisions_per_second": round(pending / typical)}
         if rows:
             row["exponent"] = round(math.log(row["milliseconds"] / rows[-1]["milliseconds"]) / math.log(pending / rows[-1]["pending"]), 2)
-        rows.append({**row, "admitted": sum(v.action == "admit" for v in decisions.verdicts.values())})
+        rows.append({**row, "admitted": sum(v.action == "admit" for v in decisions.jobs.values())})
     return rows
 
 
@@ -95,8 +97,10 @@ class Arrival:
     seconds: float
 
 
-def _held(work: Workload, given: Admission, snapshot: Snapshot) -> Held:
-    return Held(queue=given.queue, flavour=given.flavour, pods=given.pods, units=work.ask.units, since=snapshot.now, bound=given.place)
+def _allocation(work: Workload, given: Admission, snapshot: Snapshot) -> Allocation:
+    return Allocation(
+        queue=given.queue, flavor=given.flavor, pods=given.pods, units=work.request.units, since=snapshot.now, bound=given.place
+    )
 
 
 def simulate(
@@ -138,16 +142,16 @@ def simulate(
                 queues=queues,
                 nodes=nodes,
             )
-            for uid, verdict in decide(snapshot).verdicts.items():
-                if verdict.action == "admit" and verdict.admission is not None:
+            for uid, decision in decide(snapshot).jobs.items():
+                if decision.action == "admit" and decision.admission is not None:
                     work = waiting.pop(uid)
-                    running[uid] = dataclasses.replace(work, held=_held(work, verdict.admission, snapshot), waits=False), clock
+                    running[uid] = dataclasses.replace(work, allocation=_allocation(work, decision.admission, snapshot), waits=False), clock
                     first.setdefault(uid, clock)
                     heapq.heappush(ends, (clock + left[uid], next(serial), uid))
-                elif verdict.action == "preempt":
+                elif decision.action == "preempt":
                     work, began = running.pop(uid)
                     left[uid] = max(1.0, left[uid] - (clock - began))
-                    waiting[uid] = dataclasses.replace(work, held=None, waits=True, waits_since=snapshot.now)
+                    waiting[uid] = dataclasses.replace(work, allocation=None, waits=True, waits_since=snapshot.now)
                     changed = True
     return done
 
@@ -161,12 +165,12 @@ def baseline() -> dict[str, object]:
         for number in range(6):
             name = f"c{cohort}-q{number}"
             spec = {"preemption": {"withinQueue": "LowerPriority", "reclaimWithinCohort": "Any", "minimumRunTime": "0s"}}
-            body = {"flavours": [{"name": "any", "nominalQuota": 20, "borrowingLimit": 100}], "cohort": f"c{cohort}", **spec}
+            body = {"flavors": [{"name": "any", "nominalQuota": 20, "borrowingLimit": 100}], "cohort": f"c{cohort}", **spec}
             queues.append(Queue(name=name, spec=FineTuneQueueSpec.model_validate(body)))
             for kind, count, units, seconds, priority, every in classes:
                 for n in range(count):
                     uid = f"{kind}-{next(serial)}"
-                    arrivals.append(Arrival(n * every, job(uid, name, ask(1, units), 0, priority=priority), seconds))
+                    arrivals.append(Arrival(n * every, job(uid, name, request(1, units), 0, priority=priority), seconds))
     began = time.perf_counter()
     done = simulate(arrivals, tuple(queues), None)
     took = time.perf_counter() - began
@@ -202,7 +206,7 @@ def trace(count: int = 1500, seed: int = 7) -> list[Arrival]:
         seconds = min(86_400.0, max(20.0, rng.lognormvariate(math.log(900), 1.7)))
         tenant = rng.choices(["x", "y", "z"], [6, 3, 1])[0]
         urgent = 10 if rng.random() < 0.1 else 0
-        made.append(Arrival(at, job(f"j{n:05}", tenant, ask(pods, units), 0, namespace=tenant, priority=urgent), seconds))
+        made.append(Arrival(at, job(f"j{n:05}", tenant, request(pods, units), 0, namespace=tenant, priority=urgent), seconds))
     return made
 
 
@@ -237,7 +241,7 @@ def policies() -> list[dict[str, object]]:
         slow = [took[a.work.uid] / a.seconds for a in arrivals]
         tenants = {t: round(statistics.median(took[a.work.uid] / a.seconds for a in arrivals if a.work.namespace == t), 2) for t in "xyz"}
         wall = max(end for _, end in done.values())
-        used = sum(a.seconds * a.work.ask.pods[0] * a.work.ask.units for a in arrivals) / (wall * 128)
+        used = sum(a.seconds * a.work.request.pods[0] * a.work.request.units for a in arrivals) / (wall * 128)
         ordered = sorted(took.values())
         rows.append(
             {

@@ -42,7 +42,7 @@ def tenants(api: Api) -> Iterator[list[str]]:
     """Two queues of 16 in one cohort."""
     made = [f"{api.namespace}-{tenant}" for tenant in "xy"]
     for name in made:
-        spec = {"cohort": api.namespace, "flavours": [{"name": "gpu", "resourceName": GPU, "nominalQuota": 16}]}
+        spec = {"cohort": api.namespace, "flavors": [{"name": "gpu", "resourceName": GPU, "nominalQuota": 16}]}
         body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": QUEUE_KIND, "metadata": {"name": name}, "spec": spec}
         api.custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body)
     yield made

@@ -9,10 +9,10 @@ from typing import Any
 from kubernetes.aio import client as aio_client
 from kubernetes.aio import config as aio_config
 
-from finetune_operator.cluster.client import KubernetesCluster
-from finetune_operator.cluster.store import Store
-from finetune_operator.controller import Controller
-from finetune_operator.progress.board import ProgressBoard
+from finetune_operator.cache.progress import ProgressBoard
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster.transport import KubernetesCluster
+from finetune_operator.controllers.job import Controller
 from finetune_operator.settings import Settings
 from tests.component.conftest import Api, Kubelet
 from tests.component.test_operator import WHOLE

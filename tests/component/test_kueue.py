@@ -105,7 +105,7 @@ def test_a_gang_is_admitted_whole_and_the_next_waits_with_kueues_words(
     api.create_job(gpu_job("research", nodes=2), "first")
     until("first trains", lambda: phases(api, "first") == ["Training"])
     status = api.status("first")
-    assert (status["admission"]["queue"], status["admission"]["flavour"]) == (admin.name, admin.name)
+    assert (status["admission"]["queue"], status["admission"]["flavor"]) == (admin.name, admin.name)
     assert status["gang"]["startedAt"] >= status["admission"]["admittedAt"] and "queue" not in status
     api.create_job(gpu_job("research", nodes=2), "second")
     until("Kueue's words", lambda: "insufficient unused quota" in api.condition("Admitted", "second").get("message", ""))

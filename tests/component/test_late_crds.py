@@ -113,7 +113,7 @@ def test_kinds_that_come_late_go_and_come_again(bare: LocalCluster, api: Api, op
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneQueue",
             "metadata": {"name": "default"},
-            "spec": {"flavours": [{"name": "any", "resourceName": "nvidia.com/gpu", "nominalQuota": 1}]},
+            "spec": {"flavors": [{"name": "any", "resourceName": "nvidia.com/gpu", "nominalQuota": 1}]},
         }
         bare.kubectl("apply", "-f", "-", input=json.dumps(queue))
         until("the queue has a status", lambda: json.loads(bare.kubectl("get", "ftq", "default", "-o", "json")).get("status"))

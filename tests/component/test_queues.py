@@ -40,13 +40,13 @@ def make_queue(api: Api) -> Iterator[MakeQueue]:
 
     def make(quota: int, **spec: Any) -> str:
         name = f"q-{uuid.uuid4().hex[:6]}"
-        flavour = {"name": "any", "resourceName": GPU, "nominalQuota": quota, **spec.pop("flavour", {})}
+        flavor = {"name": "any", "resourceName": GPU, "nominalQuota": quota, **spec.pop("flavor", {})}
         selector = {"matchLabels": {"kubernetes.io/metadata.name": api.namespace}} if spec.pop("ours", False) else None
         body = {
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": QUEUE_KIND,
             "metadata": {"name": name},
-            "spec": {"flavours": [flavour], **({"namespaceSelector": selector} if selector else {}), **spec},
+            "spec": {"flavors": [flavor], **({"namespaceSelector": selector} if selector else {}), **spec},
         }
         api.custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body)
         made.append(name)
@@ -59,8 +59,8 @@ def make_queue(api: Api) -> Iterator[MakeQueue]:
 
 
 def set_quota(api: Api, queue: str, quota: int) -> None:
-    flavours = [{"name": "any", "resourceName": GPU, "nominalQuota": quota}]
-    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavours": flavours}})
+    flavors = [{"name": "any", "resourceName": GPU, "nominalQuota": quota}]
+    api.custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, queue, {"spec": {"flavors": flavors}})
 
 
 def queue_status(api: Api, name: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import pytest
 from kubernetes import client
 
 from finetune_api import names
-from finetune_operator import certificate
+from finetune_operator.servers import certificate
+from finetune_operator.servers.webhooks import MUTATE
 from finetune_operator.settings import Settings
-from finetune_operator.webhooks.server import MUTATE
 from tests.cluster.local import LocalCluster, kubectl
 from tests.component.conftest import Api, Operator, until
 from tests.factory import MINIMAL, merged

@@ -155,8 +155,8 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
 def queue(user: User) -> Iterator[str]:
     """A queue of two GPUs, and a PriorityClass of the same name."""
     name = user.namespace
-    flavour = {"name": "any", "nominalQuota": 2}
-    spec = {"flavours": [flavour], "preemption": {"minimumRunTime": "1s"}}
+    flavor = {"name": "any", "nominalQuota": 2}
+    spec = {"flavors": [flavor], "preemption": {"minimumRunTime": "1s"}}
     user.apply(
         {"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": name}, "spec": spec},
         {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": 1000},

@@ -18,8 +18,8 @@ from finetune_api.contract import StageResult, read_stage_result
 from finetune_api.scalars import printable
 from finetune_api.status import Condition, FineTuneJobStatus
 from finetune_api.validation import InvalidDocument, parse_spec
-from finetune_operator.reconcile import reconcile
-from finetune_operator.reconcile.model import ChildJobView, Observed, PodView
+from finetune_operator.model.job import ChildJobView, Observed, PodView
+from finetune_operator.reconcile.job import reconcile
 from finetune_operator.settings import Settings
 from tests.factory import FULL, MINIMAL, NOW, PLAN, TRAINED, job, merged, stamp
 from tests.unit.test_resources import manifests, pods

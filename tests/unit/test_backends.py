@@ -10,7 +10,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.status import Plan
-from finetune_operator.reconcile.handed import _of_pod_group
+from finetune_operator.reconcile.job.external_queue import _of_pod_group
 from finetune_operator.resources.backends import pod_group
 from finetune_operator.resources.gang import worker
 from finetune_operator.resources.stage import stage_job

@@ -63,7 +63,7 @@ def test_explain() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     explain("spec.tuning.lora", console)
     explain("spec.publish.uri", console)
-    explain("queue.spec.flavours", console)
+    explain("queue.spec.flavors", console)
     text = console.export_text()
     assert "rank  <integer>" in text and "spec.publish.uri  <string>" in text and "nominalQuota  <integer> (required)" in text
     with pytest.raises(NoSuchField, match=r"spec.tuning has no field metod; did you mean method\?"):

@@ -259,10 +259,10 @@ def test_schema_and_models_agree(kind: str, data: st.DataObject) -> None:
 
 def test_rules_of_queues() -> None:
     for limit in ("borrowingLimit", "lendingLimit"):
-        alone = {"flavours": [{"name": "any", "nominalQuota": 8, limit: 2}]}
-        assert f"flavours[].{limit} needs a cohort" in server_refusals("FineTuneQueue", alone)[0][1]
+        alone = {"flavors": [{"name": "any", "nominalQuota": 8, limit: 2}]}
+        assert f"flavors[].{limit} needs a cohort" in server_refusals("FineTuneQueue", alone)[0][1]
         assert not model_accepts("FineTuneQueue", alone)
-    assert server_refusals("FineTuneQueue", {"flavours": []}) and not model_accepts("FineTuneQueue", {"flavours": []})
+    assert server_refusals("FineTuneQueue", {"flavors": []}) and not model_accepts("FineTuneQueue", {"flavors": []})
 
 
 def test_every_rule_is_exercised() -> None:

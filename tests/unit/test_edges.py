@@ -11,9 +11,9 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_api import names
-from finetune_operator.cluster.client import APIError, KubernetesCluster
 from finetune_operator.cluster.clock import ServerClock
 from finetune_operator.cluster.limits import Priority, RateLimit
+from finetune_operator.cluster.transport import APIError, KubernetesCluster
 from tests.factory import NOW
 
 

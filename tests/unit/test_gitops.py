@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from finetune_api.validation import parse_job
-from finetune_operator.reconcile import reconcile
-from finetune_operator.reconcile.model import Observed
+from finetune_operator.model.job import Observed
+from finetune_operator.reconcile.job import reconcile
 from finetune_operator.settings import Settings
 from tests.cluster.local import kubectl
 from tests.cluster.shell import REPO

@@ -12,12 +12,12 @@ import pytest
 from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.validation import parse_spec
-from finetune_operator.cluster.client import APIError
-from finetune_operator.cluster.store import Store
-from finetune_operator.handed import Handed
-from finetune_operator.reconcile.kueue import asks_for_place, preemptor_uid, standing
-from finetune_operator.reconcile.model import Observed
-from finetune_operator.reconcile.observe import pod_view
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster.transport import APIError
+from finetune_operator.controllers.external_queue import ExternalQueue
+from finetune_operator.model.children import pod_view
+from finetune_operator.model.job import Observed
+from finetune_operator.reconcile.job.kueue import asks_for_place, preemptor_uid, standing
 from finetune_operator.resources.backends import GROUP_LABEL, kept_place
 from finetune_operator.settings import Settings
 from tests.factory import CHECKED, COMPARED, PREPARED, TRAINED, UID, after, ref, stamp
@@ -69,7 +69,7 @@ def test_what_kueue_says_while_it_lets_nothing_start(group: dict[str, Any] | Non
 
 def test_what_kueue_says_when_it_admits_and_where_it_is_not() -> None:
     found = standing(ADMITTED, "q", "Workload/v1beta1")
-    assert (found.admitted, found.queue, found.flavour) == (True, "gpus", "any, h100")
+    assert (found.admitted, found.queue, found.flavor) == (True, "gpus", "any, h100")
     leaving = workload(said("Admitted", "True"), said("Evicted", "True", "The ClusterQueue is stopped"))
     assert not standing(leaving, "q", "Workload").admitted, "what is admitted and evicted at once starts nothing"
     assert "install Kueue" in standing(None, "q", "").message
@@ -365,7 +365,7 @@ class Server:
 
 
 def look(server: Server, world: KueueWorld, **settings: Any) -> dict[str, Any]:
-    handed = Handed(server, Store(), dataclasses.replace(world.settings, **settings))  # type: ignore[arg-type]
+    handed = ExternalQueue(server, Store(), dataclasses.replace(world.settings, **settings))  # type: ignore[arg-type]
     return asyncio.run(handed.look(world.job, world.observed()))
 
 
@@ -396,7 +396,7 @@ def test_a_failed_job_is_asked_for_its_place_until_it_is_gone() -> None:
     world, server = KueueWorld().to_queue().admitted(), Server("v1beta2")
     world.fail("worker-0", ExitCode.USER_ERROR, StageResult(reason="NonFiniteLoss", message="diverged").dumps())
     world.settle()
-    handed = Handed(server, Store(), world.settings)  # type: ignore[arg-type]
+    handed = ExternalQueue(server, Store(), world.settings)  # type: ignore[arg-type]
     ended = dataclasses.replace(world.observed(), spec=None)
     assert asyncio.run(handed.look(world.job, ended))["place_seen"]
     assert "place_seen" not in asyncio.run(handed.look(world.job, ended))
@@ -421,7 +421,7 @@ def kept_pod(**more: Any) -> dict[str, Any]:
 def test_a_deleted_pod_that_never_ran_is_freed_by_its_groups_workload(pod: dict[str, Any], gone: bool, freed: bool) -> None:
     server, store = Server("v1beta2"), Store()
     server.there.add("support-attempt-0")
-    handed = Handed(server, store, KueueWorld.settings)  # type: ignore[arg-type]
+    handed = ExternalQueue(server, store, KueueWorld.settings)  # type: ignore[arg-type]
     store.put_child("Pod", pod)
     handed.pod_seen(pod)
     if gone:

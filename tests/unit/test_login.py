@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from finetune_operator.certificate import Certificate, generate
 from finetune_operator.cluster.login import ClusterConnection
+from finetune_operator.servers.certificate import Certificate, generate
 
 NOW = datetime.datetime.now(datetime.UTC)
 

@@ -27,12 +27,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.status import read_status
-from finetune_operator import controller, scheduler, world
-from finetune_operator.cluster.client import APIError, Object
-from finetune_operator.cluster.store import Store
-from finetune_operator.controller import Controller
-from finetune_operator.progress.board import ProgressBoard
-from finetune_operator.queueing import Verdict
+from finetune_operator.cache.progress import ProgressBoard
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster import inventory
+from finetune_operator.cluster.transport import APIError
+from finetune_operator.controllers import admission as scheduler
+from finetune_operator.controllers import job as controller
+from finetune_operator.controllers.job import Controller
+from finetune_operator.model.objects import Object
+from finetune_operator.model.queueing import Decision
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, RESULTS, after, container_status, ended, job, merged, stamp
 
@@ -196,7 +199,7 @@ class Machine(RuleBasedStateMachine):
         ticks = itertools.count()  # not this machine's clock, which makes a busy machine's runs differ
         clock = SimpleNamespace(monotonic=lambda: next(ticks) / 1000)
         self.clocks = contextlib.ExitStack()
-        for module in (controller, scheduler, world):
+        for module in (controller, scheduler, inventory):
             self.clocks.enter_context(mock.patch.object(module, "time", clock))
 
     @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
@@ -267,7 +270,7 @@ class Machine(RuleBasedStateMachine):
         if self.status.is_true("Admitted") and not self.status.is_true("Trained"):
             self.faults += 1
             uid = self.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
-            self.controller.scheduler._verdicts[uid] = Verdict(action="preempt", reason="Preempted", message="for another")
+            self.controller.scheduler._decisions[uid] = Decision(action="preempt", reason="Preempted", message="for another")
 
     @rule()
     def crash(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.scalars import human_duration
 from finetune_api.validation import parse_spec
-from finetune_operator.reconcile import usage
+from finetune_operator.reconcile.job import usage
 from finetune_trainer.process.errors import UserError
 from finetune_trainer.training.memory import GIB, Memory, ModelShape, Setting, estimate, human_bytes
 from finetune_trainer.training.plan import make_plan

@@ -13,12 +13,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, StageResult, progress_audience, read_stage_result
-from finetune_operator import certificate
-from finetune_operator.cluster.client import APIError
-from finetune_operator.cluster.store import Store
-from finetune_operator.progress import server as progress_server
-from finetune_operator.progress.board import ProgressBoard
-from finetune_operator.progress.server import ProgressServer
+from finetune_operator.cache.progress import ProgressBoard
+from finetune_operator.cache.store import Store
+from finetune_operator.cluster.transport import APIError
+from finetune_operator.servers import certificate
+from finetune_operator.servers import progress as progress_server
+from finetune_operator.servers.progress import ProgressServer
 from finetune_operator.settings import Settings
 from tests.factory import UID, job
 from tests.unit.test_store_and_queue import KEY, child

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.queue import FineTuneQueueSpec, UsageHistory
-from finetune_operator.queueing import Decisions, Snapshot, Verdict, decide
-from finetune_operator.queueing.model import Ask, Held, Namespace, Node, Queue, Taint, Workload
+from finetune_operator.model.queueing import Allocation, Decision, Decisions, Namespace, Node, Queue, Request, Snapshot, Taint, Workload
+from finetune_operator.queueing import decide
 from finetune_operator.queueing.placement import Fleet, never_fits, tolerates
 from finetune_operator.queueing.quota import counted
 from tests.bench.queueing import Arrival, simulate
@@ -20,12 +20,14 @@ from tests.factory import NOW, after, stamp
 GPU = "nvidia.com/gpu"
 
 
-def ask(pods: int | tuple[int, ...] = 1, units: int = 1, **more: Any) -> Ask:
+def request(pods: int | tuple[int, ...] = 1, units: int = 1, **more: Any) -> Request:
     per_pod = tuple(sorted({GPU: units, **more.pop("also", {})}.items()))
-    return Ask(resource=GPU, units=units, pods=pods if isinstance(pods, tuple) else (pods,), per_pod=per_pod, **more)
+    return Request(resource=GPU, units=units, pods=pods if isinstance(pods, tuple) else (pods,), per_pod=per_pod, **more)
 
 
-def waiting(name: str, what: Ask | None = None, queue: str | None = None, *, age: float = 0.5, priority: int = 0, **more: Any) -> Workload:
+def waiting(
+    name: str, what: Request | None = None, queue: str | None = None, *, age: float = 0.5, priority: int = 0, **more: Any
+) -> Workload:
     return Workload(
         **{
             "uid": name,
@@ -35,7 +37,7 @@ def waiting(name: str, what: Ask | None = None, queue: str | None = None, *, age
             "priority": priority,
             "since": after(-age),
             "waits_since": after(-age),
-            "ask": what or ask(),
+            "request": what or request(),
             "waits": True,
             **more,
         }
@@ -43,26 +45,26 @@ def waiting(name: str, what: Ask | None = None, queue: str | None = None, *, age
 
 
 def running(
-    name: str, what: Ask, queue: str = "", flavour: str = "nvidia-com-gpu", nodes: dict[str, int] | None = None, **more: Any
+    name: str, what: Request, queue: str = "", flavor: str = "nvidia-com-gpu", nodes: dict[str, int] | None = None, **more: Any
 ) -> Workload:
-    held = {
+    allocation = {
         "queue": queue,
-        "flavour": flavour,
+        "flavor": flavor,
         "pods": what.pods[0],
         "units": what.units,
         "since": after(-3600),
         "bound": tuple((nodes or {}).items()),
     }
-    held.update({k: more.pop(k) for k in ("since", "saved_at", "stopping", "pods") if k in more})
-    return waiting(name, what, queue or None, waits=False, held=Held(**held), **more)
+    allocation.update({k: more.pop(k) for k in ("since", "saved_at", "stopping", "pods") if k in more})
+    return waiting(name, what, queue or None, waits=False, allocation=Allocation(**allocation), **more)
 
 
 def nodes(count: int = 2, gpus: int = 8, **more: Any) -> tuple[Node, ...]:
     return tuple(Node(name=f"node-{n}", **{"allocatable": {GPU: gpus}, **more}) for n in range(count))
 
 
-def queue(name: str, nominal: int, cohort: str | None = None, flavour: dict[str, Any] | None = None, **more: Any) -> Queue:
-    spec = {"flavours": [{"name": "any", "nominalQuota": nominal, **(flavour or {})}], **more}
+def queue(name: str, nominal: int, cohort: str | None = None, flavor: dict[str, Any] | None = None, **more: Any) -> Queue:
+    spec = {"flavors": [{"name": "any", "nominalQuota": nominal, **(flavor or {})}], **more}
     if cohort is not None:
         spec["cohort"] = cohort
     return Queue(name=name, spec=FineTuneQueueSpec.model_validate(spec))
@@ -73,19 +75,19 @@ def decided(*workloads: Workload, queues: tuple[Queue, ...] = (), on: tuple[Node
 
 
 def admitted(decisions: Decisions) -> set[str]:
-    return {uid for uid, v in decisions.verdicts.items() if v.action == "admit"}
+    return {uid for uid, v in decisions.jobs.items() if v.action == "admit"}
 
 
-def why(decisions: Decisions, uid: str) -> Verdict:
-    return decisions.verdicts[uid]
+def why(decisions: Decisions, uid: str) -> Decision:
+    return decisions.jobs[uid]
 
 
 # nodes
 
 
 def test_a_gang_fits_as_a_whole_or_not_at_all() -> None:
-    assert admitted(decided(waiting("a", ask(2, 8)), on=nodes(2))) == {"a"}
-    found = decided(waiting("a", ask(3, 8)), on=nodes(2))
+    assert admitted(decided(waiting("a", request(2, 8)), on=nodes(2))) == {"a"}
+    found = decided(waiting("a", request(3, 8)), on=nodes(2))
     assert not admitted(found)
     assert why(found, "a").reason == "WaitingForNodes" and "8 of 24" in why(found, "a").message
     assert why(found, "a").position == 1
@@ -93,21 +95,21 @@ def test_a_gang_fits_as_a_whole_or_not_at_all() -> None:
 
 def test_free_gpus_in_pieces_are_no_room() -> None:
     used = tuple(dataclasses.replace(n, used={GPU: 4}) for n in nodes(2))
-    found = decided(waiting("a", ask(1, 8)), on=used)
+    found = decided(waiting("a", request(1, 8)), on=used)
     assert "8 nvidia.com/gpu are free, but not 8 for each of 1 pod(s)" in why(found, "a").message
 
 
 def test_two_gangs_never_share_what_is_there_for_one() -> None:
-    found = decided(waiting("a", ask(2, 8), age=2), waiting("b", ask(2, 8), age=9), on=nodes(2))
+    found = decided(waiting("a", request(2, 8), age=2), waiting("b", request(2, 8), age=9), on=nodes(2))
     assert admitted(found) == {"b"}, "who has waited longer"
     assert why(found, "a").position == 1
 
 
 def test_what_is_admitted_and_not_yet_bound_counts() -> None:
-    there = running("old", ask(2, 8), nodes={"node-0": 1})
-    found = decided(there, waiting("a", ask(1, 8)), on=nodes(2))
+    there = running("old", request(2, 8), nodes={"node-0": 1})
+    found = decided(there, waiting("a", request(1, 8)), on=nodes(2))
     assert not admitted(found) and why(found, "old").action == "keep"
-    assert admitted(decided(there, waiting("a", ask(1, 8)), on=nodes(3))) == {"a"}
+    assert admitted(decided(there, waiting("a", request(1, 8)), on=nodes(3))) == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_what_is_admitted_and_not_yet_bound_counts() -> None:
     ],
 )
 def test_which_nodes_will_do(node: dict[str, Any], what: dict[str, Any], fits: bool) -> None:
-    assert bool(admitted(decided(waiting("a", ask(1, 1, **what)), on=nodes(1, **node)))) is fits
+    assert bool(admitted(decided(waiting("a", request(1, 1, **what)), on=nodes(1, **node)))) is fits
 
 
 def test_tolerations_like_the_api() -> None:
@@ -138,7 +140,7 @@ def test_tolerations_like_the_api() -> None:
 
 def test_full_nodes_are_filled_first_so_that_whole_ones_stay_whole() -> None:
     half = (dataclasses.replace(nodes(1)[0], name="half", used={GPU: 4}), *nodes(1))
-    found = decided(waiting("small", ask(1, 4), age=9), waiting("large", ask(1, 8), age=1), on=half)
+    found = decided(waiting("small", request(1, 4), age=9), waiting("large", request(1, 8), age=1), on=half)
     assert admitted(found) == {"small", "large"}
 
 
@@ -148,88 +150,88 @@ def test_a_gang_within_one_rack() -> None:
         for rack, size in (("r1", 1), ("r2", 3), ("r3", 2))
         for n in range(size)
     )
-    found = decided(waiting("a", ask(2, 8, topology_key="rack")), on=racks)
+    found = decided(waiting("a", request(2, 8, topology_key="rack")), on=racks)
     granted = why(found, "a").admission
     assert granted is not None and granted.topology == ("rack", "r3"), "the smallest that has room"
-    found = decided(waiting("a", ask(4, 8, topology_key="rack")), on=racks)
+    found = decided(waiting("a", request(4, 8, topology_key="rack")), on=racks)
     assert not admitted(found) and "within one rack" in why(found, "a").message
 
 
 def test_f16_what_no_node_can_ever_hold_is_refused_with_the_largest_shape() -> None:
-    found = decided(waiting("a", ask(2, 16), waits=False), on=nodes(4))
+    found = decided(waiting("a", request(2, 16), waits=False), on=nodes(4))
     assert why(found, "a").action == "refuse", "before anything is prepared"
     assert "no node has more than 8" in why(found, "a").message
     assert "distribution.gpusPerNode 8 with distribution.nodes 4" in why(found, "a").message
     busy = tuple(dataclasses.replace(n, used={GPU: 8}, usable=False) for n in nodes(2))
-    assert why(decided(waiting("a", ask(1, 8)), on=busy), "a").action == "wait", "it will be free"
-    assert never_fits(ask(1, 1), Fleet(nodes(2, allocatable={"cpu": 4}))) is None, "nodes with GPUs may come"
+    assert why(decided(waiting("a", request(1, 8)), on=busy), "a").action == "wait", "it will be free"
+    assert never_fits(request(1, 1), Fleet(nodes(2, allocatable={"cpu": 4}))) is None, "nodes with GPUs may come"
 
 
 def test_an_elastic_gang_starts_with_fewer_and_grows_when_nobody_waits() -> None:
-    found = decided(waiting("a", ask((4, 2, 1), 8)), on=nodes(3))
+    found = decided(waiting("a", request((4, 2, 1), 8)), on=nodes(3))
     granted = why(found, "a").admission
     assert granted is not None and granted.pods == 2, "3 does not divide its batch"
-    small = running("a", ask((4, 2, 1), 8), pods=2, nodes={"node-0": 1, "node-1": 1})
+    small = running("a", request((4, 2, 1), 8), pods=2, nodes={"node-0": 1, "node-1": 1})
     grown = why(decided(small, on=nodes(4)), "a")
     assert grown.action == "resize" and grown.admission is not None and grown.admission.pods == 4
     assert why(decided(small, on=nodes(3)), "a").action == "keep"
-    assert why(decided(small, waiting("b", ask(9, 8)), on=nodes(4)), "a").action == "keep", "others first"
-    mine, hopeless = running("a", ask((4, 2, 1), 8), "p", "any", {"node-0": 1, "node-1": 1}, pods=2), waiting("b", ask(1, 8), "q")
+    assert why(decided(small, waiting("b", request(9, 8)), on=nodes(4)), "a").action == "keep", "others first"
+    mine, hopeless = running("a", request((4, 2, 1), 8), "p", "any", {"node-0": 1, "node-1": 1}, pods=2), waiting("b", request(1, 8), "q")
     grown = why(decided(mine, hopeless, queues=(queue("p", 32), queue("q", 4)), on=nodes(4)), "a")
     assert grown.action == "resize", "what can never run holds nobody back"
-    fresh = running("a", ask((4, 2, 1), 8), pods=2, nodes={"node-0": 1, "node-1": 1}, since=after(-60))
+    fresh = running("a", request((4, 2, 1), 8), pods=2, nodes={"node-0": 1, "node-1": 1}, since=after(-60))
     assert why(decided(fresh, on=nodes(4)), "a").action == "keep", "not at once: each change costs a restart"
 
 
 def test_autoscaled_clusters_get_pods_that_wait() -> None:
-    assert admitted(decided(waiting("a", ask(4, 8)), on=nodes(1), autoscaled=True)) == {"a"}
-    pool = queue("q", 32, flavour={"nodes": "Autoscaled"})
-    assert admitted(decided(waiting("a", ask(4, 8), "q"), queues=(pool,), on=())) == {"a"}
-    assert not admitted(decided(waiting("a", ask(5, 8), "q"), queues=(pool,), on=()))
+    assert admitted(decided(waiting("a", request(4, 8)), on=nodes(1), autoscaled=True)) == {"a"}
+    pool = queue("q", 32, flavor={"nodes": "Autoscaled"})
+    assert admitted(decided(waiting("a", request(4, 8), "q"), queues=(pool,), on=())) == {"a"}
+    assert not admitted(decided(waiting("a", request(5, 8), "q"), queues=(pool,), on=()))
 
 
 def test_jobs_without_gpus_hold_nothing_back() -> None:
-    cpu = Ask(resource="cpu", units=4, pods=(2,), per_pod=(("cpu", 4000),))
+    cpu = Request(resource="cpu", units=4, pods=(2,), per_pod=(("cpu", 4000),))
     assert admitted(decided(waiting("a", cpu), on=())) == {"a"}
     assert admitted(decided(waiting("a", cpu, "q"), queues=(queue("q", 1),), on=())) == {"a"}, "the queue counts no CPUs"
-    counts = queue("q", 7, flavour={"resourceName": "cpu"})
+    counts = queue("q", 7, flavor={"resourceName": "cpu"})
     assert not admitted(decided(waiting("a", cpu, "q"), queues=(counts,), on=nodes(2, allocatable={"cpu": 8000})))
 
 
 def test_without_a_look_at_nodes_quota_decides_alone() -> None:
-    assert admitted(decided(waiting("a", ask(64, 8)))) == {"a"}
+    assert admitted(decided(waiting("a", request(64, 8)))) == {"a"}
 
 
 # queues
 
 
 def test_quota() -> None:
-    found = decided(waiting("a", ask(1, 8), "q", age=9), waiting("b", ask(1, 8), "q"), queues=(queue("q", 12),))
+    found = decided(waiting("a", request(1, 8), "q", age=9), waiting("b", request(1, 8), "q"), queues=(queue("q", 12),))
     assert admitted(found) == {"a"}
     assert why(found, "b").message == "waits for 4 of 8 nvidia.com/gpu: quota has 4 left of any"
-    never = decided(waiting("a", ask(2, 8), "q"), waiting("b", ask(1, 8), "q"), queues=(queue("q", 12, ordering="StrictFIFO"),))
+    never = decided(waiting("a", request(2, 8), "q"), waiting("b", request(1, 8), "q"), queues=(queue("q", 12, ordering="StrictFIFO"),))
     assert why(never, "a").reason == "NeverAdmitted" and admitted(never) == {"b"}, "what can never run blocks nobody"
 
 
 def test_borrowing_and_lending() -> None:
     def one(mine: dict[str, Any], theirs: dict[str, Any], units: int) -> bool:
-        pair = (queue("q", 8, "c", flavour=mine), queue("r", 8, "c", flavour=theirs))
-        return bool(admitted(decided(waiting("a", ask(1, units), "q"), queues=pair)))
+        pair = (queue("q", 8, "c", flavor=mine), queue("r", 8, "c", flavor=theirs))
+        return bool(admitted(decided(waiting("a", request(1, units), "q"), queues=pair)))
 
     assert one({}, {}, 16) and not one({}, {}, 17)
     assert one({"borrowingLimit": 4}, {}, 12) and not one({"borrowingLimit": 4}, {}, 13)
     assert one({}, {"lendingLimit": 2}, 10) and not one({}, {"lendingLimit": 2}, 11)
     apart = (queue("q", 8, "c"), queue("r", 8, "d"))
-    assert not admitted(decided(waiting("a", ask(1, 9), "q"), queues=apart))
-    keeps = (queue("q", 8, "c"), queue("r", 8, "c", flavour={"lendingLimit": 0}))
-    busy = running("x", ask(1, 8), "q", "any")
-    assert admitted(decided(busy, waiting("a", ask(1, 8), "r"), queues=keeps)) == {"a"}, "what is not lent is there"
+    assert not admitted(decided(waiting("a", request(1, 9), "q"), queues=apart))
+    keeps = (queue("q", 8, "c"), queue("r", 8, "c", flavor={"lendingLimit": 0}))
+    busy = running("x", request(1, 8), "q", "any")
+    assert admitted(decided(busy, waiting("a", request(1, 8), "r"), queues=keeps)) == {"a"}, "what is not lent is there"
 
 
-def test_flavours_are_tried_in_order_and_the_job_goes_to_its_nodes() -> None:
+def test_flavors_are_tried_in_order_and_the_job_goes_to_its_nodes() -> None:
     spec = FineTuneQueueSpec.model_validate(
         {
-            "flavours": [
+            "flavors": [
                 {
                     "name": "spot",
                     "nominalQuota": 8,
@@ -245,23 +247,25 @@ def test_flavours_are_tried_in_order_and_the_job_goes_to_its_nodes() -> None:
         Node(name="s", allocatable={GPU: 8}, labels={"pool": "spot"}, taints=(Taint(key="spot"),)),
         Node(name="r", allocatable={GPU: 8}, labels={"pool": "reserved"}),
     )
-    both = decided(waiting("a", ask(1, 8), "q", age=9), waiting("b", ask(1, 8), "q"), queues=(Queue(name="q", spec=spec),), on=machines)
+    both = decided(
+        waiting("a", request(1, 8), "q", age=9), waiting("b", request(1, 8), "q"), queues=(Queue(name="q", spec=spec),), on=machines
+    )
     first, second = why(both, "a").admission, why(both, "b").admission
-    assert first is not None and first.flavour == "spot" and first.node_labels == (("pool", "spot"),) and first.price_per_hour == 1.5
-    assert first.tolerations[0].key == "spot" and second is not None and second.flavour == "reserved"
-    picky = decided(waiting("a", ask(1, 8, selector=(("pool", "reserved"),)), "q"), queues=(Queue(name="q", spec=spec),), on=machines)
+    assert first is not None and first.flavor == "spot" and first.node_labels == (("pool", "spot"),) and first.price_per_hour == 1.5
+    assert first.tolerations[0].key == "spot" and second is not None and second.flavor == "reserved"
+    picky = decided(waiting("a", request(1, 8, selector=(("pool", "reserved"),)), "q"), queues=(Queue(name="q", spec=spec),), on=machines)
     chosen = why(picky, "a").admission
-    assert chosen is not None and chosen.flavour == "reserved", "its own selector rules the first one out"
+    assert chosen is not None and chosen.flavor == "reserved", "its own selector rules the first one out"
 
 
 def test_mig_slices_and_shared_gpus_are_resources_of_their_own() -> None:
     mig = "nvidia.com/mig-1g.10gb"
-    small = Ask(resource=mig, units=1, pods=(1,), per_pod=((mig, 1),))
-    slices = queue("q", 2, flavour={"resourceName": mig})
+    small = Request(resource=mig, units=1, pods=(1,), per_pod=((mig, 1),))
+    slices = queue("q", 2, flavor={"resourceName": mig})
     on = nodes(1, allocatable={mig: 7, GPU: 1})
     found = decided(*(waiting(n, small, "q") for n in "abc"), queues=(slices,), on=on)
     assert len(admitted(found)) == 2
-    assert "queue q has no flavour of nvidia.com/gpu" in why(decided(waiting("a", ask(), "q"), queues=(slices,), on=on), "a").message
+    assert "queue q has no flavor of nvidia.com/gpu" in why(decided(waiting("a", request(), "q"), queues=(slices,), on=on), "a").message
 
 
 def test_a14_only_those_who_may_use_a_queue() -> None:
@@ -295,25 +299,25 @@ def test_a14_priorities_are_bounded_and_namespaces_limited() -> None:
     fair = queue("q", 8, limits={"maxGpusPerNamespace": 2, "maxJobsPerNamespace": 3})
     found = decided(*(waiting(f"a{n}", queue="q") for n in range(4)), waiting("b", queue="q", namespace="team-b"), queues=(fair,))
     assert len(admitted(found) - {"b"}) == 2 and "b" in admitted(found)
-    limited = next(v for v in found.verdicts.values() if v.reason == "NamespaceLimit")
+    limited = next(v for v in found.jobs.values() if v.reason == "NamespaceLimit")
     assert "holds 2 of 2" in limited.message
 
 
 def test_a15_a_user_is_limited_in_all_namespaces_together() -> None:
     fair = queue("q", 8, limits={"maxJobsPerUser": 2, "maxGpusPerUser": 3})
     ann = [dataclasses.replace(waiting(f"a{n}", queue="q", namespace=f"team-{n}"), user="ann@example.com") for n in range(3)]
-    bob = dataclasses.replace(waiting("b", ask(1, 4), queue="q"), user="bob")
+    bob = dataclasses.replace(waiting("b", request(1, 4), queue="q"), user="bob")
     found = decided(*ann, bob, waiting("nobody", queue="q"), queues=(fair,))
     assert len(admitted(found) & {w.uid for w in ann}) == 2 and "nobody" in admitted(found), "whom the webhook has not noted is not counted"
     assert why(found, "b").reason == "UserLimit" and "user bob holds 0 of 3" in why(found, "b").message
-    third = next(v for v in found.verdicts.values() if "ann@example.com" in v.message)
+    third = next(v for v in found.jobs.values() if "ann@example.com" in v.message)
     assert third.reason == "UserLimit" and "has 2 jobs" in third.message
 
 
 def test_stopped_queues() -> None:
-    hold = decided(running("r", ask(1, 8), "q", "any"), waiting("a", queue="q"), queues=(queue("q", 16, stopPolicy="Hold"),))
+    hold = decided(running("r", request(1, 8), "q", "any"), waiting("a", queue="q"), queues=(queue("q", 16, stopPolicy="Hold"),))
     assert why(hold, "a").reason == "QueueStopped" and why(hold, "r").action == "keep"
-    drain = decided(running("r", ask(1, 8), "q", "any"), queues=(queue("q", 16, stopPolicy="HoldAndDrain"),))
+    drain = decided(running("r", request(1, 8), "q", "any"), queues=(queue("q", 16, stopPolicy="HoldAndDrain"),))
     assert why(drain, "r").action == "preempt"
 
 
@@ -326,7 +330,7 @@ def test_priority_then_the_namespace_with_least_then_age() -> None:
 
     one = (queue("q", 1),)
     assert admitted(decided(*jobs(("a", "x", 0, 9), ("b", "x", 5, 1)), queues=one)) == {"b"}
-    holds = running("r", ask(1, 1), "q", "any", namespace="x")
+    holds = running("r", request(1, 1), "q", "any", namespace="x")
     assert admitted(decided(holds, *jobs(("a", "x", 0, 9), ("b", "y", 0, 1)), queues=(queue("q", 2),))) == {"b"}, "x has something already"
     assert admitted(decided(*jobs(("a", "x", 0, 1), ("b", "y", 0, 9)), queues=one)) == {"b"}
     flood = jobs(*((f"a{n:03}", "x", 0, 1000 - n) for n in range(50)), ("b0", "y", 0, 1), ("b1", "y", 0, 0.5))
@@ -340,7 +344,7 @@ def test_past_use_counts_and_is_forgotten() -> None:
     assert admitted(decided(*two, queues=(old,))) == {"b"}
     month_ago = spent.model_copy(update={"updated_at": stamp(after(-30 * 86400))})
     ancient = dataclasses.replace(old, history=month_ago)
-    late = running("r", ask(1, 1), "q", "any", namespace="y")
+    late = running("r", request(1, 1), "q", "any", namespace="y")
     assert admitted(decided(late, *two, queues=(dataclasses.replace(queue("q", 2), history=ancient.history),))) == {"a"}
 
 
@@ -356,31 +360,31 @@ def test_usage_is_counted_and_decays() -> None:
 
 def test_queues_take_turns_by_their_weighted_share() -> None:
     cohort = (queue("q", 4, "c", weight=3.0), queue("r", 4, "c", weight=1.0), queue("idle", 8, "c"))
-    jobs = [waiting(f"{q}{n}", ask(1, 1), q) for q in ("q", "r") for n in range(20)]
+    jobs = [waiting(f"{q}{n}", request(1, 1), q) for q in ("q", "r") for n in range(20)]
     found = admitted(decided(*jobs, queues=cohort))
     mine = sum(1 for uid in found if uid.startswith("q"))
     assert len(found) == 16 and (mine, len(found) - mine) == (12, 4), "three to one, and each has its own"
 
 
 def test_strict_and_best_effort_order() -> None:
-    jobs = [waiting("large", ask(1, 8), "q", age=9), waiting("small", ask(1, 1), "q", age=1)]
-    busy = running("r", ask(1, 4), "q", "any")
+    jobs = [waiting("large", request(1, 8), "q", age=9), waiting("small", request(1, 1), "q", age=1)]
+    busy = running("r", request(1, 4), "q", "any")
     assert admitted(decided(busy, *jobs, queues=(queue("q", 8),))) == {"small"}
     strict = decided(busy, *jobs, queues=(queue("q", 8, ordering="StrictFIFO"),))
     assert not admitted(strict) and "behind team-a/large" in why(strict, "small").message and why(strict, "small").position == 2
 
 
 def test_who_has_waited_too_long_is_not_passed_any_more() -> None:
-    old = waiting("large", ask(1, 8), "q", age=3600)
-    busy = running("r", ask(1, 4), "q", "any", nodes={"node-0": 1})
-    found = decided(busy, old, waiting("small", ask(1, 1), "q", age=1), queues=(queue("q", 16),), on=nodes(1))
+    old = waiting("large", request(1, 8), "q", age=3600)
+    busy = running("r", request(1, 4), "q", "any", nodes={"node-0": 1})
+    found = decided(busy, old, waiting("small", request(1, 1), "q", age=1), queues=(queue("q", 16),), on=nodes(1))
     assert not admitted(found) and "what becomes free is kept for it" in why(found, "small").message
-    other = decided(busy, old, waiting("else", ask(1, 1), "r", age=1), queues=(queue("q", 16), queue("r", 8)), on=nodes(1))
+    other = decided(busy, old, waiting("else", request(1, 1), "r", age=1), queues=(queue("q", 16), queue("r", 8)), on=nodes(1))
     assert not admitted(other), "nor through another queue, on the nodes that it will have"
     beside = decided(
         busy,
         old,
-        waiting("else", ask(1, 1), "r", age=1),
+        waiting("else", request(1, 1), "r", age=1),
         queues=(queue("q", 16), queue("r", 8)),
         on=(*nodes(1), Node(name="z", allocatable={GPU: 4})),
     )
@@ -391,51 +395,53 @@ def test_who_has_waited_too_long_is_not_passed_any_more() -> None:
 
 
 def test_f12_lower_priority_gives_way_the_cheapest_first() -> None:
-    held = [
-        running("dear", ask(1, 4), "q", "any", {"node-0": 1}, saved_at=after(-3000)),
-        running("cheap", ask(1, 4), "q", "any", {"node-1": 1}, saved_at=after(-30)),
+    allocation = [
+        running("dear", request(1, 4), "q", "any", {"node-0": 1}, saved_at=after(-3000)),
+        running("cheap", request(1, 4), "q", "any", {"node-1": 1}, saved_at=after(-30)),
     ]
-    found = decided(*held, waiting("high", ask(1, 4), "q", priority=10), queues=(queue("q", 8),), on=nodes(2, gpus=4))
+    found = decided(*allocation, waiting("high", request(1, 4), "q", priority=10), queues=(queue("q", 8),), on=nodes(2, gpus=4))
     assert why(found, "cheap").action == "preempt" and why(found, "dear").action == "keep"
     assert "gives way to team-a/high (priority 10)" in why(found, "cheap").message
     assert why(found, "high").reason == "WaitingForPreemption"
-    equal = decided(*held, waiting("same", ask(1, 4), "q"), queues=(queue("q", 8),), on=nodes(2, gpus=4))
-    assert {v.action for v in equal.verdicts.values()} == {"keep", "wait"}, "equal priority never"
+    equal = decided(*allocation, waiting("same", request(1, 4), "q"), queues=(queue("q", 8),), on=nodes(2, gpus=4))
+    assert {v.action for v in equal.jobs.values()} == {"keep", "wait"}, "equal priority never"
 
 
 def test_nobody_gives_way_in_vain() -> None:
-    held = running("low", ask(1, 4), "q", "any", {"node-0": 1})
-    found = decided(held, waiting("high", ask(1, 16), "q", priority=10), queues=(queue("q", 16),), on=nodes(1, gpus=8))
+    allocation = running("low", request(1, 4), "q", "any", {"node-0": 1})
+    found = decided(allocation, waiting("high", request(1, 16), "q", priority=10), queues=(queue("q", 16),), on=nodes(1, gpus=8))
     assert why(found, "low").action == "keep"
-    young = running("low", ask(1, 8), "q", "any", {"node-0": 1}, since=after(-60))
-    assert why(decided(young, waiting("high", ask(1, 8), "q", priority=1), queues=(queue("q", 8),), on=nodes(1)), "low").action == "keep"
+    young = running("low", request(1, 8), "q", "any", {"node-0": 1}, since=after(-60))
+    assert (
+        why(decided(young, waiting("high", request(1, 8), "q", priority=1), queues=(queue("q", 8),), on=nodes(1)), "low").action == "keep"
+    )
     never = queue("q", 8, preemption={"withinQueue": "Never"})
-    old = running("low", ask(1, 8), "q", "any", {"node-0": 1})
-    assert why(decided(old, waiting("high", ask(1, 8), "q", priority=1), queues=(never,), on=nodes(1)), "low").action == "keep"
+    old = running("low", request(1, 8), "q", "any", {"node-0": 1})
+    assert why(decided(old, waiting("high", request(1, 8), "q", priority=1), queues=(never,), on=nodes(1)), "low").action == "keep"
 
 
 def test_only_as_many_as_needed() -> None:
-    held = [running(f"low{n}", ask(1, 2), "q", "any", {"node-0": 1}, saved_at=after(-n * 60 - 60)) for n in range(4)]
-    found = decided(*held, waiting("high", ask(1, 4), "q", priority=1), queues=(queue("q", 8),), on=nodes(1))
-    assert [uid for uid, v in found.verdicts.items() if v.action == "preempt"] == ["low0", "low1"]
+    allocation = [running(f"low{n}", request(1, 2), "q", "any", {"node-0": 1}, saved_at=after(-n * 60 - 60)) for n in range(4)]
+    found = decided(*allocation, waiting("high", request(1, 4), "q", priority=1), queues=(queue("q", 8),), on=nodes(1))
+    assert [uid for uid, v in found.jobs.items() if v.action == "preempt"] == ["low0", "low1"]
     mixed = [
-        running("small", ask(1, 1), "q", "any", {"node-0": 1}, saved_at=after(-1)),
-        running("big", ask(1, 7), "q", "any", {"node-0": 1}, saved_at=after(-600)),
+        running("small", request(1, 1), "q", "any", {"node-0": 1}, saved_at=after(-1)),
+        running("big", request(1, 7), "q", "any", {"node-0": 1}, saved_at=after(-600)),
     ]
-    found = decided(*mixed, waiting("high", ask(1, 7), "q", priority=1), queues=(queue("q", 8),), on=nodes(1))
+    found = decided(*mixed, waiting("high", request(1, 7), "q", priority=1), queues=(queue("q", 8),), on=nodes(1))
     assert why(found, "small").action == "keep" and why(found, "big").action == "preempt", "the small one's end would not help"
 
 
 def test_a_queue_takes_its_own_back_and_no_more() -> None:
     pair = (queue("q", 8, "c"), queue("r", 8, "c"))
-    borrowed = [running(f"b{n}", ask(1, 4), "r", "any", saved_at=after(-60 - n)) for n in range(4)]
-    found = decided(*borrowed, waiting("mine", ask(1, 8), "q"), queues=pair)
-    assert sum(v.action == "preempt" for v in found.verdicts.values()) == 2
-    assert "queue q takes its quota back" in next(v.message for v in found.verdicts.values() if v.action == "preempt")
-    more = decided(*borrowed, waiting("mine", ask(1, 12), "q"), queues=pair)
-    assert not [v for v in more.verdicts.values() if v.action == "preempt"], "borrowing itself, it displaces nobody"
+    borrowed = [running(f"b{n}", request(1, 4), "r", "any", saved_at=after(-60 - n)) for n in range(4)]
+    found = decided(*borrowed, waiting("mine", request(1, 8), "q"), queues=pair)
+    assert sum(v.action == "preempt" for v in found.jobs.values()) == 2
+    assert "queue q takes its quota back" in next(v.message for v in found.jobs.values() if v.action == "preempt")
+    more = decided(*borrowed, waiting("mine", request(1, 12), "q"), queues=pair)
+    assert not [v for v in more.jobs.values() if v.action == "preempt"], "borrowing itself, it displaces nobody"
     polite = (queue("q", 8, "c", preemption={"reclaimWithinCohort": "Never"}), queue("r", 8, "c"))
-    assert not [v for v in decided(*borrowed, waiting("mine", ask(1, 8), "q"), queues=polite).verdicts.values() if v.action == "preempt"]
+    assert not [v for v in decided(*borrowed, waiting("mine", request(1, 8), "q"), queues=polite).jobs.values() if v.action == "preempt"]
 
 
 def test_what_is_borrowed_is_shared_where_a_queue_wants_that() -> None:
@@ -444,38 +450,49 @@ def test_what_is_borrowed_is_shared_where_a_queue_wants_that() -> None:
     def cohort(**preemption: Any) -> tuple[Queue, ...]:
         return queue("q", 0, "c", preemption=preemption), queue("r", 0, "c"), queue("idle", 8, "c")
 
-    borrowed = [running(f"b{n}", ask(1, 2), "r", "any", saved_at=after(-60 - n)) for n in range(4)]
+    borrowed = [running(f"b{n}", request(1, 2), "r", "any", saved_at=after(-60 - n)) for n in range(4)]
 
     def displaced(found: Decisions) -> int:
-        return sum(v.action == "preempt" for v in found.verdicts.values())
+        return sum(v.action == "preempt" for v in found.jobs.values())
 
-    mine = waiting("mine", ask(1, 4), "q")
+    mine = waiting("mine", request(1, 4), "q")
     assert displaced(decided(*borrowed, mine, queues=cohort())) == 0, "not without being asked for"
     assert displaced(decided(*borrowed, mine, queues=cohort(fairSharing=True))) == 2, "half of it"
-    assert displaced(decided(*borrowed, waiting("mine", ask(1, 6), "q"), queues=cohort(fairSharing=True))) == 0, "no more than half"
-    even = [*borrowed[:2], *(running(f"m{n}", ask(1, 2), "q", "any") for n in range(2))]
+    assert displaced(decided(*borrowed, waiting("mine", request(1, 6), "q"), queues=cohort(fairSharing=True))) == 0, "no more than half"
+    even = [*borrowed[:2], *(running(f"m{n}", request(1, 2), "q", "any") for n in range(2))]
     back = cohort(fairSharing=True)[0], queue("r", 0, "c", preemption={"fairSharing": True}), queue("idle", 8, "c")
-    assert displaced(decided(*even, waiting("more", ask(1, 2), "r"), queues=back)) == 0, "and nobody takes it back again"
+    assert displaced(decided(*even, waiting("more", request(1, 2), "r"), queues=back)) == 0, "and nobody takes it back again"
 
 
 def test_who_gives_way_is_waited_for_and_its_room_is_kept() -> None:
-    leaving = running("low", ask(1, 8), "q", "any", {"node-0": 1}, stopping=True)
+    leaving = running("low", request(1, 8), "q", "any", {"node-0": 1}, stopping=True)
     back = dataclasses.replace(leaving, waits=True)
     found = decided(
-        back, waiting("high", ask(1, 8), "q", priority=9), waiting("other", ask(1, 8), "q", age=500), queues=(queue("q", 8),), on=nodes(1)
+        back,
+        waiting("high", request(1, 8), "q", priority=9),
+        waiting("other", request(1, 8), "q", age=500),
+        queues=(queue("q", 8),),
+        on=nodes(1),
     )
-    assert not admitted(found) and not [v for v in found.verdicts.values() if v.action == "preempt"]
+    assert not admitted(found) and not [v for v in found.jobs.values() if v.action == "preempt"]
     assert why(found, "high").reason == "WaitingForPreemption" and why(found, "low").reason == "Stopping"
-    gone = dataclasses.replace(back, held=None)
+    gone = dataclasses.replace(back, allocation=None)
     found = decided(
-        gone, waiting("high", ask(1, 8), "q", priority=9), waiting("other", ask(1, 8), "q", age=500), queues=(queue("q", 8),), on=nodes(1)
+        gone,
+        waiting("high", request(1, 8), "q", priority=9),
+        waiting("other", request(1, 8), "q", age=500),
+        queues=(queue("q", 8),),
+        on=nodes(1),
     )
     assert admitted(found) == {"high"}
 
 
 def test_reports() -> None:
     found = decided(
-        running("r", ask(1, 4), "q", "any"), waiting("a", ask(1, 8), "q", age=77), waiting("b", ask(1, 9), "q"), queues=(queue("q", 8),)
+        running("r", request(1, 4), "q", "any"),
+        waiting("a", request(1, 8), "q", age=77),
+        waiting("b", request(1, 9), "q"),
+        queues=(queue("q", 8),),
     )
     report = found.queues["q"]
     assert (report.pending, report.admitted, dict(report.used)) == (2, 1, {"any": 4})
@@ -506,7 +523,7 @@ def clusters(draw: st.DrawFn) -> Snapshot:
     jobs = tuple(
         waiting(
             f"j{n}",
-            ask(
+            request(
                 draw(st.sampled_from([1, 1, 2, 3, (2, 1), (4, 2, 1)])),
                 draw(st.sampled_from([1, 2, 4, 8])),
                 topology_key=draw(st.sampled_from(["", "", "rack"])),
@@ -521,32 +538,32 @@ def clusters(draw: st.DrawFn) -> Snapshot:
     return Snapshot(now=NOW, workloads=jobs, queues=made, nodes=machines)
 
 
-def held_after(snapshot: Snapshot, decisions: Decisions) -> list[tuple[Workload, Held]]:
-    held = []
+def held_after(snapshot: Snapshot, decisions: Decisions) -> list[tuple[Workload, Allocation]]:
+    allocation = []
     for w in snapshot.workloads:
-        v = decisions.verdicts[w.uid]
+        v = decisions.jobs[w.uid]
         if v.action in ("admit", "resize") and v.admission is not None:
             given = v.admission
-            mine = Held(queue=given.queue, flavour=given.flavour, pods=given.pods, units=w.ask.units, since=NOW, bound=given.place)
-            held.append((w, mine))
-        elif w.held is not None:
-            held.append((w, w.held))
-    return held
+            mine = Allocation(queue=given.queue, flavor=given.flavor, pods=given.pods, units=w.request.units, since=NOW, bound=given.place)
+            allocation.append((w, mine))
+        elif w.allocation is not None:
+            allocation.append((w, w.allocation))
+    return allocation
 
 
-def check_quota(snapshot: Snapshot, held: list[tuple[Workload, Held]]) -> None:
+def check_quota(snapshot: Snapshot, allocation: list[tuple[Workload, Allocation]]) -> None:
     cohorts: dict[str, list[Queue]] = {}
     for q in snapshot.queues:
         cohorts.setdefault(q.spec.cohort or f"alone-{q.name}", []).append(q)
     for members in cohorts.values():
-        total = sum(h.total for _, h in held if h.queue in {q.name for q in members})
-        assert total <= sum(q.spec.flavours[0].nominal_quota for q in members), "never more than the cohort has"
+        total = sum(h.total for _, h in allocation if h.queue in {q.name for q in members})
+        assert total <= sum(q.spec.flavors[0].nominal_quota for q in members), "never more than the cohort has"
 
 
-def pack(snapshot: Snapshot, held: list[tuple[Workload, Held]]) -> bool:
+def pack(snapshot: Snapshot, allocation: list[tuple[Workload, Allocation]]) -> bool:
     """Whether all pods fit on the nodes, by trying: a check that shares nothing with the code."""
     free = {n.name: n.allocatable[GPU] for n in snapshot.nodes or ()}
-    pods = sorted((units for w, h in held for units in [h.units] * h.pods), reverse=True)
+    pods = sorted((units for w, h in allocation for units in [h.units] * h.pods), reverse=True)
     for units in pods:
         name = min((n for n, left in free.items() if left >= units), key=lambda n: (free[n], n), default=None)
         if name is None:
@@ -559,11 +576,11 @@ def pack(snapshot: Snapshot, held: list[tuple[Workload, Held]]) -> bool:
 @given(clusters())
 def test_quota_is_never_exceeded_and_gangs_fit(snapshot: Snapshot) -> None:
     decisions = decide(snapshot)
-    held = held_after(snapshot, decisions)
-    check_quota(snapshot, held)
-    assert pack(snapshot, held), "sizes are powers of two, so that largest first always packs what fits at all"
-    for w, h in held:
-        assert h.pods in w.ask.pods, "all of the gang, or a size that it allows"
+    allocation = held_after(snapshot, decisions)
+    check_quota(snapshot, allocation)
+    assert pack(snapshot, allocation), "sizes are powers of two, so that largest first always packs what fits at all"
+    for w, h in allocation:
+        assert h.pods in w.request.pods, "all of the gang, or a size that it allows"
     assert decisions == decide(snapshot), "the same answer for the same snapshot"
     assert decisions == decide(dataclasses.replace(snapshot, workloads=tuple(reversed(snapshot.workloads)))), "in whatever order it is told"
 
@@ -576,12 +593,12 @@ def test_nothing_idles_while_somebody_could_use_it(snapshot: Snapshot) -> None:
     )
     snapshot = dataclasses.replace(snapshot, queues=loose)
     decisions = decide(snapshot)
-    settled = tuple(dataclasses.replace(w, held=h, waits=False) for w, h in held_after(snapshot, decisions))
+    settled = tuple(dataclasses.replace(w, allocation=h, waits=False) for w, h in held_after(snapshot, decisions))
     for w in snapshot.workloads:
-        if decisions.verdicts[w.uid].action == "wait":
+        if decisions.jobs[w.uid].action == "wait":
             again = decide(dataclasses.replace(snapshot, workloads=(*settled, w)))
-            told = decisions.verdicts[w.uid].message
-            assert again.verdicts[w.uid].action != "admit", f"{w.uid} waits although it fits: {told}"
+            told = decisions.jobs[w.uid].message
+            assert again.jobs[w.uid].action != "admit", f"{w.uid} waits although it fits: {told}"
 
 
 @settings(max_examples=200, deadline=None)
@@ -589,10 +606,10 @@ def test_nothing_idles_while_somebody_could_use_it(snapshot: Snapshot) -> None:
 def test_more_quota_never_runs_less_of_a_single_queue(snapshot: Snapshot, which: int) -> None:
     """With one queue, jobs of one size and first come first served, a larger quota admits the same jobs and perhaps more."""
     q = snapshot.queues[which]
-    same = tuple(dataclasses.replace(w, queue=q.name, ask=ask(1, 1), priority=0, namespace="x") for w in snapshot.workloads)
+    same = tuple(dataclasses.replace(w, queue=q.name, request=request(1, 1), priority=0, namespace="x") for w in snapshot.workloads)
     small = dataclasses.replace(snapshot, workloads=same, queues=(q,))
-    flavour = q.spec.flavours[0].model_copy(update={"nominal_quota": q.spec.flavours[0].nominal_quota + 3})
-    large = dataclasses.replace(small, queues=(Queue(name=q.name, spec=q.spec.model_copy(update={"flavours": [flavour]})),))
+    flavor = q.spec.flavors[0].model_copy(update={"nominal_quota": q.spec.flavors[0].nominal_quota + 3})
+    large = dataclasses.replace(small, queues=(Queue(name=q.name, spec=q.spec.model_copy(update={"flavors": [flavor]})),))
     assert admitted(decide(small)) <= admitted(decide(large))
 
 
@@ -601,8 +618,8 @@ def test_more_quota_never_runs_less_of_a_single_queue(snapshot: Snapshot, which:
 
 def test_a_large_job_is_passed_for_so_long_and_no_longer() -> None:
     """Small jobs keep coming, more than there is room for; one needs every GPU."""
-    stream = [Arrival(n * 15.0, waiting(f"s{n:03}", ask(1, 1), "q"), 300.0) for n in range(400)]
-    whole = Arrival(100.0, waiting("whole", ask(2, 8), "q"), 300.0)
+    stream = [Arrival(n * 15.0, waiting(f"s{n:03}", request(1, 1), "q"), 300.0) for n in range(400)]
+    whole = Arrival(100.0, waiting("whole", request(2, 8), "q"), 300.0)
     done = simulate([*stream, whole], (queue("q", 16),), nodes(2))
     waited = done["whole"][0] - 100
     assert 1800 <= waited <= 1800 + 300 + 15, "backfillFor, and until those that ran then have ended"
@@ -611,8 +628,8 @@ def test_a_large_job_is_passed_for_so_long_and_no_longer() -> None:
 
 
 def test_what_is_displaced_ends_too_and_nobody_goes_to_and_fro() -> None:
-    urgent = [Arrival(600.0 + n * 100, waiting(f"u{n}", ask(1, 8), "q", priority=10), 200.0) for n in range(3)]
-    long = Arrival(0.0, waiting("long", ask(2, 8), "q"), 3000.0)
+    urgent = [Arrival(600.0 + n * 100, waiting(f"u{n}", request(1, 8), "q", priority=10), 200.0) for n in range(3)]
+    long = Arrival(0.0, waiting("long", request(2, 8), "q"), 3000.0)
     done = simulate([long, *urgent], (queue("q", 16),), nodes(2))
     assert all(done[f"u{n}"][0] - (600 + n * 100) < 100 for n in range(3)), "two at once"
     assert done["long"][1] <= 3000 + 600, "it lost its turn once, for as long as they ran"

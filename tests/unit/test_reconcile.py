@@ -11,10 +11,12 @@ import pytest
 from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.status import FineTuneJobStatus, read_status
-from finetune_operator.queueing import Admission, Verdict
-from finetune_operator.reconcile import Observed, Plan, reconcile, refused
-from finetune_operator.reconcile.failures import classify, first_failure
-from finetune_operator.reconcile.model import Apply, ChildJobView, Create, Delete, Due, Patch, PodView, parse_time
+from finetune_operator.model.job import ChildJobView, Observed, PodView
+from finetune_operator.model.queueing import Admission, Decision
+from finetune_operator.model.times import parse_time
+from finetune_operator.reconcile.job import reconcile, refused
+from finetune_operator.reconcile.job.failures import classify, first_failure
+from finetune_operator.reconcile.plan import Apply, Create, Delete, Patch, Plan, WriteUrgency
 from finetune_operator.settings import Settings
 from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
@@ -28,8 +30,8 @@ EVALUATED = merged(
 )
 
 
-def granted(pods: int = 1, **more: Any) -> Verdict:
-    return Verdict(action="admit", message="admitted", admission=Admission(queue="", flavour="", pods=pods, **more))
+def granted(pods: int = 1, **more: Any) -> Decision:
+    return Decision(action="admit", message="admitted", admission=Admission(queue="", flavor="", pods=pods, **more))
 
 
 class World:
@@ -48,7 +50,7 @@ class World:
         self.report: ProgressReport | None = None
         self.lost: frozenset[str] = frozenset()
         nodes = self.job["spec"].get("distribution", {}).get("nodes", 1)
-        self.verdict: Verdict | None = granted(nodes)
+        self.decision: Decision | None = granted(nodes)
         self.time = 0.0
         self.events: list[str] = []
         self.made: dict[str, dict[str, Any]] = {}
@@ -67,7 +69,7 @@ class World:
             applied=dict(self.applied),
             report=self.report,
             lost_nodes=self.lost,
-            verdict=self.verdict,
+            decision=self.decision,
             **self.handed,
             now=after(self.time),
         )
@@ -819,7 +821,7 @@ def test_progress_is_taken_from_the_current_attempt_only() -> None:
         attempt=0, step=5, total_steps=10, loss=1.23456, eta_seconds=61, checkpoint_step=4, tokens_per_second=9.99
     )
     plan = world.step()
-    assert plan.due is Due.LATER, "progress alone may wait"
+    assert plan.due is WriteUrgency.LATER, "progress alone may wait"
     progress = world.status.progress
     assert progress is not None
     assert (progress.percent, progress.loss, progress.eta, progress.tokens_per_second) == (50, 1.2346, "1m1s", 10.0)

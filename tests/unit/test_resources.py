@@ -15,11 +15,11 @@ import yaml
 from finetune_api import names
 from finetune_api.contract import JobFile, Mounts
 from finetune_api.status import Plan
-from finetune_operator.certificate import generate, read_authorities
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, network_policy, workspace
 from finetune_operator.resources.stage import stage_job
+from finetune_operator.servers.certificate import generate, read_authorities
 from finetune_operator.settings import Settings, from_environment
 from tests.factory import FULL, MINIMAL, NOW, PLAN, merged, ref
 

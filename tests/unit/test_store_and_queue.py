@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 from finetune_api import names
-from finetune_operator.cluster.store import Store
-from finetune_operator.reconcile.failures import classify
-from finetune_operator.reconcile.observe import pod_view
-from finetune_operator.workqueue import WorkQueue
+from finetune_operator.cache.store import Store
+from finetune_operator.controllers.workqueue import WorkQueue
+from finetune_operator.model.children import pod_view
+from finetune_operator.reconcile.job.failures import classify
 from tests.factory import NOW, UID, container_status, ended, job, stamp
 
 KEY = ("team-a", "support")

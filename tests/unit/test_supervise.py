@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune_api.status import Restart
-from finetune_operator.reconcile.failures import suspects
+from finetune_operator.reconcile.job.failures import suspects
 from finetune_trainer.process.errors import Hang, Stopped
 from finetune_trainer.process.ipc import Channel, Heartbeat, Phase
 from finetune_trainer.process.supervise import HangDetector, Supervisor, waits_for_peers

@@ -14,8 +14,9 @@ from aiohttp.test_utils import TestServer
 from prometheus_client import REGISTRY
 
 from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Progress, Restart, Usage
-from finetune_operator import logs, telemetry, tracing
-from finetune_operator.telemetry import Telemetry
+from finetune_operator import logs, tracing
+from finetune_operator.controllers import telemetry
+from finetune_operator.controllers.telemetry import Telemetry
 from tests.factory import job
 
 WHEN = "2026-11-21T12:00:00Z"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_api.contract import ExitCode, StageResult, Unavailable
-from finetune_operator.reconcile.model import parse_time
+from finetune_operator.model.times import parse_time
 from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, TRAINED, after, merged
 from tests.unit.test_reconcile import EVALUATED, World
 

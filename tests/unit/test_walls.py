@@ -21,7 +21,7 @@ REPO = Path(__file__).parents[2]
         ),
         ("finetune_trainer.stages.train, finetune_trainer.stages.publish, finetune_trainer.stages.check", ["torch", "transformers"]),
         ("finetune_api.crd, finetune_api.contract", ["kopf", "kubernetes", "torch", "finetune_operator", "finetune_trainer"]),
-        ("finetune_operator.reconcile, finetune_operator.resources.gang", ["kopf", "kubernetes", "aiohttp"]),
+        ("finetune_operator.reconcile.job, finetune_operator.resources.gang", ["kopf", "kubernetes", "aiohttp"]),
     ],
 )
 def test_walls(modules: str, forbidden: list[str]) -> None:

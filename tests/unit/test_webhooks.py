@@ -15,12 +15,11 @@ from finetune_api import KIND, names
 from finetune_api.advice import advice
 from finetune_api.queue import QUEUE_KIND
 from finetune_api.validation import parse_spec
-from finetune_operator.cluster.client import APIError
+from finetune_operator.cluster.transport import APIError
+from finetune_operator.servers.bundle import Bundle
+from finetune_operator.servers.review import Rights, mutate, validate
+from finetune_operator.servers.webhooks import BODY_LIMIT, MUTATE, VALIDATE, AdmissionServer
 from finetune_operator.settings import Settings
-from finetune_operator.webhooks import AdmissionServer
-from finetune_operator.webhooks.bundle import Bundle
-from finetune_operator.webhooks.review import Rights, mutate, validate
-from finetune_operator.webhooks.server import BODY_LIMIT, MUTATE, VALIDATE
 from tests.cluster.shell import REPO
 from tests.factory import FULL, MINIMAL, job, merged
 
@@ -73,7 +72,7 @@ def test_a_change_that_comes_too_late_is_warned_of_and_not_refused() -> None:
 
 
 def test_a_bad_queue_is_refused() -> None:
-    bad = {"metadata": {"name": "q"}, "spec": {"flavours": [{"name": "f", "nominalQuota": 1, "borrowingLimit": 1}]}}
+    bad = {"metadata": {"name": "q"}, "spec": {"flavors": [{"name": "f", "nominalQuota": 1, "borrowingLimit": 1}]}}
     assert "borrowingLimit needs a cohort" in validate(request(bad, kind=QUEUE_KIND), Rights()).errors[0]
     assert validate(request({"spec": {"any": "thing"}}, kind="Pod"), Rights()).errors == [], "other kinds are nobody's business here"
 
@@ -134,8 +133,8 @@ class Queues:
             raise APIError(404, "NotFound", name)
         if kind == "Namespace":
             return {"metadata": {"name": name, "labels": {"team": name}}}
-        flavour = {"name": "f", "nominalQuota": 4}
-        return {"metadata": {"name": name}, "spec": {"flavours": [flavour], "namespaceSelector": {"matchLabels": {"team": "team-b"}}}}
+        flavor = {"name": "f", "nominalQuota": 4}
+        return {"metadata": {"name": name}, "spec": {"flavors": [flavor], "namespaceSelector": {"matchLabels": {"team": "team-b"}}}}
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""The only place that talks to the API server: read, apply, create, delete, status, events, token reviews."""
+"""The API server: requests, watches, the lease. Knows nothing of what is decided."""

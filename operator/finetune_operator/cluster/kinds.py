@@ -15,7 +15,8 @@ from finetune_api.queue import QUEUE_KIND
 
 from ..resources.backends import GROUP_KINDS
 from ..settings import Settings
-from .client import RESOURCES, APIError, KubernetesCluster, Resource
+from .resources import RESOURCES, Resource
+from .transport import APIError, KubernetesCluster
 
 log = logging.getLogger("finetune.kinds")
 _SECONDS, _SECONDS_WHILE_MISSING = 10.0, 2.0

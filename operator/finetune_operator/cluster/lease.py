@@ -11,7 +11,8 @@ import logging
 import time
 from datetime import UTC, datetime
 
-from .client import APIError, Cluster, Object
+from ..model.objects import Object
+from .transport import APIError, Cluster
 
 log = logging.getLogger("finetune.lease")
 KIND = "Lease"

@@ -11,16 +11,16 @@ import dataclasses
 import heapq
 from collections import Counter, defaultdict
 
-from finetune_api.queue import DEFAULT_QUEUE, Flavour
+from finetune_api.queue import DEFAULT_QUEUE, Flavor
 from finetune_api.scalars import human_duration, seconds
 
-from . import explain
-from .books import Books, Room
-from .line import Line
-from .model import IMPLICIT, Admission, Decisions, Held, Queue, QueueReport, Snapshot, Verdict, Workload, may_use
+from ..model.queueing import IMPLICIT, Admission, Allocation, Decision, Decisions, Queue, QueueReport, Snapshot, Workload, may_use
+from ..queueing import explain
+from .ordering import Ordering
 from .placement import Fleet, Place, never_fits
 from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
+from .usage import Fit, Usage
 
 _NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit", "UserLimit")
 """Reasons of waiting that no free GPU would end."""
@@ -37,73 +37,73 @@ class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         queues = snapshot.queues or (implicit_queue(snapshot),)
-        self.books = Books(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
-        self.ledger, self.fleet = self.books.ledger, self.books.fleet
-        self.verdicts: dict[str, Verdict] = {}
+        self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
+        self.ledger, self.fleet = self.usage.ledger, self.usage.fleet
+        self.decisions: dict[str, Decision] = {}
         self.waiting: dict[str, list[Workload]] = defaultdict(list)
         self.running: list[Workload] = []
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
-        self._offers: dict[tuple[object, ...], list[Flavour]] = {}
+        self._offers: dict[tuple[object, ...], list[Flavor]] = {}
         self._homes: dict[tuple[str, str | None], tuple[str | None, tuple[str, str]]] = {}
 
     def run(self) -> Decisions:
         for workload in self.snapshot.workloads:
             self._count(workload)
-        for workload in sorted((w for w in self.snapshot.workloads if w.held is not None), key=lambda w: (-w.ask.units, w.uid)):
+        for workload in sorted((w for w in self.snapshot.workloads if w.allocation is not None), key=lambda w: (-w.request.units, w.uid)):
             self._expect(workload)
         for workload in self.snapshot.workloads:
             self._sort(workload)
         self._drain()
         self._take_turns()
         self._grow()
-        held: dict[str, list[tuple[str, Held]]] = defaultdict(list)
+        allocation: dict[str, list[tuple[str, Allocation]]] = defaultdict(list)
         for workload in self.snapshot.workloads:
-            if workload.held is not None:
-                held[workload.held.queue].append((workload.namespace, workload.held))
-        return Decisions(verdicts=self.verdicts, queues={name: self._report(name, held[name]) for name in self.ledger.queues})
+            if workload.allocation is not None:
+                allocation[workload.allocation.queue].append((workload.namespace, workload.allocation))
+        return Decisions(jobs=self.decisions, queues={name: self._report(name, allocation[name]) for name in self.ledger.queues})
 
     # who has what, who wants what
 
     def _count(self, workload: Workload) -> None:
-        if (held := workload.held) is not None:
-            self.ledger.take(held.queue, held.flavour, workload.owners, held.total)
+        if (allocation := workload.allocation) is not None:
+            self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total)
             if self.fleet is not None:
-                self.fleet.take(held.bound, workload.ask.per_pod)
+                self.fleet.take(allocation.bound, workload.request.per_pod)
 
     def _expect(self, workload: Workload) -> None:
         """Keep room for the pods of an admitted gang that have no node yet; the largest come first, they find room least."""
-        held, ask = workload.held, workload.ask
-        if held is None or held.stopping or self.fleet is None:
+        allocation, request = workload.allocation, workload.request
+        if allocation is None or allocation.stopping or self.fleet is None:
             return
-        missing = held.pods - sum(pods for _, pods in held.bound)
-        if held.topology is not None:
-            ask = dataclasses.replace(ask, selector=(*ask.selector, held.topology), topology_key="")
-        flavour = self._flavour(held.queue, held.flavour)
+        missing = allocation.pods - sum(pods for _, pods in allocation.bound)
+        if allocation.topology is not None:
+            request = dataclasses.replace(request, selector=(*request.selector, allocation.topology), topology_key="")
+        flavor = self._flavor(allocation.queue, allocation.flavor)
         while missing > 0:
-            place = self.fleet.place(ask, missing, flavour) or self.fleet.place(ask, 1, flavour)
+            place = self.fleet.place(request, missing, flavor) or self.fleet.place(request, 1, flavor)
             if place is None:
                 return
-            self.fleet.take(place, ask.per_pod)
+            self.fleet.take(place, request.per_pod)
             missing -= sum(pods for _, pods in place)
 
     def _sort(self, workload: Workload) -> None:
-        held = workload.held
-        if held is not None and held.stopping:
-            self.books.stopping.append(workload)
-        elif held is not None:
+        allocation = workload.allocation
+        if allocation is not None and allocation.stopping:
+            self.usage.stopping.append(workload)
+        elif allocation is not None:
             self.running.append(workload)
-            self.verdicts[workload.uid] = Verdict(action="keep", queue=held.queue)
-        if held is not None and not held.stopping:
+            self.decisions[workload.uid] = Decision(action="keep", queue=allocation.queue)
+        if allocation is not None and not allocation.stopping:
             return
         name, problem = self._queue_of(workload)
         if name is None:
-            self.verdicts[workload.uid] = Verdict(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
+            self.decisions[workload.uid] = Decision(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
             return
-        never = never_fits(workload.ask, self.fleet) if held is None and self.fleet is not None else None
+        never = never_fits(workload.request, self.fleet) if allocation is None and self.fleet is not None else None
         if never is not None and not self._autoscaled(name, workload):
-            self.verdicts[workload.uid] = Verdict(action="refuse", reason="NoNodeFits", message=never, queue=name)
+            self.decisions[workload.uid] = Decision(action="refuse", reason="NoNodeFits", message=never, queue=name)
         elif workload.waits:
             self.waiting[name].append(workload)
 
@@ -133,41 +133,41 @@ class _Pass:
     def _may_use(self, queue: Queue, namespace: str) -> bool:
         return may_use(queue, self.snapshot.namespaces.get(namespace))
 
-    def _flavour(self, queue: str, flavour: str) -> Flavour | None:
+    def _flavor(self, queue: str, flavor: str) -> Flavor | None:
         known = self.ledger.queues.get(queue)
-        return next((f for f in known.spec.flavours if f.name == flavour), None) if known is not None else None
+        return next((f for f in known.spec.flavors if f.name == flavor), None) if known is not None else None
 
-    def _flavours(self, queue: str, workload: Workload) -> list[Flavour]:
+    def _flavors(self, queue: str, workload: Workload) -> list[Flavor]:
         """Those with the job's resource whose nodes its selector does not rule out."""
-        key = queue, workload.ask.resource, workload.ask.selector
+        key = queue, workload.request.resource, workload.request.selector
         if key not in self._offers:
-            selector = dict(workload.ask.selector)
+            selector = dict(workload.request.selector)
             self._offers[key] = [
-                flavour
-                for flavour in self.ledger.queues[queue].spec.flavours
-                if flavour.resource_name == workload.ask.resource and all(selector.get(k, v) == v for k, v in flavour.node_labels.items())
+                flavor
+                for flavor in self.ledger.queues[queue].spec.flavors
+                if flavor.resource_name == workload.request.resource and all(selector.get(k, v) == v for k, v in flavor.node_labels.items())
             ]
         return self._offers[key]
 
     def _autoscaled(self, queue: str, workload: Workload) -> bool:
-        return any(flavour.nodes == "Autoscaled" for flavour in self._flavours(queue, workload))
+        return any(flavor.nodes == "Autoscaled" for flavor in self._flavors(queue, workload))
 
     # turns
 
     def _drain(self) -> None:
         for workload in self.running:
-            assert workload.held is not None
-            queue = self.ledger.queues.get(workload.held.queue)
+            assert workload.allocation is not None
+            queue = self.ledger.queues.get(workload.allocation.queue)
             if queue is not None and queue.spec.stop_policy == "HoldAndDrain":
                 self._preempt(workload, f"queue {queue.name} is drained (stopPolicy)")
 
     def _preempt(self, workload: Workload, message: str) -> None:
         self.running = [w for w in self.running if w is not workload]
-        self.books.stopping.append(workload)
-        self.verdicts[workload.uid] = Verdict(action="preempt", reason="Preempted", message=message, queue=workload.held.queue)  # type: ignore[union-attr]
+        self.usage.stopping.append(workload)
+        self.decisions[workload.uid] = Decision(action="preempt", reason="Preempted", message=message, queue=workload.allocation.queue)  # type: ignore[union-attr]
 
     def _take_turns(self) -> None:
-        lines: dict[str, Line] = {}
+        orderings: dict[str, Ordering] = {}
         turns: list[tuple[tuple[object, ...], str]] = []
         for name, waiting in sorted(self.waiting.items()):
             queue = self.ledger.queues[name]
@@ -175,57 +175,57 @@ class _Pass:
             use = {
                 space: past.get(space, 0.0) + self.ledger.by_owner[name, f"namespace {space}"] for space in {w.namespace for w in waiting}
             }
-            lines[name] = Line(waiting, use, queue.spec.limits.max_priority)
+            orderings[name] = Ordering(waiting, use, queue.spec.limits.max_priority)
         for _, name in sorted(
-            (head.waits_since, name) for name, line in lines.items() if (head := line.peek()) and self._overdue(name, head)
+            (head.waits_since, name) for name, ordering in orderings.items() if (head := ordering.peek()) and self._overdue(name, head)
         ):
-            self._turn_of(name, lines[name])
-        for name, line in lines.items():
-            self._push(turns, name, line)
+            self._turn_of(name, orderings[name])
+        for name, ordering in orderings.items():
+            self._push(turns, name, ordering)
         while turns:
             key, name = heapq.heappop(turns)
-            head = lines[name].peek()
+            head = orderings[name].peek()
             if head is not None and key == self._turn(name, head):
-                self._turn_of(name, lines[name])
+                self._turn_of(name, orderings[name])
             # else what was admitted meanwhile has changed the shares
-            self._push(turns, name, lines[name])
+            self._push(turns, name, orderings[name])
 
-    def _turn_of(self, name: str, line: Line) -> None:
-        workload = line.peek()
+    def _turn_of(self, name: str, ordering: Ordering) -> None:
+        workload = ordering.peek()
         while workload is not None:
             units, closed = self._look_at(name, workload)
-            line.drop(workload, units)
+            ordering.drop(workload, units)
             if closed:
-                for other in line.rest():
+                for other in ordering.rest():
                     self._wait(name, other, "WaitingForTurn", closed)
-            before, workload = workload, line.peek()
+            before, workload = workload, ordering.peek()
             if workload is None or units or not self._fails_like(name, before, workload):
                 return
 
     def _fails_like(self, name: str, before: Workload, workload: Workload) -> bool:
         """Whether the next in line wants what the one before it did not get: it needs no turn of its own to be told so."""
-        if workload.ask is not before.ask and workload.ask != before.ask:
+        if workload.request is not before.request and workload.request != before.request:
             return False
         return (
             workload.priority == before.priority
-            and (name, workload.ask, effective_priority(workload, self.ledger.queues[name].spec.limits.max_priority)) in self.failed
+            and (name, workload.request, effective_priority(workload, self.ledger.queues[name].spec.limits.max_priority)) in self.failed
         )
 
     def _overdue(self, name: str, head: Workload) -> bool:
         """Whether a queue's own quota has room for its head, which others have passed for too long on the nodes: it goes first."""
-        queue, units = self.ledger.queues[name], head.ask.pods[-1] * head.ask.units
+        queue, units = self.ledger.queues[name], head.request.pods[-1] * head.request.units
         waited = (self.snapshot.now - head.waits_since).total_seconds()
-        own = [f for f in self._flavours(name, head) if not self.ledger.borrows(name, f, units)]
+        own = [f for f in self._flavors(name, head) if not self.ledger.borrows(name, f, units)]
         return bool(own) and waited >= seconds(queue.spec.backfill_for)
 
-    def _push(self, turns: list[tuple[tuple[object, ...], str]], name: str, line: Line) -> None:
-        if (head := line.peek()) is not None:
+    def _push(self, turns: list[tuple[tuple[object, ...], str]], name: str, ordering: Ordering) -> None:
+        if (head := ordering.peek()) is not None:
             heapq.heappush(turns, (self._turn(name, head), name))
 
     def _turn(self, name: str, head: Workload) -> tuple[object, ...]:
         queue = self.ledger.queues[name]
-        flavours = self._flavours(name, head)
-        borrows = bool(flavours) and all(self.ledger.borrows(name, f, head.ask.pods[-1] * head.ask.units) for f in flavours)
+        flavors = self._flavors(name, head)
+        borrows = bool(flavors) and all(self.ledger.borrows(name, f, head.request.pods[-1] * head.request.units) for f in flavors)
         return borrows, self.ledger.share(name), -effective_priority(head, queue.spec.limits.max_priority), head.since, head.uid
 
     def _look_at(self, name: str, workload: Workload) -> tuple[int, str]:
@@ -234,18 +234,18 @@ class _Pass:
         if queue.spec.stop_policy != "None":
             self._wait(name, workload, "QueueStopped", f"queue {name} admits nothing now (stopPolicy {queue.spec.stop_policy})")
             return 0, ""
-        if (limit := explain.limit(self.books, queue, workload)) is not None:
+        if (limit := explain.limit(self.usage, queue, workload)) is not None:
             self._wait(name, workload, *limit)
             return 0, ""
-        if workload.held is not None:
+        if workload.allocation is not None:
             self._wait(name, workload, "Stopping", "its pods still save and end")
             return 0, ""
         priority = effective_priority(workload, queue.spec.limits.max_priority)
-        kind = (name, workload.ask, priority)  # what did not fit does not fit later in this pass
+        kind = (name, workload.request, priority)  # what did not fit does not fit later in this pass
         admission = self._fit(name, workload) if kind not in self.failed else None
         if admission is not None:
-            units = admission.pods * workload.ask.units
-            self.verdicts[workload.uid] = Verdict(
+            units = admission.pods * workload.request.units
+            self.decisions[workload.uid] = Decision(
                 action="admit", reason="Admitted", message=explain.granted(workload, admission), queue=name, admission=admission
             )
             return units, ""
@@ -253,14 +253,14 @@ class _Pass:
             reason, message = self.failed[kind]
         else:
             reason, message = self._make_room(name, workload, priority) or explain.shortage(
-                self.books, queue, workload, self._flavours(name, workload)
+                self.usage, queue, workload, self._flavors(name, workload)
             )
             self.failed[kind] = reason, message
         self._wait(name, workload, reason, message)
         if reason == "WaitingForPreemption":
             self.failed.pop(kind)  # the room was for this one
             return 0, ""
-        if reason == "NeverAdmitted" or not workload.ask.units:
+        if reason == "NeverAdmitted" or not workload.request.units:
             return 0, ""
         if queue.spec.ordering == "StrictFIFO":
             return 0, f"behind {workload.label} (ordering StrictFIFO)"
@@ -272,122 +272,122 @@ class _Pass:
 
     def _fit(self, name: str, workload: Workload) -> Admission | None:
         """Admit it when all of it fits now, with as many pods as do."""
-        ask, flavours = workload.ask, self._flavours(name, workload)
-        if not flavours:
-            if ask.resource == "cpu" and all(f.resource_name != "cpu" for f in self.ledger.queues[name].spec.flavours):
-                self.books.give(name, "", workload, 0, ())
-                return Admission(queue=name, flavour="", pods=ask.pods[0])
+        request, flavors = workload.request, self._flavors(name, workload)
+        if not flavors:
+            if request.resource == "cpu" and all(f.resource_name != "cpu" for f in self.ledger.queues[name].spec.flavors):
+                self.usage.give(name, "", workload, 0, ())
+                return Admission(queue=name, flavor="", pods=request.pods[0])
             return None
-        for pods in ask.pods:
-            found = self.books.room(name, workload, pods, flavours)
+        for pods in request.pods:
+            found = self.usage.fit(name, workload, pods, flavors)
             if found is not None:
-                flavour, place = found
-                self.books.give(name, flavour.name, workload, pods, place)
-                return self._admission(name, flavour, pods, workload, place)
+                flavor, place = found
+                self.usage.give(name, flavor.name, workload, pods, place)
+                return self._admission(name, flavor, pods, workload, place)
         return None
 
-    def _admission(self, queue: str, flavour: Flavour, pods: int, workload: Workload, place: Place) -> Admission:
+    def _admission(self, queue: str, flavor: Flavor, pods: int, workload: Workload, place: Place) -> Admission:
         return Admission(
             queue=queue,
-            flavour=flavour.name,
+            flavor=flavor.name,
             pods=pods,
-            node_labels=tuple(sorted(flavour.node_labels.items())),
-            tolerations=tuple(flavour.tolerations),
-            price_per_hour=flavour.price_per_hour,
-            teraflops=flavour.teraflops,
-            topology=self.fleet.domain(workload.ask, place) if self.fleet is not None else None,
+            node_labels=tuple(sorted(flavor.node_labels.items())),
+            tolerations=tuple(flavor.tolerations),
+            price_per_hour=flavor.price_per_hour,
+            teraflops=flavor.teraflops,
+            topology=self.fleet.domain(workload.request, place) if self.fleet is not None else None,
             place=place,
         )
 
     def _make_room(self, name: str, workload: Workload, priority: int) -> tuple[str, str] | None:
         """Wait for those that give way already, or ask others to; None when that would not help."""
-        books, pods, flavours = self.books, workload.ask.pods[-1], self._flavours(name, workload)
+        usage, pods, flavors = self.usage, workload.request.pods[-1], self._flavors(name, workload)
 
-        def room() -> Room | None:
-            return books.room(name, workload, pods, flavours, later=True)
+        def fit() -> Fit | None:
+            return usage.fit(name, workload, pods, flavors, later=True)
 
-        found = room() if books.stopping else None
+        found = fit() if usage.stopping else None
         if found is None:
             if self.tries[name] >= _PREEMPTION_TRIES:
                 return None
             self.tries[name] += 1
-            ledger = books.later[0]
-            for flavour in flavours:
-                wish = Wish(workload=workload, priority=priority, queue=name, flavour=flavour, pods=pods)
+            ledger = usage.later[0]
+            for flavor in flavors:
+                wish = Wish(workload=workload, priority=priority, queue=name, flavor=flavor, pods=pods)
                 ordered = candidates(wish, self.running, ledger, self.snapshot.now)
-                chosen = victims(wish, ordered, ledger, books.let_go, books.keep, lambda: room() is not None)
+                chosen = victims(wish, ordered, ledger, usage.let_go, usage.keep, lambda: fit() is not None)
                 for victim in chosen:
-                    same = victim.held is not None and victim.held.queue == name
+                    same = victim.allocation is not None and victim.allocation.queue == name
                     back = (
-                        f"queue {name} takes its quota back" if not ledger.borrows(name, flavour, wish.units) else f"queue {name} has less"
+                        f"queue {name} takes its quota back" if not ledger.borrows(name, flavor, wish.units) else f"queue {name} has less"
                     )
                     how = f"priority {priority}" if same else back
                     self._preempt(victim, f"gives way to {workload.label} ({how})")
                 if chosen:
-                    found = room()
+                    found = fit()
                     break
         if found is None:
             return None
-        flavour, place = found
-        books.reserve(name, flavour.name, pods * workload.ask.units, workload.ask, place)
-        return "WaitingForPreemption", f"waits for {len(books.stopping)} job(s) that save their checkpoints and give way"
+        flavor, place = found
+        usage.reserve(name, flavor.name, pods * workload.request.units, workload.request, place)
+        return "WaitingForPreemption", f"waits for {len(usage.stopping)} job(s) that save their checkpoints and give way"
 
     def _keep_for(self, name: str, workload: Workload) -> None:
         """Keep what becomes free for a job: of quota what is its queue's own, and the nodes that it would have soonest."""
-        ask, pods, flavours = workload.ask, workload.ask.pods[-1], self._flavours(name, workload)
-        flavour = max(flavours, key=lambda f: self.ledger.available(name, f))
-        own = flavour.nominal_quota - self.ledger.used[name, flavour.name]
-        units = max(0, min(self.ledger.available(name, flavour), own, pods * ask.units))
-        place = self.fleet.soonest(ask, pods, flavour) if self.fleet is not None and flavour.nodes == "Existing" else ()
-        self.books.reserve(name, flavour.name, units, ask, place)
+        request, pods, flavors = workload.request, workload.request.pods[-1], self._flavors(name, workload)
+        flavor = max(flavors, key=lambda f: self.ledger.available(name, f))
+        own = flavor.nominal_quota - self.ledger.used[name, flavor.name]
+        units = max(0, min(self.ledger.available(name, flavor), own, pods * request.units))
+        place = self.fleet.soonest(request, pods, flavor) if self.fleet is not None and flavor.nodes == "Existing" else ()
+        self.usage.reserve(name, flavor.name, units, request, place)
 
     def _wait(self, name: str, workload: Workload, reason: str, message: str) -> None:
         self.position[name] += 1
-        self.verdicts[workload.uid] = Verdict(action="wait", reason=reason, message=message, queue=name, position=self.position[name])
+        self.decisions[workload.uid] = Decision(action="wait", reason=reason, message=message, queue=name, position=self.position[name])
 
     # gangs that may grow
 
     def _grow(self) -> None:
-        able = [w for w in self.running if w.held is not None and w.held.pods < w.ask.pods[0]]
+        able = [w for w in self.running if w.allocation is not None and w.allocation.pods < w.request.pods[0]]
         wanted = {
-            w.ask.resource
+            w.request.resource
             for waiting in (self.waiting.values() if able else ())
             for w in waiting
-            if (v := self.verdicts[w.uid]).action == "wait" and v.reason not in _NOT_FOR_ROOM
+            if (v := self.decisions[w.uid]).action == "wait" and v.reason not in _NOT_FOR_ROOM
         }
         for workload in able:
-            held, ask = workload.held, workload.ask
-            assert held is not None
-            queue = self.ledger.queues.get(held.queue)
-            if queue is None or ask.resource in wanted or sum(n for _, n in held.bound) < held.pods:
+            allocation, request = workload.allocation, workload.request
+            assert allocation is not None
+            queue = self.ledger.queues.get(allocation.queue)
+            if queue is None or request.resource in wanted or sum(n for _, n in allocation.bound) < allocation.pods:
                 continue
-            if (self.snapshot.now - held.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
+            if (self.snapshot.now - allocation.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
                 continue
-            for pods in (p for p in ask.pods if p > held.pods):
-                found = self.books.room_instead(held.queue, workload, pods, self._flavours(held.queue, workload))
+            for pods in (p for p in request.pods if p > allocation.pods):
+                found = self.usage.room_instead(allocation.queue, workload, pods, self._flavors(allocation.queue, workload))
                 if found is not None:
-                    flavour, place = found
-                    more = self._admission(held.queue, flavour, pods, workload, place)
-                    message = f"there is room for {pods} of {ask.pods[0]} worker pods: it saves a checkpoint and goes on with them"
-                    self.verdicts[workload.uid] = Verdict(
-                        action="resize", reason="Resized", message=message, queue=held.queue, admission=more
+                    flavor, place = found
+                    more = self._admission(allocation.queue, flavor, pods, workload, place)
+                    message = f"there is room for {pods} of {request.pods[0]} worker pods: it saves a checkpoint and goes on with them"
+                    self.decisions[workload.uid] = Decision(
+                        action="resize", reason="Resized", message=message, queue=allocation.queue, admission=more
                     )
-                    self.ledger.take(held.queue, flavour.name, workload.owners, (pods - held.pods) * ask.units, jobs=0)
+                    self.ledger.take(allocation.queue, flavor.name, workload.owners, (pods - allocation.pods) * request.units, jobs=0)
                     if self.fleet is not None:
-                        self.fleet.take(place, ask.per_pod)
+                        self.fleet.take(place, request.per_pod)
                     break
 
-    def _report(self, name: str, mine: list[tuple[str, Held]]) -> QueueReport:
+    def _report(self, name: str, mine: list[tuple[str, Allocation]]) -> QueueReport:
         used: Counter[str] = Counter()
         by_namespace: Counter[str] = Counter()
-        for namespace, held in mine:
-            used[held.flavour] += held.total
-            by_namespace[namespace] += held.total
-        waiting = [w for w in self.waiting.get(name, ()) if self.verdicts[w.uid].action == "wait"]
+        for namespace, allocation in mine:
+            used[allocation.flavor] += allocation.total
+            by_namespace[namespace] += allocation.total
+        waiting = [w for w in self.waiting.get(name, ()) if self.decisions[w.uid].action == "wait"]
         oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
         return QueueReport(
             pending=len(waiting),
-            admitted=sum(1 for _, held in mine if not held.stopping),
+            admitted=sum(1 for _, allocation in mine if not allocation.stopping),
             used=dict(used),
             by_namespace=dict(by_namespace),
             share=round(self.ledger.share(name), 4),

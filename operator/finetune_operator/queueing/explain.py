@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from finetune_api.queue import Flavour
+from finetune_api.queue import Flavor
 
-from .books import Books
-from .model import Admission, Queue, Workload
+from ..model.queueing import Admission, Queue, Workload
+from .usage import Usage
 
 
 def granted(workload: Workload, admission: Admission) -> str:
     """What a job was admitted to."""
-    ask = workload.ask
-    size = f"{admission.pods} of {ask.pods[0]} worker pods" if admission.pods < ask.pods[0] else f"{admission.pods} worker pod(s)"
-    what = f"{admission.pods * ask.units} {ask.resource}" if ask.units else "no GPUs"
-    flavour = f", flavour {admission.flavour}" if admission.flavour else ""
-    return f"{size} with {what} ({f'queue {admission.queue}{flavour}' if admission.queue else 'no FineTuneQueue'})"
+    request = workload.request
+    size = f"{admission.pods} of {request.pods[0]} worker pods" if admission.pods < request.pods[0] else f"{admission.pods} worker pod(s)"
+    what = f"{admission.pods * request.units} {request.resource}" if request.units else "no GPUs"
+    flavor = f", flavor {admission.flavor}" if admission.flavor else ""
+    return f"{size} with {what} ({f'queue {admission.queue}{flavor}' if admission.queue else 'no FineTuneQueue'})"
 
 
-def limit(books: Books, queue: Queue, workload: Workload) -> tuple[str, str] | None:
+def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | None:
     """(reason, message): why the job's namespace or user may have no more of the queue, or None."""
-    limits, need = queue.spec.limits, workload.ask.pods[-1] * workload.ask.units
+    limits, need = queue.spec.limits, workload.request.pods[-1] * workload.request.units
     most_of_all = (limits.max_jobs_per_user, limits.max_gpus_per_user, limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
     if most_of_all == (None, None, None, None):
         return None
@@ -30,33 +30,33 @@ def limit(books: Books, queue: Queue, workload: Workload) -> tuple[str, str] | N
             if kind == "User"
             else (limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
         )
-        held, jobs = books.ledger.by_owner[queue.name, owner], books.ledger.jobs[queue.name, owner]
+        allocation, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
         if most_jobs is not None and jobs >= most_jobs:
             return f"{kind}Limit", f"{owner} has {jobs} jobs in queue {queue.name}, the limit (maxJobsPer{kind})"
-        if most is not None and held + need > most:
-            return f"{kind}Limit", f"{owner} holds {held} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
+        if most is not None and allocation + need > most:
+            return f"{kind}Limit", f"{owner} holds {allocation} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
     return None
 
 
-def shortage(books: Books, queue: Queue, workload: Workload, flavours: list[Flavour]) -> tuple[str, str]:
+def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavor]) -> tuple[str, str]:
     """(reason, message): what is missing for a job that does not fit."""
-    ask, name = workload.ask, queue.name
-    if not flavours:
-        offered = ", ".join(sorted({f.resource_name for f in queue.spec.flavours}))
-        return "NeverAdmitted", f"queue {name} has no flavour of {ask.resource} for this job's nodeSelector; it has {offered}"
-    need = ask.pods[-1] * ask.units
-    most = max(books.ledger.most(name, f) for f in flavours)
+    request, name = workload.request, queue.name
+    if not flavors:
+        offered = ", ".join(sorted({f.resource_name for f in queue.spec.flavors}))
+        return "NeverAdmitted", f"queue {name} has no flavor of {request.resource} for this job's nodeSelector; it has {offered}"
+    need = request.pods[-1] * request.units
+    most = max(usage.ledger.most(name, f) for f in flavors)
     if need > most:
-        return "NeverAdmitted", f"needs {need} {ask.resource}, queue {name} can have {most} at most, borrowed ones included"
-    quota = {f.name: max(0, books.ledger.available(name, f)) for f in flavours}
+        return "NeverAdmitted", f"needs {need} {request.resource}, queue {name} can have {most} at most, borrowed ones included"
+    quota = {f.name: max(0, usage.ledger.available(name, f)) for f in flavors}
     best = max(quota.values())
     if best < need:
-        rest = ", ".join(f"{left} left of {flavour}" for flavour, left in quota.items())
-        return "WaitingForQuota", f"waits for {need - best} of {need} {ask.resource}: quota has {rest}"
-    fitting = [f for f in flavours if quota[f.name] >= need]
-    free = max((books.fleet.free_units(ask, f) for f in fitting), default=0) if books.fleet is not None else 0
+        rest = ", ".join(f"{left} left of {flavor}" for flavor, left in quota.items())
+        return "WaitingForQuota", f"waits for {need - best} of {need} {request.resource}: quota has {rest}"
+    fitting = [f for f in flavors if quota[f.name] >= need]
+    free = max((usage.fleet.free_units(request, f) for f in fitting), default=0) if usage.fleet is not None else 0
     if free < need:
-        return "WaitingForNodes", f"waits for {need - free} of {need} {ask.resource}: {free} are free on the nodes that it may use"
-    where = f" within one {ask.topology_key}" if ask.topology_key else ""
-    each = f"{ask.units} for each of {ask.pods[-1]} pod(s){where}"
-    return "WaitingForNodes", f"{free} {ask.resource} are free, but not {each}, with the CPU and memory they ask for"
+        return "WaitingForNodes", f"waits for {need - free} of {need} {request.resource}: {free} are free on the nodes that it may use"
+    where = f" within one {request.topology_key}" if request.topology_key else ""
+    each = f"{request.units} for each of {request.pods[-1]} pod(s){where}"
+    return "WaitingForNodes", f"{free} {request.resource} are free, but not {each}, with the CPU and memory they ask for"

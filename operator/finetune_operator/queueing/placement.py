@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from finetune_api.queue import Flavour
+from finetune_api.queue import Flavor
 
-from .model import Ask, Held, Node, Taint
+from ..model.queueing import Allocation, Node, Request, Taint
 
 Place = tuple[tuple[str, int], ...]
 """(node, pods) of a gang."""
@@ -65,13 +65,13 @@ class Fleet:
         self.take(place, per_pod, -1)
 
     @contextmanager
-    def given(self, held: Held, ask: Ask) -> Iterator[None]:
+    def given(self, allocation: Allocation, request: Request) -> Iterator[None]:
         """As if this gang were gone."""
-        self.give(held.bound, ask.per_pod)
+        self.give(allocation.bound, request.per_pod)
         try:
             yield
         finally:
-            self.take(held.bound, ask.per_pod)
+            self.take(allocation.bound, request.per_pod)
 
     def largest(self, resource: str) -> int:
         """The most that one node has of a resource."""
@@ -79,24 +79,24 @@ class Fleet:
             self._largest[resource] = max((node.allocatable.get(resource, 0) for node in self.nodes.values()), default=0)
         return self._largest[resource]
 
-    def _demands(self, flavour: Flavour | None) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]:
-        """A flavour's labels and tolerations: queues that offer the same nodes share what is known of them."""
-        if flavour is None:
+    def _demands(self, flavor: Flavor | None) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]:
+        """A flavor's labels and tolerations: queues that offer the same nodes share what is known of them."""
+        if flavor is None:
             return (), ()
-        found = self._offers.get(id(flavour))
+        found = self._offers.get(id(flavor))
         if found is None:
-            tolerations = tuple((t.key, t.operator, t.value, t.effect) for t in flavour.tolerations)
-            found = self._offers[id(flavour)] = tuple(sorted(flavour.node_labels.items())), tolerations
+            tolerations = tuple((t.key, t.operator, t.value, t.effect) for t in flavor.tolerations)
+            found = self._offers[id(flavor)] = tuple(sorted(flavor.node_labels.items())), tolerations
         return found
 
-    def eligible(self, ask: Ask, flavour: Flavour | None) -> tuple[Node, ...]:
+    def eligible(self, request: Request, flavor: Flavor | None) -> tuple[Node, ...]:
         """Nodes whose labels and taints let the pods on."""
-        labels, tolerations = self._demands(flavour)
-        key = (ask.selector, ask.tolerations, labels, tolerations)
+        labels, tolerations = self._demands(flavor)
+        key = (request.selector, request.tolerations, labels, tolerations)
         found = self._eligible.get(key)
         if found is None:
-            wanted = {**dict(ask.selector), **dict(labels)}
-            allowed = [*ask.tolerations, *tolerations]
+            wanted = {**dict(request.selector), **dict(labels)}
+            allowed = [*request.tolerations, *tolerations]
             found = self._eligible[key] = tuple(
                 node
                 for node in self.nodes.values()
@@ -106,39 +106,39 @@ class Fleet:
             )
         return found
 
-    def rooms(self, ask: Ask, flavour: Flavour | None) -> dict[str, int]:
+    def rooms(self, request: Request, flavor: Flavor | None) -> dict[str, int]:
         """Pods that fit on each eligible node now."""
-        key = (ask.selector, ask.tolerations, *self._demands(flavour), ask.per_pod)
+        key = (request.selector, request.tolerations, *self._demands(flavor), request.per_pod)
         found = self._rooms.get(key)
         if found is None:
-            rooms = {node.name: _room(self._free[node.name], ask.per_pod) for node in self.eligible(ask, flavour)}
-            found = self._rooms[key] = ask.per_pod, rooms
+            rooms = {node.name: _room(self._free[node.name], request.per_pod) for node in self.eligible(request, flavor)}
+            found = self._rooms[key] = request.per_pod, rooms
         return found[1]
 
-    def place(self, ask: Ask, pods: int, flavour: Flavour | None) -> Place | None:
+    def place(self, request: Request, pods: int, flavor: Flavor | None) -> Place | None:
         """Nodes for so many pods: the fullest first, so that whole nodes stay whole; within one domain where that is asked for."""
-        rooms = [(room, name) for name, room in self.rooms(ask, flavour).items() if room]
-        if not ask.topology_key:
+        rooms = [(fit, name) for name, fit in self.rooms(request, flavor).items() if fit]
+        if not request.topology_key:
             return _fill(rooms, pods)
         domains: dict[str, list[tuple[int, str]]] = {}
-        for room, name in rooms:
-            if (value := self.nodes[name].labels.get(ask.topology_key)) is not None:
-                domains.setdefault(value, []).append((room, name))
-        sizes = sorted((sum(room for room, _ in members), value) for value, members in domains.items())
+        for fit, name in rooms:
+            if (value := self.nodes[name].labels.get(request.topology_key)) is not None:
+                domains.setdefault(value, []).append((fit, name))
+        sizes = sorted((sum(fit for fit, _ in members), value) for value, members in domains.items())
         return next((_fill(domains[value], pods) for size, value in sizes if size >= pods), None)
 
-    def domain(self, ask: Ask, place: Place) -> tuple[str, str] | None:
+    def domain(self, request: Request, place: Place) -> tuple[str, str] | None:
         """The topology domain of a place."""
-        if not ask.topology_key or not place:
+        if not request.topology_key or not place:
             return None
-        return ask.topology_key, self.nodes[place[0][0]].labels[ask.topology_key]
+        return request.topology_key, self.nodes[place[0][0]].labels[request.topology_key]
 
-    def soonest(self, ask: Ask, pods: int, flavour: Flavour | None) -> Place:
+    def soonest(self, request: Request, pods: int, flavor: Flavor | None) -> Place:
         """The nodes that a gang would have soonest, whatever runs there now: they are to be kept for it."""
-        found = self.rooms(ask, flavour)
+        found = self.rooms(request, flavor)
         place, left = [], pods
-        for node in sorted(self.eligible(ask, flavour), key=lambda node: (-found[node.name], node.name)):
-            take = min(left, max(found[node.name], _room(dict(node.allocatable), ask.per_pod)))
+        for node in sorted(self.eligible(request, flavor), key=lambda node: (-found[node.name], node.name)):
+            take = min(left, max(found[node.name], _room(dict(node.allocatable), request.per_pod)))
             if take > 0:
                 place.append((node.name, take))
                 left -= take
@@ -146,9 +146,9 @@ class Fleet:
                 break
         return tuple(place)
 
-    def free_units(self, ask: Ask, flavour: Flavour | None) -> int:
+    def free_units(self, request: Request, flavor: Flavor | None) -> int:
         """Free units of the ask's resource on the nodes that it may use."""
-        return sum(max(0, self._free[node.name].get(ask.resource, 0)) for node in self.eligible(ask, flavour))
+        return sum(max(0, self._free[node.name].get(request.resource, 0)) for node in self.eligible(request, flavor))
 
 
 def _room(free: dict[str, int], shape: Shape) -> int:
@@ -160,11 +160,11 @@ def _room(free: dict[str, int], shape: Shape) -> int:
 
 
 def _fill(rooms: list[tuple[int, str]], pods: int) -> Place | None:
-    if sum(room for room, _ in rooms) < pods:
+    if sum(fit for fit, _ in rooms) < pods:
         return None
     place, left = [], pods
-    for room, name in sorted(rooms):
-        take = min(room, left)
+    for fit, name in sorted(rooms):
+        take = min(fit, left)
         place.append((name, take))
         left -= take
         if left == 0:
@@ -172,13 +172,13 @@ def _fill(rooms: list[tuple[int, str]], pods: int) -> Place | None:
     return tuple(place)
 
 
-def never_fits(ask: Ask, fleet: Fleet) -> str | None:
+def never_fits(request: Request, fleet: Fleet) -> str | None:
     """Why no node of the cluster could ever hold one pod, or None. Nodes without the resource say nothing: others may come."""
-    largest = fleet.largest(ask.resource)
-    if not ask.units or not largest or largest >= ask.units:
+    largest = fleet.largest(request.resource)
+    if not request.units or not largest or largest >= request.units:
         return None
-    shape = f"distribution.gpusPerNode {largest} with distribution.nodes {-(-ask.pods[0] * ask.units // largest)}"
+    shape = f"distribution.gpusPerNode {largest} with distribution.nodes {-(-request.pods[0] * request.units // largest)}"
     return (
-        f"each worker pod asks for {ask.units} {ask.resource}, and no node has more than {largest}; "
+        f"each worker pod asks for {request.units} {request.resource}, and no node has more than {largest}; "
         f"the largest shape that would fit: {shape}"
     )

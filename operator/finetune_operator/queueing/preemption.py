@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from finetune_api.queue import Flavour
+from finetune_api.queue import Flavor
 from finetune_api.scalars import seconds
 
-from .model import Held, Workload
+from ..model.queueing import Allocation, Workload
 from .quota import Ledger
 
 
@@ -21,50 +21,61 @@ class Wish:
     priority: int
     """The one that counts in its queue."""
     queue: str
-    flavour: Flavour
+    flavor: Flavor
     pods: int
 
     @property
     def units(self) -> int:
         """Units in all."""
-        return self.pods * self.workload.ask.units
+        return self.pods * self.workload.request.units
 
 
 def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: datetime) -> list[Workload]:
     """Jobs that may be asked to give way: those of other queues first, then the lowest priority, then who loses least."""
     found: list[tuple[tuple[object, ...], Workload]] = []
     for other in running:
-        held = other.held
-        if held is None or held.stopping or held.queue not in ledger.queues or other.ask.resource != wish.workload.ask.resource:
+        allocation = other.allocation
+        if (
+            allocation is None
+            or allocation.stopping
+            or allocation.queue not in ledger.queues
+            or other.request.resource != wish.workload.request.resource
+        ):
             continue
-        shortest = seconds(ledger.queues[held.queue].spec.preemption.minimum_run_time)
-        if (now - held.since).total_seconds() < shortest or not _may_displace(wish, other, held, ledger):
+        shortest = seconds(ledger.queues[allocation.queue].spec.preemption.minimum_run_time)
+        if (now - allocation.since).total_seconds() < shortest or not _may_displace(wish, other, allocation, ledger):
             continue
-        order = held.queue == wish.queue, effective_priority(other, None), _cost(other, held, now), -held.since.timestamp(), other.uid
+        order = (
+            allocation.queue == wish.queue,
+            effective_priority(other, None),
+            _cost(other, allocation, now),
+            -allocation.since.timestamp(),
+            other.uid,
+        )
         found.append((order, other))
     return [other for _, other in sorted(found, key=lambda item: item[0])]  # type: ignore[arg-type, return-value]
 
 
-def _may_displace(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bool:
-    own, theirs = ledger.queues[wish.queue].spec, ledger.queues[held.queue].spec
+def _may_displace(wish: Wish, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
+    own, theirs = ledger.queues[wish.queue].spec, ledger.queues[allocation.queue].spec
     lower = effective_priority(other, theirs.limits.max_priority) < wish.priority
-    if held.queue == wish.queue:
+    if allocation.queue == wish.queue:
         return own.preemption.within_queue == "LowerPriority" and lower
-    if own.cohort is None or theirs.cohort != own.cohort or held.flavour != wish.flavour.name or not _has_borrowed(held, ledger):
+    if own.cohort is None or theirs.cohort != own.cohort or allocation.flavor != wish.flavor.name or not _has_borrowed(allocation, ledger):
         return False  # what its queue still has is its own
-    if ledger.borrows(wish.queue, wish.flavour, wish.units):
-        return own.preemption.fair_sharing and _is_fairer(wish, other, held, ledger)
+    if ledger.borrows(wish.queue, wish.flavor, wish.units):
+        return own.preemption.fair_sharing and _is_fairer(wish, other, allocation, ledger)
     policy = own.preemption.reclaim_within_cohort
     return policy == "Any" or (policy == "LowerPriority" and lower)
 
 
-def _is_fairer(wish: Wish, other: Workload, held: Held, ledger: Ledger) -> bool:
+def _is_fairer(wish: Wish, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
     """Whether the other queue still has no smaller share after the exchange: then nobody would want to undo it."""
-    with ledger.given(held, other.owners):
-        theirs = ledger.share(held.queue)
-        ledger.take(wish.queue, wish.flavour.name, wish.workload.owners, wish.units)
+    with ledger.given(allocation, other.owners):
+        theirs = ledger.share(allocation.queue)
+        ledger.take(wish.queue, wish.flavor.name, wish.workload.owners, wish.units)
         own = ledger.share(wish.queue)
-        ledger.take(wish.queue, wish.flavour.name, wish.workload.owners, wish.units, -1)
+        ledger.take(wish.queue, wish.flavor.name, wish.workload.owners, wish.units, -1)
     return own <= theirs
 
 
@@ -82,7 +93,7 @@ def victims(
     """
     chosen: list[Workload] = []
     for other in ordered:
-        if other.held is None or not _may_displace(wish, other, other.held, ledger):  # those before it have changed the shares
+        if other.allocation is None or not _may_displace(wish, other, other.allocation, ledger):  # those before it have changed the shares
             continue
         let_go(other)
         chosen.append(other)
@@ -106,11 +117,11 @@ def effective_priority(workload: Workload, limit: int | None) -> int:
     return workload.priority if limit is None else min(workload.priority, limit)
 
 
-def _has_borrowed(held: Held, ledger: Ledger) -> bool:
-    flavour = next((f for f in ledger.queues[held.queue].spec.flavours if f.name == held.flavour), None)
-    return flavour is not None and ledger.borrows(held.queue, flavour)
+def _has_borrowed(allocation: Allocation, ledger: Ledger) -> bool:
+    flavor = next((f for f in ledger.queues[allocation.queue].spec.flavors if f.name == allocation.flavor), None)
+    return flavor is not None and ledger.borrows(allocation.queue, flavor)
 
 
-def _cost(workload: Workload, held: Held, now: datetime) -> float:
+def _cost(workload: Workload, allocation: Allocation, now: datetime) -> float:
     """GPU-seconds since its last checkpoint: what is lost if it cannot save in time, and what saving costs grows alike."""
-    return max(0.0, (now - (held.saved_at or held.since)).total_seconds()) * held.total
+    return max(0.0, (now - (allocation.saved_at or allocation.since)).total_seconds()) * allocation.total

@@ -1,4 +1,4 @@
-"""How much of each flavour a queue may still have, and whose share is least.
+"""How much of each flavor a queue may still have, and whose share is least.
 
 The arithmetic of borrowing and lending is that of Kueue's cohorts (kueue.sigs.k8s.io/docs/concepts/cluster_queue): what a queue
 does not lend is its alone, the rest of all nominal quotas is a pool. The share is dominant resource fairness (Ghodsi et
@@ -13,54 +13,54 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 
-from finetune_api.queue import FineTuneQueueSpec, Flavour, UsageHistory
+from finetune_api.queue import FineTuneQueueSpec, Flavor, UsageHistory
 from finetune_api.scalars import seconds
 
-from .model import IMPLICIT, Held, Queue, Snapshot
+from ..model.queueing import IMPLICIT, Allocation, Queue, Snapshot
 
 UNLIMITED = 1_000_000_000
 
 
 class Ledger:
-    """Use of every flavour by every queue, in the making while a pass admits, frees and reserves."""
+    """Use of every flavor by every queue, in the making while a pass admits, frees and reserves."""
 
     def __init__(self, queues: Iterable[Queue], now: datetime) -> None:
         self._now = now
         self.queues = {queue.name: queue for queue in queues}
         self.used: dict[tuple[str, str], int] = defaultdict(int)
-        """(queue, flavour) -> units"""
+        """(queue, flavor) -> units"""
         self.by_owner: dict[tuple[str, str], int] = defaultdict(int)
         """(queue, `namespace n` or `user u`) -> units"""
         self.jobs: dict[tuple[str, str], int] = defaultdict(int)
         """The same -> jobs"""
-        self._cohorts: dict[tuple[str, str], list[tuple[str, Flavour]]] = defaultdict(list)
+        self._cohorts: dict[tuple[str, str], list[tuple[str, Flavor]]] = defaultdict(list)
         self._shares: dict[str, float] = {}
         self._past = {queue.name: average_use(queue.history, queue.spec, now) for queue in self.queues.values()}
         for queue in self.queues.values():
-            for flavour in queue.spec.flavours:
-                self._cohorts[_cohort(queue), flavour.name].append((queue.name, flavour))
+            for flavor in queue.spec.flavors:
+                self._cohorts[_cohort(queue), flavor.name].append((queue.name, flavor))
 
-    def take(self, queue: str, flavour: str, owners: Iterable[str], units: int, sign: int = 1, *, jobs: int = 1) -> None:
+    def take(self, queue: str, flavor: str, owners: Iterable[str], units: int, sign: int = 1, *, jobs: int = 1) -> None:
         """Count what a job holds; more of a job that is counted already is `jobs` 0."""
         self._shares.clear()
-        self.used[queue, flavour] += sign * units
+        self.used[queue, flavor] += sign * units
         for owner in owners:
             self.by_owner[queue, owner] += sign * units
             self.jobs[queue, owner] += sign * jobs
 
-    def reserve(self, queue: str, flavour: str, units: int) -> None:
+    def reserve(self, queue: str, flavor: str, units: int) -> None:
         """Keep units from being lent; they belong to nobody yet."""
         self._shares.clear()
-        self.used[queue, flavour] += units
+        self.used[queue, flavor] += units
 
     @contextmanager
-    def given(self, held: Held, owners: tuple[str, ...]) -> Iterator[None]:
+    def given(self, allocation: Allocation, owners: tuple[str, ...]) -> Iterator[None]:
         """As if this gang held nothing."""
-        self.take(held.queue, held.flavour, owners, held.total, -1)
+        self.take(allocation.queue, allocation.flavor, owners, allocation.total, -1)
         try:
             yield
         finally:
-            self.take(held.queue, held.flavour, owners, held.total)
+            self.take(allocation.queue, allocation.flavor, owners, allocation.total)
 
     def copy(self) -> Ledger:
         """The same, to go another way from here."""
@@ -69,32 +69,32 @@ class Ledger:
         other.used, other.by_owner, other.jobs = self.used.copy(), self.by_owner.copy(), self.jobs.copy()
         return other
 
-    def available(self, queue: str, flavour: Flavour) -> int:
+    def available(self, queue: str, flavor: Flavor) -> int:
         """Units that the queue may take now, borrowed ones included."""
         own = self.queues[queue].spec
-        used = self.used[queue, flavour.name]
+        used = self.used[queue, flavor.name]
         if own.cohort is None:
-            return flavour.nominal_quota - used
+            return flavor.nominal_quota - used
         pool = 0
-        for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavour.name]:
+        for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavor.name]:
             kept = theirs.nominal_quota - _lends(theirs)
             pool += _lends(theirs) - max(0, self.used[name, theirs.name] - kept)
-        guaranteed = flavour.nominal_quota - _lends(flavour)
+        guaranteed = flavor.nominal_quota - _lends(flavor)
         free = max(0, guaranteed - used) + max(0, pool)
-        limit = UNLIMITED if flavour.borrowing_limit is None else flavour.nominal_quota + flavour.borrowing_limit
+        limit = UNLIMITED if flavor.borrowing_limit is None else flavor.nominal_quota + flavor.borrowing_limit
         return min(free, limit - used)
 
-    def most(self, queue: str, flavour: Flavour) -> int:
+    def most(self, queue: str, flavor: Flavor) -> int:
         """Units that the queue could ever have."""
         if self.queues[queue].spec.cohort is None:
-            return flavour.nominal_quota
-        others = sum(_lends(theirs) for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavour.name] if name != queue)
-        extra = others if flavour.borrowing_limit is None else min(others, flavour.borrowing_limit)
-        return flavour.nominal_quota + extra
+            return flavor.nominal_quota
+        others = sum(_lends(theirs) for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavor.name] if name != queue)
+        extra = others if flavor.borrowing_limit is None else min(others, flavor.borrowing_limit)
+        return flavor.nominal_quota + extra
 
-    def borrows(self, queue: str, flavour: Flavour, units: int = 0) -> bool:
+    def borrows(self, queue: str, flavor: Flavor, units: int = 0) -> bool:
         """Whether the queue has, with so many units more, more than its own."""
-        return self.used[queue, flavour.name] + units > flavour.nominal_quota
+        return self.used[queue, flavor.name] + units > flavor.nominal_quota
 
     def share(self, queue: str) -> float:
         """Weighted dominant share of the cohort's nominal quota, past use included."""
@@ -103,11 +103,11 @@ class Ledger:
             return known
         own = self.queues[queue]
         shares = [
-            self.used[queue, flavour.name] / total
-            for flavour in own.spec.flavours
-            if (total := sum(f.nominal_quota for _, f in self._cohorts[_cohort(own), flavour.name]))
+            self.used[queue, flavor.name] / total
+            for flavor in own.spec.flavors
+            if (total := sum(f.nominal_quota for _, f in self._cohorts[_cohort(own), flavor.name]))
         ]
-        total = sum(f.nominal_quota for flavour in own.spec.flavours for _, f in self._cohorts[_cohort(own), flavour.name])
+        total = sum(f.nominal_quota for flavor in own.spec.flavors for _, f in self._cohorts[_cohort(own), flavor.name])
         past = self._past[queue] / total if total else 0.0
         found = self._shares[queue] = (max(shares, default=0.0) + past) / own.spec.weight
         return found
@@ -117,8 +117,8 @@ def _cohort(queue: Queue) -> str:
     return f"c/{queue.spec.cohort}" if queue.spec.cohort is not None else f"q/{queue.name}"
 
 
-def _lends(flavour: Flavour) -> int:
-    return flavour.nominal_quota if flavour.lending_limit is None else min(flavour.lending_limit, flavour.nominal_quota)
+def _lends(flavor: Flavor) -> int:
+    return flavor.nominal_quota if flavor.lending_limit is None else min(flavor.lending_limit, flavor.nominal_quota)
 
 
 def _decay(spec: FineTuneQueueSpec, since: datetime, now: datetime) -> float:
@@ -163,9 +163,9 @@ def counted(
 
 def implicit_queue(snapshot: Snapshot) -> Queue:
     """One queue over everything there is, for clusters without a FineTuneQueue."""
-    resources = sorted({w.ask.resource for w in snapshot.workloads if w.ask.resource != "cpu"})
-    flavours = [
-        Flavour.model_construct(
+    resources = sorted({w.request.resource for w in snapshot.workloads if w.request.resource != "cpu"})
+    flavors = [
+        Flavor.model_construct(
             name=re.sub(r"[^a-z0-9]+", "-", resource.lower()),
             resource_name=resource,
             node_labels={},
@@ -179,5 +179,5 @@ def implicit_queue(snapshot: Snapshot) -> Queue:
         )
         for resource in resources
     ]
-    spec = FineTuneQueueSpec(flavours=[Flavour(name="none", nominal_quota=0)]).model_copy(update={"flavours": flavours})
+    spec = FineTuneQueueSpec(flavors=[Flavor(name="none", nominal_quota=0)]).model_copy(update={"flavors": flavors})
     return Queue(name=IMPLICIT, spec=spec)

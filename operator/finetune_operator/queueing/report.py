@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.queue import FineTuneQueueStatus, FlavourUsage, Oldest
+from finetune_api.queue import FineTuneQueueStatus, FlavorUsage, Oldest
 from finetune_api.status import Condition
 
-from ..reconcile.model import parse_time, rfc3339
-from .model import Decisions, Queue, Snapshot
+from ..model.queueing import Decisions, Queue, Snapshot
+from ..model.times import parse_time, rfc3339
 from .quota import counted
 
 Object = dict[str, Any]
@@ -17,14 +17,14 @@ Object = dict[str, Any]
 def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:
     """A queue's status from what was decided."""
     report, spec = decisions.queues[queue.name], queue.spec
-    flavours = [
-        FlavourUsage(
+    flavors = [
+        FlavorUsage(
             name=f.name,
             nominal=f.nominal_quota,
             used=report.used.get(f.name, 0),
             borrowed=max(0, report.used.get(f.name, 0) - f.nominal_quota),
         )
-        for f in spec.flavours
+        for f in spec.flavors
     ]
     stamp = rfc3339(snapshot.now)
     since = parse_time(queue.history.updated_at) or snapshot.now
@@ -43,10 +43,10 @@ def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decis
         conditions=[active],
         pending=report.pending,
         admitted=report.admitted,
-        flavours=flavours,
-        used=sum(f.used for f in flavours),
-        nominal=sum(f.nominal for f in flavours),
-        borrowed=sum(f.borrowed for f in flavours),
+        flavors=flavors,
+        used=sum(f.used for f in flavors),
+        nominal=sum(f.nominal for f in flavors),
+        borrowed=sum(f.borrowed for f in flavors),
         share=report.share,
         oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
         history=counted(queue.history, spec, report.by_namespace, since, snapshot.now, stamp),

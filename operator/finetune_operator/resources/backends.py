@@ -12,6 +12,7 @@ from finetune_api import names
 from finetune_api.scalars import quantity
 from finetune_api.spec import FineTuneJobSpec
 
+from ..model.children import QUEUE_LABEL
 from ..settings import Settings
 from .common import JobRef, Manifest
 
@@ -19,7 +20,7 @@ GROUP_KINDS = {"kueue": ("Workload", "Workload/v1beta1"), "volcano": ("PodGroup"
 """Kinds in which a back-end says where a gang stands; the first that is there counts."""
 _KUEUE = "kueue.x-k8s.io"
 _VOLCANO = "scheduling.volcano.sh"
-QUEUE_LABEL, GROUP_LABEL = f"{_KUEUE}/queue-name", f"{_KUEUE}/pod-group-name"
+GROUP_LABEL = f"{_KUEUE}/pod-group-name"
 JOB_UID_LABEL = f"{_KUEUE}/job-uid"
 """On the Workload that Kueue makes or takes for a Job"""
 _GROUP_NAME = "scheduling.k8s.io/group-name"

@@ -93,7 +93,7 @@ def _rather(rank: int, attempt: int, avoid: tuple[str, ...], admission: Admissio
 
 
 def put_on(spec: Manifest, admission: AdmissionStatus | None) -> None:
-    """Let a pod onto the nodes of the flavour that it was admitted to, and onto no others."""
+    """Let a pod onto the nodes of the flavor that it was admitted to, and onto no others."""
     if admission is None:
         return
     if admission.node_labels:

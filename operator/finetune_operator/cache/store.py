@@ -1,0 +1,305 @@
+"""What the operator remembers of the cluster: jobs by key, children by the UID of their owner.
+
+Fed by watch events, by the answers to the operator's own writes (so that it never acts on a state older than
+what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds views, not whole objects.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_api import names
+from finetune_api.contract import ProgressReport
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Restart, read_status
+from finetune_api.validation import InvalidDocument, parse_spec
+
+from ..model.children import job_view, owner_uid, pod_view
+from ..model.job import ChildJobView, Observed, PodView
+from ..model.objects import CHILD_KINDS, Key, Object
+from ..model.workload import has_ended
+
+
+@dataclass
+class _Entry:
+    version: int
+    owner: str
+    job_uid: str
+    """UID of the FineTuneJob by label: only used to wake it, never to decide"""
+    value: Any
+    name: str
+    seen: float
+
+
+def _version(raw: Object) -> int:
+    text = str(raw["metadata"].get("resourceVersion", "0"))
+    return int(text) if text.isdigit() else 0
+
+
+class Store:
+    """Jobs and their children, as last seen or written."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Key, Object] = {}
+        self._keys: dict[str, Key] = {}
+        self._seen: dict[str, float] = {}
+        """By the job's UID: when its present state came"""
+        self._children: dict[str, dict[str, _Entry]] = {kind: {} for kind in CHILD_KINDS}
+        self._by_owner: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._restarts: dict[str, tuple[Any, list[Restart]]] = {}
+        """By the job's UID: as it stands in its status, and parsed"""
+        self._specs: dict[str, tuple[Any, FineTuneJobSpec]] = {}
+        """By the job's UID: generation, and the spec of it"""
+        self._changed: set[Key] = set()
+        self._gone: dict[str, float] = {}
+        """UIDs of deleted objects: a late event must not bring them back"""
+        self._labelled: dict[str, set[str]] = defaultdict(set)
+        """UIDs of pods by the job's UID on their label"""
+
+    # jobs
+
+    def put_job(self, raw: Object) -> Key:
+        """Remember a job, unless a newer state of the same object is known."""
+        meta = raw["metadata"]
+        key = (meta["namespace"], meta["name"])
+        known = self._jobs.get(key)
+        if meta["uid"] in self._gone:
+            return key
+        if not self.is_known(raw):
+            if known is not None and known["metadata"]["uid"] != meta["uid"]:
+                self._forget_job(known["metadata"]["uid"])
+            slim = {k: v for k, v in meta.items() if k != "managedFields"}
+            self._jobs[key] = {**raw, "metadata": slim}
+            self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
+            self._note_restarts(raw)
+            if has_ended(raw):
+                self._specs.pop(meta["uid"], None)
+            self._changed.add(key)
+        return key
+
+    def is_known(self, raw: Object) -> bool:
+        """Whether this very state of the job, or a newer one, is remembered."""
+        meta = raw["metadata"]
+        known = self._jobs.get((meta["namespace"], meta["name"]))
+        return known is not None and known["metadata"]["uid"] == meta["uid"] and 0 < _version(raw) <= _version(known)
+
+    def drop_job(self, raw: Object) -> Key:
+        """Forget a deleted job."""
+        meta = raw["metadata"]
+        key = (meta["namespace"], meta["name"])
+        known = self._jobs.get(key)
+        if known is not None and known["metadata"]["uid"] == meta["uid"]:
+            del self._jobs[key]
+        self._changed.add(key)
+        self._forget_job(meta["uid"])
+        self._bury(meta["uid"])
+        return key
+
+    def _forget_job(self, uid: str) -> None:
+        for what in (self._keys, self._seen, self._restarts, self._specs):
+            what.pop(uid, None)
+
+    def _note_restarts(self, raw: Object) -> None:
+        status, uid = raw.get("status"), raw["metadata"]["uid"]
+        found = status.get("restarts") if isinstance(status, dict) else None
+        if not found:
+            self._restarts.pop(uid, None)
+        elif self._restarts.get(uid, ([], []))[0] != found:
+            self._restarts[uid] = (found, read_status({"restarts": found}).restarts)
+
+    def touch(self, uid: str) -> None:
+        """Something that belongs to the job of that UID is different now."""
+        if (key := self._keys.get(uid)) is not None:
+            self._changed.add(key)
+
+    def changes(self) -> set[Key]:
+        """Jobs that have changed, or something with their label, since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def restarts(self) -> list[Restart]:
+        """The last restarts of all jobs."""
+        return [restart for _, restarts in self._restarts.values() for restart in restarts]
+
+    def job(self, key: Key) -> Object | None:
+        """The job of that key."""
+        return self._jobs.get(key)
+
+    def spec(self, raw: Object) -> FineTuneJobSpec | None:
+        """A job's spec, parsed once per generation; None when it is not valid."""
+        uid, generation = raw["metadata"]["uid"], raw["metadata"].get("generation")
+        known = self._specs.get(uid)
+        if known is None or known[0] != generation:
+            try:
+                parsed = parse_spec(raw.get("spec"), strict=False)
+            except InvalidDocument:
+                return None
+            if generation is None or uid in self._gone:
+                return parsed
+            known = self._specs[uid] = (generation, parsed)
+        return known[1]
+
+    def job_of_uid(self, uid: str) -> Object | None:
+        """The job of that UID."""
+        key = self._keys.get(uid)
+        return self._jobs.get(key) if key is not None else None
+
+    def job_keys(self) -> list[Key]:
+        """Keys of all jobs."""
+        return list(self._jobs)
+
+    # children
+
+    def put_child(self, kind: str, raw: Object) -> Key | None:
+        """Remember a child unless a newer state is known; the key of the job to wake, if it is known."""
+        meta = raw["metadata"]
+        uid = meta["uid"]
+        known = self._children[kind].get(uid)
+        job_uid = str((meta.get("labels") or {}).get(names.LABEL_JOB_UID, ""))
+        if uid not in self._gone and (known is None or known.version <= _version(raw)):
+            owner = owner_uid(raw)
+            if known is not None and known.owner != owner:
+                self._by_owner[known.owner].discard((kind, uid))
+            if known is not None and known.job_uid != job_uid:
+                self._labelled[known.job_uid].discard(uid)
+            self._children[kind][uid] = _Entry(_version(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
+            self._by_owner[owner].add((kind, uid))
+            if kind == "Pod":
+                self._labelled[job_uid].add(uid)
+            self.touch(job_uid)
+        return self._keys.get(job_uid)
+
+    def drop_child(self, kind: str, raw: Object) -> Key | None:
+        """Forget a deleted child; the key of the job to wake, if it is known."""
+        uid = raw["metadata"]["uid"]
+        self._forget(kind, uid)
+        return self._keys.get(str((raw["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID, "")))
+
+    def prune(self, kind: str, listed: set[str], listed_at: float) -> set[Key]:
+        """Forget children that a LIST did not show and that were not seen since it began; keys to wake."""
+        lost = [uid for uid, e in self._children[kind].items() if uid not in listed and e.seen < listed_at]
+        woken = {key for uid in lost if (key := self._keys.get(self._children[kind][uid].job_uid)) is not None}
+        for uid in lost:
+            self._forget(kind, uid)
+        return woken
+
+    def prune_jobs(self, listed: set[str], listed_at: float) -> None:
+        """Forget jobs that a LIST did not show and that were not seen since it began: one may have been created meanwhile."""
+        for raw in list(self._jobs.values()):
+            uid = raw["metadata"]["uid"]
+            if uid not in listed and self._seen[uid] < listed_at:
+                self.drop_job(raw)
+
+    @staticmethod
+    def _digest(kind: str, raw: Object) -> Any:
+        if kind == "Pod":
+            return {
+                "metadata": _keep(raw["metadata"]),
+                "spec": {field: raw["spec"][field] for field in ("nodeName", "priority") if (raw.get("spec") or {}).get(field)},
+                "status": _pod_status(raw.get("status") or {}),
+            }
+        if kind == "Job":
+            return job_view(raw)
+        return str((raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_HASH, ""))
+
+    def _forget(self, kind: str, uid: str) -> None:
+        entry = self._children[kind].pop(uid, None)
+        if entry is not None:
+            self.touch(entry.job_uid)
+            members = self._by_owner[entry.owner]
+            members.discard((kind, uid))
+            if not members:
+                del self._by_owner[entry.owner]
+            if kind == "Pod":
+                self._labelled[entry.job_uid].discard(uid)
+                if not self._labelled[entry.job_uid]:
+                    del self._labelled[entry.job_uid]
+        self._bury(uid)
+
+    def _bury(self, uid: str) -> None:
+        now = time.monotonic()
+        self._gone[uid] = now
+        if len(self._gone) > 20_000:
+            self._gone = {u: t for u, t in self._gone.items() if now - t < 600}
+
+    # observation
+
+    def observe(self, key: Key, now: datetime, report: tuple[ProgressReport, datetime] | None) -> Observed | None:
+        """Everything known about a job and what it owns, by UID."""
+        job = self._jobs.get(key)
+        if job is None:
+            return None
+        uid = job["metadata"]["uid"]
+        jobs: list[ChildJobView] = []
+        applied: dict[tuple[str, str], str] = {}
+        pods = []
+        own = self._by_owner.get(uid, set())
+        for kind, child in own:
+            entry = self._children[kind][child]
+            if kind == "Job":
+                jobs.append(entry.value)
+            elif kind != "Pod":
+                applied[kind, entry.name] = entry.value
+        child_jobs = {j.uid for j in jobs}
+        for owner in (uid, *child_jobs):
+            for kind, child in self._by_owner.get(owner, ()):
+                if kind == "Pod":
+                    pods.append(pod_view(self._children[kind][child].value, child_jobs))
+        labelled = [self._children["Pod"][child] for child in self._labelled.get(uid, ())]
+        left = [pod_view(e.value) for e in labelled if e.owner not in (uid, *child_jobs) and _was_a_jobs(e.value)]
+        return Observed(
+            job=job,
+            spec=self.spec(job) if not has_ended(job) else None,
+            pods=tuple(sorted(pods, key=lambda p: p.name)),
+            left=tuple(sorted(left, key=lambda p: p.name)),
+            jobs=tuple(sorted(jobs, key=lambda j: j.name)),
+            applied=applied,
+            report=report[0] if report else None,
+            reported_at=report[1] if report else None,
+            now=now,
+        )
+
+    def gpu_pods(self, uid: str) -> list[PodView]:
+        """A job's workers and the pods of its evaluation."""
+        found = []
+        for kind, child in self._by_owner.get(uid, ()):
+            if kind == "Pod":
+                found.append(pod_view(self._children[kind][child].value))
+            elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
+                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+                found += [pod_view(pod, frozenset({child})) for pod in pods]
+        return found
+
+    def is_worker(self, uid: str) -> bool:
+        """Whether it is a pod that a known job owns itself."""
+        entry = self._children["Pod"].get(uid)
+        return entry is not None and entry.owner in self._keys
+
+    def pod(self, uid: str) -> Object | None:
+        """The kept fields of a pod, for the progress endpoint's checks."""
+        entry = self._children["Pod"].get(uid)
+        return entry.value if entry is not None else None
+
+
+def _was_a_jobs(pod: Object) -> bool:
+    """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
+    return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
+
+
+def _keep(metadata: Object) -> Object:
+    wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
+    kept = {field: metadata[field] for field in wanted if field in metadata}
+    admission = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION)
+    return kept if admission is None else {**kept, "annotations": {names.ANNOTATION_ADMISSION: admission}}
+
+
+def _pod_status(status: Object) -> Object:
+    kept: Object = {field: status[field] for field in ("phase", "reason", "message", "conditions") if field in status}
+    containers = status.get("containerStatuses") or ()
+    if containers:
+        kept["containerStatuses"] = [{"state": c.get("state") or {}} for c in containers[:1]]
+    return kept

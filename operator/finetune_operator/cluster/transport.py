@@ -1,0 +1,276 @@
+"""The API server behind six verbs. One connection pool, explicit time-outs, Retry-After honoured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import client as kubernetes_client
+from pydantic_core import from_json
+
+from finetune_api import names
+
+from .. import tracing
+from ..model.objects import Object
+from .clock import ServerClock
+from .limits import Priority, RateLimit
+from .resources import RESOURCES
+
+REQUEST_TIMEOUT = 30.0
+LIST_CHUNK = 500
+_TRANSIENT_TRIES = 4
+DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
+
+
+class APIError(Exception):
+    """The API server refused a request, or could not be reached (status 0)."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{status} {reason}: {message}" if status else message)
+        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
+
+    @property
+    def not_found(self) -> bool:
+        """The object is not there."""
+        return self.status == 404
+
+    @property
+    def conflict(self) -> bool:
+        """The object changed meanwhile, exists already, or is another one of the same name."""
+        return self.status == 409
+
+    @property
+    def transient(self) -> bool:
+        """Worth the same request again: overload, a restart of the server, a broken connection."""
+        return self.status in (0, 429, 500, 502, 503, 504)
+
+
+class Cluster(Protocol):
+    """What the controller needs of a cluster; tests put a fake in its place."""
+
+    async def apply(self, manifest: Object) -> Object:
+        """Server-side apply under one field manager."""
+
+    async def create(self, manifest: Object) -> Object:
+        """Create; APIError 409 when the name is taken."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        """Read one object; APIError 404 when absent."""
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Object) -> Object:
+        """JSON merge patch; APIError 404 when absent."""
+
+    async def serves(self, kind: str) -> bool:
+        """Whether the API server knows a kind in its version."""
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
+        """Delete in the background if the UID matches; the object while it lingers, None when it is gone."""
+
+    async def replace(self, manifest: Object) -> Object:
+        """Replace an object on condition of its resourceVersion; APIError 409 when stale."""
+
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
+        """Write the status on condition of the resourceVersion; APIError 409 when stale."""
+
+    def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
+        """All objects of a kind, in chunks."""
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        """The status of a TokenReview."""
+
+    def now(self) -> datetime:
+        """The API server's time."""
+
+
+class KubernetesCluster:
+    """The real API server."""
+
+    def __init__(self, api: kubernetes_client.ApiClient, limit: RateLimit | None = None) -> None:
+        self._api = api
+        self._clock = ServerClock()
+        self._limit = limit if limit is not None else RateLimit(DEFAULT_QPS, DEFAULT_BURST)
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """Requests by (verb, kind)."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        kind: str,
+        verb: str,
+        body: Object | None = None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+        priority: Priority = Priority.LOOK,
+    ) -> Object:
+        """One request; transient failures are retried with jitter. Raises APIError."""
+        for attempt in range(_TRANSIENT_TRIES):
+            if kind != "Lease":  # late, it would be lost
+                await self._limit.acquire(priority)
+            try:
+                with tracing.span(f"{verb} {kind}"):
+                    return await self._once(method, path, kind, verb, body, query, content_type)
+            except APIError as failure:
+                # a POST that may have been carried out is safe to repeat: its name is fixed, the second gets a 409
+                if not failure.transient or attempt == _TRANSIENT_TRIES - 1:
+                    raise
+                await asyncio.sleep(failure.retry_after or (0.2 * 2**attempt * (0.5 + random.random())))
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        kind: str,
+        verb: str,
+        body: Object | None,
+        query: dict[str, str] | None,
+        content_type: str,
+    ) -> Object:
+        self.calls[verb, kind] += 1
+        try:
+            # not param_serialize: it walks and copies every part of a request, and finds nothing to change
+            headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
+            if token := await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
+                headers["Authorization"] = token
+            url = f"{self._api.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+            response = await self._api.call_api(method, url, headers, body, _request_timeout=REQUEST_TIMEOUT)
+            data = await response.read()
+        except (TimeoutError, OSError, aiohttp.ClientError) as failure:
+            raise APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}") from failure
+        self._clock.heard(response.headers.get("Date"))
+        if response.status >= 400:
+            raise _api_error(response.status, data, response.headers)
+        parsed: Object = from_json(data)
+        return parsed
+
+    async def apply(self, manifest: Object) -> Object:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        path = RESOURCES[kind].path(meta["namespace"], meta["name"])
+        query = {"fieldManager": names.MANAGER, "force": "true"}
+        return await self.request(
+            "PATCH",
+            path,
+            kind=kind,
+            verb="apply",
+            body=manifest,
+            query=query,
+            content_type="application/apply-patch+yaml",
+            priority=Priority.ACT,
+        )
+
+    async def create(self, manifest: Object) -> Object:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        version = str(manifest.get("apiVersion", "")).rpartition("/")[2]
+        path = RESOURCES.get(f"{kind}/{version}", RESOURCES[kind]).path(meta.get("namespace", ""))
+        priority = Priority.LOOK if kind == "Event" else Priority.ACT
+        query = {"fieldManager": names.MANAGER}
+        return await self.request("POST", path, kind=kind, verb="create", body=manifest, query=query, priority=priority)
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        return await self.request("GET", RESOURCES[kind].path(namespace, name), kind=kind, verb="get")
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Object) -> Object:
+        path = RESOURCES[kind].path(namespace, name)
+        query, priority = {"fieldManager": names.MANAGER}, Priority.ACT
+        content = "application/merge-patch+json"
+        return await self.request("PATCH", path, kind=kind, verb="patch", body=body, query=query, content_type=content, priority=priority)
+
+    async def plurals(self, group: str, version: str) -> set[str]:
+        """Names of the resources that the API server serves in a version of a group; none when it does not know it."""
+        try:
+            answer = await self.request("GET", f"/apis/{group}/{version}", kind="APIResourceList", verb="get")
+        except APIError as failure:
+            if failure.not_found:
+                return set()
+            raise
+        return {str(known.get("name")) for known in answer.get("resources") or ()}
+
+    async def serves(self, kind: str) -> bool:
+        resource = RESOURCES[kind]
+        try:
+            return resource.plural in await self.plurals(resource.group, resource.version)
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return True  # not allowed to ask: the objects will tell
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Object | None:
+        body: Object = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+            **({"gracePeriodSeconds": grace_seconds} if grace_seconds is not None else {}),
+        }
+        try:
+            path = RESOURCES[kind].path(namespace, name)
+            answer = await self.request("DELETE", path, kind=kind, verb="delete", body=body, priority=Priority.ACT)
+        except APIError as failure:
+            if not (failure.not_found or failure.conflict):
+                raise
+            return None
+        return answer if answer.get("kind") == kind else None
+
+    async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
+        kind, meta = raw["kind"], raw["metadata"]
+        path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"], "status")
+        query = {"fieldManager": names.MANAGER}
+        priority = Priority.TELL if urgent else Priority.LOOK
+        return await self.request("PUT", path, kind=kind, verb="replace_status", body=raw, query=query, priority=priority)
+
+    async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
+        resource = RESOURCES[kind]
+        query = {"limit": str(LIST_CHUNK), **({"labelSelector": selector} if selector else {})}
+        while True:
+            page = await self.request("GET", resource.path(namespace), kind=kind, verb="list", query=query)
+            for item in page.get("items") or ():
+                yield item
+            more = (page.get("metadata") or {}).get("continue")
+            if not more:
+                return
+            query["continue"] = more
+
+    async def review_token(self, token: str, audience: str) -> Object:
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        path = RESOURCES["TokenReview"].path()
+        answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
+        status: Object = answer.get("status") or {}
+        return status
+
+    async def replace(self, manifest: Object) -> Object:
+        """Replace an object on condition of its resourceVersion."""
+        kind, meta = manifest["kind"], manifest["metadata"]
+        path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"])
+        return await self.request("PUT", path, kind=kind, verb="replace", body=manifest, query={"fieldManager": names.MANAGER})
+
+    def now(self) -> datetime:
+        return self._clock.now()
+
+    async def close(self) -> None:
+        """Close the connection pool."""
+        await self._api.close()
+
+
+def _api_error(status: int, body: Any, headers: Any) -> APIError:
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
+    reason, message = "Error", text[:1000]
+    try:
+        answer = json.loads(text)
+        reason, message = str(answer.get("reason", reason)), str(answer.get("message", message))
+    except (ValueError, AttributeError):
+        pass
+    after = (headers or {}).get("Retry-After") if headers is not None else None
+    return APIError(status, reason, message, float(after) if after and str(after).isdigit() else None)

@@ -1,0 +1,152 @@
+"""PURE: raw API objects -> what the queue sees of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from typing import Any
+
+from finetune_api import names
+from finetune_api.spec import FineTuneJobSpec
+
+from ..settings import Settings
+from .job import PodView
+from .nodes import amount
+from .objects import Object
+from .queueing import Allocation, Request, Workload
+from .times import parse_time
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+
+def request_of(spec: FineTuneJobSpec) -> Request:
+    """What a job's gang needs."""
+    distribution, resources = spec.distribution, spec.resources
+    gpus = distribution.gpus_per_node
+    per_pod: dict[str, int] = {}
+    for name in ("cpu", "memory"):
+        wanted = getattr(resources.requests, name) or getattr(resources.limits, name)
+        if wanted is not None:
+            per_pod[name] = amount(name, wanted)
+    if gpus:
+        per_pod[resources.gpu_resource_name] = gpus
+    fewest = distribution.min_nodes or distribution.nodes
+    batch = spec.tuning.hyperparameters.global_batch_size
+    sizes = [n for n in range(distribution.nodes, fewest - 1, -1) if batch % (n * max(1, gpus)) == 0]
+    return Request(
+        resource=resources.gpu_resource_name if gpus else "cpu",
+        units=gpus or int((Decimal(per_pod.get("cpu", 0)) / 1000).to_integral_value(ROUND_CEILING)),
+        pods=tuple(sizes) or (distribution.nodes,),
+        per_pod=tuple(sorted(per_pod.items())),
+        selector=tuple(sorted(spec.scheduling.node_selector.items())),
+        tolerations=tuple((t.key, t.operator, t.value, t.effect) for t in spec.scheduling.tolerations),
+        topology_key=spec.scheduling.topology_key or "",
+    )
+
+
+def _evaluation_request(request: Request, settings: Settings) -> Request:
+    per_pod = {request.resource: 1, "cpu": amount("cpu", settings.stage_cpu), "memory": amount("memory", settings.stage_memory)}
+    return Request(
+        resource=request.resource,
+        units=1,
+        pods=(1,),
+        per_pod=tuple(sorted(per_pod.items())),
+        selector=request.selector,
+        tolerations=request.tolerations,
+    )
+
+
+def has_ended(raw: Object) -> bool:
+    """Whether a job's end is on record."""
+    return bool(_object(raw.get("status")).get("finishedAt"))
+
+
+def is_still(raw: Object) -> bool:
+    """Whether a job looks the same at any time: it is not held back until some time."""
+    return not _object(raw.get("status")).get("retryAfter")
+
+
+def workload_of(
+    raw: Object,
+    spec: FineTuneJobSpec,
+    request: Request,
+    pods: Iterable[PodView],
+    priority: int,
+    settings: Settings,
+    now: datetime,
+    *,
+    ready: bool = False,
+) -> Workload:
+    """A job with what it holds. `pods`: its workers, and those of its evaluation. `ready`: its data is, not yet on record."""
+    meta, status = raw["metadata"], _object(raw.get("status"))
+    conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or () if isinstance(c, dict)}
+
+    def is_true(type_: str) -> bool:
+        return conditions.get(type_) == "True"
+
+    finished, trained, admitted = is_true("Succeeded") or is_true("Failed"), is_true("Trained"), is_true("Admitted")
+    suspended = spec.run_policy.suspend or is_true("Suspended")
+    admission = _object(status.get("admission"))
+    alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
+    gang = [p for p in alive if p.stage == "train"]
+    evaluates = (
+        trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
+    )
+    keeps = admitted and not finished and not suspended
+    allocation = None
+    if keeps and evaluates and not gang:
+        request = _evaluation_request(request, settings)
+        allocation = _allocation(admission, 1, request, [p for p in alive if p.job_uid], raw, now, stopping=False)
+    elif keeps and not trained:
+        allocation = _allocation(admission, int(admission.get("nodes") or request.pods[0]), request, gang, raw, now, stopping=False)
+    elif gang:
+        allocation = _allocation(admission, len(gang), request, gang, raw, now, stopping=True)
+    retry_after = parse_time(status.get("retryAfter"))
+    waiting = _object(status.get("queue"))
+    created = parse_time(meta.get("creationTimestamp")) or _EPOCH
+    return Workload(
+        uid=meta["uid"],
+        namespace=meta["namespace"],
+        name=meta["name"],
+        queue=spec.scheduling.queue,
+        user=str(_object(meta.get("annotations")).get(names.ANNOTATION_CREATED_BY) or ""),
+        priority=priority,
+        since=created,
+        waits_since=parse_time(waiting.get("since")) or now,
+        request=request,
+        waits=(ready or is_true("DataReady"))
+        and not (trained or finished or suspended or admitted)
+        and (retry_after is None or retry_after <= now),
+        allocation=allocation,
+    )
+
+
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
+
+
+def _allocation(
+    admission: Object, pods: int, request: Request, alive: list[PodView], raw: Object, now: datetime, *, stopping: bool
+) -> Allocation:
+    status = _object(raw.get("status"))
+    since = parse_time(admission.get("admittedAt")) or now
+    saved = parse_time(_object(status.get("checkpoint")).get("savedAt"))
+    running = parse_time(_object(status.get("gang")).get("runningSince"))
+    domain = _object(admission.get("topology"))
+    bound: dict[str, int] = defaultdict(int)
+    for pod in alive:
+        if pod.node:
+            bound[pod.node] += 1
+    return Allocation(
+        queue=admission.get("queue") or "",
+        flavor=admission.get("flavor") or "",
+        pods=pods,
+        units=request.units,
+        since=since,
+        saved_at=max((at for at in (saved, running) if at is not None), default=None),
+        bound=tuple(sorted(bound.items())),
+        topology=(domain["key"], domain["value"]) if domain.get("key") and domain.get("value") else None,
+        stopping=stopping,
+    )

@@ -1,1 +1,0 @@
-"""The endpoint that training pods report to, and the memory behind it."""

@@ -1,0 +1,5 @@
+"""PURE: (job, children, progress, now) -> Plan. A job's state machine lives here alone."""
+
+from .engine import reconcile, refused
+
+__all__ = ["reconcile", "refused"]

@@ -1,0 +1,86 @@
+"""The HTTPS endpoints of the webhooks. Every replica answers, also one that stands by."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from finetune_api import KIND
+from finetune_api.queue import QUEUE_KIND
+
+from .. import metrics
+from ..cluster.transport import APIError, Cluster
+from ..model.nodes import namespace_of, queue_of
+from ..model.queueing import may_use
+from ..settings import Settings
+from .review import Answer, Rights, mutate, parsed, validate
+
+log = logging.getLogger("finetune.webhooks")
+VALIDATE, MUTATE = "/admission/validate", "/admission/mutate"
+BODY_LIMIT = 4 * 1024 * 1024
+"""An object of etcd's size, old and new."""
+
+
+class AdmissionServer:
+    """Looks up what a decision needs, and answers."""
+
+    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+        self._cluster, self._settings = cluster, settings
+
+    def routes(self) -> list[web.RouteDef]:
+        """For the application that has the certificate."""
+        return [web.post(VALIDATE, self._validate), web.post(MUTATE, self._mutate)]
+
+    async def _validate(self, request: web.Request) -> web.Response:
+        review = await _read(request)
+        answer = validate(review, await self._rights(review))
+        return _write(review, answer, "validate")
+
+    async def _mutate(self, request: web.Request) -> web.Response:
+        review = await _read(request)
+        return _write(review, mutate(review), "mutate")
+
+    async def _rights(self, request: Mapping[str, Any]) -> Rights:
+        namespace = str(request.get("namespace") or "")
+        if (request.get("kind") or {}).get("kind") != KIND:
+            return Rights()
+        remote = self._settings.allows_remote_code(namespace)
+        spec = parsed(request.get("object"))
+        if spec is None or spec.scheduling.queue is None or self._settings.queueing_backend != "builtin":
+            return Rights(remote_code=remote)
+        try:
+            raw = await self._cluster.get(QUEUE_KIND, "", spec.scheduling.queue)
+            found = await self._cluster.get("Namespace", "", namespace)
+        except APIError as failure:  # it may come later; the scheduler looks again, and says so
+            log.info("queue %s is not looked at: %s", spec.scheduling.queue, failure)
+            return Rights(remote_code=remote)
+        queue = queue_of(raw)
+        if queue is None or may_use(queue, namespace_of(found)):
+            return Rights(remote_code=remote)
+        return Rights(remote_code=remote, queue_refused=f"queue {queue.name} is not for namespace {namespace} (its namespaceSelector)")
+
+
+async def _read(request: web.Request) -> dict[str, Any]:
+    if request.content_length is not None and request.content_length > BODY_LIMIT:
+        raise web.HTTPRequestEntityTooLarge(max_size=BODY_LIMIT, actual_size=request.content_length)
+    body = bytearray()
+    async for chunk in request.content.iter_chunked(64 * 1024):
+        body += chunk
+        if len(body) > BODY_LIMIT:
+            raise web.HTTPRequestEntityTooLarge(max_size=BODY_LIMIT, actual_size=len(body))
+    try:
+        review = json.loads(bytes(body))["request"]
+        if not isinstance(review, dict) or not isinstance(review["uid"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise web.HTTPBadRequest(text="expected an AdmissionReview of admission.k8s.io/v1") from None
+    return review
+
+
+def _write(review: Mapping[str, Any], answer: Answer, webhook: str) -> web.Response:
+    metrics.ADMISSION_REVIEWS.labels(webhook=webhook, allowed=str(not answer.errors).lower()).inc()
+    return web.json_response(answer.to_wire(str(review["uid"])))
