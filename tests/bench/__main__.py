@@ -11,7 +11,9 @@ from . import faults, kueue_workload, loop, operator, prepare, queueing, trainer
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["operator", "loop", "queueing", "kueue", "prepare", "trainer", "faults", []], default=[])
+    parser.add_argument(
+        "which", nargs="*", choices=["operator", "loop", "queueing", "kueue", "prepare", "trainer", "faults", []], default=[]
+    )
     which = parser.parse_args().which or ["operator", "loop", "queueing", "kueue", "prepare", "trainer", "faults"]
     results = {}
     if "operator" in which:
