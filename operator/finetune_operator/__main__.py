@@ -67,6 +67,7 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
     async def scrape(_: web.Request) -> web.Response:
         for (verb, kind), count in cluster.calls.items():
             metrics.API_REQUESTS.labels(verb=verb, kind=kind).set(count)
+        metrics.export(acts=controller.acting, phases=controller.store.phases())
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()

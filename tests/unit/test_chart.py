@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
-from finetune_operator import metrics as _metrics  # noqa: F401 - registers them
+from finetune_operator import metrics
 from tests.cluster.helm import CHART
 from tests.cluster.helm import rendered as render
 
@@ -221,6 +221,20 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     assert used <= _exported(), used - _exported()
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids)) and all(panel["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"])
+
+
+def test_what_alerts_on_absence_is_there_while_an_operator_acts_on_an_empty_cluster() -> None:
+    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    asked = [found for group in alerts["groups"] for rule in group["rules"] for found in re.findall(r"absent\((.*?)\)", rule["expr"])]
+    assert asked == ["finetune_leader == 1"]
+
+    def shown() -> set[str]:
+        return {f"{s.name} == {s.value:.0f}" for family in REGISTRY.collect() for s in family.samples}
+
+    metrics.export(acts=True, phases={})
+    assert set(asked) <= shown()
+    metrics.export(acts=False, phases={"Training": 3})
+    assert not set(asked) & shown(), "nobody acts"
 
 
 def test_every_alert_has_a_runbook() -> None:

@@ -7,7 +7,7 @@ what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -152,6 +152,10 @@ class Store:
         """Keys of all jobs."""
         return list(self._jobs)
 
+    def phases(self) -> Counter[str]:
+        """How many jobs are in each phase, by what their statuses say."""
+        return Counter(str(_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
+
     # children
 
     def put_child(self, kind: str, raw: Object) -> Key | None:
@@ -283,6 +287,10 @@ class Store:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)
         return entry.value if entry is not None else None
+
+
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
 
 
 def _was_a_jobs(pod: Object) -> bool:

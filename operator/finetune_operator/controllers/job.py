@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
 from typing import Any
 
 from finetune_api import names
@@ -91,7 +90,7 @@ class Controller:
                 await self._pass(key)
             self.queue.forget(key)
         except APIError as failure:
-            self._failed(key, failure.reason, str(failure), expected=failure.conflict or failure.transient)
+            self._failed(key, metrics.api_reason(failure.reason), str(failure), expected=failure.conflict or failure.transient)
         except Exception as failure:
             log.exception("%s/%s: pass failed", *key)
             self._failed(key, type(failure).__name__, str(failure), expected=False)
@@ -120,7 +119,7 @@ class Controller:
                 self.queue.add(key)
 
     def _failed(self, key: Key, reason: str, message: str, *, expected: bool) -> None:
-        metrics.RECONCILE_ERRORS.labels(reason=reason[:64]).inc()
+        metrics.RECONCILE_ERRORS.labels(reason=reason).inc()
         delay = self.queue.retry(key)
         log.log(logging.INFO if expected else logging.WARNING, "%s/%s: again in %.1f s: %s", *key, delay, message)
 
@@ -352,17 +351,7 @@ class Controller:
                 self.queue.add(key)
         for key in self.store.job_keys():
             self.queue.add(key)
-        self._count_jobs()
         self.last_resync = time.monotonic()
-
-    def _count_jobs(self) -> None:
-        phases: Counter[str] = Counter()
-        for key in self.store.job_keys():
-            job = self.store.job(key) or {}
-            phases[str((job.get("status") or {}).get("phase", "Pending"))[:32]] += 1
-        metrics.JOBS.clear()
-        for phase, count in phases.items():
-            metrics.JOBS.labels(phase=phase).set(count)
 
     async def _resync_until_done(self) -> None:
         delay = 1.0
