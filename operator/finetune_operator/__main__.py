@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import kopf
 import uvloop
@@ -45,8 +46,12 @@ async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRu
     return runner
 
 
-def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
+def _probes(
+    controller: Controller, identity: Identity, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights
+) -> web.Application:
     def not_ready() -> str:
+        if identity.waits_for:
+            return identity.waits_for
         if kinds.missing:
             return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
         if not controller.synced.is_set():
@@ -95,9 +100,9 @@ def _trust(controller: Controller, cluster: KubernetesCluster, settings: Setting
     return look
 
 
-async def _until_jobs_are_served(kinds: Kinds) -> bool:
-    """Wait for the job's kind. False when the process is to end instead: kopf, which sees to signals, does not run yet."""
-    waiting = asyncio.create_task(kinds.found())
+async def _waited(needed: Coroutine[Any, Any, None]) -> bool:
+    """Wait for what nothing can be done without. False when the process is to end instead: kopf, which sees to signals, comes later."""
+    waiting = asyncio.create_task(needed)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
     await asyncio.wait([waiting])
@@ -113,8 +118,8 @@ async def run(settings: Settings) -> None:
     Raises StartOver when a kind that it needs has come or gone.
     """
     cluster = await connect(settings.api_qps, settings.api_burst)
-    identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
+    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
+    identity = Identity(cluster, settings)
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)
@@ -123,15 +128,18 @@ async def run(settings: Settings) -> None:
     kinds, insights = Kinds(cluster, settings), handlers.Insights()
     server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
     endpoints = server.application()
-    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
-    runners = [
-        await _serve(_probes(controller, cluster, settings, kinds, insights), settings.probe_port),
-        await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
-    ]
+    runners = [await _serve(_probes(controller, identity, cluster, settings, kinds, insights), settings.probe_port)]
     failed: list[tuple[str, BaseException]] = []
+
+    async def needed() -> None:
+        await identity.found()
+        controller.trust(identity.certificate.authorities, settings.authorities)
+        runners.append(await _serve(endpoints, settings.progress_port, ssl_context=identity.context))
+        await kinds.found()
+
     try:
-        if await _until_jobs_are_served(kinds):
+        if await _waited(needed()):
             failed = await _work(settings, controller, identity, cluster, kinds, insights)
     finally:
         if lease is not None:
