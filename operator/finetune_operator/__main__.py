@@ -117,6 +117,8 @@ async def run(settings: Settings) -> None:
 
     Raises StartOver when a kind that it needs has come or gone.
     """
+    if settings.queueing_backend == "none":
+        log.warning("queueing.backend is none: every job starts at once; quotas, priorities and nodes are not looked at")
     cluster = await connect(settings.api_qps, settings.api_burst)
     lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     identity = Identity(cluster, settings)

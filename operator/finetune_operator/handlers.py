@@ -99,8 +99,8 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
 
-    # queues have no namespace: an operator of some may not see them. kopf would complain of one that is not there
-    if not settings.watch_namespaces and kinds.serves(QUEUE_KIND):
+    # kopf would complain of a kind that is not there, and end where it may not look
+    if kinds.serves(QUEUE_KIND):
 
         @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
         async def on_queue(event: kopf.RawEvent, **_: Any) -> None:

@@ -14,6 +14,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import parse_spec
 from finetune_cli.app import app
 from finetune_cli.documents import read_jobs
+from finetune_operator.queueing.blind import FORBIDDEN
 from tests.factory import MINIMAL
 
 REPO = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ def test_every_reason_a_job_waits_for_is_explained() -> None:
     page = (REPO / "docs" / "queues.md").read_text()
     source = (REPO / "operator" / "finetune_operator" / "queueing" / "admission.py").read_text()
     reasons = set(re.findall(r'"((?:Waiting|Queue|Never|Namespace|Stopping|NoNode)[A-Za-z]*)"', source)) - {"QueueReport"}
+    reasons.add(FORBIDDEN)
     assert len(reasons) >= 9 and not {r for r in reasons if f"`{r}`" not in page}
 
 

@@ -250,6 +250,24 @@ class KubernetesCluster:
         status: Object = answer.get("status") or {}
         return status
 
+    async def may(self, verb: str, kind: str) -> bool:
+        """Whether this process may do something to all objects of a kind, in every namespace (SelfSubjectAccessReview)."""
+        resource = RESOURCES[kind]
+        asked = {"verb": verb, "group": resource.group, "version": resource.version, "resource": resource.plural}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        path = RESOURCES["SelfSubjectAccessReview"].path()
+        try:
+            answer = await self.request("POST", path, kind="SelfSubjectAccessReview", verb="create", body=body)
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return False  # not even allowed to ask
+        return bool((answer.get("status") or {}).get("allowed"))
+
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""
         kind, meta = manifest["kind"], manifest["metadata"]

@@ -242,6 +242,8 @@ class Scheduler:
             queues=tuple(inventory.parsed.values()),
             nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
+            forbidden=inventory.forbidden,
+            unlimited=self._settings.queueing_backend == "none",
             autoscaled=self._settings.autoscaled,
         )
 
@@ -360,7 +362,7 @@ class Scheduler:
             metrics.PENDING.labels(queue=name).set(report.pending)
             for flavor, units in report.used.items():
                 metrics.QUEUE_USED.labels(queue=name, flavor=flavor).set(units)
-        await asyncio.gather(*(self._write(queue, snapshot, decisions) for queue in snapshot.queues))
+        await asyncio.gather(*(self._write(queue, snapshot, decisions) for queue in snapshot.queues if queue.name in decisions.queues))
 
     async def _write(self, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> None:
         raw, since = self._inventory.queues[queue.name], time.monotonic() - self._queue_written.get(queue.name, float("-inf"))

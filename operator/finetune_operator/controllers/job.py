@@ -74,7 +74,7 @@ class Controller:
             self.acting = True
             if self.settings.queueing_backend == "kueue":
                 group.create_task(self.external_queue.run())
-            if self.settings.queueing_backend == "builtin":
+            if self.settings.admits_itself:
                 group.create_task(self.scheduler.run())
             group.create_task(self.queue.run(self.process, self.settings.workers))
 
@@ -173,7 +173,7 @@ class Controller:
 
     async def _external(self, job: Object, observed: Observed) -> dict[str, Any]:
         """What another scheduler says of the job. Asked for only while something waits for it."""
-        if self.settings.queueing_backend == "builtin":
+        if self.settings.admits_itself:
             return {}
         return await self.external_queue.look(job, observed)
 

@@ -115,7 +115,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.more_follows &= draft.before.is_true("DataReady")
         return
     if not status.is_true("Trained"):
-        if not (admitted if draft.settings.queueing_backend == "builtin" else admitted_externally)(draft, spec):
+        if not (admitted if draft.settings.admits_itself else admitted_externally)(draft, spec):
             return
         result = run_gang(draft, spec)
         if result is None:
