@@ -406,9 +406,17 @@ def read_status(raw: Any) -> FineTuneJobStatus:
     for name, field in FineTuneJobStatus.model_fields.items():
         wire = field.alias or name
         if wire in raw:
-            try:
-                FineTuneJobStatus.model_validate({wire: raw[wire]})
-            except ValueError:
-                continue
-            kept[wire] = raw[wire]
+            value = raw[wire]
+            if isinstance(value, list):  # one condition that cannot be read takes no other with it
+                value = [item for item in value if _is_readable(wire, [item])]
+            if _is_readable(wire, value):
+                kept[wire] = value
     return FineTuneJobStatus.model_validate(kept)
+
+
+def _is_readable(field: str, value: Any) -> bool:
+    try:
+        FineTuneJobStatus.model_validate({field: value})
+    except ValueError:
+        return False
+    return True

@@ -37,6 +37,7 @@ from .servers.webhooks import AdmissionServer
 from .settings import Settings, from_environment
 
 log = logging.getLogger("finetune")
+_AFTER_A_BROKEN_WATCH = 1.0
 
 
 async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRunner:
@@ -151,6 +152,9 @@ async def run(settings: Settings) -> None:
         await cluster.close()
         await lookups.close()
     for name, error in failed:
+        if name == "kopf" and isinstance(error, ValueError):  # a watch was broken off within an object, or its answer is none
+            await asyncio.sleep(_AFTER_A_BROKEN_WATCH)
+            raise StartOver(f"a watch brought what is no object: {error}") from error
         # a watch of what is not served any more ends with 404
         if isinstance(error, StartOver) or (name == "kopf" and getattr(error, "status", None) == 404):
             raise StartOver(str(error) if isinstance(error, StartOver) else f"a kind that is watched is gone: {error}") from error

@@ -20,6 +20,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..model.children import job_view, owner_uid, pod_view
 from ..model.job import ChildJobView, Observed, PodView
+from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object
 from ..model.workload import has_ended
 
@@ -63,7 +64,7 @@ class Store:
     # jobs
 
     def put_job(self, raw: Object) -> Key:
-        """Remember a job, unless a newer state of the same object is known."""
+        """Remember a job, unless a newer state of the same object is known. What cannot be read of it is left out."""
         meta = raw["metadata"]
         key = (meta["namespace"], meta["name"])
         known = self._jobs.get(key)
@@ -72,6 +73,7 @@ class Store:
         if not self.is_known(raw):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
+            raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
@@ -160,6 +162,7 @@ class Store:
 
     def put_child(self, kind: str, raw: Object) -> Key | None:
         """Remember a child unless a newer state is known; the key of the job to wake, if it is known."""
+        raw = legible_child(kind, raw)
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)

@@ -25,7 +25,8 @@ from ..logs import JOB
 from ..model.children import owner_uid
 from ..model.job import Observed
 from ..model.objects import CHILD_KINDS, Key, Object, child_kinds
-from ..reconcile.job import reconcile, refused
+from ..model.workload import priority_class_of
+from ..reconcile.job import reconcile, refused, unreadable
 from ..reconcile.job.failures import suspects
 from ..reconcile.job.immutability import may_have_changed
 from ..reconcile.plan import Action, Apply, Create, Delete, Event, Patch, Plan, WriteUrgency
@@ -93,10 +94,19 @@ class Controller:
             self._failed(key, metrics.api_reason(failure.reason), str(failure), expected=failure.conflict or failure.transient)
         except Exception as failure:
             log.exception("%s/%s: pass failed", *key)
+            await self._tell_unreadable(key, failure)
             self._failed(key, type(failure).__name__, str(failure), expected=False)
         finally:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
             metrics.QUEUE_DEPTH.set(len(self.queue))
+
+    async def _tell_unreadable(self, key: Key, failure: Exception) -> None:
+        """One job that cannot be worked on says so; that this may fail, too, must not hide why."""
+        job = self.store.job(key)
+        if job is not None:
+            with contextlib.suppress(Exception):
+                plan = unreadable(Observed(job=job, now=self.cluster.now()), self.settings, f"{type(failure).__name__}: {failure}"[:500])
+                await self._say(key, job, plan)
 
     def _rank(self, key: Key) -> tuple[int, ...]:
         """Jobs that others wait for to give way go first, then those that have GPUs or are about to. Then by priority."""
@@ -108,8 +118,7 @@ class Controller:
         if not holds and not status.get("finishedAt"):
             holds = any(c.get("type") == "Admitted" and c.get("status") == "True" for c in status.get("conditions") or ())
         gives_way = decision is not None and decision.action == "preempt"
-        scheduling = (job.get("spec") or {}).get("scheduling") or {}
-        return int(holds) + int(gives_way), self.scheduler.priority(scheduling.get("priorityClassName"))
+        return int(holds) + int(gives_way), self.scheduler.priority(priority_class_of(job))
 
     def trust(self, ca_bundle: str, authorities: str = "") -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""

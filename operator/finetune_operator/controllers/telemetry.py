@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime
 from typing import Any
 
 from finetune_api.reasons import OTHER, known_reason
 from finetune_api.status import FineTuneJobStatus
 
 from .. import metrics
+from ..model.times import parse_time
 
 MOST_JOBS = 500
 """Jobs that train at the same time with gauges of their own; more have none."""
@@ -73,8 +73,8 @@ class Telemetry:
             metrics.TRAINING_LOSS.labels(*labels).set(progress.loss)
         if progress.tokens_per_second is not None:
             metrics.TOKENS_PER_SECOND.labels(*labels).set(progress.tokens_per_second)
-        if progress.reported_at is not None:
-            metrics.REPORTED_AT.labels(*labels).set(datetime.fromisoformat(progress.reported_at).timestamp())
+        if (reported_at := parse_time(progress.reported_at)) is not None:
+            metrics.REPORTED_AT.labels(*labels).set(reported_at.timestamp())
 
     def forget(self, uid: str) -> None:
         """The job does not train any more, or is gone."""

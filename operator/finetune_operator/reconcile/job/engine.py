@@ -91,6 +91,18 @@ def refused(observed: Observed, settings: Settings, message: str) -> Plan:
     return draft.plan()
 
 
+def unreadable(observed: Observed, settings: Settings, problem: str) -> Plan:
+    """Say that the job cannot be worked on as it is. Nothing else is decided: what it has, it keeps."""
+    draft = Draft(observed, settings)
+    if draft.status.finished:
+        return Plan()
+    text = f"the operator cannot work on this job as it is, and tries again with back-off: {problem}"
+    draft.set("Accepted", "Unknown", "Unreadable", text)
+    if draft.before.condition("Accepted") != draft.status.condition("Accepted"):
+        draft.event("Warning", "Unreadable", text)
+    return draft.plan()
+
+
 def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     """Prepare, train, evaluate, publish: do the first that is not done."""
     status, decision = draft.status, draft.observed.decision
@@ -101,7 +113,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     may_publish = _may_publish(draft, spec)
     if status.finished:
         return
-    if not status.is_true("DataReady"):
+    if not status.is_true("DataReady") or (status.plan is None and not status.is_true("Trained")):  # somebody took the plan away
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
