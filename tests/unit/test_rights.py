@@ -18,7 +18,7 @@ from finetune_operator.model.job import Observed
 from finetune_operator.model.queueing import Decision
 from finetune_operator.reconcile.job import reconcile
 from finetune_operator.settings import Settings, from_environment
-from tests.factory import FULL, NOW, job, merged, stamp
+from tests.factory import FULL, NOW, PLAN, job, merged, stamp
 
 GPU = "nvidia.com/gpu"
 SOME = ("team-a",)
@@ -73,7 +73,7 @@ def true(type_: str) -> dict[str, Any]:
 
 def waiting(name: str, gpus: int, **scheduling: str) -> dict[str, Any]:
     spec = {**merged(FULL, distribution={"gpusPerNode": gpus, "nodes": 1}), "scheduling": scheduling}
-    return job(spec, {"observedGeneration": 1, "conditions": [true("DataReady"), true("TargetsReady")]}, name=name, uid=name)
+    return job(spec, {"observedGeneration": 1, "plan": PLAN, "conditions": [true("DataReady"), true("TargetsReady")]}, name=name, uid=name)
 
 
 async def decided(server: Server, *jobs: dict[str, Any], **settings: Any) -> dict[str, Decision]:

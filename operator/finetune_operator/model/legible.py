@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
 from finetune_api import KIND
 from finetune_api.status import FineTuneJobStatus, read_status
 
@@ -47,16 +50,25 @@ def legible_job(raw: Object) -> Object:
         return raw
     try:
         FineTuneJobStatus.model_validate(status)
-    except ValueError:
-        return {**raw, "status": read_status(status).to_wire()}
+    except ValidationError as failure:
+        if not all(_is_harmless(error) for error in failure.errors(include_url=False, include_context=False)):
+            return {**raw, "status": read_status(status).to_wire()}
     return raw
+
+
+def _is_harmless(error: ErrorDetails) -> bool:
+    """Whether what is wrong there misleads nobody who reads the status as it stands: a field is missing, or has a word of another release."""
+    return error["type"] in ("missing", "extra_forbidden") or (error["type"] == "literal_error" and isinstance(error["input"], str))
 
 
 def legible_child(kind: str, raw: Object) -> Object:
     """A child that its view can be made of. One of another shape is there, and its status says nothing, not even that it has ended."""
     try:
-        view = {"Pod": pod_view, "Job": job_view}.get(kind)
-        if isinstance(raw.get("spec"), dict | None) and isinstance(raw.get("status"), dict | None) and (view is None or view(raw)):
+        if isinstance(raw.get("spec"), dict | None) and isinstance(raw.get("status"), dict | None):
+            if kind == "Pod":
+                pod_view(raw)
+            elif kind == "Job":
+                job_view(raw)
             return raw
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
