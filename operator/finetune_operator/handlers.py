@@ -19,7 +19,8 @@ from . import metrics
 from .cluster.kinds import Kinds
 from .cluster.login import login
 from .cluster.resources import RESOURCES, Resource
-from .controllers.job import SELECTOR, Controller
+from .controllers.manager import Manager
+from .controllers.resync import SELECTOR
 from .model.legible import identified
 from .model.objects import CHILD_KINDS, Object, child_kinds
 from .settings import Settings
@@ -66,7 +67,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.progress_storage = _NoProgress()
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.watching.server_timeout = 570  # kopf lists all objects again after it
+    settings.watching.server_timeout = 570  # kopf then goes on from the last resourceVersion
     settings.watching.client_timeout = 600
     settings.watching.connect_timeout = 15
     settings.watching.chunk_size = 500
@@ -93,14 +94,14 @@ def _seen(kind: str, event: kopf.RawEvent) -> Object | None:
     return found
 
 
-def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings, kinds: Kinds) -> None:
-    """Connect the watches of the job and of its children to the controller."""
+def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settings, kinds: Kinds) -> None:
+    """Connect the watches of the job and of its children to the manager."""
     kopf.on.login(registry=registry)(login)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:
         if (raw := _seen("FineTuneJob", event)) is not None:
-            controller.job_event(raw, deleted=event["type"] == "DELETED")
+            manager.job_event(raw, deleted=event["type"] == "DELETED")
 
     def watch(kind: str) -> None:
         resource = RESOURCES[kind]
@@ -109,7 +110,7 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
         async def on_child(event: kopf.RawEvent, **_: Any) -> None:
             raw = _seen(kind, event)
             if raw is not None and (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
-                controller.child_event(kind, raw, deleted=event["type"] == "DELETED")
+                manager.child_event(kind, raw, deleted=event["type"] == "DELETED")
 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
@@ -120,4 +121,4 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
         @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
         async def on_queue(event: kopf.RawEvent, **_: Any) -> None:
             if (raw := _seen(QUEUE_KIND, event)) is not None:
-                controller.scheduler.queue_event(raw, deleted=event["type"] == "DELETED")
+                manager.admission.queue_event(raw, deleted=event["type"] == "DELETED")

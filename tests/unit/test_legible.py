@@ -21,8 +21,8 @@ from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import transport
 from finetune_operator.cluster.transport import APIError, KubernetesCluster
-from finetune_operator.controllers import job as job_module
-from finetune_operator.controllers.job import Controller
+from finetune_operator.controllers import jobs as jobs_module
+from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.legible import identified
 from finetune_operator.reconcile.job import reconcile
 from finetune_operator.reconcile.job.immutability import may_have_changed
@@ -96,8 +96,8 @@ class Server:
 async def test_a_job_of_any_shape_is_seen_decided_about_and_ranked() -> None:
     """Each part of a job's metadata, spec and status of each wrong type: nothing raises, and a good job beside them is admitted."""
     good = job(merged(FULL, scheduling={}), {"observedGeneration": 1, "conditions": [condition("DataReady")]}, name="good", uid="u-good")
-    controller = Controller(Server(), Store(), ProgressBoard(), Settings())  # type: ignore[arg-type]
-    store, count = controller.store, 0
+    manager = Manager(Server(), Store(), ProgressBoard(), Settings())  # type: ignore[arg-type]
+    store, count = manager.store, 0
     for raw in mangled(job(FULL, STATUS, name="bad", **META), "metadata", "spec", "status"):
         found = identified("FineTuneJob", raw)
         if found is None:
@@ -105,18 +105,18 @@ async def test_a_job_of_any_shape_is_seen_decided_about_and_ranked() -> None:
         count += 1
         if found["metadata"]["uid"] == UID:
             found["metadata"] |= {"uid": f"u-{count}", "name": f"bad-{count}"}
-        controller.job_event(found, deleted=False)
+        manager.job_event(found, deleted=False)
         key = (found["metadata"]["namespace"], found["metadata"]["name"])
         observed = store.observe(key, NOW, None)
         assert observed is not None
         reconcile(observed, Settings())
-        controller._rank(key)
+        manager._jobs.rank(key)
         if may_have_changed(observed.job):  # its own pass finds out what it began with
-            controller.scheduler.begun_with(found["metadata"]["uid"], None)
+            store.begun_with(found["metadata"]["uid"], None)
     assert count > 1000
     store.put_job(good)
     assert sum(store.phases().values()) == len(store.job_keys())
-    decisions = await controller.scheduler.once()
+    decisions = await manager.admission.once()
     assert decisions.jobs["u-good"].action == "admit"
 
 
@@ -249,12 +249,12 @@ async def test_a_job_that_cannot_be_worked_on_says_so_and_the_others_go_on(monke
             raise TypeError("no such thing as [3]")
         return reconcile(observed, settings)
 
-    monkeypatch.setattr(job_module, "reconcile", decide)
-    controller = Controller(Takes(), Store(), ProgressBoard(), Settings(soon_seconds=0))  # type: ignore[arg-type]
+    monkeypatch.setattr(jobs_module, "reconcile", decide)
+    manager = Manager(Takes(), Store(), ProgressBoard(), Settings(soon_seconds=0))  # type: ignore[arg-type]
     for name in ("bad", "good"):
-        controller.job_event(job(name=name, uid=f"u-{name}"), deleted=False)
+        manager.job_event(job(name=name, uid=f"u-{name}"), deleted=False)
     for name in ("bad", "good", "bad"):
-        await controller.process(("team-a", name))
+        await manager.jobs.process(("team-a", name))
     (told,) = [c for c in written["bad"]["conditions"] if c["type"] == "Accepted"]
     assert (told["status"], told["reason"]) == ("Unknown", "Unreadable") and "no such thing as [3]" in told["message"]
     assert json.dumps(written["good"]).count('"Valid"')

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.kinds import RIGHTS, Kinds
 from finetune_operator.cluster.resources import RESOURCES, plural_of
 from finetune_operator.cluster.transport import APIError
-from finetune_operator.controllers.admission import Scheduler
+from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.job import Observed
 from finetune_operator.model.queueing import Decision
 from finetune_operator.reconcile.job import reconcile
@@ -80,7 +81,7 @@ async def decided(server: Server, *jobs: dict[str, Any], **settings: Any) -> dic
     store = Store()
     for raw in jobs:
         store.put_job(raw)
-    return dict((await Scheduler(server, store, Settings(**settings), lambda _: None).once()).jobs)  # type: ignore[arg-type]
+    return dict((await AdmissionLoop(server, store, Assumptions(), Settings(**settings), lambda _: None).once()).jobs)  # type: ignore[arg-type]
 
 
 async def test_an_operator_of_some_namespaces_sees_queues_nodes_and_priorities() -> None:

@@ -13,6 +13,8 @@ from finetune_api.spec.run import Toleration
 
 IMPLICIT = ""
 """Name of the queue of all jobs in a cluster without a FineTuneQueue."""
+RECOVERED = "Recovered"
+"""Reason of keeping a gang whose record was wiped: quota has room for it"""
 Amounts = Mapping[str, int]
 """Resource name -> amount: CPUs in thousandths, memory in bytes, extended resources in units."""
 
@@ -109,6 +111,8 @@ class Workload:
     waits: bool
     """It is ready to take its GPUs now."""
     allocation: Allocation | None = None
+    recovers: bool = False
+    """It runs without a record of its admission, which was wiped: what it holds is the operator's own word, to be checked against quota."""
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -10,12 +11,14 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
 from .job import PodView
 from .nodes import amount
 from .objects import Object
 from .queueing import Allocation, Request, Workload
+from .seal import is_sealed
 from .times import parse_time
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -101,12 +104,15 @@ def workload_of(
         trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
     )
     keeps = admitted and not finished and not suspended
+    recovers = sealed_admission(gang, meta["uid"], settings) if "Admitted" not in conditions and not (finished or suspended) else None
     allocation = None
     if keeps and evaluates and not gang:
         request = _evaluation_request(request, settings)
         allocation = _allocation(admission, 1, request, [p for p in alive if p.job_uid], raw, now, stopping=False)
     elif keeps and not trained:
         allocation = _allocation(admission, int(admission.get("nodes") or request.pods[0]), request, gang, raw, now, stopping=False)
+    elif recovers is not None:
+        allocation = _allocation(recovers.to_wire(), recovers.nodes, request, gang, raw, now, stopping=False)
     elif gang:
         allocation = _allocation(admission, len(gang), request, gang, raw, now, stopping=True)
     retry_after = parse_time(status.get("retryAfter"))
@@ -126,7 +132,18 @@ def workload_of(
         and not (trained or finished or suspended or admitted)
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
+        recovers=recovers is not None,
     )
+
+
+def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings) -> AdmissionStatus | None:
+    """What a gang was admitted to, from the pods that still run: only what bears the operator's seal for this job is believed."""
+    for pod in workers:
+        alive = pod.phase not in ("Succeeded", "Failed") and not pod.deleting
+        if alive and is_sealed(settings.seal_key, uid, pod.admission, pod.seal):
+            with contextlib.suppress(ValueError):
+                return AdmissionStatus.model_validate_json(pod.admission)
+    return None
 
 
 def _object(value: Any) -> Object:

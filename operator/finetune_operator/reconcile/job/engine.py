@@ -113,7 +113,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     may_publish = _may_publish(draft, spec)
     if status.finished:
         return
-    if not status.is_true("DataReady") or (status.plan is None and not status.is_true("Trained")):  # somebody took the plan away
+    if not status.is_true("DataReady"):
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
@@ -128,6 +128,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         return
     if not status.is_true("Trained"):
         if not (admitted if draft.settings.admits_itself else admitted_externally)(draft, spec):
+            return
+        if status.plan is None:
+            draft.set("DataReady", "Unknown", "PlanLost", "the plan is not on record any more: prepare says it again")
             return
         result = run_gang(draft, spec)
         if result is None:
