@@ -112,6 +112,11 @@ class AdmissionLoop:
         self._changes += 1
         self.poke()
 
+    def configure(self, settings: Settings) -> None:
+        """Settings that are found after the start."""
+        self._settings = settings
+        self.poke()
+
     def poke(self) -> None:
         """Something changed, or came on record."""
         self._dirty.set()
@@ -235,6 +240,8 @@ class AdmissionLoop:
             queues=tuple(inventory.parsed.values()),
             nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
+            forbidden=inventory.forbidden,
+            unlimited=self._settings.queueing_backend == "none",
             autoscaled=self._settings.autoscaled,
         )
 

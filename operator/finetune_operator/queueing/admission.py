@@ -28,6 +28,7 @@ from ..model.queueing import (
     may_use,
 )
 from ..queueing import explain
+from .blind import admit_all, admit_none
 from .ordering import Ordering
 from .placement import Fleet, Place, never_fits
 from .preemption import Wish, candidates, effective_priority, victims
@@ -42,6 +43,8 @@ _PREEMPTION_TRIES = 8
 
 def decide(snapshot: Snapshot) -> Decisions:
     """What is decided about every job and every queue. Pure."""
+    if snapshot.unlimited or snapshot.forbidden:
+        return admit_all(snapshot) if snapshot.unlimited else admit_none(snapshot)
     return _Pass(snapshot).run()
 
 
