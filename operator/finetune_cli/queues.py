@@ -169,7 +169,7 @@ def _machines(like: list[str], snapshot: Snapshot) -> Iterable[Node]:
                 f"--node {text}: write NODE or NODE=COUNT for nodes like one that is there: {', '.join(sorted(known)) or 'none'}"
             )
         for n in range(int(count or 1)):
-            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, usable=True)
+            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, away="")
 
 
 def _outcome(decisions: Decisions, uid: str) -> str:

@@ -34,9 +34,11 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[Taint, ...] = ()
     allocatable: Amounts
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Resource name -> what it says it has of it, where that is no quantity."""
     used: Amounts = field(default_factory=dict)
-    usable: bool = True
-    """Ready and not cordoned."""
+    away: str = ""
+    """Why no pod may come now: not ready, cordoned, deleted; empty where pods may."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ class Fleet:
             found = self._eligible[key] = tuple(
                 node
                 for node in self.nodes.values()
-                if node.usable
+                if not node.away
                 and all(node.labels.get(label) == value for label, value in wanted.items())
                 and all(tolerates(allowed, taint) for taint in node.taints)
             )
