@@ -66,10 +66,14 @@ async def queues(reader: Reader, console: Console) -> int:
     """Use of every queue and flavor, and the jobs that wait with what they wait for."""
     snapshot = await reader.snapshot()
     decisions = decide(snapshot)
+    if snapshot.queues_unknown:
+        console.print(f"FineTuneQueues cannot be listed: {snapshot.queues_unknown}", style="bold red", markup=False)
     for name, report in decisions.queues.items():
         queue = next((q for q in snapshot.queues if q.name == name), None)
         title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"
         cohort = f", cohort {queue.spec.cohort}, share {report.share:.2f}" if queue is not None and queue.spec.cohort is not None else ""
+        if queue is not None and queue.unreadable:
+            cohort += f", {queue.unreadable}"
         console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
         for flavor in queue.spec.flavors if queue is not None else ():
             console.print(_usage(flavor.name, report.used.get(flavor.name, 0), flavor.nominal_quota), highlight=False)

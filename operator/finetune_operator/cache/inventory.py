@@ -13,8 +13,9 @@ class Inventory:
     """What is not the operator's own: as of the last LIST."""
 
     queues: dict[str, Object] = dataclasses.field(default_factory=dict)
+    queues_unknown: str = ""
+    """Why they could not be listed"""
     parsed: dict[str, Queue] = dataclasses.field(default_factory=dict)
-    """Those of the queues that can be read"""
     nodes: list[Object] | None = None
     pods: list[tuple[str, str, dict[str, int]]] = dataclasses.field(default_factory=list)
     """(UID, node, requests) of every pod that holds something of a node, but for the jobs' workers: those are known as they are."""

@@ -8,14 +8,17 @@ from decimal import ROUND_CEILING
 from typing import Any
 
 from finetune_api.base import SHOWN
-from finetune_api.queue import ANNOTATION_QUEUE, FineTuneQueueSpec, FineTuneQueueStatus
+from finetune_api.queue import ANNOTATION_QUEUE, FineTuneQueueSpec, FineTuneQueueStatus, Flavor
 from finetune_api.scalars import quantity
+from finetune_api.validation import InvalidDocument, parse_queue
 
 from .objects import Object
 from .queueing import Namespace, Node, Queue, Taint
 
 MORE_THAN_ANY = 2**63 - 1
 """What a pod counts for whose request cannot be read: nobody knows what it holds, so it holds all that its node has of it."""
+_MESSAGE = 1000
+"""Characters of what is wrong with a queue."""
 
 
 def amount(resource: str, text: Any) -> int:
@@ -77,17 +80,29 @@ def node_of(raw: Object, used: Mapping[str, int]) -> Node:
     )
 
 
-def queue_of(raw: Object) -> Queue | None:
-    """A FineTuneQueue, or None when its spec cannot be read."""
-    try:
-        spec = FineTuneQueueSpec.model_validate(raw.get("spec"), extra="ignore")
-    except ValueError:
-        return None
+def queue_of(raw: Object) -> Queue:
+    """A FineTuneQueue. One whose spec cannot be read keeps its place, and says so, until it can be."""
     try:
         status = FineTuneQueueStatus.model_validate(raw.get("status") or {}, extra="ignore")
     except ValueError:
         status = FineTuneQueueStatus()
-    return Queue(name=raw["metadata"]["name"], spec=spec, history=status.history)
+    name = raw["metadata"]["name"]
+    try:
+        return Queue(name=name, spec=parse_queue(raw, strict=False), history=status.history)
+    except InvalidDocument as failure:
+        return Queue(name=name, spec=_stand_in(raw.get("spec"), status), history=status.history, unreadable=str(failure)[:_MESSAGE])
+
+
+def _stand_in(spec: Any, status: FineTuneQueueStatus) -> FineTuneQueueSpec:
+    """For a spec that cannot be read: it lends nothing, and of what its jobs hold, all beyond the quota last put on record is borrowed."""
+    raw = spec if isinstance(spec, dict) else {}
+    listed = raw.get("flavors")
+    written = listed if isinstance(listed, list) else []
+    quotas = {flavor["name"]: 0 for flavor in written if isinstance(flavor, dict) and isinstance(flavor.get("name"), str)}
+    quotas.update((flavor.name, flavor.nominal) for flavor in status.flavors)
+    flavors = [Flavor.model_construct(name=name, nominal_quota=quota, lending_limit=0) for name, quota in quotas.items()]
+    cohort = raw.get("cohort")
+    return FineTuneQueueSpec.model_construct(flavors=flavors, cohort=cohort if isinstance(cohort, str) else None)
 
 
 def namespace_of(raw: Object) -> Namespace:

@@ -130,6 +130,8 @@ class Queue:
     name: str
     spec: FineTuneQueueSpec
     history: UsageHistory = field(default_factory=UsageHistory)
+    unreadable: str = ""
+    """Which field of its spec cannot be read, and why: `spec` is a stand-in then, of which nothing is given away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,8 @@ class Snapshot:
     now: datetime
     workloads: tuple[Workload, ...]
     queues: tuple[Queue, ...] = ()
+    queues_unknown: str = ""
+    """Why nobody knows which queues there are: without them no quota is known, so nothing is given away."""
     nodes: tuple[Node, ...] | None = None
     """None when the operator may not look at nodes: quota alone decides then."""
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)

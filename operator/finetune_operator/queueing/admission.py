@@ -22,7 +22,7 @@ from .preemption import Wish, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
 from .usage import Fit, Usage
 
-_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit", "UserLimit")
+_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "QueueUnreadable", "NamespaceLimit", "UserLimit")
 """Reasons of waiting that no free GPU would end."""
 _PREEMPTION_TRIES = 8
 """Jobs per queue and pass that others are looked for to give way to."""
@@ -36,7 +36,7 @@ def decide(snapshot: Snapshot) -> Decisions:
 class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        queues = snapshot.queues or (implicit_queue(snapshot),)
+        queues = snapshot.queues if snapshot.queues or snapshot.queues_unknown else (implicit_queue(snapshot),)
         self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
         self.ledger, self.fleet = self.usage.ledger, self.usage.fleet
         self.decisions: dict[str, Decision] = {}
@@ -102,7 +102,7 @@ class _Pass:
             self.decisions[workload.uid] = Decision(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
             return
         never = never_fits(workload.request, self.fleet) if allocation is None and self.fleet is not None else None
-        if never is not None and not self._autoscaled(name, workload):
+        if never is not None and not (self.ledger.queues[name].unreadable or self._autoscaled(name, workload)):
             self.decisions[workload.uid] = Decision(action="refuse", reason="NoNodeFits", message=never, queue=name)
         elif workload.waits:
             self.waiting[name].append(workload)
@@ -114,6 +114,9 @@ class _Pass:
         return self._homes[key]
 
     def _find_queue(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
+        if self.snapshot.queues_unknown:
+            message = f"the operator may not list FineTuneQueues, so no quota is known and no job starts: {self.snapshot.queues_unknown}"
+            return None, ("QueuesNotListed", message)
         if not self.snapshot.queues:
             if workload.queue is None:
                 return IMPLICIT, ("", "")
@@ -231,6 +234,9 @@ class _Pass:
     def _look_at(self, name: str, workload: Workload) -> tuple[int, str]:
         """Admit it or say what it waits for: (units given, why nobody behind it has a turn now)."""
         queue = self.ledger.queues[name]
+        if queue.unreadable:
+            self._wait(name, workload, "QueueUnreadable", explain.unreadable(queue))
+            return 0, ""
         if queue.spec.stop_policy != "None":
             self._wait(name, workload, "QueueStopped", f"queue {name} admits nothing now (stopPolicy {queue.spec.stop_policy})")
             return 0, ""
@@ -359,7 +365,7 @@ class _Pass:
             allocation, request = workload.allocation, workload.request
             assert allocation is not None
             queue = self.ledger.queues.get(allocation.queue)
-            if queue is None or request.resource in wanted or sum(n for _, n in allocation.bound) < allocation.pods:
+            if queue is None or queue.unreadable or request.resource in wanted or sum(n for _, n in allocation.bound) < allocation.pods:
                 continue
             if (self.snapshot.now - allocation.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
                 continue

@@ -17,6 +17,12 @@ def granted(workload: Workload, admission: Admission) -> str:
     return f"{size} with {what} ({f'queue {admission.queue}{flavor}' if admission.queue else 'no FineTuneQueue'})"
 
 
+def unreadable(queue: Queue) -> str:
+    """Why a queue gives nothing away, and what to do."""
+    fix = "correct it, or upgrade the operator if the queue was written for a newer one"
+    return f"FineTuneQueue {queue.name} cannot be read, so its quota is not known: {queue.unreadable}; {fix}"
+
+
 def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | None:
     """(reason, message): why the job's namespace or user may have no more of the queue, or None."""
     limits, need = queue.spec.limits, workload.request.pods[-1] * workload.request.units

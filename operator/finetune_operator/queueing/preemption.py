@@ -39,6 +39,7 @@ def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: dat
             allocation is None
             or allocation.stopping
             or allocation.queue not in ledger.queues
+            or ledger.queues[allocation.queue].unreadable  # nobody knows what is its own
             or other.request.resource != wish.workload.request.resource
         ):
             continue

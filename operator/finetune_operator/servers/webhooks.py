@@ -59,7 +59,7 @@ class AdmissionServer:
             log.info("queue %s is not looked at: %s", spec.scheduling.queue, failure)
             return Rights(remote_code=remote)
         queue = queue_of(raw)
-        if queue is None or may_use(queue, namespace_of(found)):
+        if may_use(queue, namespace_of(found)):
             return Rights(remote_code=remote)
         return Rights(remote_code=remote, queue_refused=f"queue {queue.name} is not for namespace {namespace} (its namespaceSelector)")
 
