@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.spec import FineTuneJobSpec
 
 from .. import metrics, tracing
-from ..cache.inventory import Inventory
+from ..cache.inventory import Inventory, NodeHistory
 from ..cache.store import Store
 from ..cluster.inventory import look_around
 from ..cluster.transport import APIError, Cluster
@@ -60,7 +60,7 @@ class Scheduler:
     ) -> None:
         """`wake`: a job is to be looked at. `busy`: whether jobs wait to be."""
         self._cluster, self._store, self._settings, self._wake, self._busy = cluster, store, settings, wake, busy
-        self._inventory = Inventory()
+        self._inventory, self._history = Inventory(), NodeHistory()
         self._specs: dict[str, tuple[int, FineTuneJobSpec, Request]] = {}
         self._requests: dict[Request, Request] = {}
         """Equal ones are one: comparing them costs nothing then"""
@@ -222,6 +222,8 @@ class Scheduler:
         if changes == self._listed and began - inventory.at < max(self._settings.snapshot_seconds, 20 * inventory.took):
             return
         self._inventory, self._listed = await look_around(self._cluster, self._store, self._settings), changes
+        if (nodes := self._inventory.nodes) is not None:
+            self._inventory.missing = self._history.look(node_of(raw, {}) for raw in nodes)
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         inventory = self._inventory
@@ -242,6 +244,7 @@ class Scheduler:
             queues=tuple(inventory.parsed.values()),
             queues_unknown=inventory.queues_unknown,
             nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
+            missing=inventory.missing,
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
             autoscaled=self._settings.autoscaled,
         )

@@ -111,6 +111,8 @@ class Workload:
     waits: bool
     """It is ready to take its GPUs now."""
     allocation: Allocation | None = None
+    has_run: bool = False
+    """It was admitted before: some node could hold its pods."""
 
     @property
     def label(self) -> str:
@@ -160,6 +162,8 @@ class Snapshot:
     """Why nobody knows which queues there are: without them no quota is known, so nothing is given away."""
     nodes: tuple[Node, ...] | None = None
     """None when the operator may not look at nodes: quota alone decides then."""
+    missing: tuple[Node, ...] = ()
+    """Nodes that were there and are no more, or have less now, as they were; `away` says which."""
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
     autoscaled: bool = False
     """Without a FineTuneQueue: nodes come when pods wait, so gangs need not fit on those that are there."""

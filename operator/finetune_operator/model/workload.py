@@ -120,6 +120,7 @@ def workload_of(
         and not (trained or finished or suspended or admitted)
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
+        has_run=bool(admission or _object(status.get("usage")).get("gpuSeconds")),
     )
 
 

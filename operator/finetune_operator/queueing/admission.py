@@ -37,11 +37,13 @@ class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         queues = snapshot.queues if snapshot.queues or snapshot.queues_unknown else (implicit_queue(snapshot),)
-        self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
+        self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes, snapshot.missing) if snapshot.nodes is not None else None)
         self.ledger, self.fleet = self.usage.ledger, self.usage.fleet
         self.decisions: dict[str, Decision] = {}
         self.waiting: dict[str, list[Workload]] = defaultdict(list)
         self.running: list[Workload] = []
+        self.proven: Counter[str] = Counter()
+        """The most that pods had of each resource which have run: some node could hold them, wherever it is now."""
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
@@ -67,10 +69,13 @@ class _Pass:
     # who has what, who wants what
 
     def _count(self, workload: Workload) -> None:
+        request = workload.request
+        if workload.has_run:
+            self.proven[request.resource] = max(self.proven[request.resource], request.units)
         if (allocation := workload.allocation) is not None:
             self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total)
             if self.fleet is not None:
-                self.fleet.take(allocation.bound, workload.request.per_pod)
+                self.fleet.take(allocation.bound, request.per_pod)
 
     def _expect(self, workload: Workload) -> None:
         """Keep room for the pods of an admitted gang that have no node yet; the largest come first, they find room least."""
@@ -101,11 +106,19 @@ class _Pass:
         if name is None:
             self.decisions[workload.uid] = Decision(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
             return
-        never = never_fits(workload.request, self.fleet) if allocation is None and self.fleet is not None else None
-        if never is not None and not (self.ledger.queues[name].unreadable or self._autoscaled(name, workload)):
+        if (never := self._never_fits(name, workload)) is not None:
             self.decisions[workload.uid] = Decision(action="refuse", reason="NoNodeFits", message=never, queue=name)
         elif workload.waits:
             self.waiting[name].append(workload)
+
+    def _never_fits(self, name: str, workload: Workload) -> str | None:
+        """Why no node that was ever seen could hold one of its pods, or None. What has run once is never too large."""
+        request = workload.request
+        if self.fleet is None or workload.allocation is not None or workload.has_run or request.units <= self.proven[request.resource]:
+            return None
+        if self.ledger.queues[name].unreadable or self._autoscaled(name, workload):
+            return None
+        return never_fits(request, self.fleet)
 
     def _queue_of(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
         key = workload.namespace, workload.queue

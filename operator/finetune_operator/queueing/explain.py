@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from finetune_api.queue import Flavor
 
-from ..model.queueing import Admission, Queue, Workload
+from ..model.queueing import Admission, Queue, Request, Workload
+from .placement import Fleet
 from .usage import Usage
+
+_NAMED = 8
+"""Nodes that a message names."""
 
 
 def granted(workload: Workload, admission: Admission) -> str:
@@ -44,6 +48,20 @@ def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | N
     return None
 
 
+def _away(fleet: Fleet, request: Request, flavors: list[Flavor]) -> str:
+    """The nodes that are waited for, where those that are there could not hold the gang even if nothing else ran on them."""
+    if max((fleet.capacity(request, flavor) for flavor in flavors), default=0) >= request.pods[-1]:
+        return ""
+    found: dict[str, str] = {}
+    for flavor in flavors:
+        found |= fleet.away(request, flavor)
+    if not found:
+        return ""
+    named = ", ".join(f"{name} ({why})" for name, why in sorted(found.items())[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"; nodes that could hold its pods are away: {named}{more}"
+
+
 def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavor]) -> tuple[str, str]:
     """(reason, message): what is missing for a job that does not fit."""
     request, name = workload.request, queue.name
@@ -61,8 +79,12 @@ def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavo
         return "WaitingForQuota", f"waits for {need - best} of {need} {request.resource}: quota has {rest}"
     fitting = [f for f in flavors if quota[f.name] >= need]
     free = max((usage.fleet.free_units(request, f) for f in fitting), default=0) if usage.fleet is not None else 0
+    away = _away(usage.fleet, request, fitting) if usage.fleet is not None else ""
     if free < need:
-        return "WaitingForNodes", f"waits for {need - free} of {need} {request.resource}: {free} are free on the nodes that it may use"
+        return (
+            "WaitingForNodes",
+            f"waits for {need - free} of {need} {request.resource}: {free} are free on the nodes that it may use{away}",
+        )
     where = f" within one {request.topology_key}" if request.topology_key else ""
     each = f"{request.units} for each of {request.pods[-1]} pod(s){where}"
-    return "WaitingForNodes", f"{free} {request.resource} are free, but not {each}, with the CPU and memory they ask for"
+    return "WaitingForNodes", f"{free} {request.resource} are free, but not {each}, with the CPU and memory they ask for{away}"

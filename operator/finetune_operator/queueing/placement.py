@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from finetune_api.queue import Flavor
 
-from ..model.queueing import Allocation, Node, Request, Taint
+from ..model.queueing import Allocation, Amounts, Node, Request, Taint
 
 Place = tuple[tuple[str, int], ...]
 """(node, pods) of a gang."""
@@ -29,8 +29,8 @@ Shape = tuple[tuple[str, int], ...]
 class Fleet:
     """Free resources of all nodes, in the making while a pass admits, frees and reserves."""
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        self.nodes = {node.name: node for node in nodes}
+    def __init__(self, nodes: Iterable[Node], missing: tuple[Node, ...] = ()) -> None:
+        self.nodes, self.missing = {node.name: node for node in nodes}, missing
         self._free = {
             node.name: {resource: amount - node.used.get(resource, 0) for resource, amount in node.allocatable.items()}
             for node in self.nodes.values()
@@ -44,7 +44,7 @@ class Fleet:
     def copy(self) -> Fleet:
         """The same, to go another way from here."""
         other = Fleet(())
-        other.nodes, other._eligible, other._largest = self.nodes, self._eligible, self._largest
+        other.nodes, other.missing, other._eligible, other._largest = self.nodes, self.missing, self._eligible, self._largest
         other._free = {name: dict(free) for name, free in self._free.items()}
         return other
 
@@ -74,9 +74,10 @@ class Fleet:
             self.take(allocation.bound, request.per_pod)
 
     def largest(self, resource: str) -> int:
-        """The most that one node has of a resource."""
+        """The most that one node has, or was seen to have, of a resource."""
         if resource not in self._largest:
-            self._largest[resource] = max((node.allocatable.get(resource, 0) for node in self.nodes.values()), default=0)
+            every = (*self.nodes.values(), *self.missing)
+            self._largest[resource] = max((node.allocatable.get(resource, 0) for node in every), default=0)
         return self._largest[resource]
 
     def _demands(self, flavor: Flavor | None) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]:
@@ -98,13 +99,25 @@ class Fleet:
             wanted = {**dict(request.selector), **dict(labels)}
             allowed = [*request.tolerations, *tolerations]
             found = self._eligible[key] = tuple(
-                node
-                for node in self.nodes.values()
-                if not node.away
-                and all(node.labels.get(label) == value for label, value in wanted.items())
-                and all(tolerates(allowed, taint) for taint in node.taints)
+                node for node in self.nodes.values() if _bears(node, wanted) and not _keeps_off(node, allowed)
             )
         return found
+
+    def away(self, request: Request, flavor: Flavor | None) -> dict[str, str]:
+        """Nodes that could hold one of the pods but let none on now, or are not there; and why."""
+        labels, tolerations = self._demands(flavor)
+        wanted = {**dict(request.selector), **dict(labels)}
+        allowed = [*request.tolerations, *tolerations]
+        found = {}
+        for node in (*self.nodes.values(), *self.missing):
+            why = _keeps_off(node, allowed) or _cannot_be_read(node, request.per_pod)
+            if why and _bears(node, wanted) and _could_hold(node, request.per_pod):
+                found[node.name] = why
+        return found
+
+    def capacity(self, request: Request, flavor: Flavor | None) -> int:
+        """Pods that would fit on the eligible nodes if nothing else ran there."""
+        return sum(_room(node.allocatable, request.per_pod) for node in self.eligible(request, flavor))
 
     def rooms(self, request: Request, flavor: Flavor | None) -> dict[str, int]:
         """Pods that fit on each eligible node now."""
@@ -138,7 +151,7 @@ class Fleet:
         found = self.rooms(request, flavor)
         place, left = [], pods
         for node in sorted(self.eligible(request, flavor), key=lambda node: (-found[node.name], node.name)):
-            take = min(left, max(found[node.name], _room(dict(node.allocatable), request.per_pod)))
+            take = min(left, max(found[node.name], _room(node.allocatable, request.per_pod)))
             if take > 0:
                 place.append((node.name, take))
                 left -= take
@@ -147,11 +160,32 @@ class Fleet:
         return tuple(place)
 
     def free_units(self, request: Request, flavor: Flavor | None) -> int:
-        """Free units of the ask's resource on the nodes that it may use."""
+        """Free units of the requested resource on the nodes that it may use."""
         return sum(max(0, self._free[node.name].get(request.resource, 0)) for node in self.eligible(request, flavor))
 
 
-def _room(free: dict[str, int], shape: Shape) -> int:
+def _bears(node: Node, labels: Mapping[str, str]) -> bool:
+    return all(node.labels.get(label) == value for label, value in labels.items())
+
+
+def _keeps_off(node: Node, tolerations: list[tuple[str, str, str, str]]) -> str:
+    """Why no pod with these tolerations may come now; empty where one may."""
+    if node.away:
+        return node.away
+    taint = next((taint for taint in node.taints if not tolerates(tolerations, taint)), None)
+    return f"taint {taint.key}{f'={taint.value}' if taint.value else ''}:{taint.effect}" if taint is not None else ""
+
+
+def _cannot_be_read(node: Node, shape: Shape) -> str:
+    return next((f"allocatable {name}: {node.unreadable[name]!r} is not a quantity" for name, _ in shape if name in node.unreadable), "")
+
+
+def _could_hold(node: Node, shape: Shape) -> bool:
+    """Whether a pod would fit on it if nothing else ran there, by what is known of it."""
+    return all(name in node.unreadable or node.allocatable.get(name, 0) >= amount for name, amount in shape)
+
+
+def _room(free: Amounts, shape: Shape) -> int:
     most = 1_000_000
     for resource, amount in shape:
         if amount > 0:
@@ -173,7 +207,7 @@ def _fill(rooms: list[tuple[int, str]], pods: int) -> Place | None:
 
 
 def never_fits(request: Request, fleet: Fleet) -> str | None:
-    """Why no node of the cluster could ever hold one pod, or None. Nodes without the resource say nothing: others may come."""
+    """Why no node that was ever seen could hold one pod, or None. Nodes without the resource say nothing: others may come."""
     largest = fleet.largest(request.resource)
     if not request.units or not largest or largest >= request.units:
         return None
