@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
+from ..model.nodes import is_ready
 from ..model.objects import Object
 from ..model.queueing import Node, Queue
 
@@ -31,6 +33,14 @@ class Inventory:
     default_priority: int = 0
     at: float = float("-inf")
     took: float = 0.0
+
+    @functools.cached_property
+    def _ready(self) -> frozenset[str]:
+        return frozenset(raw["metadata"]["name"] for raw in self.nodes or () if is_ready(raw))
+
+    def is_lost(self, node: str) -> bool:
+        """Whether a node is gone or not ready, as far as is known: its kubelet will not confirm that a pod has ended."""
+        return self.nodes is not None and node not in self._ready
 
 
 class NodeHistory:

@@ -57,6 +57,8 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._jobs_left: dict[str, tuple[str, str]] = {}
+        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
         self._labelled: dict[str, set[str]] = defaultdict(set)
         """UIDs of pods by the job's UID on their label"""
 
@@ -214,6 +216,9 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
+                self._jobs_left.pop(entry.owner, None)
+            if kind == "Job" and self._by_owner.get(uid):
+                self._jobs_left[uid] = entry.owner, entry.value.stage
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -264,14 +269,17 @@ class Store:
         )
 
     def gpu_pods(self, uid: str) -> list[PodView]:
-        """A job's workers and the pods of its evaluation."""
+        """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
+        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))
             elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
-                found += [pod_view(pod, frozenset({child})) for pod in pods]
+                evaluations.append(child)
+        for child in evaluations:
+            pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+            found += [pod_view(pod, frozenset({child})) for pod in pods]
         return found
 
     def is_worker(self, uid: str) -> bool:

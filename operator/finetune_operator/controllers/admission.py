@@ -23,10 +23,11 @@ from ..cache.inventory import Inventory, NodeHistory
 from ..cache.store import Store
 from ..cluster.inventory import look_around
 from ..cluster.transport import APIError, Cluster
+from ..model.job import PodView
 from ..model.nodes import namespace_of, node_of
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decision, Decisions, Queue, Request, Snapshot, Workload
-from ..model.workload import has_ended, is_still, request_of, workload_of
+from ..model.workload import has_ended, is_still, leaving, request_of, workload_of
 from ..queueing import decide
 from ..queueing.report import queue_status
 from ..reconcile.job.immutability import may_have_changed, with_changes
@@ -70,6 +71,8 @@ class Scheduler:
         """Jobs that look different as time passes"""
         self._front: set[Key] = set()
         """Those that were heads when all were looked at, and what has changed since"""
+        self._leaving: dict[str, Workload] = {}
+        """By UID: jobs that are gone, whose pods still hold something"""
         self._pods_of: dict[Key, tuple[str, ...]] = {}
         """UIDs of the pods that hold something of a node for a job"""
         self._accepted: dict[str, FineTuneJobSpec | None] = {}
@@ -233,7 +236,9 @@ class Scheduler:
             workloads = [self._as_intended(workload, now) for workload in near if self._is_head(workload)]
         else:
             workloads = [self._as_intended(workload, now) for workload in self._seen.values()]
+        workloads += self._left()
         ours = {uid for uids in self._pods_of.values() for uid in uids}
+        ours |= {pod.uid for uid in self._leaving for pod in self._store.gpu_pods(uid)}
         used: dict[str, Counter[str]] = defaultdict(Counter)
         for uid, node, amounts in inventory.pods:
             if uid not in ours:  # those are counted with their job, as they are now
@@ -254,19 +259,19 @@ class Scheduler:
         changed, priorities = self._store.changes(), (self._inventory.priorities, self._inventory.default_priority)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
-            self._looked_at, self._looked_with, changed = time.monotonic(), priorities, set(self._store.job_keys())
-            for known in (self._seen, self._moving, self._pods_of):
-                known.clear()  # type: ignore[attr-defined]
+            self._looked_at, self._looked_with, changed = time.monotonic(), priorities, {*self._store.job_keys(), *self._seen}
         self._front |= changed
         for key in changed | self._moving:
-            workload = self._workload(key, now)
+            before, workload = self._seen.get(key), self._workload(key, now)
+            if before is not None and (workload is None or workload.uid != before.uid):
+                self._leaving[before.uid] = before
+                self._forget(before.uid)
             if workload is None:
-                gone = self._seen.pop(key, None)
+                self._seen.pop(key, None)
                 self._moving.discard(key)
-                if gone is not None:
-                    self._forget(gone.uid)
                 continue
             self._seen[key] = workload
+            self._leaving.pop(workload.uid, None)
             if is_still(self._store.job(key) or {}):
                 self._moving.discard(key)
             else:
@@ -283,20 +288,32 @@ class Scheduler:
     def _workload(self, key: Key, now: datetime) -> Workload | None:
         raw = self._store.job(key)
         self._pods_of.pop(key, None)
-        if raw is None or raw["metadata"].get("deletionTimestamp"):
+        if raw is None:
             return None
         uid = raw["metadata"]["uid"]
-        pods = self._store.gpu_pods(uid)
-        if not pods and has_ended(raw):  # most of them, on a cluster that has run for a while
+        deleting = bool(raw["metadata"].get("deletionTimestamp"))
+        pods = self._holding(uid) if deleting else self._store.gpu_pods(uid)
+        if not pods and (deleting or has_ended(raw)):  # most of them, on a cluster that has run for a while
             return None
         spec = self._spec(raw)
         if spec is None:
             return None
-        if pods:
-            self._pods_of[key] = tuple(pod.uid for pod in pods)
-        return workload_of(
+        workload = workload_of(
             raw, *spec, pods, self.priority(spec[0].scheduling.priority_class_name), self._settings, now, ready=uid in self._ready
         )
+        if pods and workload.allocation is not None:
+            self._pods_of[key] = tuple(pod.uid for pod in pods)
+        return workload
+
+    def _left(self) -> list[Workload]:
+        """Jobs that are gone while pods of theirs still save: what those hold is free when they have ended, and not before."""
+        found = {uid: left for uid, gone in self._leaving.items() if (left := leaving(gone, self._holding(uid))) is not None}
+        self._leaving = found
+        return list(found.values())
+
+    def _holding(self, uid: str) -> list[PodView]:
+        """Pods that hold something for a job that goes. Nobody will hear the end of one that is deleted on a node that is lost."""
+        return [p for p in self._store.gpu_pods(uid) if not (p.deleting and p.node and self._inventory.is_lost(p.node))]
 
     def _spec(self, raw: Object) -> tuple[FineTuneJobSpec, Request] | None:
         uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))

@@ -55,10 +55,14 @@ def pod_requests(pod_spec: Object) -> dict[str, int]:
     return dict(total)
 
 
+def is_ready(raw: Object) -> bool:
+    """Whether a node's kubelet answers."""
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in (raw.get("status") or {}).get("conditions") or ())
+
+
 def node_of(raw: Object, used: Mapping[str, int]) -> Node:
     """A node with what pods hold of it. Of what cannot be read it has nothing."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
-    ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in status.get("conditions") or ())
     allocatable, unreadable = {}, {}
     for name, value in (status.get("allocatable") or {}).items():
         try:
@@ -76,7 +80,7 @@ def node_of(raw: Object, used: Mapping[str, int]) -> Node:
         allocatable=allocatable,
         unreadable=unreadable,
         used=used,
-        away="not ready" if not ready else "cordoned" if spec.get("unschedulable") else "",
+        away="not ready" if not is_ready(raw) else "cordoned" if spec.get("unschedulable") else "",
     )
 
 

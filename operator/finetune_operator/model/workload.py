@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
@@ -91,18 +92,23 @@ def workload_of(
     admission = _object(status.get("admission"))
     alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
     gang = [p for p in alive if p.stage == "train"]
+    evaluation = [p for p in alive if p.job_uid] if spec.distribution.gpus_per_node > 0 else []
     evaluates = (
         trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
     )
-    keeps = admitted and not finished and not suspended
+    deleting = bool(meta.get("deletionTimestamp"))
+    keeps = admitted and not (finished or suspended or deleting)
     allocation = None
     if keeps and evaluates and not gang:
         request = _evaluation_request(request, settings)
-        allocation = _allocation(admission, 1, request, [p for p in alive if p.job_uid], raw, now, stopping=False)
+        allocation = _allocation(admission, 1, request, evaluation, raw, now, stopping=False)
     elif keeps and not trained:
         allocation = _allocation(admission, int(admission.get("nodes") or request.pods[0]), request, gang, raw, now, stopping=False)
     elif gang:
         allocation = _allocation(admission, len(gang), request, gang, raw, now, stopping=True)
+    elif evaluation:
+        request = _evaluation_request(request, settings)
+        allocation = _allocation(admission, len(evaluation), request, evaluation, raw, now, stopping=True)
     retry_after = parse_time(status.get("retryAfter"))
     waiting = _object(status.get("queue"))
     created = parse_time(meta.get("creationTimestamp")) or _EPOCH
@@ -117,11 +123,24 @@ def workload_of(
         waits_since=parse_time(waiting.get("since")) or now,
         request=request,
         waits=(ready or is_true("DataReady"))
-        and not (trained or finished or suspended or admitted)
+        and not (trained or finished or suspended or admitted or deleting)
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
         has_run=bool(admission or _object(status.get("usage")).get("gpuSeconds")),
     )
+
+
+def leaving(workload: Workload, pods: Iterable[PodView]) -> Workload | None:
+    """A job that is gone, as it was last seen, with what the pods that it has left still hold; None when the last of them has ended."""
+    alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
+    if workload.allocation is None or not alive:
+        return None
+    held = dataclasses.replace(workload.allocation, pods=len(alive), bound=_bound(alive), stopping=True)
+    return dataclasses.replace(workload, allocation=held, waits=False)
+
+
+def _bound(pods: Iterable[PodView]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(Counter(pod.node for pod in pods if pod.node).items()))
 
 
 def _object(value: Any) -> Object:
@@ -136,10 +155,6 @@ def _allocation(
     saved = parse_time(_object(status.get("checkpoint")).get("savedAt"))
     running = parse_time(_object(status.get("gang")).get("runningSince"))
     domain = _object(admission.get("topology"))
-    bound: dict[str, int] = defaultdict(int)
-    for pod in alive:
-        if pod.node:
-            bound[pod.node] += 1
     return Allocation(
         queue=admission.get("queue") or "",
         flavor=admission.get("flavor") or "",
@@ -147,7 +162,7 @@ def _allocation(
         units=request.units,
         since=since,
         saved_at=max((at for at in (saved, running) if at is not None), default=None),
-        bound=tuple(sorted(bound.items())),
+        bound=_bound(alive),
         topology=(domain["key"], domain["value"]) if domain.get("key") and domain.get("value") else None,
         stopping=stopping,
     )
