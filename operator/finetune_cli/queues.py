@@ -66,8 +66,6 @@ async def queues(reader: Reader, console: Console) -> int:
     """Use of every queue and flavor, and the jobs that wait with what they wait for."""
     snapshot = await reader.snapshot()
     decisions = decide(snapshot)
-    if snapshot.queues_unknown:
-        console.print(f"FineTuneQueues cannot be listed: {snapshot.queues_unknown}", style="bold red", markup=False)
     for name, report in decisions.queues.items():
         queue = next((q for q in snapshot.queues if q.name == name), None)
         title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"

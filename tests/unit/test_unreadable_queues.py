@@ -125,23 +125,9 @@ class Refusing:
             yield raw
 
 
-async def test_queues_that_may_not_be_listed_are_no_reason_to_start() -> None:
-    seen = await look_around(Refusing("FineTuneQueue", 403), Store(), Settings())  # type: ignore[arg-type]
-    assert "is forbidden" in seen.queues_unknown
-    there = running("r", request(1, 4), "team", "any", {"node-0": 1})
-    for named in (None, "team"):
-        found = decided(
-            there, waiting("a", queue=named), waiting("b", request(1, 99), queue=named), queues_unknown=seen.queues_unknown, on=nodes(2)
-        )
-        assert why(found, "r").action == "keep"
-        for uid in ("a", "b"):
-            assert (why(found, uid).action, why(found, uid).reason) == ("wait", "QueuesNotListed")
-            assert "may not list FineTuneQueues" in why(found, uid).message and "is forbidden" in why(found, uid).message
-
-
 async def test_a_cluster_without_the_kind_has_no_queues() -> None:
     seen = await look_around(Refusing("FineTuneQueue", 404), Store(), Settings())  # type: ignore[arg-type]
-    assert not seen.queues_unknown and not seen.parsed
+    assert not seen.parsed
     assert admitted(decided(waiting("a"), on=nodes(1))) == {"a"}
 
 

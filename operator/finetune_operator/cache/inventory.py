@@ -20,8 +20,6 @@ class Inventory:
     """What is not the operator's own: as of the last LIST."""
 
     queues: dict[str, Object] = dataclasses.field(default_factory=dict)
-    queues_unknown: str = ""
-    """Why they could not be listed"""
     parsed: dict[str, Queue] = dataclasses.field(default_factory=dict)
     nodes: list[Object] | None = None
     missing: tuple[Node, ...] = ()

@@ -15,13 +15,12 @@ from .transport import APIError, Cluster
 async def look_around(cluster: Cluster, store: Store, settings: Settings) -> Inventory:
     """LIST queues, nodes, namespaces, priorities, and the pods of others. Raises APIError when the server does not answer."""
     began = time.monotonic()
-    queues, unknown = await _queues(cluster)
+    queues = await _list(cluster, "FineTuneQueue")
     # one that serves some namespaces does not see what others hold: quota alone decides then
     nodes = await _list(cluster, "Node") if not settings.watch_namespaces else None
     found = Inventory(
-        queues={raw["metadata"]["name"]: raw for raw in queues},
-        queues_unknown=unknown,
-        parsed={queue.name: queue for queue in map(queue_of, queues)},
+        queues={raw["metadata"]["name"]: raw for raw in queues or ()},
+        parsed={raw["metadata"]["name"]: queue_of(raw) for raw in queues or ()},
         nodes=nodes,
         namespaces={raw["metadata"]["name"]: raw for raw in (await _list(cluster, "Namespace") if queues else None) or ()},
     )
@@ -33,16 +32,6 @@ async def look_around(cluster: Cluster, store: Store, settings: Settings) -> Inv
         found.pods = await _pods(cluster, store)
     found.at, found.took = time.monotonic(), time.monotonic() - began
     return found
-
-
-async def _queues(cluster: Cluster) -> tuple[list[Object], str]:
-    """All queues; or none, and why nobody may know whether there are any. A cluster without their kind has none."""
-    try:
-        return [raw async for raw in cluster.list("FineTuneQueue")], ""
-    except APIError as failure:
-        if failure.status not in (403, 404):
-            raise
-        return [], str(failure) if failure.status == 403 else ""
 
 
 async def _list(cluster: Cluster, kind: str) -> list[Object] | None:

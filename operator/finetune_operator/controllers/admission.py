@@ -247,7 +247,6 @@ class Scheduler:
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
             queues=tuple(inventory.parsed.values()),
-            queues_unknown=inventory.queues_unknown,
             nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
             missing=inventory.missing,
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},

@@ -158,8 +158,6 @@ class Snapshot:
     now: datetime
     workloads: tuple[Workload, ...]
     queues: tuple[Queue, ...] = ()
-    queues_unknown: str = ""
-    """Why nobody knows which queues there are: without them no quota is known, so nothing is given away."""
     nodes: tuple[Node, ...] | None = None
     """None when the operator may not look at nodes: quota alone decides then."""
     missing: tuple[Node, ...] = ()

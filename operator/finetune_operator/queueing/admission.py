@@ -36,7 +36,7 @@ def decide(snapshot: Snapshot) -> Decisions:
 class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        queues = snapshot.queues if snapshot.queues or snapshot.queues_unknown else (implicit_queue(snapshot),)
+        queues = snapshot.queues or (implicit_queue(snapshot),)
         self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes, snapshot.missing) if snapshot.nodes is not None else None)
         self.ledger, self.fleet = self.usage.ledger, self.usage.fleet
         self.decisions: dict[str, Decision] = {}
@@ -127,9 +127,6 @@ class _Pass:
         return self._homes[key]
 
     def _find_queue(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
-        if self.snapshot.queues_unknown:
-            message = f"the operator may not list FineTuneQueues, so no quota is known and no job starts: {self.snapshot.queues_unknown}"
-            return None, ("QueuesNotListed", message)
         if not self.snapshot.queues:
             if workload.queue is None:
                 return IMPLICIT, ("", "")
