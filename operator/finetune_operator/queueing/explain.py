@@ -40,11 +40,11 @@ def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | N
             if kind == "User"
             else (limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
         )
-        allocation, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
+        units, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
         if most_jobs is not None and jobs >= most_jobs:
             return f"{kind}Limit", f"{owner} has {jobs} jobs in queue {queue.name}, the limit (maxJobsPer{kind})"
-        if most is not None and allocation + need > most:
-            return f"{kind}Limit", f"{owner} holds {allocation} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
+        if most is not None and units + need > most:
+            return f"{kind}Limit", f"{owner} holds {units} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
     return None
 
 

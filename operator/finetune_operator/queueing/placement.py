@@ -36,10 +36,10 @@ class Fleet:
             for node in self.nodes.values()
         }
         self._eligible: dict[tuple[object, ...], tuple[Node, ...]] = {}
-        self._rooms: dict[tuple[object, ...], tuple[Shape, dict[str, int]]] = {}
+        self._fitting: dict[tuple[object, ...], tuple[Shape, dict[str, int]]] = {}
         """By what decides about it: pods that fit on each eligible node, kept up to date"""
         self._largest: dict[str, int] = {}
-        self._offers: dict[int, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]] = {}
+        self._of_flavor: dict[int, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]] = {}
 
     def copy(self) -> Fleet:
         """The same, to go another way from here."""
@@ -56,16 +56,16 @@ class Fleet:
                 continue
             for resource, amount in per_pod:
                 free[resource] = free.get(resource, 0) - sign * pods * amount
-            for shape, rooms in self._rooms.values():
-                if name in rooms:
-                    rooms[name] = _room(free, shape)
+            for shape, fitting in self._fitting.values():
+                if name in fitting:
+                    fitting[name] = _pods_that_fit(free, shape)
 
     def give(self, place: Place, per_pod: Shape) -> None:
         """Undo a take."""
         self.take(place, per_pod, -1)
 
     @contextmanager
-    def given(self, allocation: Allocation, request: Request) -> Iterator[None]:
+    def without(self, allocation: Allocation, request: Request) -> Iterator[None]:
         """As if this gang were gone."""
         self.give(allocation.bound, request.per_pod)
         try:
@@ -84,10 +84,10 @@ class Fleet:
         """A flavor's labels and tolerations: queues that offer the same nodes share what is known of them."""
         if flavor is None:
             return (), ()
-        found = self._offers.get(id(flavor))
+        found = self._of_flavor.get(id(flavor))
         if found is None:
             tolerations = tuple((t.key, t.operator, t.value, t.effect) for t in flavor.tolerations)
-            found = self._offers[id(flavor)] = tuple(sorted(flavor.node_labels.items())), tolerations
+            found = self._of_flavor[id(flavor)] = tuple(sorted(flavor.node_labels.items())), tolerations
         return found
 
     def eligible(self, request: Request, flavor: Flavor | None) -> tuple[Node, ...]:
@@ -117,24 +117,24 @@ class Fleet:
 
     def capacity(self, request: Request, flavor: Flavor | None) -> int:
         """Pods that would fit on the eligible nodes if nothing else ran there."""
-        return sum(_room(node.allocatable, request.per_pod) for node in self.eligible(request, flavor))
+        return sum(_pods_that_fit(node.allocatable, request.per_pod) for node in self.eligible(request, flavor))
 
-    def rooms(self, request: Request, flavor: Flavor | None) -> dict[str, int]:
+    def fitting(self, request: Request, flavor: Flavor | None) -> dict[str, int]:
         """Pods that fit on each eligible node now."""
         key = (request.selector, request.tolerations, *self._demands(flavor), request.per_pod)
-        found = self._rooms.get(key)
+        found = self._fitting.get(key)
         if found is None:
-            rooms = {node.name: _room(self._free[node.name], request.per_pod) for node in self.eligible(request, flavor)}
-            found = self._rooms[key] = request.per_pod, rooms
+            fitting = {node.name: _pods_that_fit(self._free[node.name], request.per_pod) for node in self.eligible(request, flavor)}
+            found = self._fitting[key] = request.per_pod, fitting
         return found[1]
 
     def place(self, request: Request, pods: int, flavor: Flavor | None) -> Place | None:
         """Nodes for so many pods: the fullest first, so that whole nodes stay whole; within one domain where that is asked for."""
-        rooms = [(fit, name) for name, fit in self.rooms(request, flavor).items() if fit]
+        nodes = [(fit, name) for name, fit in self.fitting(request, flavor).items() if fit]
         if not request.topology_key:
-            return _fill(rooms, pods)
+            return _fill(nodes, pods)
         domains: dict[str, list[tuple[int, str]]] = {}
-        for fit, name in rooms:
+        for fit, name in nodes:
             if (value := self.nodes[name].labels.get(request.topology_key)) is not None:
                 domains.setdefault(value, []).append((fit, name))
         sizes = sorted((sum(fit for fit, _ in members), value) for value, members in domains.items())
@@ -148,10 +148,10 @@ class Fleet:
 
     def soonest(self, request: Request, pods: int, flavor: Flavor | None) -> Place:
         """The nodes that a gang would have soonest, whatever runs there now: they are to be kept for it."""
-        found = self.rooms(request, flavor)
+        fitting = self.fitting(request, flavor)
         place, left = [], pods
-        for node in sorted(self.eligible(request, flavor), key=lambda node: (-found[node.name], node.name)):
-            take = min(left, max(found[node.name], _room(node.allocatable, request.per_pod)))
+        for node in sorted(self.eligible(request, flavor), key=lambda node: (-fitting[node.name], node.name)):
+            take = min(left, max(fitting[node.name], _pods_that_fit(node.allocatable, request.per_pod)))
             if take > 0:
                 place.append((node.name, take))
                 left -= take
@@ -185,7 +185,7 @@ def _could_hold(node: Node, shape: Shape) -> bool:
     return all(name in node.unreadable or node.allocatable.get(name, 0) >= amount for name, amount in shape)
 
 
-def _room(free: Amounts, shape: Shape) -> int:
+def _pods_that_fit(free: Amounts, shape: Shape) -> int:
     most = 1_000_000
     for resource, amount in shape:
         if amount > 0:
@@ -193,11 +193,11 @@ def _room(free: Amounts, shape: Shape) -> int:
     return max(0, most)
 
 
-def _fill(rooms: list[tuple[int, str]], pods: int) -> Place | None:
-    if sum(fit for fit, _ in rooms) < pods:
+def _fill(nodes: list[tuple[int, str]], pods: int) -> Place | None:
+    if sum(fit for fit, _ in nodes) < pods:
         return None
     place, left = [], pods
-    for fit, name in sorted(rooms):
+    for fit, name in sorted(nodes):
         take = min(fit, left)
         place.append((name, take))
         left -= take
