@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.status import read_status
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect
 from finetune_operator.cluster.transport import KubernetesCluster
-from finetune_operator.controllers.admission import Scheduler
-from finetune_operator.controllers.job import SELECTOR
+from finetune_operator.controllers.admission import AdmissionLoop
+from finetune_operator.controllers.resync import SELECTOR
 from finetune_operator.model.queueing import Decisions, Node, Queue, Snapshot, Workload
 from finetune_operator.model.workload import request_of
 from finetune_operator.queueing import decide
@@ -46,7 +47,7 @@ class Reader:
         cluster = await connect(kubeconfig=self._kubeconfig, context=self._context)
         try:
             await self._fill(cluster)
-            return await Scheduler(cluster, self.store, Settings(), lambda _: None).look()
+            return await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
         finally:
             await cluster.close()
 

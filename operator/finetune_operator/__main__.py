@@ -25,8 +25,9 @@ from .cache.store import Store
 from .cluster.connect import connect
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
+from .cluster.seal_key import ensure_seal_key
 from .cluster.transport import KubernetesCluster
-from .controllers.job import Controller
+from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate
 from .servers.bundle import Bundle
@@ -45,18 +46,18 @@ async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRu
     return runner
 
 
-def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
+def _probes(manager: Manager, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
     def not_ready() -> str:
         if kinds.missing:
             return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
-        if not controller.synced.is_set():
+        if not manager.synced.is_set():
             return "not in sync yet"
         unwatched = set(kinds.watched) - handlers.watching(insights, kinds)
         return f"not watched yet: {', '.join(sorted(r.plural for r in unwatched))}" if unwatched else ""
 
     async def healthz(_: web.Request) -> web.Response:
-        silent = time.monotonic() - controller.last_resync
-        if controller.synced.is_set() and silent > 4 * settings.resync_seconds:
+        silent = time.monotonic() - manager.resync.last
+        if manager.synced.is_set() and silent > 4 * settings.resync_seconds:
             return web.Response(status=503, text=f"no resync for {silent:.0f} s")
         return web.Response(text="ok")
 
@@ -76,20 +77,20 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
     return app
 
 
-def _trust(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
+def _trust(manager: Manager, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
     """What must know a certificate before it is served: the API server, and the jobs' pods, which also get an administrator's authorities."""
     bundle = Bundle(cluster, settings.webhook_configuration) if settings.webhook_configuration else None
 
     async def look(new: Certificate) -> None:
         if bundle is not None:
             await bundle.put(new.authorities)
-        own = controller.settings.authorities
+        own = manager.settings.authorities
         if settings.authorities_file:
             try:
                 own = certificate.read_authorities(settings.authorities_file)
             except ValueError as failure:  # the ones before are kept
                 log.warning("%s", failure)
-        controller.trust(new.authorities, own)
+        manager.trust(new.authorities, own)
 
     return look
 
@@ -113,25 +114,25 @@ async def run(settings: Settings) -> None:
     """
     cluster = await connect(settings.api_qps, settings.api_burst)
     identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
+    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities, seal_key=await ensure_seal_key(cluster, settings))
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
-    controller = Controller(cluster, store, board, settings, lease)
+    manager = Manager(cluster, store, board, settings, lease)
     kinds, insights = Kinds(cluster, settings), handlers.Insights()
-    server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
+    server = ProgressServer(cluster, store, board, manager.wake, lambda: manager.acting)
     endpoints = server.application()
     lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
     runners = [
-        await _serve(_probes(controller, cluster, settings, kinds, insights), settings.probe_port),
+        await _serve(_probes(manager, cluster, settings, kinds, insights), settings.probe_port),
         await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
     ]
     failed: list[tuple[str, BaseException]] = []
     try:
         if await _until_jobs_are_served(kinds):
-            failed = await _work(settings, controller, identity, cluster, kinds, insights)
+            failed = await _work(settings, manager, identity, cluster, kinds, insights)
     finally:
         if lease is not None:
             await lease.release()  # nothing acts any more
@@ -147,11 +148,11 @@ async def run(settings: Settings) -> None:
 
 
 async def _work(
-    settings: Settings, controller: Controller, identity: Identity, cluster: KubernetesCluster, kinds: Kinds, insights: Insights
+    settings: Settings, manager: Manager, identity: Identity, cluster: KubernetesCluster, kinds: Kinds, insights: Insights
 ) -> list[tuple[str, BaseException]]:
     """Watch and act until any part of it ends; the parts that failed."""
     registry = kopf.OperatorRegistry()
-    handlers.register(registry, controller, settings, kinds)
+    handlers.register(registry, manager, settings, kinds)
     stop = asyncio.Event()
     watches = kopf.operator(
         registry=registry,
@@ -164,8 +165,8 @@ async def _work(
     )
     tasks = [
         asyncio.create_task(watches, name="kopf"),
-        asyncio.create_task(controller.run(), name="controller"),
-        asyncio.create_task(identity.keep(_trust(controller, cluster, settings)), name="certificate"),
+        asyncio.create_task(manager.run(), name="manager"),
+        asyncio.create_task(identity.keep(_trust(manager, cluster, settings)), name="certificate"),
         asyncio.create_task(kinds.keep(lambda: handlers.watching(insights, kinds)), name="kinds"),
     ]
     # kopf handles SIGTERM and SIGINT: it ends without an error, and takes younger tasks with it

@@ -17,7 +17,8 @@ from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from .cluster.kinds import Kinds
 from .cluster.login import login
 from .cluster.resources import RESOURCES, Resource
-from .controllers.job import SELECTOR, Controller
+from .controllers.manager import Manager
+from .controllers.resync import SELECTOR
 from .model.objects import CHILD_KINDS, child_kinds
 from .settings import Settings
 
@@ -61,7 +62,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.progress_storage = _NoProgress()
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.watching.server_timeout = 570  # kopf lists all objects again after it
+    settings.watching.server_timeout = 570  # kopf then goes on from the last resourceVersion
     settings.watching.client_timeout = 600
     settings.watching.connect_timeout = 15
     settings.watching.chunk_size = 500
@@ -79,13 +80,13 @@ def watching(insights: Insights, kinds: Kinds) -> set[Resource]:
     return {r for r in kinds.watched if (r.group, r.version, r.plural) in seen}
 
 
-def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings, kinds: Kinds) -> None:
-    """Connect the watches of the job and of its children to the controller."""
+def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settings, kinds: Kinds) -> None:
+    """Connect the watches of the job and of its children to the manager."""
     kopf.on.login(registry=registry)(login)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:
-        controller.job_event(dict(event["object"]), deleted=event["type"] == "DELETED")
+        manager.job_event(dict(event["object"]), deleted=event["type"] == "DELETED")
 
     def watch(kind: str) -> None:
         resource = RESOURCES[kind]
@@ -94,7 +95,7 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
         async def on_child(event: kopf.RawEvent, **_: Any) -> None:
             raw: dict[str, Any] = dict(event["object"])
             if (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
-                controller.child_event(kind, raw, deleted=event["type"] == "DELETED")
+                manager.child_event(kind, raw, deleted=event["type"] == "DELETED")
 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
@@ -104,4 +105,4 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
 
         @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
         async def on_queue(event: kopf.RawEvent, **_: Any) -> None:
-            controller.scheduler.queue_event(dict(event["object"]), deleted=event["type"] == "DELETED")
+            manager.admission.queue_event(dict(event["object"]), deleted=event["type"] == "DELETED")

@@ -8,6 +8,10 @@ RECONCILE_SECONDS = Histogram(
     "finetune_reconcile_duration_seconds", "Time of one reconcile pass, writes included", buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10)
 )
 RECONCILE_ERRORS = Counter("finetune_reconcile_errors_total", "Reconcile passes that failed and were put back", ["reason"])
+EVENTS_DROPPED = Counter("finetune_events_dropped_total", "Kubernetes Events that were not posted", ["reason"])
+ASSUMPTIONS_EXPIRED = Counter(
+    "finetune_assumptions_expired_total", "Admissions and evictions that did not come on record and were given up", ["action"]
+)
 API_REQUESTS = Gauge("finetune_api_requests", "Requests to the API server since start", ["verb", "kind"])
 QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Jobs waiting for or in a reconcile pass")
 JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase", ["phase"])

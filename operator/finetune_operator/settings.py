@@ -101,6 +101,10 @@ class Settings:
     ca_bundle: str = field(default="", repr=False)
     """PEM of the progress endpoint's certificate authority; filled in at start-up."""
 
+    seal_secret: str = ""
+    """Secret that keeps the key which the operator seals admissions with; empty: a key of this process (outside the cluster)."""
+    seal_key: str = field(default="", repr=False)
+    """Filled in at start-up from seal_secret."""
     authorities: str = field(default="", repr=False)
     """PEM of authorities_file; filled in at start-up."""
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from finetune_api import names
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
-from finetune_operator.controllers.admission import Scheduler
+from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decisions
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, after, job, merged, stamp
@@ -100,7 +101,7 @@ class Scene:
             self.store.put_job(raw)
         for raw in pods:
             self.store.put_child("Pod", raw)
-        self.scheduler = Scheduler(self.server, self.store, Settings(), lambda key: None)  # type: ignore[arg-type]
+        self.scheduler = AdmissionLoop(self.server, self.store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
 
     async def decide(self, *, heads: bool = False, anew: bool = True) -> Decisions:
         if anew:

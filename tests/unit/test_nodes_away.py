@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.inventory import _NODES_EACH, _SHAPES, NodeHistory
 from finetune_operator.cache.store import Store
-from finetune_operator.controllers.admission import Scheduler
+from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decision, Node, Taint
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
@@ -169,7 +170,7 @@ async def test_a_preempted_job_while_nodes_are_away(
     seen: tuple[int, ...], now: tuple[int, ...], status: dict[str, Any], action: str
 ) -> None:
     server, store = Nodes(*seen), Store()
-    scheduler = Scheduler(server, store, Settings(), lambda key: None)  # type: ignore[arg-type]
+    scheduler = AdmissionLoop(server, store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
     await scheduler.once()
     server.gpus = now
     scheduler.queue_event({"metadata": {"name": "other"}}, deleted=True)  # it lists again

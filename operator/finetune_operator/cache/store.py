@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -35,6 +36,10 @@ class _Entry:
     seen: float
 
 
+def _is_older(heard_at: float | None, asked_at: float | None) -> bool:
+    return heard_at is not None and asked_at is not None and heard_at < asked_at
+
+
 def _version(raw: Object) -> int:
     text = str(raw["metadata"].get("resourceVersion", "0"))
     return int(text) if text.isdigit() else 0
@@ -59,19 +64,27 @@ class Store:
         """UIDs of deleted objects: a late event must not bring them back"""
         self._jobs_left: dict[str, tuple[str, str]] = {}
         """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
+        self.forgotten: list[Callable[[str], None]] = []
+        """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
+        self._begun_with: dict[str, FineTuneJobSpec | None] = {}
+        """What jobs began with whose spec may have been changed since; None where the present one holds"""
         self._labelled: dict[str, set[str]] = defaultdict(set)
         """UIDs of pods by the job's UID on their label"""
 
     # jobs
 
-    def put_job(self, raw: Object) -> Key:
-        """Remember a job, unless a newer state of the same object is known."""
+    def put_job(self, raw: Object, asked_at: float | None = None) -> Key:
+        """Remember a job, unless a newer state of the same object is known.
+
+        `asked_at` (monotonic): when the server was asked for it. Whatever was heard before that is older, or of a history that a
+        restored etcd does not know: then the answer counts, whatever its resourceVersion.
+        """
         meta = raw["metadata"]
         key = (meta["namespace"], meta["name"])
         known = self._jobs.get(key)
-        if meta["uid"] in self._gone:
+        if self._is_gone(meta["uid"], asked_at):
             return key
-        if not self.is_known(raw):
+        if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
@@ -102,8 +115,32 @@ class Store:
         return key
 
     def _forget_job(self, uid: str) -> None:
-        for what in (self._keys, self._seen, self._restarts, self._specs):
-            what.pop(uid, None)
+        for what in (self._keys, self._seen, self._restarts, self._specs, self._begun_with):
+            what.pop(uid, None)  # type: ignore[attr-defined]
+        for tell in self.forgotten:
+            tell(uid)
+
+    def _is_gone(self, uid: str, asked_at: float | None) -> bool:
+        """Whether it was deleted, so that a late event must not bring it back. An answer of the server does: etcd was restored."""
+        if uid in self._gone and _is_older(self._gone[uid], asked_at):
+            del self._gone[uid]
+        return uid in self._gone
+
+    def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> bool:
+        """A job's spec may have been changed: it goes on, and is counted, with this one. Whether that is news."""
+        if uid in self._begun_with and self._begun_with[uid] == spec:
+            return False
+        self._begun_with[uid] = spec
+        self.touch(uid)
+        return True
+
+    def knows_beginning(self, uid: str) -> bool:
+        """Whether it was found out what a job began with whose spec may have been changed."""
+        return uid in self._begun_with
+
+    def beginning(self, uid: str) -> FineTuneJobSpec | None:
+        """What it began with; None where the present spec holds."""
+        return self._begun_with.get(uid)
 
     def _note_restarts(self, raw: Object) -> None:
         status, uid = raw.get("status"), raw["metadata"]["uid"]
@@ -156,13 +193,14 @@ class Store:
 
     # children
 
-    def put_child(self, kind: str, raw: Object) -> Key | None:
-        """Remember a child unless a newer state is known; the key of the job to wake, if it is known."""
+    def put_child(self, kind: str, raw: Object, asked_at: float | None = None) -> Key | None:
+        """Remember a child unless a newer state is known; the key of the job to wake, if it is known. `asked_at`: as of put_job."""
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)
         job_uid = str((meta.get("labels") or {}).get(names.LABEL_JOB_UID, ""))
-        if uid not in self._gone and (known is None or known.version <= _version(raw)):
+        newer = known is None or known.version <= _version(raw) or _is_older(known.seen, asked_at)
+        if newer and not self._is_gone(uid, asked_at):
             owner = owner_uid(raw)
             if known is not None and known.owner != owner:
                 self._by_owner[known.owner].discard((kind, uid))
@@ -301,8 +339,9 @@ def _was_a_jobs(pod: Object) -> bool:
 def _keep(metadata: Object) -> Object:
     wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
     kept = {field: metadata[field] for field in wanted if field in metadata}
-    admission = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION)
-    return kept if admission is None else {**kept, "annotations": {names.ANNOTATION_ADMISSION: admission}}
+    annotations = metadata.get("annotations") or {}
+    known = {name: annotations[name] for name in (names.ANNOTATION_ADMISSION, names.ANNOTATION_SEAL) if name in annotations}
+    return {**kept, "annotations": known} if known else kept
 
 
 def _pod_status(status: Object) -> Object:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
 from finetune_api.status import FineTuneJobStatus
 
 from .. import metrics
+from ..cache.store import Store
 
 MOST_JOBS = 500
 """Jobs that train at the same time with gauges of their own; more have none."""
@@ -62,6 +64,16 @@ class Telemetry:
             metrics.TOKENS_PER_SECOND.labels(*labels).set(progress.tokens_per_second)
         if progress.reported_at is not None:
             metrics.REPORTED_AT.labels(*labels).set(datetime.fromisoformat(progress.reported_at).timestamp())
+
+    @staticmethod
+    def count(store: Store) -> None:
+        """How many jobs are in which phase."""
+        phases: Counter[str] = Counter()
+        for key in store.job_keys():
+            phases[str(((store.job(key) or {}).get("status") or {}).get("phase", "Pending"))[:32]] += 1
+        metrics.JOBS.clear()
+        for phase, count in phases.items():
+            metrics.JOBS.labels(phase=phase).set(count)
 
     def forget(self, uid: str) -> None:
         """The job does not train any more, or is gone."""

@@ -65,6 +65,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         unschedulable=str(scheduled.get("message") or "") if scheduled.get("status") == "False" else "",
         node=str((raw.get("spec") or {}).get("nodeName") or ""),
         admission=str((metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION, "")),
+        seal=str((metadata.get("annotations") or {}).get(names.ANNOTATION_SEAL, "")),
         disrupted=bool(stopped) or (conditions.get("DisruptionTarget") or {}).get("status") == "True",
         eviction=_eviction(str(stopped.get("reason") or "")) if stopped else "",
         eviction_message=str(stopped.get("message") or "")[:1000],

@@ -13,6 +13,8 @@ from finetune_api.spec.run import Toleration
 
 IMPLICIT = ""
 """Name of the queue of all jobs in a cluster without a FineTuneQueue."""
+RECOVERED = "Recovered"
+"""Reason of keeping a gang whose record was wiped: quota has room for it"""
 Amounts = Mapping[str, int]
 """Resource name -> amount: CPUs in thousandths, memory in bytes, extended resources in units."""
 
@@ -113,6 +115,8 @@ class Workload:
     allocation: Allocation | None = None
     has_run: bool = False
     """It was admitted before: some node could hold its pods."""
+    recovers: bool = False
+    """It runs without a record of its admission, which was wiped: what it holds is the operator's own word, to be checked against quota."""
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
@@ -11,12 +12,14 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
 from .job import PodView
 from .nodes import amount
 from .objects import Object
 from .queueing import Allocation, Request, Workload
+from .seal import is_sealed
 from .times import parse_time
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -97,13 +100,17 @@ def workload_of(
         trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
     )
     deleting = bool(meta.get("deletionTimestamp"))
-    keeps = admitted and not (finished or suspended or deleting)
+    over = finished or suspended or deleting
+    keeps = admitted and not over
+    recovers = sealed_admission(gang, meta["uid"], settings) if "Admitted" not in conditions and not over else None
     allocation = None
     if keeps and evaluates and not gang:
         request = _evaluation_request(request, settings)
         allocation = _allocation(admission, 1, request, evaluation, raw, now, stopping=False)
     elif keeps and not trained:
         allocation = _allocation(admission, int(admission.get("nodes") or request.pods[0]), request, gang, raw, now, stopping=False)
+    elif recovers is not None:
+        allocation = _allocation(recovers.to_wire(), recovers.nodes, request, gang, raw, now, stopping=False)
     elif gang:
         allocation = _allocation(admission, len(gang), request, gang, raw, now, stopping=True)
     elif evaluation:
@@ -127,7 +134,18 @@ def workload_of(
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
         has_run=bool(admission or _object(status.get("usage")).get("gpuSeconds")),
+        recovers=recovers is not None,
     )
+
+
+def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings) -> AdmissionStatus | None:
+    """What a gang was admitted to, from the pods that still run: only what bears the operator's seal for this job is believed."""
+    for pod in workers:
+        alive = pod.phase not in ("Succeeded", "Failed") and not pod.deleting
+        if alive and is_sealed(settings.seal_key, uid, pod.admission, pod.seal):
+            with contextlib.suppress(ValueError):
+                return AdmissionStatus.model_validate_json(pod.admission)
+    return None
 
 
 def leaving(workload: Workload, pods: Iterable[PodView]) -> Workload | None:

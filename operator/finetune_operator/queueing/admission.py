@@ -14,7 +14,17 @@ from collections import Counter, defaultdict
 from finetune_api.queue import Flavor
 from finetune_api.scalars import human_duration, seconds
 
-from ..model.queueing import IMPLICIT, Admission, Allocation, Decision, Decisions, QueueReport, Snapshot, Workload
+from ..model.queueing import (
+    IMPLICIT,
+    RECOVERED,
+    Admission,
+    Allocation,
+    Decision,
+    Decisions,
+    QueueReport,
+    Snapshot,
+    Workload,
+)
 from ..queueing import explain
 from .eligibility import Eligibility
 from .ordering import Ordering
@@ -51,17 +61,19 @@ class _Pass:
         self.eligibility = Eligibility(snapshot, self.ledger)
 
     def run(self) -> Decisions:
-        for workload in self.snapshot.workloads:
+        self.workloads = [*(w for w in self.snapshot.workloads if not w.recovers)]
+        for workload in self.workloads:
             self._count(workload)
-        for workload in sorted((w for w in self.snapshot.workloads if w.allocation is not None), key=lambda w: (-w.request.units, w.uid)):
+        self.workloads += [self._recovered(w) for w in self.snapshot.workloads if w.recovers]
+        for workload in sorted((w for w in self.workloads if w.allocation is not None), key=lambda w: (-w.request.units, w.uid)):
             self._expect(workload)
-        for workload in self.snapshot.workloads:
+        for workload in sorted(self.workloads, key=lambda w: w.uid):
             self._sort(workload)
         self._drain()
         self._take_turns()
         self._grow()
         allocations: dict[str, list[tuple[str, Allocation]]] = defaultdict(list)
-        for workload in self.snapshot.workloads:
+        for workload in self.workloads:
             if workload.allocation is not None:
                 allocations[workload.allocation.queue].append((workload.namespace, workload.allocation))
         return Decisions(jobs=self.decisions, queues={name: self._report(name, allocations[name]) for name in self.ledger.queues})
@@ -76,6 +88,20 @@ class _Pass:
             self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total)
             if self.fleet is not None:
                 self.fleet.take(allocation.bound, request.per_pod)
+
+    def _recovered(self, workload: Workload) -> Workload:
+        """One whose record was wiped: it keeps what quota has room for beside all others, else it gives way."""
+        self._count(workload)
+        held = workload.allocation
+        assert held is not None
+        flavor = self.eligibility.flavor(held.queue, held.flavor)
+        counted = flavor is not None or (not held.flavor and workload.request.resource == "cpu")
+        may = held.queue in self.ledger.queues and self.eligibility.may_use(self.ledger.queues[held.queue], workload.namespace)
+        if may and counted and (flavor is None or self.ledger.available(held.queue, flavor) >= 0):
+            return workload
+        message = f"the record of its admission was lost, and queue {held.queue or 'none'} has no room for it: its pods save and end"
+        self.decisions[workload.uid] = Decision(action="wait", reason="AdmissionLost", message=message, queue=held.queue)
+        return dataclasses.replace(workload, allocation=dataclasses.replace(held, stopping=True))
 
     def _expect(self, workload: Workload) -> None:
         """Keep room for the pods of an admitted gang that have no node yet; the largest come first, they find room least."""
@@ -99,7 +125,8 @@ class _Pass:
             self.usage.stopping.append(workload)
         elif allocation is not None:
             self.running.append(workload)
-            self.decisions[workload.uid] = Decision(action="keep", queue=allocation.queue)
+            reason = RECOVERED if workload.recovers else ""
+            self.decisions[workload.uid] = Decision(action="keep", reason=reason, queue=allocation.queue)
         if allocation is not None and not allocation.stopping:
             return
         name, problem = self.eligibility.queue_of(workload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -145,7 +146,7 @@ class Draft:
             quiet = quiet.model_copy(update={"queue": self.status.queue, "conditions": conditions})
         return Plan(
             actions=tuple(self.actions),
-            events=tuple(self.events),
+            events=tuple(dataclasses.replace(event, series=self.status.attempt) for event in self.events),
             status=self.status if changed else None,
             before=self.before,
             due=self._due(quiet),
