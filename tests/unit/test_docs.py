@@ -47,6 +47,17 @@ def test_every_reason_a_job_waits_for_is_explained() -> None:
     assert len(reasons) >= 12 and not {r for r in reasons if f"`{r}`" not in page}
 
 
+def test_every_module_the_docs_name_exists() -> None:
+    files = [
+        f"/{path.relative_to(REPO)}"
+        for folder in ("operator", "trainer_image", "tests", "examples")
+        for path in (REPO / folder).rglob("*.py")
+    ]
+    named = {(page.name, name) for page in PAGES for name in re.findall(r"`((?:\w+/)*\w+\.py)\b", page.read_text())}
+    assert len(named) > 15
+    assert not [missing for missing in sorted(named) if not any(path.endswith(f"/{missing[1]}") for path in files)]
+
+
 def test_every_reason_of_the_trainer_is_explained() -> None:
     page = (REPO / "docs" / "errors.md").read_text()
     sources = list((REPO / "trainer_image" / "finetune_trainer").rglob("*.py"))
