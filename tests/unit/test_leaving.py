@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Any
@@ -13,6 +14,7 @@ from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decisions
+from finetune_operator.model.seal import seal
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, after, job, merged, stamp
 
@@ -94,19 +96,19 @@ def child_job() -> dict[str, Any]:
 class Scene:
     """The operator's memory and its scheduler over that server."""
 
-    def __init__(self, *pods: dict[str, Any], first: dict[str, Any]) -> None:
+    def __init__(self, *pods: dict[str, Any], first: dict[str, Any] | None) -> None:
         self.server, self.store = Server(), Store()
         self.server.pods = list(pods)
-        for raw in (first, other()):
+        for raw in (*([first] if first is not None else []), other()):
             self.store.put_job(raw)
         for raw in pods:
             self.store.put_child("Pod", raw)
-        self.scheduler = AdmissionLoop(self.server, self.store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
+        self.admission = AdmissionLoop(self.server, self.store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
 
     async def decide(self, *, heads: bool = False, anew: bool = True) -> Decisions:
         if anew:
-            self.scheduler.queue_event({"metadata": {"name": "x"}}, deleted=True)  # it lists again
-        return await self.scheduler.once(heads=heads)
+            self.admission.queue_event({"metadata": {"name": "x"}}, deleted=True)  # it lists again
+        return await self.admission.once(heads=heads)
 
     async def waits(self, held: int = HELD, **how: bool) -> None:
         """The other job waits, and the queue says how much is in use."""
@@ -161,7 +163,7 @@ async def test_gpus_are_free_when_the_pods_have_ended(end: Callable[[Scene, dict
     await scene.waits()
     end(scene, first)
     if everything:
-        scene.scheduler._looked_at = float("-inf")  # the pass that looks at all jobs anew
+        scene.admission._looked_at = float("-inf")  # the pass that looks at all jobs anew
     await scene.waits(anew=False)
     await scene.waits()
     found = await scene.decide(heads=True)
@@ -190,7 +192,53 @@ async def test_an_evaluations_gpu_is_free_when_its_pod_has_ended(end: Callable[[
     await scene.waits(1)
     scene.ends(evaluating)
     await scene.starts()
-    assert not scene.store._jobs_left and not scene.scheduler._leaving, "nothing is remembered of it"
+    assert not scene.store._jobs_left and not scene.admission._leaving, "nothing is remembered of it"
+
+
+def sealed(rank: int, uid: str = "uid-first", **admission: Any) -> dict[str, Any]:
+    """A worker with the operator's word on what it was admitted to."""
+    found = pod(rank, deletionTimestamp=stamp(NOW))
+    text = json.dumps({"queue": "default", "flavor": "any", "nodes": 2, "admittedAt": stamp(NOW), **admission})
+    found["metadata"]["annotations"] = {names.ANNOTATION_ADMISSION: text, names.ANNOTATION_SEAL: seal("secret", uid, text)}
+    found["metadata"]["ownerReferences"][0]["kind"] = "FineTuneJob"
+    return found
+
+
+def started_after_it_was_gone(*pods: dict[str, Any]) -> Scene:
+    """An operator that did not run when the job was deleted."""
+    scene = Scene(*pods, first=None)
+    scene.admission._settings = Settings(seal_key="secret")
+    return scene
+
+
+async def test_f1_a_job_that_went_while_no_operator_ran_is_counted_by_its_pods() -> None:
+    pods = sealed(0), sealed(1)
+    scene = started_after_it_was_gone(*pods)
+    await scene.waits()
+    [gone] = [w for w in (await scene.admission.look()).workloads if w.uid == "uid-first"]
+    assert gone.allocation is not None and gone.allocation.bound == (("node-0", 1), ("node-1", 1)) and gone.request.units == 2
+    scene.ends(pods[0])
+    await scene.waits(HELD // 2)
+    scene.ends(pods[1])
+    await scene.starts()
+    assert not scene.store._unowned
+
+
+@pytest.mark.parametrize("forged", [{"uid": "uid-of-another"}, {"queue": "nobodys"}, {"flavor": "other"}])
+async def test_a18_nobody_elses_word_counts_towards_a_queue(forged: dict[str, str]) -> None:
+    """What the pods hold of their nodes does, whoever owns them."""
+    scene = started_after_it_was_gone(sealed(0, **forged), sealed(1, **forged))
+    found = await scene.decide()
+    assert found.queues["default"].used == {} and found.jobs["uid-second"].reason == "WaitingForNodes"
+
+
+async def test_a_job_that_is_seen_after_its_pods_is_counted_as_it_is() -> None:
+    pods = sealed(0), sealed(1)
+    scene = started_after_it_was_gone(*pods)
+    await scene.waits()
+    scene.store.put_job(holder())
+    await scene.waits()
+    assert not scene.admission._leaving and not scene.store.left_behind()
 
 
 async def test_what_a_gone_jobs_pods_hold_of_nodes_is_counted_once() -> None:
@@ -201,9 +249,9 @@ async def test_what_a_gone_jobs_pods_hold_of_nodes_is_counted_once() -> None:
     await scene.decide()
     scene.store.drop_job(first)
     scene.ends(pods[0])
-    snapshots = [scene.scheduler._snapshot(NOW)]
-    scene.scheduler.queue_event({"metadata": {"name": "x"}}, deleted=True)
-    snapshots.append(await scene.scheduler.look())
+    snapshots = [scene.admission._snapshot(NOW)]
+    scene.admission.queue_event({"metadata": {"name": "x"}}, deleted=True)
+    snapshots.append(await scene.admission.look())
     for snapshot in snapshots:
         [gone] = [w for w in snapshot.workloads if w.uid == "uid-first"]
         assert gone.allocation is not None and gone.allocation.bound == (("node-1", 1),) and gone.allocation.stopping and not gone.waits
@@ -230,9 +278,9 @@ async def test_a_pod_on_a_lost_node_is_not_waited_for(end: Callable[[Scene, dict
     await scene.waits()
     end(scene, first)
     scene.server.ready["node-1"] = False
-    scene.scheduler._looked_at = float("-inf")
+    scene.admission._looked_at = float("-inf")
     await scene.waits(HELD, anew=False)
-    scene.scheduler._looked_at = float("-inf")
+    scene.admission._looked_at = float("-inf")
     await scene.waits(HELD // 2)
 
 
@@ -244,5 +292,5 @@ async def test_pods_of_an_evaluation_without_gpus_count_for_their_nodes() -> Non
     scene.store.put_child("Job", child_job())
     scene.store.put_child("Pod", evaluating)
     scene.server.pods = [evaluating]
-    [node, _] = (await scene.scheduler.look()).nodes or ()
+    [node, _] = (await scene.admission.look()).nodes or ()
     assert node.used == {"cpu": 3000}

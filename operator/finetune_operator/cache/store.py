@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import KIND, names
 from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart, read_status
@@ -62,6 +62,8 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._unowned: set[str] = set()
+        """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
         self._jobs_left: dict[str, tuple[str, str]] = {}
         """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
         self.forgotten: list[Callable[[str], None]] = []
@@ -117,6 +119,8 @@ class Store:
     def _forget_job(self, uid: str) -> None:
         for what in (self._keys, self._seen, self._restarts, self._specs, self._begun_with):
             what.pop(uid, None)  # type: ignore[attr-defined]
+        if uid in self._by_owner:
+            self._unowned.add(uid)
         for tell in self.forgotten:
             tell(uid)
 
@@ -210,6 +214,8 @@ class Store:
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
+                if owner not in self._keys:
+                    self._unowned.add(owner)
             self.touch(job_uid)
         return self._keys.get(job_uid)
 
@@ -320,6 +326,17 @@ class Store:
             found += [pod_view(pod, frozenset({child})) for pod in pods]
         return found
 
+    def left_behind(self) -> dict[str, list[Object]]:
+        """By the UID of jobs that are not known: the kept fields of the workers that they have left."""
+        found = {}
+        for owner in list(self._unowned):
+            pods = [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
+            if owner not in self._keys and pods and _is_a_jobs(pods[0]):
+                found[owner] = pods
+            else:
+                self._unowned.discard(owner)
+        return found
+
     def is_worker(self, uid: str) -> bool:
         """Whether it is a pod that a known job owns itself."""
         entry = self._children["Pod"].get(uid)
@@ -334,6 +351,11 @@ class Store:
 def _was_a_jobs(pod: Object) -> bool:
     """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
     return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
+
+
+def _is_a_jobs(pod: Object) -> bool:
+    """Whether a FineTuneJob made it."""
+    return any(owner.get("controller") and owner.get("kind") == KIND for owner in pod["metadata"].get("ownerReferences") or ())
 
 
 def _keep(metadata: Object) -> Object:

@@ -27,7 +27,7 @@ from ..model.job import PodView
 from ..model.nodes import namespace_of, node_of
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload
-from ..model.workload import has_ended, is_still, leaving, request_of, workload_of
+from ..model.workload import has_ended, is_still, leaving, left_behind, request_of, workload_of
 from ..queueing import decide
 from ..reconcile.job.immutability import may_have_changed, with_changes
 from ..settings import Settings
@@ -225,9 +225,10 @@ class AdmissionLoop:
             workloads = [self._as_assumed(workload, now) for workload in near if self._is_head(workload)]
         else:
             workloads = [self._as_assumed(workload, now) for workload in self._seen.values()]
-        workloads += self._left()
+        left = self._left(now)
+        workloads += left
         ours = {uid for uids in self._pods_of.values() for uid in uids}
-        ours |= {pod.uid for uid in self._leaving for pod in self._store.gpu_pods(uid)}
+        ours |= {pod.uid for workload in left for pod in self._store.gpu_pods(workload.uid)}
         used: dict[str, Counter[str]] = defaultdict(Counter)
         for uid, node, amounts in inventory.pods:
             if uid not in ours:  # those are counted with their job, as they are now
@@ -292,8 +293,15 @@ class AdmissionLoop:
             self._pods_of[key] = tuple(pod.uid for pod in pods)
         return workload
 
-    def _left(self) -> list[Workload]:
+    def _left(self, now: datetime) -> list[Workload]:
         """Jobs that are gone while pods of theirs still save: what those hold is free when they have ended, and not before."""
+        unseen = {uid: pods for uid, pods in self._store.left_behind().items() if uid not in self._leaving}
+        if unseen:  # it was deleted while no operator ran
+            requests = {uid: amounts for uid, _, amounts in self._inventory.pods}
+            flavors = {(queue.name, flavor.name): flavor for queue in self._inventory.parsed.values() for flavor in queue.spec.flavors}
+            for uid, pods in unseen.items():
+                if (workload := left_behind(uid, pods, requests, flavors, self._settings, now)) is not None:
+                    self._leaving[uid] = workload
         found = {uid: left for uid, gone in self._leaving.items() if (left := leaving(gone, self._holding(uid))) is not None}
         self._leaving = found
         return list(found.values())

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from finetune_api import names
+from finetune_api.queue import Flavor
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
+from .children import pod_view
 from .job import PodView
 from .nodes import amount
 from .objects import Object
-from .queueing import Allocation, Request, Workload
+from .queueing import Allocation, Amounts, Request, Workload
 from .seal import is_sealed
 from .times import parse_time
 
@@ -138,10 +140,51 @@ def workload_of(
     )
 
 
-def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings) -> AdmissionStatus | None:
+def left_behind(
+    uid: str,
+    pods: Iterable[Object],
+    requests: Mapping[str, Amounts],
+    flavors: Mapping[tuple[str, str], Flavor],
+    settings: Settings,
+    now: datetime,
+) -> Workload | None:
+    """A job that nobody saw go, by the workers that it has left; None where they hold nothing of a queue, or not by the operator's word.
+
+    `requests`: by the pod's UID. `flavors`: by the names of queue and flavor.
+    """
+    raws = list(pods)
+    alive = [pod for pod in map(pod_view, raws) if pod.phase not in ("Succeeded", "Failed")]
+    admission = sealed_admission(alive, uid, settings, leaving=True)
+    per_pod = next((requests[pod.uid] for pod in alive if pod.uid in requests), None)
+    flavor = flavors.get((admission.queue or "", admission.flavor or "")) if admission is not None else None
+    if admission is None or flavor is None or per_pod is None:
+        return None
+    meta, units = raws[0]["metadata"], per_pod.get(flavor.resource_name, 0)
+    return Workload(
+        uid=uid,
+        namespace=meta["namespace"],
+        name=str((meta.get("labels") or {}).get(names.LABEL_JOB, "")),
+        queue=admission.queue,
+        since=now,
+        waits_since=now,
+        request=Request(resource=flavor.resource_name, units=units, pods=(len(alive),), per_pod=tuple(sorted(per_pod.items()))),
+        waits=False,
+        allocation=Allocation(
+            queue=admission.queue or "",
+            flavor=flavor.name,
+            pods=len(alive),
+            units=units,
+            since=parse_time(admission.admitted_at) or now,
+            bound=_bound(alive),
+            stopping=True,
+        ),
+    )
+
+
+def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings, *, leaving: bool = False) -> AdmissionStatus | None:
     """What a gang was admitted to, from the pods that still run: only what bears the operator's seal for this job is believed."""
     for pod in workers:
-        alive = pod.phase not in ("Succeeded", "Failed") and not pod.deleting
+        alive = pod.phase not in ("Succeeded", "Failed") and (leaving or not pod.deleting)
         if alive and is_sealed(settings.seal_key, uid, pod.admission, pod.seal):
             with contextlib.suppress(ValueError):
                 return AdmissionStatus.model_validate_json(pod.admission)
