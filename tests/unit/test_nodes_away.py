@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.cache.assumptions import Assumptions
-from finetune_operator.cache.inventory import _NODES_EACH, _SHAPES, NodeHistory
+from finetune_operator.cache.node_history import _NODES_EACH, _SHAPES, NodeHistory
 from finetune_operator.cache.store import Store
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decision, Node, Taint

@@ -19,7 +19,8 @@ from finetune_api.spec import FineTuneJobSpec
 
 from .. import metrics, tracing
 from ..cache.assumptions import Assumptions, Expired
-from ..cache.inventory import Inventory, NodeHistory
+from ..cache.inventory import Inventory
+from ..cache.node_history import NodeHistory
 from ..cache.store import Store
 from ..cluster.inventory import look_around
 from ..cluster.transport import APIError, Cluster
@@ -214,8 +215,6 @@ class AdmissionLoop:
         if changes == self._listed and began - inventory.at < max(self._settings.snapshot_seconds, 20 * inventory.took):
             return
         self._inventory, self._listed = await look_around(self._cluster, self._store, self._settings), changes
-        if (nodes := self._inventory.nodes) is not None:
-            self._inventory.missing = self._history.look(node_of(raw, {}) for raw in nodes)
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         inventory = self._inventory
@@ -233,12 +232,13 @@ class AdmissionLoop:
         for uid, node, amounts in inventory.pods:
             if uid not in ours:  # those are counted with their job, as they are now
                 used[node].update(amounts)
+        nodes = tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None
         return Snapshot(
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
             queues=tuple(inventory.parsed.values()),
-            nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
-            missing=inventory.missing,
+            nodes=nodes,
+            missing=self._history.look(nodes) if nodes is not None else (),
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
             autoscaled=self._settings.autoscaled,
         )

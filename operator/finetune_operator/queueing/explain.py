@@ -50,12 +50,10 @@ def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | N
 
 def _away(fleet: Fleet, request: Request, flavors: list[Flavor]) -> str:
     """The nodes that are waited for, where those that are there could not hold the gang even if nothing else ran on them."""
-    if max((fleet.capacity(request, flavor) for flavor in flavors), default=0) >= request.pods[-1]:
-        return ""
     found: dict[str, str] = {}
     for flavor in flavors:
         found |= fleet.away(request, flavor)
-    if not found:
+    if not found or max(fleet.capacity(request, flavor) for flavor in flavors) >= request.pods[-1]:
         return ""
     named = ", ".join(f"{name} ({why})" for name, why in sorted(found.items())[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -38,6 +39,10 @@ class Fleet:
         self._eligible: dict[tuple[object, ...], tuple[Node, ...]] = {}
         self._fitting: dict[tuple[object, ...], tuple[Shape, dict[str, int]]] = {}
         """By what decides about it: pods that fit on each eligible node, kept up to date"""
+        self._not_now: dict[tuple[object, ...], list[tuple[Node, str]]] = {}
+        """By the same: nodes with the labels that let no pod on now, and why; or of which something cannot be read"""
+        self._machines: dict[tuple[object, ...], list[tuple[Amounts, int]]] = {}
+        """By the same: what eligible nodes have, and how many have it"""
         self._largest: dict[str, int] = {}
         self._of_flavor: dict[int, tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]] = {}
 
@@ -106,18 +111,25 @@ class Fleet:
     def away(self, request: Request, flavor: Flavor | None) -> dict[str, str]:
         """Nodes that could hold one of the pods but let none on now, or are not there; and why."""
         labels, tolerations = self._demands(flavor)
-        wanted = {**dict(request.selector), **dict(labels)}
-        allowed = [*request.tolerations, *tolerations]
+        key = (request.selector, request.tolerations, labels, tolerations)
+        if key not in self._not_now:
+            wanted = {**dict(request.selector), **dict(labels)}
+            allowed = [*request.tolerations, *tolerations]
+            bearing = (node for node in (*self.nodes.values(), *self.missing) if _bears(node, wanted))
+            self._not_now[key] = [(node, why) for node in bearing if (why := _keeps_off(node, allowed)) or node.unreadable]
         found = {}
-        for node in (*self.nodes.values(), *self.missing):
-            why = _keeps_off(node, allowed) or _cannot_be_read(node, request.per_pod)
-            if why and _bears(node, wanted) and _could_hold(node, request.per_pod):
+        for node, why in self._not_now[key]:
+            if (why := why or _cannot_be_read(node, request.per_pod)) and _could_hold(node, request.per_pod):
                 found[node.name] = why
         return found
 
     def capacity(self, request: Request, flavor: Flavor | None) -> int:
         """Pods that would fit on the eligible nodes if nothing else ran there."""
-        return sum(_pods_that_fit(node.allocatable, request.per_pod) for node in self.eligible(request, flavor))
+        key = (request.selector, request.tolerations, *self._demands(flavor))
+        if key not in self._machines:
+            kinds = Counter(tuple(sorted(node.allocatable.items())) for node in self.eligible(request, flavor))
+            self._machines[key] = [(dict(allocatable), count) for allocatable, count in kinds.items()]
+        return sum(count * _pods_that_fit(allocatable, request.per_pod) for allocatable, count in self._machines[key])
 
     def fitting(self, request: Request, flavor: Flavor | None) -> dict[str, int]:
         """Pods that fit on each eligible node now."""
