@@ -20,8 +20,8 @@ Amount = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 def _more_than_none(field: str) -> str:
-    """CEL: a quantity has no sign, and is more than 0 where it has another digit."""
-    return f"string({field}).matches('[1-9]')"
+    """CEL: a quantity has no minus sign, and is more than 0 where a digit before its suffix is."""
+    return f"string({field}).matches('^[+]?[0-9.]*[1-9]')"
 
 
 class Flavor(APIModel):

@@ -7,13 +7,13 @@ what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import KIND, names
 from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart, read_status
@@ -21,6 +21,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..model.children import job_view, owner_uid, pod_view
 from ..model.job import ChildJobView, Observed, PodView
+from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object
 from ..model.workload import has_ended
 
@@ -68,6 +69,10 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._unowned: set[str] = set()
+        """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
+        self._jobs_left: dict[str, tuple[str, str]] = {}
+        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
         self.forgotten: list[Callable[[str], None]] = []
         """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
         self._begun_with: dict[str, FineTuneJobSpec | None] = {}
@@ -78,9 +83,9 @@ class Store:
     # jobs
 
     def put_job(self, raw: Object, asked_at: float | None = None) -> Key:
-        """Remember a job, unless a newer state of the same object is known, or it is another controller's (`spec.managedBy`).
+        """Remember a job, unless a newer state of the same object is known. What cannot be read of it is left out.
 
-        What is not here is not there: neither reconciled, nor counted by queues and metrics, nor heard.
+        Another controller's (`spec.managedBy`) is not taken up: neither reconciled, nor counted by queues and metrics, nor heard.
 
         `asked_at` (monotonic): when the server was asked for it. Whatever was heard before that is older, or of a history that a
         restored etcd does not know: then the answer counts, whatever its resourceVersion.
@@ -97,6 +102,7 @@ class Store:
         if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
+            raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
@@ -127,6 +133,8 @@ class Store:
     def _forget_job(self, uid: str) -> None:
         for what in (self._keys, self._seen, self._restarts, self._specs, self._begun_with):
             what.pop(uid, None)  # type: ignore[attr-defined]
+        if uid in self._by_owner:
+            self._unowned.add(uid)
         for tell in self.forgotten:
             tell(uid)
 
@@ -201,10 +209,15 @@ class Store:
         """Keys of all jobs."""
         return list(self._jobs)
 
+    def phases(self) -> Counter[str]:
+        """How many jobs are in each phase, by what their statuses say."""
+        return Counter(str(_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
+
     # children
 
     def put_child(self, kind: str, raw: Object, asked_at: float | None = None) -> Key | None:
         """Remember a child unless a newer state is known; the key of the job to wake, if it is known. `asked_at`: as of put_job."""
+        raw = legible_child(kind, raw)
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)
@@ -220,6 +233,8 @@ class Store:
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
+                if owner not in self._keys:
+                    self._unowned.add(owner)
             self.touch(job_uid)
         return self._keys.get(job_uid)
 
@@ -264,6 +279,9 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
+                self._jobs_left.pop(entry.owner, None)
+            if kind == "Job" and self._by_owner.get(uid):
+                self._jobs_left[uid] = entry.owner, entry.value.stage
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -314,14 +332,28 @@ class Store:
         )
 
     def gpu_pods(self, uid: str) -> list[PodView]:
-        """A job's workers and the pods of its evaluation."""
+        """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
+        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))
             elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
-                found += [pod_view(pod, frozenset({child})) for pod in pods]
+                evaluations.append(child)
+        for child in evaluations:
+            pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+            found += [pod_view(pod, frozenset({child})) for pod in pods]
+        return found
+
+    def left_behind(self) -> dict[str, list[Object]]:
+        """By the UID of jobs that are not known: the kept fields of the workers that they have left."""
+        found = {}
+        for owner in list(self._unowned):
+            pods = [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
+            if owner not in self._keys and pods and _is_a_jobs(pods[0]):
+                found[owner] = pods
+            else:
+                self._unowned.discard(owner)
         return found
 
     def is_worker(self, uid: str) -> bool:
@@ -335,9 +367,18 @@ class Store:
         return entry.value if entry is not None else None
 
 
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
+
+
 def _was_a_jobs(pod: Object) -> bool:
     """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
     return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
+
+
+def _is_a_jobs(pod: Object) -> bool:
+    """Whether a FineTuneJob made it."""
+    return any(owner.get("controller") and owner.get("kind") == KIND for owner in pod["metadata"].get("ownerReferences") or ())
 
 
 def _keep(metadata: Object) -> Object:
