@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
-from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
+from finetune_api.contract import RESTORED, Prepared, Published, Stage, StageResult, TrainingResult
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
@@ -182,7 +182,23 @@ def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
     if result is not None:
         draft.more_follows = True
         draft.set("TargetsReady", "True", result.reason, result.message)
+        if result.reason == RESTORED:
+            _restored(draft, result)
     return result is not None
+
+
+def _restored(draft: Draft, result: StageResult) -> None:
+    """The job has ended before: its targets hold its result, whatever became of its status. It is not trained again."""
+    published = _found(draft, "check", Published, result.result)
+    if published is None:
+        return
+    draft.status.artifacts = published.artifacts
+    draft.set("Published", "True", RESTORED, result.message)
+    draft.set("Succeeded", "True", RESTORED, result.message)
+    draft.event("Normal", RESTORED, result.message)
+    draft.status.finished_at = rfc3339(draft.now)
+    draft.phase("Succeeded")
+    _stop_jobs(draft)
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
