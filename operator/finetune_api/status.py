@@ -414,6 +414,12 @@ def read_status(raw: Any) -> FineTuneJobStatus:
     return FineTuneJobStatus.model_validate(kept)
 
 
+def unknown_fields(raw: Any) -> dict[str, Any]:
+    """Fields of a status that this release does not know: another release wrote them, and they are left as they are."""
+    known = {field.alias or name for name, field in FineTuneJobStatus.model_fields.items()}
+    return {name: value for name, value in raw.items() if name not in known} if isinstance(raw, dict) else {}
+
+
 def _is_readable(field: str, value: Any) -> bool:
     try:
         FineTuneJobStatus.model_validate({field: value})

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from finetune_api import GROUP, PLURAL, VERSION
 from finetune_operator.servers import certificate
 from finetune_operator.settings import Settings
 from tests.cluster.local import LocalCluster
@@ -207,3 +209,29 @@ def test_a_back_end_that_is_not_there_is_named(
     finally:
         undefine(bare, theirs)
     until(f"{plural} is named again", named)
+
+
+def test_definitions_of_an_older_and_of_a_newer_release_are_named(api: Api, kubelet: Kubelet, operator: Operator, tmp_path: Path) -> None:
+    """It goes on with both, says what is dropped, and leaves what it does not know as it is."""
+    definition = yaml.safe_load(JOBS.read_text())
+    schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+    del schema["usage"]
+    schema["future"] = {"type": "object", "properties": {"word": {"type": "string"}}}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(definition))
+    for crd in (other, QUEUES):
+        api.cluster.define(crd)
+    operator.start()
+    until_ready(operator)
+    told = operator.logs.read_text()
+    assert "finetunejobs.finetune.dev: its definition is older than this operator: it lacks status.usage, which" in told
+    assert "finetunejobs.finetune.dev: its definition is newer than this operator: it has status.future, which" in told
+    assert "finetunequeues.finetune.dev: its definition" not in told
+    kubelet.hold = {"prepare"}
+    until("it is made", lambda: api.create_job(MINIMAL, "kept"))
+    until("it prepares", lambda: api.status("kept").get("phase") == "Preparing")
+    body = {"status": {"future": {"word": "of another operator"}}}
+    api.custom.patch_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, "kept", body)
+    kubelet.hold = set()
+    until("it succeeds", lambda: api.status("kept").get("phase") == "Succeeded")
+    assert api.status("kept")["future"] == {"word": "of another operator"} and "usage" not in api.status("kept")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from finetune_api.crd import crd, queue_crd
 from finetune_api.queue import QUEUE_KIND
 
+from ..model.objects import Object
 from ..resources.backends import GROUP_KINDS
 from ..settings import Settings
 from .resources import RESOURCES, Resource, plural_of
@@ -20,6 +23,7 @@ from .transport import APIError, KubernetesCluster
 
 log = logging.getLogger("finetune.kinds")
 _SECONDS, _SECONDS_WHILE_MISSING = 10.0, 2.0
+_COMPARE_SECONDS = 300.0
 RIGHTS = (("list", QUEUE_KIND), ("watch", QUEUE_KIND), ("list", "Node"), ("list", "Namespace"), ("list", "PriorityClass"))
 """Of what has no namespace, what queueing.backend builtin cannot do without."""
 
@@ -39,6 +43,9 @@ class Kinds:
         """Of these one is enough: a back-end's kind in its versions."""
         self.missing: tuple[str, ...] = tuple(map(_shown, self.watched))
         self._told: tuple[str, ...] | None = None
+        self.differences: tuple[str, ...] = ()
+        """Between the definitions that are served and those of this release"""
+        self._compared = float("-inf")
         self._served: frozenset[Resource] = frozenset()
 
     @property
@@ -69,6 +76,24 @@ class Kinds:
             log.warning("not served: %s", ", ".join(missing)) if missing else log.info("every kind that is needed is served")
             self._told = self.missing
 
+    async def compare(self) -> None:
+        """Find what differs between the definitions that are served and those of this release; a warning for what is new.
+
+        The API server drops what its definition does not have, without a word: an operator that is newer writes it in vain.
+        """
+        told: list[str] = []
+        self._compared = time.monotonic()
+        for resource, own in ((RESOURCES["FineTuneJob"], crd()), (RESOURCES[QUEUE_KIND], queue_crd())):
+            if resource not in self._served:
+                continue
+            served = await self._cluster.served_schema(resource)
+            ours = own["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+            if served is not None:
+                told += [f"{resource.plural}.{resource.group}: {difference}" for difference in _differences(served, ours)]
+        for text in set(told) - set(self.differences):
+            log.warning("%s", text)
+        self.differences = tuple(told)
+
     async def _look_at_rights(self) -> None:
         """Those that queues need, of what has no namespace: an operator of some namespaces may have been denied them."""
         missing = frozenset([right for right in RIGHTS if not await self._cluster.may(*right)])
@@ -91,6 +116,7 @@ class Kinds:
             try:
                 await self.look()
                 if self.serves("FineTuneJob"):
+                    await self.compare()
                     return
             except APIError as failure:
                 log.warning("what is served is asked again: %s", failure)
@@ -102,6 +128,8 @@ class Kinds:
             await asyncio.sleep(_SECONDS_WHILE_MISSING if self.missing else _SECONDS)
             try:
                 await self.look()
+                if time.monotonic() - self._compared >= _COMPARE_SECONDS:
+                    await self.compare()
             except APIError as failure:
                 log.warning("what is served is asked again: %s", failure)
                 continue
@@ -109,6 +137,45 @@ class Kinds:
             if served != watching:
                 come, gone = (", ".join(sorted(map(_shown, some))) for some in (served - watching, watching - served))
                 raise StartOver("; ".join(part for part in (come and f"{come} is there now", gone and f"{gone} is gone") if part))
+
+
+_MOST_TOLD = 5
+"""Fields that are named of each definition"""
+
+
+def _differences(served: Object, ours: Object) -> list[str]:
+    """Whether a definition is of an older or of a newer release, by the fields that it has."""
+    theirs, own = set(_fields(served)), set(_fields(ours))
+    found = []
+    if missing := _topmost(own - theirs):
+        found.append(
+            f"its definition is older than this operator: it lacks {_named(missing)}, which the API server drops. "
+            "Apply the CustomResourceDefinitions of this release (crds/)"
+        )
+    if more := _topmost(theirs - own):
+        found.append(f"its definition is newer than this operator: it has {_named(more)}, which are left as they are")
+    return found
+
+
+def _topmost(fields: set[str]) -> list[str]:
+    """Without those inside of others of them."""
+    return sorted(field for field in fields if field.rpartition(".")[0].removesuffix("[]") not in fields)
+
+
+def _named(fields: list[str]) -> str:
+    rest = len(fields) - _MOST_TOLD
+    return ", ".join(fields[:_MOST_TOLD]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _fields(node: Object, path: str = "") -> Iterator[str]:
+    """Paths of the fields of spec and status; of one that is there no more, not what it had inside."""
+    for name, child in (node.get("properties") or {}).items():
+        if not path and name not in ("spec", "status"):
+            continue
+        yield (here := f"{path}.{name}".lstrip("."))
+        yield from _fields(child, here)
+    if isinstance(items := node.get("items"), dict):
+        yield from _fields(items, f"{path}[]")
 
 
 def _shown(resource: Resource) -> str:

@@ -23,7 +23,7 @@ from ..model.legible import identified
 from ..model.objects import Object
 from .clock import ServerClock
 from .limits import Priority, RateLimit
-from .resources import RESOURCES
+from .resources import RESOURCES, Resource
 
 log = logging.getLogger("finetune.transport")
 _Shape = TypeVar("_Shape", dict[str, Any], list[Any])
@@ -196,6 +196,20 @@ class KubernetesCluster:
                 return set()
             raise
         return {str(known.get("name")) for known in answer.get("resources") or ()}
+
+    async def served_schema(self, resource: Resource) -> Object | None:
+        """The OpenAPI schema of a kind as it is served, which every service account may read; None where it may not, or there is none."""
+        path = f"/openapi/v3/apis/{resource.group}/{resource.version}"
+        try:
+            answer = await self.request("GET", path, kind="OpenAPI", verb="get")
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return None
+        schemas = (answer.get("components") or {}).get("schemas") or {}
+        kind = {"group": resource.group, "version": resource.version, "kind": resource.kind}
+        found = [schema for schema in schemas.values() if kind in (schema.get("x-kubernetes-group-version-kind") or ())]
+        return found[0] if found else None
 
     async def serves(self, kind: str) -> bool:
         resource = RESOURCES[kind]
