@@ -74,6 +74,8 @@ async def queues(reader: Reader, console: Console) -> int:
         queue = next((q for q in snapshot.queues if q.name == name), None)
         title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"
         cohort = f", cohort {queue.spec.cohort}, share {report.share:.2f}" if queue is not None and queue.spec.cohort is not None else ""
+        if queue is not None and queue.unreadable:
+            cohort += f", {queue.unreadable}"
         console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
         for flavor in queue.spec.flavors if queue is not None else ():
             console.print(_usage(flavor.name, report.used.get(flavor.name, 0), flavor.nominal_quota), highlight=False)
@@ -173,7 +175,7 @@ def _machines(like: list[str], snapshot: Snapshot) -> Iterable[Node]:
                 f"--node {text}: write NODE or NODE=COUNT for nodes like one that is there: {', '.join(sorted(known)) or 'none'}"
             )
         for n in range(int(count or 1)):
-            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, usable=True)
+            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, away="")
 
 
 def _outcome(decisions: Decisions, uid: str) -> str:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from urllib.parse import urlsplit
 
+from finetune_api.scalars import QUANTITY
+
 BACKENDS = ("builtin", "kueue", "volcano", "none")
+_QUANTITIES = ("stage_cpu", "stage_memory")
 _URLS = ("hub_endpoint", "s3_endpoint", "http_proxy", "https_proxy")
 
 
@@ -134,6 +137,8 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
             values[item.name] = _convert(text, item.default)
             if item.name == "queueing_backend" and text not in BACKENDS:
                 raise ValueError(f"write one of {', '.join(BACKENDS)}")
+            if item.name in _QUANTITIES:
+                QUANTITY.check(text)
             if item.name in _URLS and text and not urlsplit(text).hostname:
                 raise ValueError("write an address, such as https://hub.example.com")
         except ValueError as failure:

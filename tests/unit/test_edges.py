@@ -128,6 +128,9 @@ async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.Log
     class Served:
         found: dict[str, object] | None = schema
 
+        async def may(self, verb: str, kind: str) -> bool:
+            return True
+
         async def plurals(self, group: str, version: str) -> set[str]:
             return {"finetunejobs"}
 

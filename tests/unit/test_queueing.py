@@ -134,7 +134,7 @@ def test_what_is_admitted_and_not_yet_bound_counts() -> None:
         ({"taints": (Taint(key="gpu", value="yes"),)}, {"tolerations": (("gpu", "Equal", "no", ""),)}, False),
         ({"taints": (Taint(key="gpu", value="yes"),)}, {"tolerations": (("", "Exists", "", "NoSchedule"),)}, True),
         ({"taints": (Taint(key="gpu", effect="NoExecute"),)}, {"tolerations": (("gpu", "Exists", "", "NoSchedule"),)}, False),
-        ({"usable": False}, {}, False),
+        ({"away": "cordoned"}, {}, False),
         ({"allocatable": {GPU: 8, "cpu": 4000}}, {"also": {"cpu": 8000}}, False),
         ({"allocatable": {GPU: 8, "cpu": 8000}, "used": {"cpu": 1}}, {"also": {"cpu": 8000}}, False),
         ({"allocatable": {GPU: 8, "cpu": 8000}}, {"also": {"cpu": 8000}}, True),
@@ -174,7 +174,7 @@ def test_f16_what_no_node_can_ever_hold_is_refused_with_the_largest_shape() -> N
     assert why(found, "a").action == "refuse", "before anything is prepared"
     assert "no node has more than 8" in why(found, "a").message
     assert "distribution.gpusPerNode 8 with distribution.nodes 4" in why(found, "a").message
-    busy = tuple(dataclasses.replace(n, used={GPU: 8}, usable=False) for n in nodes(2))
+    busy = tuple(dataclasses.replace(n, used={GPU: 8}, away="not ready") for n in nodes(2))
     assert why(decided(waiting("a", request(1, 8)), on=busy), "a").action == "wait", "it will be free"
     assert never_fits(request(1, 1), Fleet(nodes(2, allocatable={"cpu": 4}))) is None, "nodes with GPUs may come"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import KIND, names
 from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart, read_status
@@ -63,6 +63,10 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._unowned: set[str] = set()
+        """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
+        self._jobs_left: dict[str, tuple[str, str]] = {}
+        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
         self.forgotten: list[Callable[[str], None]] = []
         """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
         self._begun_with: dict[str, FineTuneJobSpec | None] = {}
@@ -117,6 +121,8 @@ class Store:
     def _forget_job(self, uid: str) -> None:
         for what in (self._keys, self._seen, self._restarts, self._specs, self._begun_with):
             what.pop(uid, None)  # type: ignore[attr-defined]
+        if uid in self._by_owner:
+            self._unowned.add(uid)
         for tell in self.forgotten:
             tell(uid)
 
@@ -215,6 +221,8 @@ class Store:
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
+                if owner not in self._keys:
+                    self._unowned.add(owner)
             self.touch(job_uid)
         return self._keys.get(job_uid)
 
@@ -259,6 +267,9 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
+                self._jobs_left.pop(entry.owner, None)
+            if kind == "Job" and self._by_owner.get(uid):
+                self._jobs_left[uid] = entry.owner, entry.value.stage
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -309,14 +320,28 @@ class Store:
         )
 
     def gpu_pods(self, uid: str) -> list[PodView]:
-        """A job's workers and the pods of its evaluation."""
+        """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
+        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))
             elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
-                found += [pod_view(pod, frozenset({child})) for pod in pods]
+                evaluations.append(child)
+        for child in evaluations:
+            pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+            found += [pod_view(pod, frozenset({child})) for pod in pods]
+        return found
+
+    def left_behind(self) -> dict[str, list[Object]]:
+        """By the UID of jobs that are not known: the kept fields of the workers that they have left."""
+        found = {}
+        for owner in list(self._unowned):
+            pods = [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
+            if owner not in self._keys and pods and _is_a_jobs(pods[0]):
+                found[owner] = pods
+            else:
+                self._unowned.discard(owner)
         return found
 
     def is_worker(self, uid: str) -> bool:
@@ -337,6 +362,11 @@ def _object(value: Any) -> Object:
 def _was_a_jobs(pod: Object) -> bool:
     """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
     return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
+
+
+def _is_a_jobs(pod: Object) -> bool:
+    """Whether a FineTuneJob made it."""
+    return any(owner.get("controller") and owner.get("kind") == KIND for owner in pod["metadata"].get("ownerReferences") or ())
 
 
 def _keep(metadata: Object) -> Object:

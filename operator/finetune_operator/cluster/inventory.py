@@ -23,7 +23,7 @@ async def look_around(cluster: Cluster, store: Store, settings: Settings) -> Inv
     nodes = await _list(cluster, "Node", forbidden)
     found = Inventory(
         queues={raw["metadata"]["name"]: raw for raw in queues or ()},
-        parsed={queue.name: queue for raw in queues or () if (queue := queue_of(raw)) is not None},
+        parsed={raw["metadata"]["name"]: queue_of(raw) for raw in queues or ()},
         nodes=nodes,
         namespaces={raw["metadata"]["name"]: raw for raw in (await _list(cluster, "Namespace", forbidden) if queues else None) or ()},
     )

@@ -20,13 +20,15 @@ from finetune_api.spec import FineTuneJobSpec
 from .. import metrics, tracing
 from ..cache.assumptions import Assumptions, Expired
 from ..cache.inventory import Inventory
+from ..cache.node_history import NodeHistory
 from ..cache.store import Store
 from ..cluster.inventory import look_around
 from ..cluster.transport import APIError, Cluster
+from ..model.job import PodView
 from ..model.nodes import namespace_of, node_of
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload
-from ..model.workload import has_ended, is_still, request_of, workload_of
+from ..model.workload import has_ended, is_still, leaving, left_behind, request_of, workload_of
 from ..queueing import decide
 from ..reconcile.job.immutability import may_have_changed, with_changes
 from ..settings import Settings
@@ -69,7 +71,7 @@ class AdmissionLoop:
         self._cluster, self._store, self._assumptions, self._settings = cluster, store, assumptions, settings
         self._wake, self._busy, self._expired = wake, busy, expired
         self._queue_status = QueueStatusWriter(cluster)
-        self._inventory = Inventory()
+        self._inventory, self._history = Inventory(), NodeHistory()
         self._specs: dict[str, tuple[int, FineTuneJobSpec | None, FineTuneJobSpec, Request]] = {}
         """By UID: generation, what it began with if that is another, what holds, what it requests"""
         self._requests: dict[Request, Request] = {}
@@ -80,6 +82,8 @@ class AdmissionLoop:
         """Jobs that look different as time passes"""
         self._front: set[Key] = set()
         """Those that were heads when all were looked at, and what has changed since"""
+        self._leaving: dict[str, Workload] = {}
+        """By UID: jobs that are gone, whose pods still hold something"""
         self._pods_of: dict[Key, tuple[str, ...]] = {}
         """UIDs of the pods that hold something of a node for a job"""
         self._doubtful: dict[str, float] = {}
@@ -229,16 +233,21 @@ class AdmissionLoop:
             workloads = [self._as_assumed(workload, now) for workload in near if self._is_head(workload)]
         else:
             workloads = [self._as_assumed(workload, now) for workload in self._seen.values()]
+        left = self._left(now)
+        workloads += left
         ours = {uid for uids in self._pods_of.values() for uid in uids}
+        ours |= {pod.uid for workload in left for pod in self._store.gpu_pods(workload.uid)}
         used: dict[str, Counter[str]] = defaultdict(Counter)
         for uid, node, amounts in inventory.pods:
             if uid not in ours:  # those are counted with their job, as they are now
                 used[node].update(amounts)
+        nodes = tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None
         return Snapshot(
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
             queues=tuple(inventory.parsed.values()),
-            nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
+            nodes=nodes,
+            missing=self._history.look(nodes) if nodes is not None else (),
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
             forbidden=inventory.forbidden,
             unlimited=self._settings.queueing_backend == "none",
@@ -250,21 +259,22 @@ class AdmissionLoop:
         changed, priorities = self._store.changes(), (self._inventory.priorities, self._inventory.default_priority)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
-            self._looked_at, self._looked_with, changed = time.monotonic(), priorities, set(self._store.job_keys())
-            changed |= self._seen.keys()  # also those that are gone
+            self._looked_at, self._looked_with, changed = time.monotonic(), priorities, {*self._store.job_keys(), *self._seen}
         self._front |= changed
         for number, key in enumerate(changed | self._moving, 1):
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
-            workload = self._workload(key, now)
+            before, workload = self._seen.get(key), self._workload(key, now)
+            if before is not None and (workload is None or workload.uid != before.uid):
+                self._leaving[before.uid] = before
+                self.forget(before.uid)
+                self._assumptions.forget(before.uid)
             if workload is None:
-                gone = self._seen.pop(key, None)
+                self._seen.pop(key, None)
                 self._moving.discard(key)
-                if gone is not None:
-                    self.forget(gone.uid)
-                    self._assumptions.forget(gone.uid)
                 continue
             self._seen[key] = workload
+            self._leaving.pop(workload.uid, None)
             if is_still(self._store.job(key) or {}):
                 self._moving.discard(key)
             else:
@@ -273,18 +283,17 @@ class AdmissionLoop:
     def _workload(self, key: Key, now: datetime) -> Workload | None:
         raw = self._store.job(key)
         self._pods_of.pop(key, None)
-        if raw is None or raw["metadata"].get("deletionTimestamp"):
+        if raw is None:
             return None
         uid = raw["metadata"]["uid"]
-        pods = self._store.gpu_pods(uid)
-        if not pods and has_ended(raw):  # most of them, on a cluster that has run for a while
+        deleting = bool(raw["metadata"].get("deletionTimestamp"))
+        pods = self._holding(uid) if deleting else self._store.gpu_pods(uid)
+        if not pods and (deleting or has_ended(raw)):  # most of them, on a cluster that has run for a while
             return None
         spec = self._spec(raw)
         if spec is None:
             return None
-        if pods:
-            self._pods_of[key] = tuple(pod.uid for pod in pods)
-        return workload_of(
+        workload = workload_of(
             raw,
             *spec,
             pods,
@@ -293,6 +302,26 @@ class AdmissionLoop:
             now,
             ready=self._assumptions.is_ready(uid),
         )
+        if pods and workload.allocation is not None:
+            self._pods_of[key] = tuple(pod.uid for pod in pods)
+        return workload
+
+    def _left(self, now: datetime) -> list[Workload]:
+        """Jobs that are gone while pods of theirs still save: what those hold is free when they have ended, and not before."""
+        unseen = {uid: pods for uid, pods in self._store.left_behind().items() if uid not in self._leaving}
+        if unseen:  # it was deleted while no operator ran
+            requests = {uid: amounts for uid, _, amounts in self._inventory.pods}
+            flavors = {(queue.name, flavor.name): flavor for queue in self._inventory.parsed.values() for flavor in queue.spec.flavors}
+            for uid, pods in unseen.items():
+                if (workload := left_behind(uid, pods, requests, flavors, self._settings, now)) is not None:
+                    self._leaving[uid] = workload
+        found = {uid: left for uid, gone in self._leaving.items() if (left := leaving(gone, self._holding(uid))) is not None}
+        self._leaving = found
+        return list(found.values())
+
+    def _holding(self, uid: str) -> list[PodView]:
+        """Pods that hold something for a job that goes. Nobody will hear the end of one that is deleted on a node that is lost."""
+        return [p for p in self._store.gpu_pods(uid) if not (p.deleting and p.node and self._inventory.is_lost(p.node))]
 
     def _spec(self, raw: Object) -> tuple[FineTuneJobSpec, Request] | None:
         uid, generation = raw["metadata"]["uid"], int(raw["metadata"].get("generation", 0))

@@ -67,7 +67,7 @@ class AdmissionServer:
                 remote_code=remote, queue_unknown=f"whether namespace {namespace} may use queue {name} was not looked up: {failure}"
             )
         queue = queue_of(raw)
-        if queue is None or may_use(queue, namespace_of(found)):
+        if may_use(queue, namespace_of(found)):
             return Rights(remote_code=remote)
         return Rights(remote_code=remote, queue_refused=f"queue {queue.name} is not for namespace {namespace} (its namespaceSelector)")
 
