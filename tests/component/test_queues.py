@@ -210,7 +210,7 @@ def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator
 def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
     api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue
 ) -> None:
-    """By an operator of some namespaces, which sees quotas but no nodes."""
+    """By an operator of some namespaces, which sees quotas, nodes, and of pods those of its own."""
     operator.kill()
     operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
     queue = make_queue(1, preemption={"minimumRunTime": "1s"})

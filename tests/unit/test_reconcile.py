@@ -457,6 +457,16 @@ def test_restarts_are_limited() -> None:
     assert status.restarts_counted == 2
 
 
+def test_a_plan_that_somebody_took_away_is_read_again_from_prepare() -> None:
+    """And the gang goes on: nothing is prepared or started anew."""
+    world = World(TWO).to_training()
+    pods, jobs, plan = dict(world.pods), set(world.jobs), world.status.plan
+    del world.job["status"]["plan"]
+    world.settle()
+    assert world.status.plan == plan and world.status.phase == "Training" and world.status.is_true("DataReady")
+    assert (world.pods, set(world.jobs)) == (pods, jobs)
+
+
 def test_disruptions_do_not_count() -> None:
     world = World(merged(MINIMAL, runPolicy={"maxRestarts": 0})).to_training()
     world.fail("worker", 137, disrupted=True)
