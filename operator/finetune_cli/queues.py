@@ -42,14 +42,17 @@ class Reader:
         self._kubeconfig, self._context = kubeconfig, context
         self.store = Store()
 
-    async def snapshot(self) -> Snapshot:
-        """Jobs, queues, nodes and pods."""
+    async def snapshot(self, console: Console) -> Snapshot:
+        """Jobs, queues, nodes and pods; as far as the user may look, and he is told how far that is."""
         cluster = await connect(kubeconfig=self._kubeconfig, context=self._context)
         try:
             await self._fill(cluster)
-            return await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
+            found = await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
         finally:
             await cluster.close()
+        if found.forbidden:
+            console.print(f"you may not list {', '.join(found.forbidden)}: what follows is said without them", style="yellow")
+        return dataclasses.replace(found, forbidden=())
 
     async def _fill(self, cluster: KubernetesCluster) -> None:
         async for raw in cluster.list("FineTuneJob"):
@@ -65,7 +68,7 @@ class Reader:
 
 async def queues(reader: Reader, console: Console) -> int:
     """Use of every queue and flavor, and the jobs that wait with what they wait for."""
-    snapshot = await reader.snapshot()
+    snapshot = await reader.snapshot(console)
     decisions = decide(snapshot)
     for name, report in decisions.queues.items():
         queue = next((q for q in snapshot.queues if q.name == name), None)
@@ -94,7 +97,7 @@ def _usage(name: str, used: int, nominal: int) -> Text:
 async def why(reader: Reader, name: str, namespace: str | None, console: Console) -> int:
     """What a job waits for, or what it holds."""
     space = reader.namespace(namespace)
-    snapshot = await reader.snapshot()
+    snapshot = await reader.snapshot(console)
     raw = reader.store.job((space, name))
     if raw is None:
         console.print(f"FineTuneJob {space}/{name} is not there", style="bold red")
@@ -117,7 +120,7 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
 async def simulate(reader: Reader, files: list[Path], quotas: list[str], nodes: list[str], namespace: str | None, console: Console) -> int:
     """Decide with and without the jobs, quotas and nodes given, and show what would change. Raises WrongInput, InvalidDocument."""
     space = reader.namespace(namespace)
-    now = await reader.snapshot()
+    now = await reader.snapshot(console)
     then = dataclasses.replace(
         now,
         workloads=(*now.workloads, *(w for path in files for w in _extra(path, space, now))),

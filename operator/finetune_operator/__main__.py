@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import kopf
 import uvloop
@@ -26,7 +27,7 @@ from .cluster.connect import connect
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
 from .cluster.seal_key import ensure_seal_key
-from .cluster.transport import KubernetesCluster
+from .cluster.transport import APIError, KubernetesCluster
 from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate
@@ -37,6 +38,7 @@ from .servers.webhooks import AdmissionServer
 from .settings import Settings, from_environment
 
 log = logging.getLogger("finetune")
+_AGAIN_SECONDS = 2.0
 
 
 async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRunner:
@@ -46,8 +48,12 @@ async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRu
     return runner
 
 
-def _probes(manager: Manager, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
+def _probes(
+    manager: Manager, identity: Identity, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights
+) -> web.Application:
     def not_ready() -> str:
+        if identity.waits_for:
+            return identity.waits_for
         if kinds.missing:
             return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
         if not manager.synced.is_set():
@@ -68,6 +74,7 @@ def _probes(manager: Manager, cluster: KubernetesCluster, settings: Settings, ki
     async def scrape(_: web.Request) -> web.Response:
         for (verb, kind), count in cluster.calls.items():
             metrics.API_REQUESTS.labels(verb=verb, kind=kind).set(count)
+        metrics.export(acts=manager.acting, phases=manager.store.phases())
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
@@ -95,9 +102,19 @@ def _trust(manager: Manager, cluster: KubernetesCluster, settings: Settings) -> 
     return look
 
 
-async def _until_jobs_are_served(kinds: Kinds) -> bool:
-    """Wait for the job's kind. False when the process is to end instead: kopf, which sees to signals, does not run yet."""
-    waiting = asyncio.create_task(kinds.found())
+async def _seal_key(cluster: KubernetesCluster, settings: Settings) -> str:
+    """The key that admissions are sealed with, as soon as the API server answers."""
+    while True:
+        try:
+            return await ensure_seal_key(cluster, settings)
+        except APIError as failure:
+            log.warning("the key of the seals is asked for again: %s", failure)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _waited(needed: Coroutine[Any, Any, None]) -> bool:
+    """Wait for what nothing can be done without. False when the process is to end instead: kopf, which sees to signals, comes later."""
+    waiting = asyncio.create_task(needed)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
     await asyncio.wait([waiting])
@@ -112,9 +129,11 @@ async def run(settings: Settings) -> None:
 
     Raises StartOver when a kind that it needs has come or gone.
     """
+    if settings.queueing_backend == "none":
+        log.warning("queueing.backend is none: every job starts at once; quotas, priorities and nodes are not looked at")
     cluster = await connect(settings.api_qps, settings.api_burst)
-    identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities, seal_key=await ensure_seal_key(cluster, settings))
+    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
+    identity = Identity(cluster, settings)
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)
@@ -123,15 +142,18 @@ async def run(settings: Settings) -> None:
     kinds, insights = Kinds(cluster, settings), handlers.Insights()
     server = ProgressServer(cluster, store, board, manager.wake, lambda: manager.acting)
     endpoints = server.application()
-    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
-    runners = [
-        await _serve(_probes(manager, cluster, settings, kinds, insights), settings.probe_port),
-        await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
-    ]
+    runners = [await _serve(_probes(manager, identity, cluster, settings, kinds, insights), settings.probe_port)]
     failed: list[tuple[str, BaseException]] = []
+
+    async def needed() -> None:
+        await identity.found()
+        manager.configure(ca_bundle=identity.certificate.authorities, seal_key=await _seal_key(cluster, settings))
+        runners.append(await _serve(endpoints, settings.progress_port, ssl_context=identity.context))
+        await kinds.found()
+
     try:
-        if await _until_jobs_are_served(kinds):
+        if await _waited(needed()):
             failed = await _work(settings, manager, identity, cluster, kinds, insights)
     finally:
         if lease is not None:
@@ -141,6 +163,9 @@ async def run(settings: Settings) -> None:
         await cluster.close()
         await lookups.close()
     for name, error in failed:
+        if name == "kopf" and isinstance(error, ValueError):  # a watch was broken off within an object, or its answer is none
+            await asyncio.sleep(_AGAIN_SECONDS)
+            raise StartOver(f"a watch brought what is no object: {error}") from error
         # a watch of what is not served any more ends with 404
         if isinstance(error, StartOver) or (name == "kopf" and getattr(error, "status", None) == 404):
             raise StartOver(str(error) if isinstance(error, StartOver) else f"a kind that is watched is gone: {error}") from error
@@ -190,9 +215,15 @@ def spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+def share_the_processor() -> None:
+    """Passes over all jobs are made in a thread: it gives way after a millisecond, not after five, to what else there is to do."""
+    sys.setswitchinterval(0.001)
+
+
 def main() -> None:
     """Entry point."""
     spare_the_collector()
+    share_the_processor()
     try:
         logs.configure(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"), os.environ.get("FINETUNE_LOG_FORMAT", "text"))
         settings = from_environment(os.environ)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from finetune_api.scalars import QUANTITY
 
-BACKENDS = ("builtin", "kueue", "volcano")
+BACKENDS = ("builtin", "kueue", "volcano", "none")
 _QUANTITIES = ("stage_cpu", "stage_memory")
 _URLS = ("hub_endpoint", "s3_endpoint", "http_proxy", "https_proxy")
 
@@ -70,7 +70,7 @@ class Settings:
     """First back-off; doubles with each retry."""
     backoff_limit_seconds: float = 360.0
     queueing_backend: str = "builtin"
-    """Who decides when a gang may start: `builtin`, or `kueue` or `volcano`, which then must be there."""
+    """Who decides when a gang may start: `builtin`, or `kueue` or `volcano`, which then must be there; `none` starts each at once."""
     autoscaled: bool = False
     """Without any FineTuneQueue: nodes come when pods wait, so gangs are not held back until they fit on those that are there."""
     snapshot_seconds: float = 5.0
@@ -111,6 +111,11 @@ class Settings:
     def allows_remote_code(self, namespace: str) -> bool:
         """Whether jobs of the namespace may set model.trustRemoteCode."""
         return bool({"*", namespace} & set(self.remote_code_namespaces))
+
+    @property
+    def admits_itself(self) -> bool:
+        """Whether this operator lets gangs start, not another scheduler."""
+        return self.queueing_backend in ("builtin", "none")
 
     @property
     def endpoint(self) -> str:

@@ -17,9 +17,10 @@ from finetune_operator.settings import Settings
 from tests.factory import job
 from tests.unit.test_controllers import KEY, SETTINGS, Cluster
 
-LEAVES = ("model", "reconcile", "queueing", "resources", "cache")
+LEAVES = ("reconcile", "queueing", "resources", "cache")
 """Rooms that do no I/O, as an import contract holds: one stop each, for nothing happens in them that one has to follow further."""
-BESIDE = ("settings", "metrics", "tracing", "logs")
+BESIDE = ("model", "settings", "metrics", "tracing", "logs")
+"""What all rooms speak in, and of"""
 
 
 class Trail:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,7 @@ from finetune_operator.controllers import admission as scheduler_module
 from finetune_operator.controllers.admission import _BACKLOG, _HEADS, AdmissionLoop
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import Key
-from finetune_operator.model.queueing import Decision
+from finetune_operator.model.queueing import Decision, Decisions, Snapshot
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
 
@@ -164,3 +165,41 @@ def test_who_is_to_give_way_has_its_turn_first() -> None:
     keys = sorted(store.job_keys(), key=rank, reverse=True)
     assert [name for _, name in keys] == ["job-002", "job-001", "job-000"]
     assert rank(keys[0]) > rank(keys[1]) > rank(keys[2])
+
+
+async def test_the_loop_goes_on_while_all_jobs_are_decided_about(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over ten thousand jobs takes seconds, in which probes, progress and watches must be heard."""
+    heard = threading.Event()
+    real = scheduler_module.decide
+
+    def decide(snapshot: Snapshot) -> Decisions:
+        asyncio_loop.call_soon_threadsafe(heard.set)
+        assert heard.wait(10), "nothing else had its turn meanwhile"
+        return real(snapshot)
+
+    asyncio_loop = asyncio.get_running_loop()
+    monkeypatch.setattr(scheduler_module, "decide", decide)
+    loop = AdmissionLoop(Lists(), store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
+    found = await loop.once()
+    assert sum(d.action == "admit" for d in found.jobs.values()) == QUOTA
+
+
+async def test_what_changes_while_it_is_decided_is_not_decided_about_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job ends, another is gone, while the pass goes: what was decided about them comes to nothing with the next."""
+    real = scheduler_module.decide
+
+    def decide(snapshot: Snapshot) -> Decisions:
+        store.put_job(ended(waiting(0)))
+        store.drop_job(waiting(1))
+        return real(snapshot)
+
+    assumptions = Assumptions()
+    loop = AdmissionLoop(Lists(), store, assumptions, Settings(), lambda key: None)  # type: ignore[arg-type]
+    store.forgotten += [assumptions.forget, loop.forget]
+    monkeypatch.setattr(scheduler_module, "decide", decide)
+    first = await loop.once()
+    assert {uid for uid, d in first.jobs.items() if d.action == "admit"} == {"uid-000", "uid-001"}
+    monkeypatch.setattr(scheduler_module, "decide", real)
+    second = await loop.once()
+    assert {uid for uid, d in second.jobs.items() if d.action == "admit"} == {"uid-002", "uid-003"}
+    assert assumptions.decision("uid-000") is None and assumptions.decision("uid-001") is None and assumptions.backlog == QUOTA

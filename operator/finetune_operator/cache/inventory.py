@@ -22,6 +22,8 @@ class Inventory:
     namespaces: dict[str, Object] = dataclasses.field(default_factory=dict)
     priorities: dict[str, int] = dataclasses.field(default_factory=dict)
     default_priority: int = 0
+    forbidden: tuple[str, ...] = ()
+    """What of all this the operator may not list."""
     at: float = float("-inf")
     took: float = 0.0
 

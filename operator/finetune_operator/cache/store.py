@@ -7,7 +7,7 @@ what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +21,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..model.children import job_view, owner_uid, pod_view
 from ..model.job import ChildJobView, Observed, PodView
+from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object
 from ..model.workload import has_ended
 
@@ -76,7 +77,7 @@ class Store:
     # jobs
 
     def put_job(self, raw: Object, asked_at: float | None = None) -> Key:
-        """Remember a job, unless a newer state of the same object is known.
+        """Remember a job, unless a newer state of the same object is known. What cannot be read of it is left out.
 
         `asked_at` (monotonic): when the server was asked for it. Whatever was heard before that is older, or of a history that a
         restored etcd does not know: then the answer counts, whatever its resourceVersion.
@@ -89,6 +90,7 @@ class Store:
         if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
+            raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
@@ -195,10 +197,15 @@ class Store:
         """Keys of all jobs."""
         return list(self._jobs)
 
+    def phases(self) -> Counter[str]:
+        """How many jobs are in each phase, by what their statuses say."""
+        return Counter(str(_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
+
     # children
 
     def put_child(self, kind: str, raw: Object, asked_at: float | None = None) -> Key | None:
         """Remember a child unless a newer state is known; the key of the job to wake, if it is known. `asked_at`: as of put_job."""
+        raw = legible_child(kind, raw)
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)
@@ -346,6 +353,10 @@ class Store:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)
         return entry.value if entry is not None else None
+
+
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
 
 
 def _was_a_jobs(pod: Object) -> bool:

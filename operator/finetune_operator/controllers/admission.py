@@ -44,6 +44,8 @@ _HEADS = 20
 """Places in a queue that may be admitted before the next pass over all"""
 _HEADS_FIRST = 19
 """Passes over all take at most a twentieth of the time"""
+_SLICE = 128
+"""Jobs that are looked at before others have their turn"""
 _BACKLOG, _BACKLOG_SECONDS = 64, 1.0
 """Decisions that are not on record yet, and how long a pass waits for them"""
 _EVERYTHING_SECONDS = 60.0
@@ -114,6 +116,11 @@ class AdmissionLoop:
         self._changes += 1
         self.poke()
 
+    def configure(self, settings: Settings) -> None:
+        """Settings that are found after the start."""
+        self._settings = settings
+        self.poke()
+
     def poke(self) -> None:
         """Something changed, or came on record."""
         self._dirty.set()
@@ -163,13 +170,15 @@ class AdmissionLoop:
         # 2. a snapshot of what was seen, with what is assumed
         await self._refresh()
         began = time.monotonic()
+        await self._look(self._cluster.now())
         snapshot = self._snapshot(self._cluster.now(), heads=heads)
         if any(began - since < _DOUBT_SECONDS for since in self._doubtful.values()):
             asyncio.get_running_loop().call_later(1.0, self.poke)
             return Decisions(jobs={}, queues={})
         # 3. decide
         with tracing.span("schedule", jobs=len(snapshot.workloads)):
-            decisions = decide(snapshot)
+            # in a thread: it takes seconds for ten thousand jobs, and what comes in meanwhile is looked at in the next pass
+            decisions = await asyncio.to_thread(decide, snapshot)
         self._took = time.monotonic() - began
         metrics.SCHEDULING_SECONDS.observe(self._took)
         # 4. assume it, and wake whom it is about
@@ -199,6 +208,7 @@ class AdmissionLoop:
     async def look(self) -> Snapshot:
         """The cluster as it is now; nothing is decided."""
         await self._refresh()
+        await self._look(self._cluster.now())
         return self._snapshot(self._cluster.now())
 
     def _is_head(self, workload: Workload) -> bool:
@@ -218,7 +228,6 @@ class AdmissionLoop:
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         inventory = self._inventory
-        self._look(now)
         if heads:
             near = [self._seen[key] for key in self._front if key in self._seen]
             workloads = [self._as_assumed(workload, now) for workload in near if self._is_head(workload)]
@@ -240,17 +249,21 @@ class AdmissionLoop:
             nodes=nodes,
             missing=self._history.look(nodes) if nodes is not None else (),
             namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
+            forbidden=inventory.forbidden,
+            unlimited=self._settings.queueing_backend == "none",
             autoscaled=self._settings.autoscaled,
         )
 
-    def _look(self, now: datetime) -> None:
-        """At the jobs that changed; at all of them once a minute."""
+    async def _look(self, now: datetime) -> None:
+        """At the jobs that changed; at all of them once a minute, some at a time."""
         changed, priorities = self._store.changes(), (self._inventory.priorities, self._inventory.default_priority)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
             self._looked_at, self._looked_with, changed = time.monotonic(), priorities, {*self._store.job_keys(), *self._seen}
         self._front |= changed
-        for key in changed | self._moving:
+        for number, key in enumerate(changed | self._moving, 1):
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
             before, workload = self._seen.get(key), self._workload(key, now)
             if before is not None and (workload is None or workload.uid != before.uid):
                 self._leaving[before.uid] = before

@@ -5,6 +5,7 @@ A kind is a row of functions (`Kind`); it has no loop of its own. Knows nothing 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -43,6 +44,8 @@ class Kind(Generic[O]):
     reconcile: Callable[[O], Plan]
     refused: Callable[[O, str], Plan]
     """What to say when the API server refuses, for good and with this message, what was to be done."""
+    unreadable: Callable[[Key, str], tuple[Object, Plan] | None] = lambda key, why: None
+    """The object, and how it says that it cannot be worked on as it is; None when it is gone."""
     rank: Callable[[Key], tuple[int, ...]] = lambda key: ()
     recorded: Callable[[Object, Plan], None] = lambda raw, plan: None
     """Told when a status was written: the object as it was before, and the plan."""
@@ -72,9 +75,10 @@ class Controller(Generic[O]):
                 await self._pass(key)
             self.queue.forget(key)
         except APIError as failure:
-            self._failed(key, failure.reason, str(failure), expected=failure.conflict or failure.transient)
+            self._failed(key, metrics.api_reason(failure.reason), str(failure), expected=failure.conflict or failure.transient)
         except Exception as failure:
             log.exception("%s/%s: pass failed", *key)
+            await self._tell_unreadable(key, failure)
             self._failed(key, type(failure).__name__, str(failure), expected=False)
         finally:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
@@ -96,7 +100,13 @@ class Controller(Generic[O]):
         elif again is not None:
             self.queue.add_after(key, again)
 
+    async def _tell_unreadable(self, key: Key, failure: Exception) -> None:
+        """One object that cannot be worked on says so, the others go on; that this may fail, too, must not hide why."""
+        with contextlib.suppress(Exception):
+            if (told := self.kind.unreadable(key, f"{type(failure).__name__}: {failure}"[:500])) is not None:
+                await self.writer.write(*told, lambda why: Plan(), lambda raw, plan: None)
+
     def _failed(self, key: Key, reason: str, message: str, *, expected: bool) -> None:
-        metrics.RECONCILE_ERRORS.labels(reason=reason[:64]).inc()
+        metrics.RECONCILE_ERRORS.labels(reason=reason).inc()
         delay = self.queue.retry(key)
         log.log(logging.INFO if expected else logging.WARNING, "%s/%s: again in %.1f s: %s", *key, delay, message)

@@ -25,7 +25,8 @@ from ..cluster.transport import APIError, Cluster
 from ..model.children import owner_uid
 from ..model.job import Observed
 from ..model.objects import Key, Object
-from ..reconcile.job import reconcile, refused
+from ..model.workload import priority_class_of
+from ..reconcile.job import reconcile, refused, unreadable
 from ..reconcile.job.failures import suspects
 from ..reconcile.job.immutability import may_have_changed
 from ..reconcile.plan import Plan, WriteUrgency
@@ -62,7 +63,7 @@ class Jobs:
 
     def kind(self) -> Kind[Observed]:
         """Their row."""
-        return Kind("FineTuneJob", self.observe, self.reconcile, self.refused, self.rank, self.recorded, self.not_recorded)
+        return Kind("FineTuneJob", self.observe, self.reconcile, self.refused, self.unreadable, self.rank, self.recorded, self.not_recorded)
 
     async def observe(self, key: Key) -> Observed | None:
         """What a decision about a job may depend on. Raises APIError."""
@@ -96,6 +97,11 @@ class Jobs:
         """What to say when the API server refuses what was to be done."""
         return refused(observed, self.settings, why)
 
+    def unreadable(self, key: Key, why: str) -> tuple[Object, Plan] | None:
+        """What to say of one whose pass failed for no reason that is known."""
+        job = self.store.job(key)
+        return None if job is None else (job, unreadable(Observed(job=job, now=self.cluster.now()), self.settings, why))
+
     def recorded(self, raw: Object, plan: Plan) -> None:
         """Its status was written."""
         if plan.status is not None:
@@ -116,8 +122,7 @@ class Jobs:
         if not holds and not status.get("finishedAt"):
             holds = any(c.get("type") == "Admitted" and c.get("status") == "True" for c in status.get("conditions") or ())
         gives_way = decision is not None and decision.action == "preempt"
-        scheduling = (job.get("spec") or {}).get("scheduling") or {}
-        return int(holds) + int(gives_way), self._priority(scheduling.get("priorityClassName"))
+        return int(holds) + int(gives_way), self._priority(priority_class_of(job))
 
     async def _accepted(self, job: Object) -> FineTuneJobSpec | None:
         """The spec that the job began with, from its ConfigMap. Asked for only when the present one may be another."""
@@ -137,7 +142,7 @@ class Jobs:
 
     async def _external(self, job: Object, observed: Observed) -> dict[str, Any]:
         """What another scheduler says of the job. Asked for only while something waits for it."""
-        if self.settings.queueing_backend == "builtin":
+        if self.settings.admits_itself:
             return {}
         return await self.external_queue.look(job, observed)
 

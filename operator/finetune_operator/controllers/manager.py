@@ -55,7 +55,7 @@ class Manager:
         )
         self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
         self.controllers = (self.jobs,)
-        self.resync = Resync(cluster, store, settings, self.wake, self._child_seen, self._count)
+        self.resync = Resync(cluster, store, settings, self.wake, self._child_seen)
         forget: tuple[Callable[[str], None], ...] = (
             board.forget,
             self.telemetry.forget,
@@ -80,11 +80,10 @@ class Manager:
                 await self.resync.until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
-            self._count()
             group.create_task(self.events.run())
             if self.settings.queueing_backend == "kueue":
                 group.create_task(self.external_queue.run())
-            if self.settings.queueing_backend == "builtin":
+            if self.settings.admits_itself:
                 group.create_task(self.admission.run())
             for controller in self.controllers:
                 group.create_task(controller.run(self.settings.workers))
@@ -95,8 +94,14 @@ class Manager:
 
     def trust(self, ca_bundle: str, authorities: str = "") -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
-        if (ca_bundle, authorities) != (self.settings.ca_bundle, self.settings.authorities):
-            self.settings = self._jobs.settings = dataclasses.replace(self.settings, ca_bundle=ca_bundle, authorities=authorities)
+        self.configure(ca_bundle=ca_bundle, authorities=authorities)
+
+    def configure(self, **found: str) -> None:
+        """Settings that are found after the start. Jobs are looked at again where they are new."""
+        new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]
+        if new != self.settings:
+            self.settings = self._jobs.settings = new
+            self.admission.configure(new)
             for key in self.store.job_keys():
                 self.wake(key)
 
@@ -121,10 +126,6 @@ class Manager:
             self.admission.poke()  # something is free again
         if key is not None:
             self.wake(key)
-
-    def _count(self) -> None:
-        if self.acting:  # one that stands by has no gauges of jobs
-            self.telemetry.count(self.store)
 
     def _child_seen(self, kind: str, raw: Object) -> None:
         if kind == "Pod":

@@ -37,7 +37,11 @@ class QueueStatusWriter:
             metrics.PENDING.labels(queue=name).set(report.pending)
             for flavor, units in report.used.items():
                 metrics.QUEUE_USED.labels(queue=name, flavor=flavor).set(units)
-        return any(await asyncio.gather(*(self._write(inventory, queue, snapshot, decisions) for queue in snapshot.queues)))
+        return any(
+            await asyncio.gather(
+                *(self._write(inventory, queue, snapshot, decisions) for queue in snapshot.queues if queue.name in decisions.queues)
+            )
+        )
 
     async def _write(self, inventory: Inventory, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> bool:
         raw, since = inventory.queues[queue.name], time.monotonic() - self._written.get(queue.name, float("-inf"))

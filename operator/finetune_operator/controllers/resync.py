@@ -23,7 +23,7 @@ SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 
 
 class Resync:
-    """`wake`: an object is to be looked at. `seen`: a child was listed. `done`: everything was."""
+    """`wake`: an object is to be looked at. `seen`: a child was listed."""
 
     def __init__(
         self,
@@ -32,10 +32,9 @@ class Resync:
         settings: Settings,
         wake: Callable[[Key], None],
         seen: Callable[[str, Object], None] = lambda kind, raw: None,
-        done: Callable[[], None] = lambda: None,
     ) -> None:
         self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
-        self._seen, self._done = seen, done
+        self._seen = seen
         self.last = time.monotonic()
 
     async def once(self) -> None:
@@ -64,7 +63,6 @@ class Resync:
         for key in self._store.job_keys():
             self._wake(key)
         self.last = time.monotonic()
-        self._done()
 
     async def until_done(self) -> None:
         """Try until it succeeds."""

@@ -116,7 +116,7 @@ class Writer:
             return False
         meta = raw["metadata"]
         self._untold.pop(meta["uid"], None)
-        wire = plan.status.to_wire()
+        wire = {**plan.kept, **plan.status.to_wire()}
         if wire == raw.get("status"):
             return False
         began = time.monotonic()

@@ -163,10 +163,14 @@ class Snapshot:
     workloads: tuple[Workload, ...]
     queues: tuple[Queue, ...] = ()
     nodes: tuple[Node, ...] | None = None
-    """None when the operator may not look at nodes: quota alone decides then."""
+    """None when they were not looked at: quota alone decides then."""
     missing: tuple[Node, ...] = ()
     """Nodes that were there and are no more, or have less now, as they were; `away` says which."""
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    forbidden: tuple[str, ...] = ()
+    """What the operator may not list, and would have to see: nobody is admitted then."""
+    unlimited: bool = False
+    """Nothing is counted (queueing.backend none): everybody is admitted at once."""
     autoscaled: bool = False
     """Without a FineTuneQueue: nodes come when pods wait, so gangs need not fit on those that are there."""
 

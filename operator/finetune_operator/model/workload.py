@@ -74,6 +74,12 @@ def is_still(raw: Object) -> bool:
     return not _object(raw.get("status")).get("retryAfter")
 
 
+def priority_class_of(raw: Object) -> str | None:
+    """The priority class that a job names; its spec need not be valid."""
+    name = _object(_object(raw.get("spec")).get("scheduling")).get("priorityClassName")
+    return name if isinstance(name, str) else None
+
+
 def workload_of(
     raw: Object,
     spec: FineTuneJobSpec,

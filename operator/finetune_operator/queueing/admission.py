@@ -26,6 +26,7 @@ from ..model.queueing import (
     Workload,
 )
 from ..queueing import explain
+from .blind import admit_all, admit_none
 from .eligibility import Eligibility
 from .ordering import Ordering
 from .placement import Fleet, Place, never_fits
@@ -41,6 +42,8 @@ _PREEMPTION_TRIES = 8
 
 def decide(snapshot: Snapshot) -> Decisions:
     """What is decided about every job and every queue. Pure."""
+    if snapshot.unlimited or snapshot.forbidden:
+        return admit_all(snapshot) if snapshot.unlimited else admit_none(snapshot)
     return _Pass(snapshot).run()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Literal
@@ -77,6 +77,8 @@ class Plan:
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     status: FineTuneJobStatus | None = None
+    kept: Object = field(default_factory=dict)
+    """Fields of the status that this release does not know, written again as they are."""
     before: FineTuneJobStatus | None = None
     """The status that it is derived from."""
     due: WriteUrgency = WriteUrgency.NOW

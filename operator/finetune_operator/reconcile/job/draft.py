@@ -8,7 +8,7 @@ from typing import Literal
 
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status, unknown_fields
 
 from ...model.job import Observed
 from ...model.times import parse_time, rfc3339
@@ -148,6 +148,7 @@ class Draft:
             actions=tuple(self.actions),
             events=tuple(dataclasses.replace(event, series=self.status.attempt) for event in self.events),
             status=self.status if changed else None,
+            kept=unknown_fields(self.observed.job.get("status")),
             before=self.before,
             due=self._due(quiet),
             requeue_at=min(self.requeue) if self.requeue else None,
