@@ -317,3 +317,29 @@ def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Oper
     until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")
     set_quota(api, queue, 1)
     until("it ends", lambda: phase_of(api, "support") == "Succeeded", 30)
+
+
+def test_what_ran_waits_for_its_nodes_by_name(api: Api, kubelet: Kubelet, operator: Operator, machines: None) -> None:
+    """Those that could hold it are away for repair: it is not refused, also by an operator that has just started."""
+    first, second = (f"{api.namespace}-{n}" for n in range(2))
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(None, gpus=4, resource=SCARCE))
+    until("it trains", lambda: phase_of(api, "support") == "Training")
+    api.patch_job({"spec": {"runPolicy": {"suspend": True}}})
+    until("it is suspended", lambda: phase_of(api, "support") == "Suspended" and not api.workers())
+    api.core.patch_node(first, {"spec": {"unschedulable": True}})
+    api.core.patch_node(second, {"spec": {"taints": [{"key": "repair", "effect": "NoSchedule"}]}})
+    operator.kill()
+    operator.start()
+    api.patch_job({"spec": {"runPolicy": {"suspend": False}}})
+    until("it waits", lambda: api.condition("Admitted").get("reason") == "WaitingForNodes")
+    message = api.condition("Admitted")["message"]
+    assert f"nodes that could hold its pods are away: {first} (cordoned), {second} (taint repair:NoSchedule)" in message
+    small = {"status": {"capacity": {SCARCE: "2"}, "allocatable": {SCARCE: "2"}}}
+    for name in (first, second):
+        api.core.patch_node_status(name, small)
+    until("its nodes are known for what they had", lambda: "has 2 of 4" in api.condition("Admitted")["message"])
+    assert phase_of(api, "support") == "Queued"
+    api.core.patch_node_status(second, {"status": {"capacity": {SCARCE: "4"}, "allocatable": {SCARCE: "4"}}})
+    api.core.patch_node(second, {"spec": {"taints": []}})
+    until("it goes on", lambda: phase_of(api, "support") == "Training")
