@@ -15,11 +15,12 @@ from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_api.crd import crd
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from finetune_api.spec.transitions import HOLDS
+from finetune_api.status import read_status
 from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
-from tests.component.conftest import control_plane
+from tests.component.conftest import control_plane, until
 from tests.factory import MINIMAL, merged
 from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
 from tests.unit.test_transitions import ALWAYS, EVALUATED, FREE, WHILE_HELD
@@ -229,3 +230,36 @@ def test_f24_what_may_change_is_said_by_the_definition(stored: Callable[..., dic
         assert stored(first["spec"])["spec"] == first["spec"]
     stored(EVALUATED, {})
     stored(merged(EVALUATED, **dict(WHILE_HELD)["resources"]))
+
+
+def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written() -> None:
+    """A status with numbers where text is now, and the definition renewed under it: its owner goes on, and so does the operator."""
+    earlier = crd()
+    root = earlier["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    del root["x-kubernetes-validations"]
+    progress = root["properties"]["status"]["properties"]["progress"]["properties"]
+    progress["loss"] = {"type": "number"}
+    with control_plane("earlier", binaries.OLDEST, definitions=[]) as cluster:
+        cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(earlier))
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
+        server = Server(cluster)
+        where = (GROUP, VERSION, "default", PLURAL)
+        made = server.custom.create_namespaced_custom_object(*where, document("FineTuneJob", "old", MINIMAL))
+        status = {**holding("Admitted"), "phase": "Training", "progress": {"loss": 1.5}}
+        server.custom.replace_namespaced_custom_object_status(*where, "old", {**made, "status": status})
+        cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(crd()))
+
+        def message(spec: dict[str, Any]) -> str:
+            try:
+                server.custom.patch_namespaced_custom_object(*where, "old", {"spec": spec})
+            except client.ApiException as failure:
+                return str(json.loads(failure.body)["message"])
+            return ""
+
+        until("the rules are there", lambda: "cannot change" in message({"model": {"uri": "pvc://models/another"}}))
+        assert message({"runPolicy": {"maxRestarts": 7}}) == "", "what it does not touch is not held against it"
+        found = server.custom.get_namespaced_custom_object(*where, "old")
+        read = read_status(found["status"])
+        assert read.progress is not None and read.progress.loss == 1.5 and read.is_true("Admitted")
+        written = server.custom.replace_namespaced_custom_object_status(*where, "old", {**found, "status": read.to_wire()})
+        assert written["status"]["progress"]["loss"] == "1.5"

@@ -344,3 +344,19 @@ def test_another_controllers_job_is_left_alone(api: Api, kubelet: Kubelet, opera
     with pytest.raises(client.ApiException) as refused:
         api.patch_job({"spec": {"managedBy": names.MANAGED_BY}}, name="theirs")
     assert "spec.managedBy cannot change" in refused.value.body
+
+
+def test_a_job_that_is_made_again_from_a_backup_is_not_trained_again(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    """Its status was not in the backup; its target tells."""
+    spec = merged(MINIMAL, publish=[{"uri": "pvc://published/support"}])
+    api.create_job(spec)
+    first = phase(api, "Succeeded")
+    api.delete_job()
+    until("its pods are gone", lambda: not [o for o in api.owned() if not o.startswith("PersistentVolumeClaim")], 120)
+    kubelet.results["check"] = StageResult(reason="Restored", message="there already", result={"artifacts": first["artifacts"]})
+    kubelet.hold = {"prepare"}
+    api.create_job(spec)
+    status = phase(api, "Succeeded")
+    assert status["artifacts"] == first["artifacts"] and api.condition("Succeeded")["reason"] == "Restored"
+    assert not api.workers() and "attempt" in status
+    until("prepare is stopped", lambda: not [name for name in api.owned() if "prepare" in name])
