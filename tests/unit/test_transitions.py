@@ -16,6 +16,7 @@ from finetune_operator.resources.common import JobRef
 from finetune_operator.resources.shared import digests
 from tests.factory import MINIMAL, PREPARED, UID, job, merged
 from tests.schemas import SPECS, filled, refused_changes, schema
+from tests.unit.test_kueue import KueueWorld
 from tests.unit.test_reconcile import World, granted
 
 FREE_FIELDS = {"runPolicy"}
@@ -217,3 +218,23 @@ def test_a_change_past_the_rules_beside_an_allowed_one_is_acted_on_once() -> Non
     world.change(model={"uri": "pvc://models/other"}, distribution={"nodes": 2, "gpusPerNode": 0})
     world.settle()
     assert world.reason("Accepted") == "ChangeIgnored" and list(world.jobs) == ["support-prepare-1"]
+
+
+class ChangingInKueue(Changing, KueueWorld):
+    """The same where Kueue decides."""
+
+
+def test_a_gang_that_waits_in_kueues_line_is_made_anew_in_its_new_shape() -> None:
+    """Its pods are there already, and would count as another group."""
+    world = ChangingInKueue(merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0}, scheduling={"queue": "research"}))
+    world.settle()
+    world.succeed("prepare", PREPARED)
+    world.settle()
+    assert [p.attempt for p in world.pods.values() if p.stage == "train"] == [0, 0] and not world.status.is_true("Admitted")
+    world.change(distribution={"nodes": 1, "gpusPerNode": 0})
+    world.settle()
+    assert not [p for p in world.pods.values() if p.stage == "train"], "Kueue could let them start"
+    world.succeed("prepare-1", PREPARED)
+    world.settle()
+    assert [(p.rank, p.attempt) for p in world.pods.values() if p.stage == "train"] == [(0, 1)]
+    assert (world.status.restarts[-1].reason, world.status.restarts_counted) == ("SpecChanged", 0)

@@ -25,7 +25,7 @@ from .admission import admitted, fit_plan
 from .draft import Draft
 from .external_queue import admitted_externally
 from .failures import Failure
-from .gang import next_attempt, note_checkpoints, release, run_gang
+from .gang import drop_stale, next_attempt, note_checkpoints, release, run_gang
 from .immutability import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .kueue import DEACTIVATED, keep_place
 from .stages import run_stage
@@ -116,6 +116,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     if status.finished:
         return
     if not status.is_true("DataReady"):
+        drop_stale(draft, spec)  # planned anew: pods of the old shape would keep a place in another scheduler's line
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
