@@ -134,9 +134,6 @@ async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.Log
         async def plurals(self, group: str, version: str) -> set[str]:
             return {"finetunejobs"}
 
-        async def may(self, verb: str, kind: str) -> bool:
-            return True
-
         async def served_schema(self, resource: Resource) -> dict[str, object] | None:
             assert resource.plural == "finetunejobs", "what is not served has no definition"
             return self.found
