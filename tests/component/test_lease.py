@@ -9,7 +9,7 @@ from pathlib import Path
 from kubernetes import client
 
 from tests.component.conftest import Api, Kubelet, Operator, until
-from tests.component.test_operator import WHOLE, phase
+from tests.component.test_operator import WHOLE, metrics, phase
 from tests.factory import MINIMAL
 
 
@@ -34,6 +34,8 @@ def test_f6_two_operators_and_one_acts(api: Api, kubelet: Kubelet, tmp_path: Pat
         api.create_job(WHOLE)
         phase(api, "Training")
         assert not acts(second) and "PrepareStarted" not in second.logs.read_text()
+        assert 'finetune_jobs{phase="Training"} 1.0' in metrics(first) and "finetune_leader 1.0" in metrics(first)
+        assert "finetune_jobs{" not in metrics(second) and "finetune_leader 0.0" in metrics(second), "jobs are counted once"
         before = holder()
         first.kill()
         began = time.monotonic()

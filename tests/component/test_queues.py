@@ -304,7 +304,7 @@ def test_f24_a_waiting_job_may_ask_for_less_and_a_running_one_may_not(
     assert "spec.distribution can change only while the job holds no GPUs" in refused.value.body
     api.patch_job({"spec": {"distribution": {"gpusPerNode": 1}}}, name="second")
     until("second trains", lambda: phase_of(api, "second") == "Training")
-    assert "SpecChanged" in api.events()
+    until("it is told", lambda: "SpecChanged" in api.events())
     api.patch_job({"spec": {"runPolicy": {"suspend": True}}}, name="first")
     until("first has given its GPUs back", lambda: api.condition("Admitted", "first").get("status") == "False")
     api.patch_job({"spec": {"distribution": {"gpusPerNode": 1}, "runPolicy": {"suspend": False}}}, name="first")
