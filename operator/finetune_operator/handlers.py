@@ -12,7 +12,6 @@ import kopf
 from kopf._cogs.structs.references import Insights as Insights  # what kopf.operator takes as `insights`; kopf 1.45 does not export it
 
 from finetune_api import GROUP, PLURAL, VERSION, names
-from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
 from .cluster.kinds import Kinds
 from .cluster.login import login
@@ -98,10 +97,3 @@ def register(registry: kopf.OperatorRegistry, controller: Controller, settings: 
 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
-
-    # queues have no namespace: an operator of some may not see them. kopf would complain of one that is not there
-    if not settings.watch_namespaces and kinds.serves(QUEUE_KIND):
-
-        @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
-        async def on_queue(event: kopf.RawEvent, **_: Any) -> None:
-            controller.scheduler.queue_event(dict(event["object"]), deleted=event["type"] == "DELETED")

@@ -33,3 +33,4 @@ TOKENS_PER_SECOND = Gauge("finetune_training_tokens_per_second", "Tokens per sec
 REPORTED_AT = Gauge("finetune_training_reported_timestamp_seconds", "When rank 0 was last heard of, of jobs that train now", _JOB)
 PENDING = Gauge("finetune_queue_pending_jobs", "Jobs that wait in a queue", ["queue"])
 QUEUE_USED = Gauge("finetune_queue_used", "Units of a flavor that a queue's jobs hold", ["queue", "flavor"])
+UNREADABLE = Counter("finetune_unreadable_objects_total", "Objects of the API server that could not be read and were left out", ["kind"])

@@ -1,55 +1,173 @@
-"""The LISTs that tell what is in the cluster besides the jobs."""
+"""The watches that keep the inventory up: which kinds, and which of their fields.
+
+kopf has one selector for each resource, and keeps whole objects while it handles them: nodes and the pods of others would
+cost two hundred megabytes. Here everything but the fields below is skipped while it is decoded.
+"""
 
 from __future__ import annotations
 
-import time
+import asyncio
+from collections.abc import Callable
+from typing import Any, NoReturn, TypedDict, TypeVar
 
-from ..cache.inventory import Inventory
-from ..cache.store import Store
-from ..model.nodes import pod_requests, queue_of
+import msgspec
+
+from ..cache.inventory import Inventory, read_namespace, read_node, read_pod, read_priority
 from ..model.objects import Object
 from ..settings import Settings
-from .transport import APIError, Cluster
+from .reflector import Reflector
+from .transport import Cluster
+
+T = TypeVar("T")
+_HOLDS = "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed"
+"""Pods that hold something of a node: one that ends leaves as if it were deleted"""
+Quantities = dict[str, str | int | float] | None
 
 
-async def look_around(cluster: Cluster, store: Store, settings: Settings) -> Inventory:
-    """LIST queues, nodes, namespaces, priorities, and the pods of others. Raises APIError when the server does not answer."""
-    began = time.monotonic()
-    queues = await _list(cluster, "FineTuneQueue")
-    # one that serves some namespaces does not see what others hold: quota alone decides then
-    nodes = await _list(cluster, "Node") if not settings.watch_namespaces else None
-    found = Inventory(
-        queues={raw["metadata"]["name"]: raw for raw in queues or ()},
-        parsed={queue.name: queue for raw in queues or () if (queue := queue_of(raw)) is not None},
-        nodes=nodes,
-        namespaces={raw["metadata"]["name"]: raw for raw in (await _list(cluster, "Namespace") if queues else None) or ()},
-    )
-    for raw in await _list(cluster, "PriorityClass") or ():
-        found.priorities[raw["metadata"]["name"]] = int(raw.get("value", 0))
-        if raw.get("globalDefault"):
-            found.default_priority = int(raw.get("value", 0))
-    if nodes:
-        found.pods = await _pods(cluster, store)
-    found.at, found.took = time.monotonic(), time.monotonic() - began
-    return found
+class _Metadata(TypedDict, total=False):
+    name: str
+    labels: dict[str, str] | None
+    annotations: dict[str, str] | None
 
 
-async def _list(cluster: Cluster, kind: str) -> list[Object] | None:
-    """All objects of a kind; None where the operator may not look, or the kind is not served."""
-    try:
-        return [raw async for raw in cluster.list(kind)]
-    except APIError as failure:
-        if failure.status not in (403, 404):
-            raise
-        return None
+class _Taint(TypedDict, total=False):
+    key: str
+    value: str
+    effect: str
 
 
-async def _pods(cluster: Cluster, store: Store) -> list[tuple[str, str, dict[str, int]]]:
-    found = []
-    async for raw in cluster.list("Pod"):
-        node = (raw.get("spec") or {}).get("nodeName")
-        if store.is_worker(raw["metadata"]["uid"]):
-            continue
-        if node and (raw.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
-            found.append((raw["metadata"]["uid"], node, pod_requests(raw["spec"])))
-    return found
+class _NodeSpec(TypedDict, total=False):
+    taints: list[_Taint] | None
+    unschedulable: bool | None
+
+
+class _Condition(TypedDict, total=False):
+    type: str
+    status: str
+
+
+class _NodeStatus(TypedDict, total=False):
+    allocatable: Quantities
+    conditions: list[_Condition] | None
+
+
+class _NodeMetadata(TypedDict, total=False):
+    name: str
+    labels: dict[str, str] | None
+
+
+class _Node(TypedDict, total=False):
+    metadata: _NodeMetadata
+    spec: _NodeSpec
+    status: _NodeStatus
+
+
+class _Resources(TypedDict, total=False):
+    requests: Quantities
+    limits: Quantities
+
+
+class _Container(TypedDict, total=False):
+    resources: _Resources
+    restartPolicy: str | None
+
+
+class _PodSpec(TypedDict, total=False):
+    nodeName: str
+    containers: list[_Container] | None
+    initContainers: list[_Container] | None
+    overhead: Quantities
+    resources: _Resources | None
+
+
+class _PodMetadata(TypedDict, total=False):
+    uid: str
+
+
+class _Pod(TypedDict, total=False):
+    metadata: _PodMetadata
+    spec: _PodSpec
+
+
+class _Namespace(TypedDict, total=False):
+    metadata: _Metadata
+
+
+class _PriorityMetadata(TypedDict, total=False):
+    name: str
+
+
+class _PriorityClass(TypedDict, total=False):
+    metadata: _PriorityMetadata
+    value: int
+    globalDefault: bool
+
+
+def reader(fields: type[Any], read: Callable[[Object], T]) -> Callable[[bytes], T]:
+    """An object's JSON to what is kept of it, by way of those of its fields alone. Raises ValueError, KeyError, TypeError."""
+    decode = msgspec.json.Decoder(fields).decode
+    return lambda raw: read(decode(raw))
+
+
+def _as_it_is(raw: Object) -> Object:
+    if not (isinstance(meta := raw.get("metadata"), dict) and isinstance(meta.get("name"), str)):
+        raise ValueError("it has no name")
+    return raw
+
+
+NODE, POD = reader(_Node, read_node), reader(_Pod, read_pod)
+NAMESPACE, PRIORITY = reader(_Namespace, read_namespace), reader(_PriorityClass, read_priority)
+QUEUE = reader(dict[str, Any], _as_it_is)  # its status is written back
+
+
+class InventoryWatch:
+    """Keeps an inventory up: by watches while it runs; else as of the last `look`."""
+
+    def __init__(self, cluster: Cluster, settings: Settings, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed`: something is different on which decisions depend."""
+        self.inventory = Inventory(changed)
+        known = self.inventory
+        self.reflectors: list[Reflector[Any]] = [
+            Reflector(cluster, "FineTuneQueue", QUEUE, known.queues),
+            Reflector(cluster, "Namespace", NAMESPACE, known.namespaces),
+            Reflector(cluster, "PriorityClass", PRIORITY, known.priorities),
+        ]
+        if settings.watch_namespaces:
+            # it does not see what others hold: quota alone decides
+            known.nodes.refuse(403, "only some namespaces are watched")
+        else:
+            self.reflectors += [
+                Reflector(cluster, "Node", NODE, known.nodes),
+                Reflector(cluster, "Pod", POD, known.pods(), field_selector=_HOLDS),
+            ]
+        self._runs = False
+
+    @property
+    def states(self) -> dict[str, tuple[str, str]]:
+        """By kind: where its watch stands (synced, not allowed, not served, ...), and what the server says of it."""
+        return {reflector.kind: (reflector.state, reflector.why) for reflector in self.reflectors}
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long nothing was heard of the kind that was heard of last of all."""
+        return max(reflector.silent_seconds for reflector in self.reflectors)
+
+    async def run(self) -> NoReturn:
+        """Watch until cancelled."""
+        self._runs = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                for reflector in self.reflectors:
+                    group.create_task(reflector.run(), name=f"reflector-{reflector.kind}")
+        finally:
+            self._runs = False
+        raise AssertionError("unreachable")
+
+    async def look(self) -> Inventory:
+        """What is there: known since all was listed once, or, where nobody watches, listed now. Raises APIError."""
+        for reflector in self.reflectors:
+            if self._runs:
+                await reflector.synced.wait()
+            else:
+                await reflector.list()
+        return self.inventory

@@ -31,11 +31,12 @@ class Kinds:
 
     def __init__(self, cluster: KubernetesCluster, settings: Settings) -> None:
         self._cluster = cluster
-        watched = ["FineTuneJob"] if settings.watch_namespaces else ["FineTuneJob", QUEUE_KIND]
-        self.watched = tuple(RESOURCES[kind] for kind in watched)
+        self.watched = (RESOURCES["FineTuneJob"],)
+        """What kopf watches; queues come through a watch that waits for their kind (inventory.py)."""
+        self.needed = self.watched if settings.watch_namespaces else (*self.watched, RESOURCES[QUEUE_KIND])
         self.asked = tuple(RESOURCES[kind] for kind in GROUP_KINDS.get(settings.queueing_backend, ()))
         """Of these one is enough: a back-end's kind in its versions."""
-        self.missing: tuple[str, ...] = tuple(map(_shown, self.watched))
+        self.missing: tuple[str, ...] = tuple(map(_shown, self.needed))
         self._told: tuple[str, ...] | None = None
         self._served: frozenset[Resource] = frozenset()
 
@@ -45,11 +46,11 @@ class Kinds:
 
     async def look(self) -> None:
         """Ask what is served. Raises APIError when the API server does not say."""
-        wanted = (*self.watched, *self.asked)
+        wanted = (*self.needed, *self.asked)
         versions = sorted({(resource.group, resource.version) for resource in wanted})
         plurals = {version: await self._cluster.plurals(*version) for version in versions}
         self._served = frozenset(r for r in wanted if r.plural in plurals[r.group, r.version])
-        missing = [_shown(r) for r in self.watched if r not in self._served]
+        missing = [_shown(r) for r in self.needed if r not in self._served]
         if self.asked and not self._served.intersection(self.asked):
             missing.append(" or ".join(map(_shown, self.asked)))
         self.missing = tuple(missing)

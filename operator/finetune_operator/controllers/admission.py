@@ -11,19 +11,16 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 
 from .. import metrics, tracing
-from ..cache.inventory import Inventory
 from ..cache.store import Store
-from ..cluster.inventory import look_around
+from ..cluster.inventory import InventoryWatch
 from ..cluster.transport import APIError, Cluster
-from ..model.nodes import namespace_of, node_of
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decision, Decisions, Queue, Request, Snapshot, Workload
 from ..model.workload import has_ended, is_still, request_of, workload_of
@@ -60,7 +57,8 @@ class Scheduler:
     ) -> None:
         """`wake`: a job is to be looked at. `busy`: whether jobs wait to be."""
         self._cluster, self._store, self._settings, self._wake, self._busy = cluster, store, settings, wake, busy
-        self._inventory = Inventory()
+        self.watch = InventoryWatch(cluster, settings, self.poke)
+        self._inventory = self.watch.inventory
         self._specs: dict[str, tuple[int, FineTuneJobSpec, Request]] = {}
         self._requests: dict[Request, Request] = {}
         """Equal ones are one: comparing them costs nothing then"""
@@ -82,12 +80,9 @@ class Scheduler:
         self._ready: set[str] = set()
         """Jobs that wait for their turn though their status does not say so yet"""
         self._told: dict[str, float] = {}
-        self._generations: dict[str, Any] = {}
         self._looked_at = float("-inf")
-        self._looked_with: tuple[dict[str, int], int] | None = None
+        self._looked_with: tuple[Mapping[str, int], int] | None = None
         """When all jobs were looked at, and with which priorities"""
-        self._changes, self._listed = 0, 0
-        """Changes of queues that were seen, and those that the last LIST came after"""
         self._dirty, self._recorded = asyncio.Event(), asyncio.Event()
         self._queue_written: dict[str, float] = {}
         self._took = 0.0
@@ -105,8 +100,9 @@ class Scheduler:
         return self._decisions.get(uid)
 
     def priority(self, name: str | None) -> int:
-        """The value of a PriorityClass, or of the default one, as of the last LIST."""
-        return self._inventory.priorities.get(name, 0) if name is not None else self._inventory.default_priority
+        """The value of a PriorityClass, or of the default one."""
+        known = self._inventory.priorities
+        return known.values.get(name, 0) if name is not None else known.default
 
     def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> None:
         """A job's spec may have been changed: it goes on, and is counted, with this one."""
@@ -134,24 +130,17 @@ class Scheduler:
         self._recorded.set()
         self.poke()
 
-    def queue_event(self, raw: Object, *, deleted: bool) -> None:
-        """A FineTuneQueue was seen, or is gone. Its spec decides; its status is this operator's own."""
-        name, generation = raw["metadata"]["name"], raw["metadata"].get("generation")
-        if deleted:
-            self._generations.pop(name, None)
-        elif self._generations.get(name) == generation:
-            return
-        else:
-            self._generations[name] = generation
-        self._changes += 1
-        self.poke()
-
     def poke(self) -> None:
         """Something changed."""
         self._dirty.set()
 
     async def run(self) -> None:
         """Decide again whenever something changed, and every few seconds while somebody waits. Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.watch.run())
+            group.create_task(self._run())
+
+    async def _run(self) -> None:
         while True:
             heads = self._busy() and time.monotonic() < self._all_due
             try:
@@ -184,7 +173,7 @@ class Scheduler:
         What those who wait are told, and what queues are, is said by the passes over all.
         """
         self._dirty.clear()
-        await self._refresh()
+        await self.watch.look()
         began = time.monotonic()
         snapshot = self._snapshot(self._cluster.now(), heads=heads)
         if any(began - since < _DOUBT_SECONDS for since in self._doubtful.values()):
@@ -205,7 +194,7 @@ class Scheduler:
 
     async def look(self) -> Snapshot:
         """The cluster as it is now; nothing is decided."""
-        await self._refresh()
+        await self.watch.look()
         return self._snapshot(self._cluster.now())
 
     def _is_head(self, workload: Workload) -> bool:
@@ -215,14 +204,6 @@ class Scheduler:
         decision = self._decisions.get(workload.uid)
         return workload.waits and (decision is None or decision.action != "wait" or decision.position <= _HEADS)
 
-    async def _refresh(self) -> None:
-        """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
-        inventory, began = self._inventory, time.monotonic()
-        changes = self._changes
-        if changes == self._listed and began - inventory.at < max(self._settings.snapshot_seconds, 20 * inventory.took):
-            return
-        self._inventory, self._listed = await look_around(self._cluster, self._store, self._settings), changes
-
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         inventory = self._inventory
         self._look(now)
@@ -231,23 +212,20 @@ class Scheduler:
             workloads = [self._as_intended(workload, now) for workload in near if self._is_head(workload)]
         else:
             workloads = [self._as_intended(workload, now) for workload in self._seen.values()]
+        # those are counted with their job, as they are now
         ours = {uid for uids in self._pods_of.values() for uid in uids}
-        used: dict[str, Counter[str]] = defaultdict(Counter)
-        for uid, node, amounts in inventory.pods:
-            if uid not in ours:  # those are counted with their job, as they are now
-                used[node].update(amounts)
         return Snapshot(
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
-            queues=tuple(inventory.parsed.values()),
-            nodes=tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None,
-            namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
+            queues=tuple(inventory.queues.parsed.values()),
+            nodes=inventory.nodes_but_for(ours),
+            namespaces=dict(inventory.namespaces.items.values()),
             autoscaled=self._settings.autoscaled,
         )
 
     def _look(self, now: datetime) -> None:
         """At the jobs that changed; at all of them once a minute."""
-        changed, priorities = self._store.changes(), (self._inventory.priorities, self._inventory.default_priority)
+        changed, priorities = self._store.changes(), (self._inventory.priorities.values, self._inventory.priorities.default)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
             self._looked_at, self._looked_with, changed = time.monotonic(), priorities, set(self._store.job_keys())
@@ -363,7 +341,10 @@ class Scheduler:
         await asyncio.gather(*(self._write(queue, snapshot, decisions) for queue in snapshot.queues))
 
     async def _write(self, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> None:
-        raw, since = self._inventory.queues[queue.name], time.monotonic() - self._queue_written.get(queue.name, float("-inf"))
+        raw = self._inventory.queues.items.get(queue.name)
+        if raw is None:  # gone meanwhile
+            return
+        since = time.monotonic() - self._queue_written.get(queue.name, float("-inf"))
         status = queue_status(queue, raw, snapshot, decisions)
         old = dict(raw.get("status") or {})
         new: dict[str, Any] = status.to_wire()
@@ -378,11 +359,10 @@ class Scheduler:
             if failure.transient:
                 raise
             log.info("queue %s: status refused: %s", queue.name, failure)
-            self._changes += 1  # it changed, or is gone
+            self._owed = True  # it changed, or is gone: the watch tells
             return
         self._queue_written[queue.name] = time.monotonic()
-        self._inventory.queues[queue.name] = answer
-        self._inventory.parsed[queue.name] = dataclasses.replace(queue, history=status.history)
+        self._inventory.queues.put(answer)
 
 
 def _assumed(admission: Admission, request: Request, now: datetime) -> Allocation:
