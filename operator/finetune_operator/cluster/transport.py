@@ -201,10 +201,10 @@ class KubernetesCluster:
                 self._clock.heard(response.headers.get("Date"))
                 if response.status >= 400:
                     raise _api_error(response.status, await response.read(), response.headers)
-                async for line in _lines(response.content):
+                async for line in _lines(response.response.content):
                     yield line
             finally:
-                response.close()
+                response.response.close()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
             raise _unreachable(failure) from failure
 
