@@ -156,13 +156,15 @@ async def running(cluster: KubernetesCluster, sink: Values, **more: Any) -> Asyn
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
 async def test_listed_once_in_pages_then_watched_from_there(script: Script, cluster: KubernetesCluster) -> None:
     script.page, script.objects = 2, [named(f"n{n}", n, n) for n in range(5)]
-    script.watches = [[event("ADDED", named("new", 11, 11)), event("MODIFIED", named("n0", 12, 12)), event("DELETED", named("n1", 13)), b""]]
+    script.watches = [
+        [event("ADDED", named("new", 11, 11)), event("MODIFIED", named("n0", 12, 12)), event("DELETED", named("n1", 13)), b""]
+    ]
     sink = Values()
     async with running(cluster, sink, field_selector="status.phase!=Failed") as target:
         await target.synced.wait()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -219,10 +218,18 @@ class Holdings(Kept[Holding]):
         super().__init__(lambda holding: holding.uid, lambda: None)
         self._use = use
 
+    def replace(self, values: Iterable[Holding]) -> None:
+        """These, and no others, are there."""
+        self.refused = None
+        old, self.items = self.items, {holding.uid: holding for holding in values}
+        gone = [(holding, -1) for uid, holding in old.items() if self.items.get(uid) != holding]
+        self._count([*gone, *((holding, 1) for uid, holding in self.items.items() if old.get(uid) != holding)])
+
     def _differs(self, old: Holding | None, new: Holding | None) -> None:
-        for holding, sign in ((old, -1), (new, 1)):
-            if holding is not None and holding.uid not in self._use.ours:
-                self._use.count(holding, sign)
+        self._count([(holding, sign) for holding, sign in ((old, -1), (new, 1)) if holding is not None])
+
+    def _count(self, changes: Iterable[tuple[Holding, int]]) -> None:
+        self._use.count((holding, sign) for holding, sign in changes if holding.uid not in self._use.ours)
 
 
 class NodeUse:
@@ -235,17 +242,22 @@ class NodeUse:
         self.stale: set[str] = set()
         """Nodes whose use has changed"""
 
-    def count(self, holding: Holding, sign: int) -> None:
-        """Take or give back what a pod holds."""
-        used = defaultdict(int, self.used.get(holding.node, _NOTHING))
-        for name, amount in holding.amounts.items():
-            used[name] += sign * amount
-        left = tuple(sorted((name, amount) for name, amount in used.items() if amount))
-        if left:
-            self.used[holding.node] = _amounts(left)
-        else:
-            self.used.pop(holding.node, None)
-        self.stale.add(holding.node)
+    def count(self, changes: Iterable[tuple[Holding, int]]) -> None:
+        """Take (1) or give back (-1) what pods hold."""
+        changed: dict[str, dict[str, int]] = {}
+        for holding, sign in changes:
+            used = changed.get(holding.node)
+            if used is None:
+                used = changed[holding.node] = dict(self.used.get(holding.node, _NOTHING))
+            for name, amount in holding.amounts.items():
+                used[name] = used.get(name, 0) + sign * amount
+        for node, used in changed.items():
+            left = tuple(sorted((name, amount) for name, amount in used.items() if amount))
+            if left:
+                self.used[node] = _amounts(left)
+            else:
+                self.used.pop(node, None)
+        self.stale.update(changed)
 
 
 class Nodes(Kept[Node]):
@@ -302,9 +314,12 @@ class Inventory:
         if self.nodes.refused is not None:
             return None
         now = frozenset(ours)
-        for uid in now ^ self._use.ours:
-            holding = next((found for pods in self._pods.values() if (found := pods.items.get(uid)) is not None), None)
-            if holding is not None:
-                self._use.count(holding, -1 if uid in now else 1)
+        different = now ^ self._use.ours
+        self._use.count(
+            (holding, -1 if uid in now else 1)
+            for pods in self._pods.values()
+            for uid in different
+            if (holding := pods.items.get(uid)) is not None
+        )
         self._use.ours = now
         return self.nodes.view()
