@@ -29,8 +29,8 @@ unit: setup  ## Unit tests
 trainer: setup  ## The trainer's stages on a tiny model: every method, objective, metric and output
 	$(VENV) -m pytest tests/trainer $(SLOWEST)
 
-combinations: setup  ## Every objective with every method that is accepted
-	FINETUNE_COMBINATIONS=all $(VENV) -m pytest tests/trainer/test_methods.py $(SLOWEST)
+combinations: setup  ## Every objective with every method that is accepted, and every method with every strategy
+	FINETUNE_COMBINATIONS=all $(VENV) -m pytest tests/trainer/test_methods.py tests/local/test_local.py $(SLOWEST)
 
 local: setup  ## `finetune run --local`: processes that really train here, disturbed and undisturbed
 	$(VENV) -m pytest tests/local $(SLOWEST)

@@ -17,6 +17,8 @@ LABEL_RANK = "finetune.dev/rank"
 ANNOTATION_HASH = "finetune.dev/applied-hash"
 ANNOTATION_ADMISSION = "finetune.dev/admission"
 """On worker pods: what their gang was admitted to, should the job's status be lost"""
+ANNOTATION_SEAL = "finetune.dev/admission-seal"
+"""Beside it: that the operator wrote it, for this job. Whoever may edit pods cannot make one"""
 ANNOTATION_CREATED_BY = "finetune.dev/created-by"
 """Who created a job, by the webhook: limits per user count by it"""
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_UP, Context, Decimal
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from .base import Format, without_nulls
+from .base import SHOWN, Format, without_nulls
 
 DURATION = Format(pattern=r"^([0-9]{1,6}(s|m|h|d)){1,4}$", name="a duration", write="for example 90s, 10m, 1h30m or 7d")
-#: resource.Quantity of the Kubernetes API, without signs and exponents
+#: resource.Quantity of the Kubernetes API, without minus signs: nobody may ask for less than nothing
 QUANTITY = Format(
-    pattern=r"^[0-9]{1,15}(\.[0-9]{1,6})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+    pattern=r"^[+]?([0-9]{1,18}([.][0-9]{0,18})?|[.][0-9]{1,18})([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]{1,2})?$",
     name="a quantity",
     write="for example 500m, 4 or 16Gi",
     or_integer=True,
@@ -49,12 +49,14 @@ PlainName = Annotated[str, Field(min_length=1, max_length=128), PLAIN_NAME]
 LabelMap = Annotated[dict[str, Annotated[str, Field(max_length=63), LABEL_VALUE]], Field(max_length=32), BeforeValidator(without_nulls)]
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_SUFFIX = {
-    "": Decimal(1),
-    "m": Decimal("0.001"),
-    **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTP", start=1)},
-    **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTP", start=1)},
+_QUANTITY = re.compile(r"([-+]?(?:[0-9]+[.]?[0-9]*|[.][0-9]+))([numkMGTPE]?|[KMGTPE]i|[eE][-+]?[0-9]{1,9})")
+_FACTORS = {
+    **{suffix: Decimal(f"1e{power}") for suffix, power in zip("num", (-9, -6, -3), strict=True)},
+    **{suffix: Decimal(f"1e{3 * power}") for power, suffix in enumerate(("", *"kMGTPE"))},
+    **{f"{suffix}i": Decimal(1024**power) for power, suffix in enumerate("KMGTPE", start=1)},
 }
+_ROUNDED_UP = Context(prec=100, rounding=ROUND_UP, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+_NANO, _MOST = Decimal("1e-9"), Decimal(2**63 - 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,12 +66,21 @@ def seconds(duration: str) -> int:
     return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in found)
 
 
+@functools.lru_cache(maxsize=4096)
 def quantity(text: str) -> Decimal:
-    """The value of a Kubernetes quantity such as `500m`, `16` or `200Gi`. Raises ValueError when it is none."""
-    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
-    if match is None or match.group(2) not in _SUFFIX:
-        raise ValueError(f"{text!r} is not a quantity; write for example 500m, 16 or 200Gi")
-    return Decimal(match.group(1)) * _SUFFIX[match.group(2)]
+    """The value of a Kubernetes quantity such as `500m`, `16`, `1e3` or `200Gi`. Raises ValueError when it is none.
+
+    As the API server reads it (resource.Quantity of k8s.io/apimachinery): what is finer than a billionth is rounded away
+    from zero, what is more than 2^63-1 is capped. What has no digits at all, which a server takes for 0, is refused.
+    """
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+        raise ValueError(f"{shown!r} is not a quantity; write for example 500m, 16 or 200Gi")
+    number, suffix = Decimal(match[1]), match[2]
+    factor = _FACTORS.get(suffix)
+    value = _ROUNDED_UP.multiply(number, Decimal(f"1e{suffix[1:]}") if factor is None else factor)
+    return _ROUNDED_UP.quantize(max(-_MOST, min(_MOST, value)), _NANO)
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]

@@ -406,9 +406,23 @@ def read_status(raw: Any) -> FineTuneJobStatus:
     for name, field in FineTuneJobStatus.model_fields.items():
         wire = field.alias or name
         if wire in raw:
-            try:
-                FineTuneJobStatus.model_validate({wire: raw[wire]})
-            except ValueError:
-                continue
-            kept[wire] = raw[wire]
+            value = raw[wire]
+            if isinstance(value, list):  # one condition that cannot be read takes no other with it
+                value = [item for item in value if _is_readable(wire, [item])]
+            if _is_readable(wire, value):
+                kept[wire] = value
     return FineTuneJobStatus.model_validate(kept)
+
+
+def unknown_fields(raw: Any) -> dict[str, Any]:
+    """Fields of a status that this release does not know: another release wrote them, and they are left as they are."""
+    known = {field.alias or name for name, field in FineTuneJobStatus.model_fields.items()}
+    return {name: value for name, value in raw.items() if name not in known} if isinstance(raw, dict) else {}
+
+
+def _is_readable(field: str, value: Any) -> bool:
+    try:
+        FineTuneJobStatus.model_validate({field: value})
+    except ValueError:
+        return False
+    return True

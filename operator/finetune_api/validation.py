@@ -46,9 +46,9 @@ def parse_spec(raw: Any, *, strict: bool = True) -> FineTuneJobSpec:
     return _parse(FineTuneJobSpec, raw, strict=strict)
 
 
-def parse_queue(document: Mapping[str, Any]) -> FineTuneQueueSpec:
-    """Parse a whole FineTuneQueue document strictly. Raises InvalidDocument."""
-    return _parse(FineTuneQueueSpec, document.get("spec"), strict=True)
+def parse_queue(document: Mapping[str, Any], *, strict: bool = True) -> FineTuneQueueSpec:
+    """Parse the spec of a whole FineTuneQueue document, as `parse_spec` does. Raises InvalidDocument."""
+    return _parse(FineTuneQueueSpec, document.get("spec"), strict=strict)
 
 
 def _parse(model: type[Spec], raw: Any, *, strict: bool) -> Spec:

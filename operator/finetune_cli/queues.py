@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.status import read_status
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect
 from finetune_operator.cluster.transport import KubernetesCluster
-from finetune_operator.controllers.admission import Scheduler
-from finetune_operator.controllers.job import SELECTOR
+from finetune_operator.controllers.admission import AdmissionLoop
+from finetune_operator.controllers.resync import SELECTOR
 from finetune_operator.model.queueing import Decisions, Node, Queue, Snapshot, Workload
 from finetune_operator.model.workload import request_of
 from finetune_operator.queueing import decide
@@ -41,14 +42,17 @@ class Reader:
         self._kubeconfig, self._context = kubeconfig, context
         self.store = Store()
 
-    async def snapshot(self) -> Snapshot:
-        """Jobs, queues, nodes and pods."""
+    async def snapshot(self, console: Console) -> Snapshot:
+        """Jobs, queues, nodes and pods; as far as the user may look, and he is told how far that is."""
         cluster = await connect(kubeconfig=self._kubeconfig, context=self._context)
         try:
             await self._fill(cluster)
-            return await Scheduler(cluster, self.store, Settings(), lambda _: None).look()
+            found = await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
         finally:
             await cluster.close()
+        if found.forbidden:
+            console.print(f"you may not list {', '.join(found.forbidden)}: what follows is said without them", style="yellow")
+        return dataclasses.replace(found, forbidden=())
 
     async def _fill(self, cluster: KubernetesCluster) -> None:
         async for raw in cluster.list("FineTuneJob"):
@@ -64,12 +68,14 @@ class Reader:
 
 async def queues(reader: Reader, console: Console) -> int:
     """Use of every queue and flavor, and the jobs that wait with what they wait for."""
-    snapshot = await reader.snapshot()
+    snapshot = await reader.snapshot(console)
     decisions = decide(snapshot)
     for name, report in decisions.queues.items():
         queue = next((q for q in snapshot.queues if q.name == name), None)
         title = f"queue {name}" if name else "no FineTuneQueue: one implicit queue over all nodes"
         cohort = f", cohort {queue.spec.cohort}, share {report.share:.2f}" if queue is not None and queue.spec.cohort is not None else ""
+        if queue is not None and queue.unreadable:
+            cohort += f", {queue.unreadable}"
         console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
         for flavor in queue.spec.flavors if queue is not None else ():
             console.print(_usage(flavor.name, report.used.get(flavor.name, 0), flavor.nominal_quota), highlight=False)
@@ -91,7 +97,7 @@ def _usage(name: str, used: int, nominal: int) -> Text:
 async def why(reader: Reader, name: str, namespace: str | None, console: Console) -> int:
     """What a job waits for, or what it holds."""
     space = reader.namespace(namespace)
-    snapshot = await reader.snapshot()
+    snapshot = await reader.snapshot(console)
     raw = reader.store.job((space, name))
     if raw is None:
         console.print(f"FineTuneJob {space}/{name} is not there", style="bold red")
@@ -114,7 +120,7 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
 async def simulate(reader: Reader, files: list[Path], quotas: list[str], nodes: list[str], namespace: str | None, console: Console) -> int:
     """Decide with and without the jobs, quotas and nodes given, and show what would change. Raises WrongInput, InvalidDocument."""
     space = reader.namespace(namespace)
-    now = await reader.snapshot()
+    now = await reader.snapshot(console)
     then = dataclasses.replace(
         now,
         workloads=(*now.workloads, *(w for path in files for w in _extra(path, space, now))),
@@ -169,7 +175,7 @@ def _machines(like: list[str], snapshot: Snapshot) -> Iterable[Node]:
                 f"--node {text}: write NODE or NODE=COUNT for nodes like one that is there: {', '.join(sorted(known)) or 'none'}"
             )
         for n in range(int(count or 1)):
-            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, usable=True)
+            yield dataclasses.replace(known[name], name=f"{name}-simulated-{n}", used={}, away="")
 
 
 def _outcome(decisions: Decisions, uid: str) -> str:

@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import kopf
 import uvloop
@@ -25,8 +26,9 @@ from .cache.store import Store
 from .cluster.connect import connect
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
-from .cluster.transport import KubernetesCluster
-from .controllers.job import Controller
+from .cluster.seal_key import ensure_seal_key
+from .cluster.transport import APIError, KubernetesCluster
+from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate
 from .servers.bundle import Bundle
@@ -36,6 +38,7 @@ from .servers.webhooks import AdmissionServer
 from .settings import Settings, from_environment
 
 log = logging.getLogger("finetune")
+_AGAIN_SECONDS = 2.0
 
 
 async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRunner:
@@ -45,18 +48,22 @@ async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRu
     return runner
 
 
-def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights) -> web.Application:
+def _probes(
+    manager: Manager, identity: Identity, cluster: KubernetesCluster, settings: Settings, kinds: Kinds, insights: Insights
+) -> web.Application:
     def not_ready() -> str:
+        if identity.waits_for:
+            return identity.waits_for
         if kinds.missing:
             return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
-        if not controller.synced.is_set():
+        if not manager.synced.is_set():
             return "not in sync yet"
         unwatched = set(kinds.watched) - handlers.watching(insights, kinds)
         return f"not watched yet: {', '.join(sorted(r.plural for r in unwatched))}" if unwatched else ""
 
     async def healthz(_: web.Request) -> web.Response:
-        silent = time.monotonic() - controller.last_resync
-        if controller.synced.is_set() and silent > 4 * settings.resync_seconds:
+        silent = time.monotonic() - manager.resync.last
+        if manager.synced.is_set() and silent > 4 * settings.resync_seconds:
             return web.Response(status=503, text=f"no resync for {silent:.0f} s")
         return web.Response(text="ok")
 
@@ -67,6 +74,7 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
     async def scrape(_: web.Request) -> web.Response:
         for (verb, kind), count in cluster.calls.items():
             metrics.API_REQUESTS.labels(verb=verb, kind=kind).set(count)
+        metrics.export(acts=manager.acting, phases=manager.store.phases())
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
@@ -76,27 +84,37 @@ def _probes(controller: Controller, cluster: KubernetesCluster, settings: Settin
     return app
 
 
-def _trust(controller: Controller, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
+def _trust(manager: Manager, cluster: KubernetesCluster, settings: Settings) -> Callable[[Certificate], Awaitable[None]]:
     """What must know a certificate before it is served: the API server, and the jobs' pods, which also get an administrator's authorities."""
     bundle = Bundle(cluster, settings.webhook_configuration) if settings.webhook_configuration else None
 
     async def look(new: Certificate) -> None:
         if bundle is not None:
             await bundle.put(new.authorities)
-        own = controller.settings.authorities
+        own = manager.settings.authorities
         if settings.authorities_file:
             try:
                 own = certificate.read_authorities(settings.authorities_file)
             except ValueError as failure:  # the ones before are kept
                 log.warning("%s", failure)
-        controller.trust(new.authorities, own)
+        manager.trust(new.authorities, own)
 
     return look
 
 
-async def _until_jobs_are_served(kinds: Kinds) -> bool:
-    """Wait for the job's kind. False when the process is to end instead: kopf, which sees to signals, does not run yet."""
-    waiting = asyncio.create_task(kinds.found())
+async def _seal_key(cluster: KubernetesCluster, settings: Settings) -> str:
+    """The key that admissions are sealed with, as soon as the API server answers."""
+    while True:
+        try:
+            return await ensure_seal_key(cluster, settings)
+        except APIError as failure:
+            log.warning("the key of the seals is asked for again: %s", failure)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _waited(needed: Coroutine[Any, Any, None]) -> bool:
+    """Wait for what nothing can be done without. False when the process is to end instead: kopf, which sees to signals, comes later."""
+    waiting = asyncio.create_task(needed)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, waiting.cancel)
     await asyncio.wait([waiting])
@@ -111,27 +129,32 @@ async def run(settings: Settings) -> None:
 
     Raises StartOver when a kind that it needs has come or gone.
     """
+    if settings.queueing_backend == "none":
+        log.warning("queueing.backend is none: every job starts at once; quotas, priorities and nodes are not looked at")
     cluster = await connect(settings.api_qps, settings.api_burst)
-    identity = Identity(cluster, settings, await certificate.ensure(cluster, settings))
-    settings = dataclasses.replace(settings, ca_bundle=identity.certificate.authorities)
+    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
+    identity = Identity(cluster, settings)
     store, board = Store(), ProgressBoard()
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
-    controller = Controller(cluster, store, board, settings, lease)
+    manager = Manager(cluster, store, board, settings, lease)
     kinds, insights = Kinds(cluster, settings), handlers.Insights()
-    server = ProgressServer(cluster, store, board, controller.queue.add, lambda: controller.acting)
+    server = ProgressServer(cluster, store, board, manager.wake, lambda: manager.acting)
     endpoints = server.application()
-    lookups = await connect(settings.api_qps, settings.api_burst)  # who applies a job does not wait behind a thousand of them
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
-    runners = [
-        await _serve(_probes(controller, cluster, settings, kinds, insights), settings.probe_port),
-        await _serve(endpoints, settings.progress_port, ssl_context=identity.context),
-    ]
+    runners = [await _serve(_probes(manager, identity, cluster, settings, kinds, insights), settings.probe_port)]
     failed: list[tuple[str, BaseException]] = []
+
+    async def needed() -> None:
+        await identity.found()
+        manager.configure(ca_bundle=identity.certificate.authorities, seal_key=await _seal_key(cluster, settings))
+        runners.append(await _serve(endpoints, settings.progress_port, ssl_context=identity.context))
+        await kinds.found()
+
     try:
-        if await _until_jobs_are_served(kinds):
-            failed = await _work(settings, controller, identity, cluster, kinds, insights)
+        if await _waited(needed()):
+            failed = await _work(settings, manager, identity, cluster, kinds, insights)
     finally:
         if lease is not None:
             await lease.release()  # nothing acts any more
@@ -140,6 +163,9 @@ async def run(settings: Settings) -> None:
         await cluster.close()
         await lookups.close()
     for name, error in failed:
+        if name == "kopf" and isinstance(error, ValueError):  # a watch was broken off within an object, or its answer is none
+            await asyncio.sleep(_AGAIN_SECONDS)
+            raise StartOver(f"a watch brought what is no object: {error}") from error
         # a watch of what is not served any more ends with 404
         if isinstance(error, StartOver) or (name == "kopf" and getattr(error, "status", None) == 404):
             raise StartOver(str(error) if isinstance(error, StartOver) else f"a kind that is watched is gone: {error}") from error
@@ -147,11 +173,11 @@ async def run(settings: Settings) -> None:
 
 
 async def _work(
-    settings: Settings, controller: Controller, identity: Identity, cluster: KubernetesCluster, kinds: Kinds, insights: Insights
+    settings: Settings, manager: Manager, identity: Identity, cluster: KubernetesCluster, kinds: Kinds, insights: Insights
 ) -> list[tuple[str, BaseException]]:
     """Watch and act until any part of it ends; the parts that failed."""
     registry = kopf.OperatorRegistry()
-    handlers.register(registry, controller, settings, kinds)
+    handlers.register(registry, manager, settings, kinds)
     stop = asyncio.Event()
     watches = kopf.operator(
         registry=registry,
@@ -164,8 +190,8 @@ async def _work(
     )
     tasks = [
         asyncio.create_task(watches, name="kopf"),
-        asyncio.create_task(controller.run(), name="controller"),
-        asyncio.create_task(identity.keep(_trust(controller, cluster, settings)), name="certificate"),
+        asyncio.create_task(manager.run(), name="manager"),
+        asyncio.create_task(identity.keep(_trust(manager, cluster, settings)), name="certificate"),
         asyncio.create_task(kinds.keep(lambda: handlers.watching(insights, kinds)), name="kinds"),
     ]
     # kopf handles SIGTERM and SIGINT: it ends without an error, and takes younger tasks with it
@@ -189,9 +215,15 @@ def spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+def share_the_processor() -> None:
+    """Passes over all jobs are made in a thread: it gives way after a millisecond, not after five, to what else there is to do."""
+    sys.setswitchinterval(0.001)
+
+
 def main() -> None:
     """Entry point."""
     spare_the_collector()
+    share_the_processor()
     try:
         logs.configure(os.environ.get("FINETUNE_LOG_LEVEL", "INFO"), os.environ.get("FINETUNE_LOG_FORMAT", "text"))
         settings = from_environment(os.environ)

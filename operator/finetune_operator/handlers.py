@@ -6,6 +6,7 @@ finalizers and run again after restarts: a level-triggered reconcile wants none 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import kopf
@@ -13,12 +14,17 @@ from kopf._cogs.structs.references import Insights as Insights  # what kopf.oper
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 
+from . import metrics
 from .cluster.kinds import Kinds
 from .cluster.login import login
 from .cluster.resources import RESOURCES, Resource
-from .controllers.job import SELECTOR, Controller
-from .model.objects import CHILD_KINDS, child_kinds
+from .controllers.manager import Manager
+from .controllers.resync import SELECTOR
+from .model.legible import identified
+from .model.objects import CHILD_KINDS, Object, child_kinds
 from .settings import Settings
+
+log = logging.getLogger("finetune.handlers")
 
 
 class _NoDiffBase(kopf.DiffBaseStorage):
@@ -60,7 +66,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.progress_storage = _NoProgress()
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.watching.server_timeout = 570  # kopf lists all objects again after it
+    settings.watching.server_timeout = 570  # kopf then goes on from the last resourceVersion
     settings.watching.client_timeout = 600
     settings.watching.connect_timeout = 15
     settings.watching.chunk_size = 500
@@ -78,22 +84,32 @@ def watching(insights: Insights, kinds: Kinds) -> set[Resource]:
     return {r for r in kinds.watched if (r.group, r.version, r.plural) in seen}
 
 
-def register(registry: kopf.OperatorRegistry, controller: Controller, settings: Settings, kinds: Kinds) -> None:
-    """Connect the watches of the job and of its children to the controller."""
+def _seen(kind: str, event: kopf.RawEvent) -> Object | None:
+    """The object of an event; None, and counted, where it cannot be told which it is."""
+    found = identified(kind, dict(event["object"]))
+    if found is None:
+        metrics.UNREADABLE.labels(kind=kind).inc()
+        log.warning("an event of a %s is passed by: it has no metadata that can be read", kind)
+    return found
+
+
+def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settings, kinds: Kinds) -> None:
+    """Connect the watches of the job and of its children to the manager."""
     kopf.on.login(registry=registry)(login)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_job(event: kopf.RawEvent, **_: Any) -> None:
-        controller.job_event(dict(event["object"]), deleted=event["type"] == "DELETED")
+        if (raw := _seen("FineTuneJob", event)) is not None:
+            manager.job_event(raw, deleted=event["type"] == "DELETED")
 
     def watch(kind: str) -> None:
         resource = RESOURCES[kind]
 
         @kopf.on.event(resource.group, resource.version, resource.plural, registry=registry, id=f"on_{kind}")
         async def on_child(event: kopf.RawEvent, **_: Any) -> None:
-            raw: dict[str, Any] = dict(event["object"])
-            if (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
-                controller.child_event(kind, raw, deleted=event["type"] == "DELETED")
+            raw = _seen(kind, event)
+            if raw is not None and (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
+                manager.child_event(kind, raw, deleted=event["type"] == "DELETED")
 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from urllib.parse import urlsplit
 
-BACKENDS = ("builtin", "kueue", "volcano")
+from finetune_api.scalars import QUANTITY
+
+BACKENDS = ("builtin", "kueue", "volcano", "none")
+_QUANTITIES = ("stage_cpu", "stage_memory")
 _URLS = ("hub_endpoint", "s3_endpoint", "http_proxy", "https_proxy")
 
 
@@ -67,7 +70,7 @@ class Settings:
     """First back-off; doubles with each retry."""
     backoff_limit_seconds: float = 360.0
     queueing_backend: str = "builtin"
-    """Who decides when a gang may start: `builtin`, or `kueue` or `volcano`, which then must be there."""
+    """Who decides when a gang may start: `builtin`, or `kueue` or `volcano`, which then must be there; `none` starts each at once."""
     autoscaled: bool = False
     """Without any FineTuneQueue: nodes come when pods wait, so gangs are not held back until they fit on those that are there."""
     snapshot_seconds: float = 5.0
@@ -98,12 +101,21 @@ class Settings:
     ca_bundle: str = field(default="", repr=False)
     """PEM of the progress endpoint's certificate authority; filled in at start-up."""
 
+    seal_secret: str = ""
+    """Secret that keeps the key which the operator seals admissions with; empty: a key of this process (outside the cluster)."""
+    seal_key: str = field(default="", repr=False)
+    """Filled in at start-up from seal_secret."""
     authorities: str = field(default="", repr=False)
     """PEM of authorities_file; filled in at start-up."""
 
     def allows_remote_code(self, namespace: str) -> bool:
         """Whether jobs of the namespace may set model.trustRemoteCode."""
         return bool({"*", namespace} & set(self.remote_code_namespaces))
+
+    @property
+    def admits_itself(self) -> bool:
+        """Whether this operator lets gangs start, not another scheduler."""
+        return self.queueing_backend in ("builtin", "none")
 
     @property
     def endpoint(self) -> str:
@@ -125,6 +137,8 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
             values[item.name] = _convert(text, item.default)
             if item.name == "queueing_backend" and text not in BACKENDS:
                 raise ValueError(f"write one of {', '.join(BACKENDS)}")
+            if item.name in _QUANTITIES:
+                QUANTITY.check(text)
             if item.name in _URLS and text and not urlsplit(text).hostname:
                 raise ValueError("write an address, such as https://hub.example.com")
         except ValueError as failure:

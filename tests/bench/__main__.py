@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import faults, inventory, kueue_workload, operator, prepare, queueing, trainer
+from . import faults, inventory, kueue_workload, loop, operator, prepare, queueing, trainer
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument(
-        "which", nargs="*", choices=["operator", "queueing", "inventory", "kueue", "prepare", "trainer", "faults", []], default=[]
+        "which", nargs="*", choices=["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults", []], default=[]
     )
-    which = parser.parse_args().which or ["operator", "queueing", "inventory", "kueue", "prepare", "trainer", "faults"]
+    which = parser.parse_args().which or ["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults"]
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
+    if "loop" in which:
+        results["loop"] = loop.bench()
     if "queueing" in which:
         results["queueing"] = queueing.bench()
     if "inventory" in which:

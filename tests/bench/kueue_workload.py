@@ -45,7 +45,7 @@ from finetune_operator.cluster.connect import connect
 from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.resources import RESOURCES
 from finetune_operator.cluster.transport import APIError, KubernetesCluster
-from finetune_operator.controllers.job import Controller
+from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import CHILD_KINDS, Object
 from finetune_operator.settings import Settings
 from tests.cluster import binaries, control_plane, debian, processes
@@ -73,12 +73,12 @@ _LIMIT = 1800.0
 class Simulated(KubernetesCluster):
     """The API server for jobs, queues and events; what would run is played here."""
 
-    controller: Controller
+    manager: Manager
     notes: Any
 
-    def prepare_to_play(self, controller: Controller, notes: Path) -> None:
+    def prepare_to_play(self, manager: Manager, notes: Path) -> None:
         """Events go to this controller; what happened when goes into a file."""
-        self.controller, self.notes = controller, notes.open("w", buffering=1)
+        self.manager, self.notes = manager, notes.open("w", buffering=1)
         self._objects: dict[tuple[str, str, str], Object] = {}
         self._serial = itertools.count(1)
 
@@ -94,7 +94,7 @@ class Simulated(KubernetesCluster):
             return  # it gave way
         changed = {**made, "metadata": {**made["metadata"], "resourceVersion": str(next(self._serial))}, "status": status}
         self._objects[key] = changed
-        self.controller.child_event(made["kind"], changed, deleted=False)
+        self.manager.child_event(made["kind"], changed, deleted=False)
 
     async def apply(self, manifest: Object) -> Object:
         return self._made(manifest)
@@ -123,7 +123,7 @@ class Simulated(KubernetesCluster):
         if kind not in CHILD_KINDS:
             return await super().delete(kind, namespace, name, uid, grace_seconds)
         if (gone := self._objects.pop((kind, namespace, name), None)) is not None:
-            asyncio.get_running_loop().call_soon(lambda: self.controller.child_event(kind, gone, deleted=True))
+            asyncio.get_running_loop().call_soon(lambda: self.manager.child_event(kind, gone, deleted=True))
         return None
 
     def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
@@ -155,16 +155,16 @@ async def operate(notes: Path) -> None:
     found.__class__ = Simulated
     cluster: Any = found
     settings = Settings(progress_url="none", resync_seconds=3600, workers=32)
-    controller = Controller(cluster, Store(), ProgressBoard(), settings)
-    cluster.prepare_to_play(controller, notes)
+    manager = Manager(cluster, Store(), ProgressBoard(), settings)
+    cluster.prepare_to_play(manager, notes)
     registry = kopf.OperatorRegistry()
     kinds = Kinds(cluster, settings)
     await kinds.look()
-    handlers.register(registry, controller, settings, kinds)
+    handlers.register(registry, manager, settings, kinds)
     watches = kopf.operator(registry=registry, settings=handlers.kopf_settings(), standalone=True, clusterwide=True)
     async with asyncio.TaskGroup() as group:
         group.create_task(watches)
-        group.create_task(controller.run())
+        group.create_task(manager.run())
         group.create_task(_measure(cluster, notes.with_suffix(".calls")))
 
 

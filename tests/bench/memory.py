@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from finetune_api.status import Plan
-from finetune_trainer import models
-from finetune_trainer.memory import Setting, estimate
+from finetune_trainer.training.memory import Setting, estimate
+from finetune_trainer.training.shape import describe_model
 from tests.trainer.conftest import Bench
 
 
@@ -107,8 +107,8 @@ def _measured(found: list[int]) -> Iterator[None]:
 
 def measure(case: Case, tiny: Path, folder: Path) -> tuple[int, int]:
     """(measured peak, estimate) in bytes, of two steps with two accumulations each."""
-    from finetune_trainer.prepare import prepare
-    from finetune_trainer.worker import fit
+    from finetune_trainer.stages.prepare import prepare
+    from finetune_trainer.stages.worker import fit
 
     made = folder / "models" / "made"
     _model(case, tiny, made)
@@ -135,7 +135,7 @@ def measure(case: Case, tiny: Path, folder: Path) -> tuple[int, int]:
     found: list[int] = []
     with _measured(found):
         fit(context, plan)
-    shape = models.describe(context, str(made))
+    shape = describe_model(context, str(made))
     setting = Setting("ddp", 1, plan.per_device_batch_size, plan.gradient_checkpointing)
     if not torch.cuda.is_available():
         return found[0], estimate(context.spec, shape, setting, element=4).total

@@ -140,8 +140,8 @@ def _ours(folder: Path, base: Path, data: Path, *, packing: bool = False) -> Run
     del spec["evaluation"], spec["publish"]
     metadata, parsed = parse_job(document)
     local = LocalRun(job_file(metadata, parsed, {"models": str(base.parent), "rows": str(data)}), folder)
-    from finetune_trainer.context import Context
-    from finetune_trainer.prepare import prepare
+    from finetune_trainer.job.context import Context
+    from finetune_trainer.stages.prepare import prepare
 
     plan = Plan.model_validate(prepare(Context.load(str(local.job_json), str(folder))).result["plan"])
     env = {**_environment(), Env.PLAN: json.dumps(plan.to_wire()), Env.ALLOW_CPU: "1"}

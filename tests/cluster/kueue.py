@@ -79,7 +79,10 @@ def install(cluster: LocalCluster | KindCluster) -> None:
 
 def uninstall(cluster: LocalCluster | KindCluster) -> None:
     """Remove it with its definitions, and so with everything that was defined by them."""
-    cluster.kubectl("delete", "clusterqueues,resourceflavors", "--all", "--wait=false", check=False)
+    # with its finalizers gone first: nobody takes them off once it is away, and its definitions would be waited for in vain
+    cluster.kubectl(
+        "delete", "workloads,localqueues,clusterqueues,resourceflavors", "--all", "--all-namespaces", "--timeout=60s", check=False
+    )
     with helm.Config(kubeconfig_path=cluster.kubeconfig, namespace=NAMESPACE) as config, contextlib.suppress(helm.HelmError):
         config.uninstall(RELEASE, wait="legacy", timeout=120)
 

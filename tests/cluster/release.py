@@ -87,7 +87,7 @@ def problems() -> list[str]:
 
 def combinations() -> list[str]:
     """What of all methods and objectives that are accepted together does not learn: `make test` tries each only once."""
-    command = [sys.executable, "-m", "pytest", "tests/trainer/test_methods.py", "--durations=25"]
+    command = [sys.executable, "-m", "pytest", "tests/trainer/test_methods.py", "tests/local/test_local.py", "--durations=25"]
     code = subprocess.run(command, cwd=REPO, env={**os.environ, "FINETUNE_COMBINATIONS": "all"}, check=False).returncode
     return [f"make combinations: pytest's exit code is {code}"] if code else []
 

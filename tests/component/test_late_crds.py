@@ -6,11 +6,16 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from finetune_api import GROUP, PLURAL, VERSION
+from finetune_operator.servers import certificate
+from finetune_operator.settings import Settings
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO, digest_of
 from tests.component.conftest import Api, Kubelet, Operator, control_plane, until
@@ -133,16 +138,36 @@ def test_it_can_be_stopped_while_it_waits(operator: Operator) -> None:
     assert operator.terminate() == 0
 
 
-def test_an_operator_of_one_namespace_needs_jobs_alone(bare: LocalCluster, api: Api, operator: Operator) -> None:
+def test_an_operator_that_counts_nothing_needs_jobs_alone(bare: LocalCluster, api: Api, operator: Operator) -> None:
     kubelet = Kubelet(api)
     try:
-        operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
+        operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace, FINETUNE_QUEUEING_BACKEND="none")
         until_it_misses(operator, "finetunejobs")
         bare.define(JOBS)
         until_ready(operator)
         served(api, "job")
     finally:
         kubelet.stop()
+
+
+def test_a_certificate_that_comes_late_is_waited_for(bare: LocalCluster, api: Api, operator: Operator) -> None:
+    """cert-manager may be slower than the operator: it lives, is not ready, says what it waits for, and can be stopped."""
+    for crd in (JOBS, QUEUES):
+        bare.define(crd)
+    settings = {"FINETUNE_TLS_SECRET": "tls", "FINETUNE_TLS_MANAGED": "true", "FINETUNE_NAMESPACE": api.namespace}
+    why = f"waiting for Secret {api.namespace}/tls: it is not there (cert-manager makes it for the Certificate of that name)"
+    operator.start(**settings)
+    until("it says what it waits for", lambda: ready(operator) == (503, why))
+    assert operator.terminate() == 0
+    operator.start(**settings)
+    until("it says so again", lambda: ready(operator) == (503, why))
+    api.core.create_namespaced_secret(api.namespace, {"metadata": {"name": "tls"}})
+    until("it is not enough", lambda: "it has no tls.crt and tls.key yet" in ready(operator)[1])
+    made = certificate.generate(certificate.hosts_of(Settings(namespace=api.namespace)), datetime.now(UTC))
+    data = {"tls.crt": made.certificate, "tls.key": made.key}
+    api.core.patch_namespaced_secret("tls", api.namespace, {"stringData": data})
+    until_ready(operator)
+    assert alive(operator), "in the same process all the time"
 
 
 @pytest.mark.parametrize(
@@ -184,3 +209,29 @@ def test_a_back_end_that_is_not_there_is_named(
     finally:
         undefine(bare, theirs)
     until(f"{plural} is named again", named)
+
+
+def test_definitions_of_an_older_and_of_a_newer_release_are_named(api: Api, kubelet: Kubelet, operator: Operator, tmp_path: Path) -> None:
+    """It goes on with both, says what is dropped, and leaves what it does not know as it is."""
+    definition = yaml.safe_load(JOBS.read_text())
+    schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+    del schema["usage"]
+    schema["future"] = {"type": "object", "properties": {"word": {"type": "string"}}}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(definition))
+    for crd in (other, QUEUES):
+        api.cluster.define(crd)
+    operator.start()
+    until_ready(operator)
+    told = operator.logs.read_text()
+    assert "finetunejobs.finetune.dev: its definition is older than this operator: it lacks status.usage, which" in told
+    assert "finetunejobs.finetune.dev: its definition is newer than this operator: it has status.future, which" in told
+    assert "finetunequeues.finetune.dev: its definition" not in told
+    kubelet.hold = {"prepare"}
+    until("it is made", lambda: api.create_job(MINIMAL, "kept"))
+    until("it prepares", lambda: api.status("kept").get("phase") == "Preparing")
+    body = {"status": {"future": {"word": "of another operator"}}}
+    api.custom.patch_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, "kept", body)
+    kubelet.hold = set()
+    until("it succeeds", lambda: api.status("kept").get("phase") == "Succeeded")
+    assert api.status("kept")["future"] == {"word": "of another operator"} and "usage" not in api.status("kept")

@@ -12,7 +12,7 @@ import pytest
 from finetune_api.contract import JobFile, StageResult
 from finetune_api.status import Plan
 from finetune_api.validation import parse_spec
-from finetune_trainer.context import Context
+from finetune_trainer.job.context import Context
 from tests.cluster.shell import REPO
 
 COLOURS: list[tuple[str, str]] = [
@@ -69,8 +69,8 @@ class Bench:
 
     def train(self, context: Context) -> StageResult:
         """prepare and train."""
-        from finetune_trainer.prepare import prepare
-        from finetune_trainer.worker import fit
+        from finetune_trainer.stages.prepare import prepare
+        from finetune_trainer.stages.worker import fit
 
         plan = Plan.model_validate(prepare(context).result["plan"])
         result = fit(context, plan)
@@ -79,7 +79,7 @@ class Bench:
 
     def run(self, rows: list[dict[str, Any]] | None = None, **spec: Any) -> tuple[dict[str, float], dict[str, float], Context]:
         """All of it: (metrics of the base, metrics of the tuned model, the job)."""
-        from finetune_trainer.evaluation.stage import evaluate
+        from finetune_trainer.stages.evaluate import evaluate
 
         context = self.context(rows, **spec)
         self.train(context)

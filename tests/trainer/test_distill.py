@@ -11,9 +11,9 @@ import torch
 
 from finetune_api.spec import Distillation, Model
 from finetune_trainer.data.store import read_rows
-from finetune_trainer.errors import UserError
-from finetune_trainer.objectives.distill import divergence
-from finetune_trainer.prepare import prepare
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.training.objectives.distill import distillation_loss
 from tests.trainer.conftest import COLOURS, ROWS, Bench
 from tests.trainer.server import chat_server
 
@@ -34,13 +34,13 @@ def test_the_divergence_against_its_definition() -> None:
             s, t = student[row, place - 1], taught[row, place - 1]
             p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
             expected += 0.3 * -float(s.log_softmax(-1)[label]) + 0.7 * 4 * float((p * (p / q).log()).sum())
-    assert float(divergence(student, taught, labels, settings)) == pytest.approx(expected, rel=1e-5)
-    assert float(divergence(taught, taught, labels, settings.model_copy(update={"alpha": 0.0}))) == pytest.approx(0.0, abs=1e-5)
+    assert float(distillation_loss(student, taught, labels, settings)) == pytest.approx(expected, rel=1e-5)
+    assert float(distillation_loss(taught, taught, labels, settings.model_copy(update={"alpha": 0.0}))) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_student_learns_what_only_its_teacher_knows(bench: Bench) -> None:
     """Rows with wrong answers, weight 0 on them: what falls is the distance to the teacher's distribution."""
-    from finetune_trainer.publish import publish
+    from finetune_trainer.stages.publish import publish
 
     full = {"method": "full", "hyperparameters": {**HYPER, "learningRate": 3e-3, "maxSteps": 40}}
     teacher = bench.context(ROWS["messages"], name="teacher", tuning=full, publish=[{"uri": "pvc://published/teacher"}])

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from finetune_api.spec import Evaluation
-from finetune_trainer import answers
-from finetune_trainer.errors import SourceUnavailable, UserError
-from finetune_trainer.evaluation import metrics
-from finetune_trainer.evaluation.stage import evaluate
-from finetune_trainer.prepare import prepare
+from finetune_trainer.evaluation import answers, gate, metrics
+from finetune_trainer.process.errors import SourceUnavailable, UserError
+from finetune_trainer.stages.evaluate import evaluate
+from finetune_trainer.stages.prepare import prepare
 from tests.trainer.conftest import COLOURS, ROWS, Bench, chat
 from tests.trainer.server import chat_server
 
@@ -101,7 +100,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     ],
 )
 def test_the_verdict(gain: float, low: float, high: float, least: float, passed: bool, why: str) -> None:
-    found, message = metrics.verdict(gain, low, high, least)
+    found, message = gate.passes(gain, low, high, least)
     assert found == passed and why in message
 
 
@@ -194,16 +193,16 @@ def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
 
 def test_an_endpoint_that_refuses_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_api.spec import Endpoint
-    from finetune_trainer import chat as client
-    from finetune_trainer import sources
+    from finetune_trainer.remote import chat as client
+    from finetune_trainer.remote import retry
 
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     with chat_server(lambda _: "x", failures=[404]) as server, pytest.raises(UserError, match=r"answers 404; check the address"):
         client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
     with chat_server(lambda _: "x", failures=[500] * 9) as server, pytest.raises(SourceUnavailable, match="500"):
         client.complete(Endpoint(url=server.url, model="m"), [], key=None, max_tokens=1)
     with pytest.raises(SourceUnavailable, match=r"127\.0\.0\.1 cannot be reached"):
-        client.look(Endpoint(url="http://127.0.0.1:1/v1", model="m"))
+        client.check_reachable(Endpoint(url="http://127.0.0.1:1/v1", model="m"))
 
 
 def test_harness_tasks_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,11 @@ import transformers
 from transformers.utils import import_utils
 
 from finetune_api.status import Plan
-from finetune_trainer import devices, kernels, models
-from finetune_trainer.errors import InfrastructureError
-from finetune_trainer.kernels import VARLEN, Rows, pick_attention, pick_fused_layers
+from finetune_trainer.models import kernels, load
+from finetune_trainer.models.kernels import VARLEN, PackedRows, pick_attention, use_liger_kernels
+from finetune_trainer.models.load import model_class
+from finetune_trainer.process.errors import InfrastructureError
+from finetune_trainer.training import devices
 
 from .conftest import ROWS, Bench, history
 
@@ -38,10 +40,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None) -> torch.Tensor:
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, scale: float | None) -> torch.Tensor:
     """What varlen_attn computes: row for row, causal, within the window."""
-    starts, found = rows.starts.tolist(), []
-    assert rows.starts.dtype == torch.int32 and rows.longest == max(b - a for a, b in pairwise(starts))
+    starts, found = rows.cu_seqlens.tolist(), []
+    assert rows.cu_seqlens.dtype == torch.int32 and rows.max_seqlen == max(b - a for a, b in pairwise(starts))
     for start, stop in pairwise(starts):
         q, k, v = (part[start:stop].transpose(0, 1) for part in (query, key, value))
         seen = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
@@ -60,11 +62,11 @@ def small_model(family: str) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_varlen_is_a_dense_mask_for_less(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    calls: list[Rows] = []
+    calls: list[PackedRows] = []
     monkeypatch.setattr(kernels, "_varlen", lambda q, k, v, rows, scale: calls.append(rows) or plain(q, k, v, rows, scale))
-    kernels.register()
+    kernels.register_varlen()
     model = small_model(family)
-    assert kernels.varlen_fits(type(model), model.config)
+    assert kernels.supports_varlen(type(model), model.config)
     lengths = [5, 1, 9, 12]
     ids = torch.randint(2, 90, (1, sum(lengths)))
     places = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -108,7 +110,7 @@ def test_a_mask_that_looks_ahead_is_dense() -> None:
 def test_dropout_is_refused() -> None:
     parts = [torch.zeros(1, 2, 3, 8)] * 3
     with pytest.raises(ValueError, match="no dropout"):
-        kernels.varlen_attention(None, *parts, Rows(torch.tensor([0, 3]), 3, None), dropout=0.1)
+        kernels.varlen_attention(None, *parts, PackedRows(torch.tensor([0, 3]), 3, None), dropout=0.1)
 
 
 def test_under_autocast_the_kernel_gets_half_precision() -> None:
@@ -147,7 +149,7 @@ def test_what_is_picked(monkeypatch: pytest.MonkeyPatch, expected: str, wanted: 
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: given.get("flash", False))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: given.get("capability", AMPERE))
     config = getattr(transformers, f"{family}Config")(**given.get("config", {}))
-    kind = models._class(transformers.AutoModelForCausalLM, config)
+    kind = model_class(transformers.AutoModelForCausalLM, config)
     options = {"cuda": given.get("cuda", True), "padding_free": given.get("padding_free", True), "compiled": given.get("compiled", False)}
     assert pick_attention(wanted, kind, config, given.get("dtype", HALF), **options) == expected
 
@@ -155,23 +157,23 @@ def test_what_is_picked(monkeypatch: pytest.MonkeyPatch, expected: str, wanted: 
 def test_a_model_with_code_of_its_own_keeps_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: AMPERE)
     config = transformers.LlamaConfig()
-    assert models._class(transformers.AutoModelForCausalLM, SimpleNamespace()) is None
+    assert model_class(transformers.AutoModelForCausalLM, SimpleNamespace()) is None
     assert pick_attention("auto", None, config, HALF, cuda=True, padding_free=True) == "sdpa"
 
 
 @pytest.mark.skipif(not import_utils.is_liger_kernel_available(), reason="liger-kernel is not installed")
 def test_liger_is_for_gpus_and_models_that_it_knows() -> None:
-    assert pick_fused_layers("auto", "llama", cuda=True) and pick_fused_layers("auto", "qwen3", cuda=True)
-    assert not pick_fused_layers("auto", "gpt2", cuda=True)
-    assert not pick_fused_layers("auto", "llama", cuda=False)
-    assert not pick_fused_layers("off", "llama", cuda=True)
+    assert use_liger_kernels("auto", "llama", cuda=True) and use_liger_kernels("auto", "qwen3", cuda=True)
+    assert not use_liger_kernels("auto", "gpt2", cuda=True)
+    assert not use_liger_kernels("auto", "llama", cuda=False)
+    assert not use_liger_kernels("off", "llama", cuda=True)
 
 
 @pytest.mark.skipif(not import_utils.is_liger_kernel_available(), reason="liger-kernel is not installed")
 def test_liger_leaves_the_forward_pass_alone(bench: Bench, tiny_model: Path) -> None:
     """It would compute the loss itself: a reward model has no vocabulary, orpo and distill read the logits, TRL has its own loss."""
-    from finetune_trainer.arguments import common
-    from finetune_trainer.prepare import prepare
+    from finetune_trainer.stages.prepare import prepare
+    from finetune_trainer.training.arguments import common_arguments
 
     context = bench.context(ROWS["messages"])
     plan = Plan.model_validate(prepare(context).result["plan"])
@@ -184,7 +186,7 @@ for kind in (transformers.AutoModelForSequenceClassification, transformers.AutoM
     assert model.forward.__func__ is type(model).forward
     assert "Liger" in repr(model.model.norm.__class__) + repr(model.model.norm.forward)
 """  # in a process of its own: it changes modules of transformers
-    words = [sys.executable, "-c", code, str(tiny_model), json.dumps(common(context, plan, cuda=False)["liger_kernel_config"])]
+    words = [sys.executable, "-c", code, str(tiny_model), json.dumps(common_arguments(context, plan, cuda=False)["liger_kernel_config"])]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -204,24 +206,24 @@ class Cuda:
 
 def test_memory_at_the_peak_is_told_beside_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     Cuda(monkeypatch)
-    devices.check_own()
-    used = devices.gather()
+    devices.check_distinct()
+    used = devices.gather_memory()
     assert [(rank["reserved"] >> 30, rank["context"] >> 30, rank["uuid"]) for rank in used] == [(9, 2, "a")]
     plan = Plan(world_size=1, per_device_batch_size=1, gradient_accumulation=1, strategy="ddp", estimated_memory_per_gpu="12Gi")
-    assert devices.peak(used, plan) == "peak memory 11Gi of an estimated 12Gi"
+    assert devices.describe_peak(used, plan) == "peak memory 11Gi of an estimated 12Gi"
 
 
 @pytest.mark.parametrize(("uuids", "hosts", "refused"), [("aa", "xx", True), ("ab", "xx", False), ("aa", "xy", False)])
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, uuids: str, hosts: str, refused: bool) -> None:
     Cuda(monkeypatch)
     monkeypatch.setattr(devices.socket, "gethostname", lambda: "x")
-    ranks = [{"rank": n, "host": host, "uuid": uuid, "name": "H100"} for n, (host, uuid) in enumerate(zip(hosts, uuids, strict=True))]
-    monkeypatch.setattr(devices, "_gathered", lambda _: ranks)
+    gang = [{"rank": n, "host": host, "uuid": uuid, "name": "H100"} for n, (host, uuid) in enumerate(zip(hosts, uuids, strict=True))]
+    monkeypatch.setattr("finetune_trainer.process.ranks.all_gather", lambda _: gang)
     if not refused:
-        devices.check_own()
+        devices.check_distinct()
         return
     with pytest.raises(InfrastructureError) as found:
-        devices.check_own()
+        devices.check_distinct()
     assert found.value.reason == "SharedDevice" and "ranks 0, 1" in str(found.value)
 
 
@@ -241,8 +243,10 @@ def test_training_with_varlen_is_training(monkeypatch: pytest.MonkeyPatch, bench
         return [line["loss"] for line in history(context) if line.get("loss") is not None]
 
     dense = losses("sdpa")
-    calls: list[Rows] = []
+    calls: list[PackedRows] = []
     monkeypatch.setattr(kernels, "_varlen", lambda q, k, v, rows, scale: calls.append(rows) or plain(q, k, v, rows, scale))
-    monkeypatch.setattr(models, "pick_attention", lambda *_, padding_free, **__: kernels.register() or VARLEN if padding_free else "sdpa")
+    monkeypatch.setattr(
+        load, "pick_attention", lambda *_, padding_free, **__: kernels.register_varlen() or VARLEN if padding_free else "sdpa"
+    )
     assert losses(VARLEN) == pytest.approx(dense, rel=1e-3)
     assert calls

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_trainer import exports
-from finetune_trainer.errors import UserError
-from finetune_trainer.prepare import prepare
-from finetune_trainer.publish import publish
+from finetune_trainer.export import forms
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.stages.publish import publish
 from tests.cluster.quickstart import model
 from tests.trainer.conftest import ROWS, Bench
 
@@ -65,7 +65,7 @@ def test_a_whole_model_is_stored_as_its_base_is(bench: Bench) -> None:
 
 
 def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
-    from finetune_trainer.evaluation.stage import evaluate
+    from finetune_trainer.stages.evaluate import evaluate
 
     context = bench.context(ROWS["messages"], tuning=lora(), evaluation={"metrics": ["loss"]}, publish=[{"uri": "pvc://published/c"}])
     bench.train(context)
@@ -104,7 +104,7 @@ def test_gguf_of_a_real_model(tmp_path: Path) -> None:
     bench.train(context)
     publish(context)
     folder = tmp_path / "published" / "g" / "gguf"
-    exports._convert(str(bench.model), tmp_path / "base.gguf", "f16")
+    forms._convert(str(bench.model), tmp_path / "base.gguf", "f16")
 
     def tensors(path: Path) -> dict[str, Any]:
         return {t.name: t.data for t in gguf.GGUFReader(path).tensors}

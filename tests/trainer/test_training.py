@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from finetune_api.status import Plan
-from finetune_trainer.errors import UserError
-from finetune_trainer.prepare import prepare
-from finetune_trainer.worker import fit
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.stages.worker import fit
 from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, history
 
 HYPER = {"maxSteps": 8, "learningRate": 1e-2, "globalBatchSize": 16, "maxLength": 64}
@@ -45,10 +45,10 @@ def test_the_order_of_the_data_depends_on_the_seed_alone(bench: Bench) -> None:
 
 
 def test_every_epoch_is_a_shuffle_in_whole_batches() -> None:
-    from finetune_trainer.objectives.order import WholeBatches
+    from finetune_trainer.training.objectives.sampler import GlobalBatchSampler
 
-    def sampler(steps: int, rows: int = 10, batch: int = 4, seed: int = 1) -> WholeBatches:
-        return WholeBatches(rows, batch, seed, lambda: steps)
+    def sampler(steps: int, rows: int = 10, batch: int = 4, seed: int = 1) -> GlobalBatchSampler:
+        return GlobalBatchSampler(rows, batch, seed, lambda: steps)
 
     epochs = [list(sampler(3 * epoch)) for epoch in range(3)]
     assert all(list(sampler(3 + inside)) == epochs[1] for inside in range(3)), "resumed inside an epoch"
@@ -101,7 +101,7 @@ def test_early_stopping_keeps_the_best(bench: Bench) -> None:
     assert "stopped early" in result.message and "best held-out loss" in result.message, result.message
     seen = [(e["step"], e["evalLoss"]) for e in history(context) if e.get("evalLoss") is not None]
     best = min(loss for _, loss in seen)
-    from finetune_trainer.evaluation.stage import evaluate
+    from finetune_trainer.stages.evaluate import evaluate
 
     again = bench.context(None, tuning=tuning, evaluation={"metrics": ["loss"]})
     assert evaluate(again).result["tuned"]["loss"] == pytest.approx(best, rel=0.05), "the result is that of the best step, not of the last"
@@ -110,7 +110,7 @@ def test_early_stopping_keeps_the_best(bench: Bench) -> None:
 
 
 def test_continue_from_an_earlier_adapter(bench: Bench) -> None:
-    from finetune_trainer.publish import publish
+    from finetune_trainer.stages.publish import publish
 
     first = bench.context(ROWS["messages"], name="first", tuning=lora(maxSteps=20), publish=[{"uri": "pvc://published/first"}])
     bench.train(first)
@@ -165,7 +165,7 @@ def test_f30_a_gradient_that_is_no_number_stops_the_run(bench: Bench, monkeypatc
     """The loss of the step is still finite; the next weights would not be."""
     from transformers import TrainerCallback
 
-    from finetune_trainer import worker
+    from finetune_trainer.stages import worker
 
     class Poison(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -200,7 +200,7 @@ def test_trackers_and_history(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_tracking_of_the_spec_sets_the_trackers_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.arguments import report_to
+    from finetune_trainer.training.arguments import report_to
 
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"):
         monkeypatch.setenv(name, "")

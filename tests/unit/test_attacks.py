@@ -204,10 +204,10 @@ def test_a17_bombs_are_bounded_by_the_schema(change: dict[str, Any]) -> None:
 
 LEAKY = """
 import logging, sys
-from finetune_trainer import secrecy
-from finetune_trainer.errors import UserError
-secrecy.remember([sys.argv[1]])
-secrecy.configure()
+from finetune_trainer.process import redaction
+from finetune_trainer.process.errors import UserError
+redaction.add_secrets([sys.argv[1]])
+redaction.configure_logging()
 secret = open(sys.argv[1] + "/token").read().strip()
 print("printed", secret)
 sys.stderr.write(f"written {secret}\\n")

@@ -12,7 +12,9 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
-from finetune_operator import metrics as _metrics  # noqa: F401 - registers them
+from finetune_operator import metrics
+from finetune_operator.cluster import kinds
+from finetune_operator.cluster.resources import plural_of
 from tests.cluster.helm import CHART
 from tests.cluster.helm import rendered as render
 
@@ -114,7 +116,29 @@ def test_one_namespace_needs_no_cluster_wide_rights_on_objects() -> None:
     found = render({"watchNamespaces": ["team-a", "team-b"]})
     bound = {d["roleRef"]["name"] for d in found if d["kind"] == "ClusterRoleBinding"}
     wide = [r for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"] in bound for r in d["rules"]]
-    assert [(r["resources"], r["verbs"]) for r in wide] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
+    look = ["get", "list", "watch"]
+    assert [(r["resources"], r["verbs"]) for r in wide] == [
+        (["tokenreviews"], ["create"]),
+        (["nodes"], look),
+        (["namespaces"], look),
+        (["priorityclasses"], look),
+        (["finetunequeues"], look),
+        (["finetunequeues/status"], ["update"]),
+    ]
+
+
+@pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["team-a"]}], ids=["everywhere", "some namespaces"])
+def test_what_the_operator_asks_for_is_what_the_chart_grants(values: dict[str, Any]) -> None:
+    bound = {d["roleRef"]["name"] for d in render(values) if d["kind"] == "ClusterRoleBinding"}
+    rules = [r for d in render(values) if d["kind"] == "ClusterRole" and d["metadata"]["name"] in bound for r in d["rules"]]
+    granted = {
+        (verb, f"{plural}.{group}".rstrip("."))
+        for r in rules
+        for group in r["apiGroups"]
+        for plural in r["resources"]
+        for verb in r["verbs"]
+    }
+    assert {(verb, plural_of(kind)) for verb, kind in kinds.RIGHTS} <= granted
 
 
 def test_rights_are_named_one_by_one() -> None:
@@ -122,7 +146,7 @@ def test_rights_are_named_one_by_one() -> None:
         for rule in document.get("rules", []):
             assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
             if "secrets" in rule["resources"]:
-                assert rule["resourceNames"] == ["finetune-operator-tls"]
+                assert rule["resourceNames"] in (["finetune-operator-tls"], ["finetune-operator-seal"])
 
 
 @pytest.mark.parametrize("backend", ["builtin", "kueue", "volcano"])
@@ -192,8 +216,10 @@ def test_a19_no_webhook_can_hold_up_a_deletion_or_another_kind() -> None:
             assert webhook["failurePolicy"] == "Fail"
 
 
-def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes() -> None:
-    found = render({"watchNamespaces": ["team-a", "team-b"]})
+@pytest.mark.parametrize("more", [{"rbac": {"queueing": False}}, {"queueing": {"backend": "none"}}, {"queueing": {"backend": "kueue"}}])
+def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes(more: dict[str, Any]) -> None:
+    """Where an administrator takes away what queues need, or they are not asked."""
+    found = render({"watchNamespaces": ["team-a", "team-b"], **more})
     assert not [d for d in found if d["kind"].endswith("WebhookConfiguration")]
     (role,) = [d for d in found if d["kind"] == "ClusterRole" and d["metadata"]["name"].endswith("-cluster")]
     assert [(r["resources"], r["verbs"]) for r in role["rules"]] == [(["tokenreviews"], ["create"]), (["nodes"], ["get"])]
@@ -221,6 +247,20 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     assert used <= _exported(), used - _exported()
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids)) and all(panel["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"])
+
+
+def test_what_alerts_on_absence_is_there_while_an_operator_acts_on_an_empty_cluster() -> None:
+    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    asked = [found for group in alerts["groups"] for rule in group["rules"] for found in re.findall(r"absent\((.*?)\)", rule["expr"])]
+    assert asked == ["finetune_leader == 1"]
+
+    def shown() -> set[str]:
+        return {f"{s.name} == {s.value:.0f}" for family in REGISTRY.collect() for s in family.samples}
+
+    metrics.export(acts=True, phases={})
+    assert set(asked) <= shown()
+    metrics.export(acts=False, phases={"Training": 3})
+    assert not set(asked) & shown(), "nobody acts"
 
 
 def test_every_alert_has_a_runbook() -> None:

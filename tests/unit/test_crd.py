@@ -179,7 +179,17 @@ def test_a_uri_without_scheme(value: str, message: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(4, "4"), (0, "0"), (1_099_511_627_776, "1099511627776"), ("1.5", "1.5"), (-1, None), (10**15, None), (1.5, None), (True, None)],
+    [
+        (4, "4"),
+        (0, "0"),
+        (1_099_511_627_776, "1099511627776"),
+        ("1.5", "1.5"),
+        (10**15, str(10**15)),
+        (-1, None),
+        (10**18, None),
+        (1.5, None),
+        (True, None),
+    ],
 )
 def test_quantities_may_be_numbers(value: Any, text: str | None) -> None:
     places = [path for path, node in walk(schema("FineTuneJob")["spec"]) if "x-kubernetes-int-or-string" in node]
@@ -205,7 +215,7 @@ def _values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
     elif kind == "boolean":
         good = st.booleans()
     elif kind == "quantity":
-        good = st.sampled_from(["4", "16Gi", "1.5", 4, 0, -1, 10**14, 10**16, "lots"])
+        good = st.sampled_from(["4", "16Gi", "1.5", "128e6", "100u", "1Ei", ".5", "5.", "+1", "-1", "1e", 4, 0, -1, 10**17, 10**18, "lots"])
     elif kind == "string":
         samples = [
             "",

@@ -19,9 +19,9 @@ from finetune_trainer.data.formats import FORMATS, BadRow
 from finetune_trainer.data.scan import Scan, scan_rows
 from finetune_trainer.data.sensitive import findings
 from finetune_trainer.data.store import read_rows
-from finetune_trainer.data.tokens import IGNORED, Tokeniser
-from finetune_trainer.errors import StageError, UserError
-from finetune_trainer.prepare import prepare
+from finetune_trainer.data.tokens import IGNORED, RowTokenizer
+from finetune_trainer.process.errors import StageError, UserError
+from finetune_trainer.stages.prepare import prepare
 from tests.unit.test_prepare import Desk, chat, desk, lines, rows
 
 __all__ = ["desk"]
@@ -57,7 +57,7 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
     ],
 )  # fmt: skip
 def test_common_shapes(format_: str, row: dict[str, Any], shape: dict[str, Any]) -> None:
-    assert FORMATS[format_].normalise(row) == shape
+    assert FORMATS[format_].normalize(row) == shape
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_common_shapes(format_: str, row: dict[str, Any], shape: dict[str, Any])
 )  # fmt: skip
 def test_a4_rows_that_are_wrong(format_: str, row: dict[str, Any], problem: str) -> None:
     with pytest.raises(BadRow, match=problem):
-        FORMATS[format_].normalise(row)
+        FORMATS[format_].normalize(row)
 
 
 def test_the_example_of_every_format_is_of_that_format() -> None:
@@ -87,7 +87,7 @@ def test_the_example_of_every_format_is_of_that_format() -> None:
     for name, kind in FORMATS.items():
         row = json.loads(kind.example.replace("...", "x", 2).replace("...", "y"))
         assert looks_like(row) == name
-        kind.normalise(row)
+        kind.normalize(row)
 
 
 def parquet(items: list[dict[str, Any]]) -> bytes:
@@ -310,8 +310,8 @@ def test_f34_the_prepared_rows_are_what_trains(desk: Desk) -> None:
 def test_many_processes_give_the_same_rows_in_the_same_order(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    tokeniser = Tokeniser(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
-    scan = Scan(tokeniser, "messages", True)
+    row_tokenizer = RowTokenizer(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
+    scan = Scan(row_tokenizer, "messages", True)
     items = [reading.Row(i, raw=json.dumps(chat(f"what {i}")).encode()) for i in range(5000)]
     alone = [row for chunk in scan_rows(scan, items, processes=1) for row in chunk]
     together = [row for chunk in scan_rows(scan, items, processes=3) for row in chunk]
@@ -333,10 +333,10 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    row = FORMATS["messages"].normalise(
+    row = FORMATS["messages"].normalize(
         {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "red"}, {"role": "assistant", "content": "two"}]}
     )  # fmt: skip
-    columns, _ = Tokeniser(tokenizer, max_length=64, assistant_only=True)(row)
+    columns, _ = RowTokenizer(tokenizer, max_length=64, assistant_only=True)(row)
     learned = tokenizer.decode([t for t, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED])
     assert learned == "add<|end|>two<|end|>"
 

@@ -9,10 +9,12 @@ import pytest
 import typer
 import yaml
 
+from finetune_api.reasons import REASONS
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import parse_spec
 from finetune_cli.app import app
 from finetune_cli.documents import read_jobs
+from finetune_operator.queueing.blind import FORBIDDEN
 from tests.factory import MINIMAL
 
 REPO = Path(__file__).parents[2]
@@ -42,18 +44,35 @@ def test_examples_are_valid(path: Path) -> None:
 
 def test_every_reason_a_job_waits_for_is_explained() -> None:
     page = (REPO / "docs" / "queues.md").read_text()
-    source = (REPO / "operator" / "finetune_operator" / "queueing" / "admission.py").read_text()
+    source = "".join(path.read_text() for path in (REPO / "operator" / "finetune_operator" / "queueing").glob("*.py"))
     reasons = set(re.findall(r'"((?:Waiting|Queue|Never|Namespace|Stopping|NoNode)[A-Za-z]*)"', source)) - {"QueueReport"}
-    assert len(reasons) >= 9 and not {r for r in reasons if f"`{r}`" not in page}
+    reasons.add(FORBIDDEN)
+    assert len(reasons) >= 12 and not {r for r in reasons if f"`{r}`" not in page}
 
 
-def test_every_reason_of_the_trainer_is_explained() -> None:
+def test_every_module_the_docs_name_exists() -> None:
+    files = [
+        f"/{path.relative_to(REPO)}"
+        for folder in ("operator", "trainer_image", "tests", "examples")
+        for path in (REPO / folder).rglob("*.py")
+    ]
+    named = {(page.name, name) for page in PAGES for name in re.findall(r"`((?:\w+/)*\w+\.py)\b", page.read_text())}
+    assert len(named) > 15
+    assert not [missing for missing in sorted(named) if not any(path.endswith(f"/{missing[1]}") for path in files)]
+
+
+def test_every_reason_a_job_ends_with_is_known_and_explained() -> None:
+    """Metrics are labelled by the closed set, people read the page."""
     page = (REPO / "docs" / "errors.md").read_text()
     sources = list((REPO / "trainer_image" / "finetune_trainer").rglob("*.py"))
     pattern = r'(?:UserError|InfrastructureError|OutOfMemory|time_limit)\(\s*(?:[A-Z_]+, )?"([A-Z][A-Za-z]+)"'
     reasons = {r for path in sources for r in re.findall(pattern, path.read_text())}
     reasons |= {r for path in sources for r in re.findall(r'self\._apply\([^)]*?"([A-Z][A-Za-z]+Rows)"', path.read_text())}
     assert len(reasons) > 60 and not {r for r in reasons if not re.search(rf"\b{r}\b", page)}
+    assert not reasons - REASONS, "finetune_api.reasons lacks them"
+    decided = "".join(path.read_text() for path in (REPO / "operator" / "finetune_operator" / "reconcile").rglob("*.py"))
+    own = set(re.findall(r'(?:\.fail\(|ending = |Failure\("[A-Za-z]+", )"([A-Z][A-Za-z]+)"', decided))
+    assert len(own) > 10 and not own - REASONS, own - REASONS
 
 
 def test_the_tables_of_the_docs_name_everything_there_is() -> None:

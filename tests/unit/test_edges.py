@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from datetime import timedelta
 
 import pytest
@@ -11,9 +12,13 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_api import names
+from finetune_api.crd import crd
 from finetune_operator.cluster.clock import ServerClock
+from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.limits import Priority, RateLimit
+from finetune_operator.cluster.resources import Resource
 from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.settings import Settings
 from tests.factory import NOW
 
 
@@ -113,3 +118,34 @@ async def test_a_request_carries_the_present_token_and_a_refusal_its_words() -> 
     assert [token for _, token, *_ in seen] == ["Bearer old", "Bearer new", "Bearer new", "Bearer new"]
     assert seen[1][2]["labelSelector"] == "a=b,c"
     assert seen[2][2:] == ({"fieldManager": names.MANAGER}, {"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})
+
+
+async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    schema = copy.deepcopy(crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    del schema["properties"]["status"]["properties"]["gang"], schema["properties"]["spec"]["properties"]["runPolicy"]
+    schema["properties"]["spec"]["properties"]["future"] = {"type": "array", "items": {"type": "object", "properties": {"a": {}}}}
+
+    class Served:
+        found: dict[str, object] | None = schema
+
+        async def may(self, verb: str, kind: str) -> bool:
+            return True
+
+        async def plurals(self, group: str, version: str) -> set[str]:
+            return {"finetunejobs"}
+
+        async def served_schema(self, resource: Resource) -> dict[str, object] | None:
+            assert resource.plural == "finetunejobs", "what is not served has no definition"
+            return self.found
+
+    cluster = Served()
+    kinds = Kinds(cluster, Settings())  # type: ignore[arg-type]
+    for _ in range(2):
+        await kinds.found()
+    older, newer = kinds.differences
+    assert "older than this operator: it lacks spec.runPolicy, status.gang, which the API server drops" in older
+    assert "newer than this operator: it has spec.future, which are left as they are" in newer
+    assert [r.message for r in caplog.records].count(older) == 1
+    cluster.found = None
+    await kinds.compare()
+    assert kinds.differences == (), "where it may not be read, nothing is said"

@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from finetune_api.contract import Env, JobFile
 from finetune_api.spec import DatasetSource
 from finetune_api.validation import parse_spec
-from finetune_trainer import sources
-from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import allowed_addresses, fetch
 from finetune_trainer.data.reading import rows
-from finetune_trainer.errors import SourceUnavailable, UserError
+from finetune_trainer.job.context import Context
+from finetune_trainer.process.errors import SourceUnavailable, UserError
+from finetune_trainer.remote import retry
 from tests.factory import MINIMAL
 from tests.loopback import QuietHandler, serving
 
@@ -39,7 +39,7 @@ def context(tmp_path: Path) -> Context:
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 from finetune_operator.cache.inventory import Inventory
 from finetune_operator.cluster.inventory import NAMESPACE, NODE, POD, PRIORITY, QUEUE, InventoryWatch
+from finetune_operator.cluster.transport import APIError
 from finetune_operator.model.queueing import Namespace, Node
 from finetune_operator.settings import Settings
 from tests.bench.inventory import GPU, allocated, node, pod
@@ -99,6 +100,21 @@ def test_pods_of_ours_are_counted_with_their_job(inventory: Inventory) -> None:
     assert cpu_used(inventory) == {"n0": 5000, "n1": 1000}, "their job is gone: they hold it still"
 
 
+def test_the_end_of_a_pod_that_was_ours_pokes(inventory: Inventory, pokes: Pokes) -> None:
+    """The store may have heard of it first: a pass that came in between took it for somebody else's."""
+    pods = inventory.pods()
+    pods.replace([holding(uid, "n0", "1") for uid in ("a", "b", "c")])
+    assert cpu_used(inventory, "a", "b") == {"n0": 1000}
+    assert cpu_used(inventory) == {"n0": 3000}
+    before = pokes.count
+    pods.drop(holding("c", "n0", "1"))
+    assert pokes.count == before, "never ours"
+    pods.drop(holding("a", "n0", "1"))
+    assert pokes.count == before + 1
+    pods.replace([])
+    assert pokes.count == before + 2 and cpu_used(inventory) == {}
+
+
 def test_a_view_is_made_anew_only_where_something_changed(inventory: Inventory) -> None:
     first = inventory.nodes_but_for(())
     assert first is inventory.nodes_but_for(())
@@ -178,7 +194,42 @@ async def test_who_does_not_watch_looks() -> None:
     assert len((await watch.look()).pods().items) == 1 and [r.lists for r in watch.reflectors] == [2] * 5
 
 
-async def test_an_operator_of_some_namespaces_looks_at_no_node() -> None:
-    watch = InventoryWatch(Server(), Settings(watch_namespaces=("a",)))  # type: ignore[arg-type]
-    assert (await watch.look()).nodes_but_for(()) is None
-    assert {"Node", "Pod"}.isdisjoint(watch.states)
+async def test_an_operator_of_some_namespaces_sees_their_pods_and_all_nodes() -> None:
+    class Some(Server):
+        async def list(self, kind: str, namespace: str = "", selector: str = "") -> Any:
+            if kind == "Pod":
+                if namespace == "b":
+                    raise APIError(403, "Forbidden", "pods is forbidden")
+                yield pod(0, 1)
+            elif kind == "Namespace":
+                raise APIError(403, "Forbidden", "namespaces is forbidden")
+            else:
+                async for raw in super().list(kind):
+                    yield raw
+
+    watch = InventoryWatch(Some(), Settings(watch_namespaces=("a", "b")))  # type: ignore[arg-type]
+    (found,) = (await watch.look()).nodes_but_for(()) or ()
+    assert found.used["cpu"] == 100
+    assert watch.forbidden == ("pods",), "namespaces matter to queues alone"
+    watch.inventory.queues.put(queue(1))
+    assert watch.forbidden == ("namespaces", "pods")
+    uid = next(iter(watch.inventory.pods("a").items))
+    assert watch.inventory.requests_of([uid, "unknown"]) == {uid: found.used}
+
+
+async def test_where_nothing_is_counted_nothing_is_watched() -> None:
+    watch = InventoryWatch(Server(), Settings(queueing_backend="none"))  # type: ignore[arg-type]
+    assert (await watch.look()).nodes_but_for(()) is None and not watch.reflectors and not watch.forbidden
+    assert watch.silent_seconds == 0 and not watch.inventory.is_lost("any")
+
+
+def test_a_node_is_lost_that_is_gone_or_not_ready_as_far_as_is_known(inventory: Inventory) -> None:
+    raw = {**node(0), "metadata": {"name": "n0"}}
+    assert inventory.is_lost("gone") and not inventory.is_lost("n0")
+    inventory.nodes.put(read(NODE, {**raw, "spec": {"unschedulable": True}}))
+    assert not inventory.is_lost("n0"), "its kubelet still answers"
+    inventory.nodes.put(read(NODE, {**raw, "status": {**raw["status"], "conditions": []}}))
+    assert inventory.is_lost("n0")
+    assert not Inventory().is_lost("n0"), "nothing is known yet"
+    inventory.nodes.refuse(403, "nodes is forbidden")
+    assert not inventory.is_lost("gone")

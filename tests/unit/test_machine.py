@@ -27,13 +27,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.status import read_status
+from finetune_operator.cache import store
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import reflector
 from finetune_operator.cluster.transport import APIError
-from finetune_operator.controllers import admission as scheduler
-from finetune_operator.controllers import job as controller
-from finetune_operator.controllers.job import Controller
+from finetune_operator.controllers import admission, controller, jobs, queue_status, resync, writer
+from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import Object
 from finetune_operator.model.queueing import Decision
 from finetune_operator.settings import Settings
@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         ticks = itertools.count()  # not this machine's clock, which makes a busy machine's runs differ
         clock = SimpleNamespace(monotonic=lambda: next(ticks) / 1000)
         self.clocks = contextlib.ExitStack()
-        for module in (controller, scheduler, reflector):
+        for module in (admission, controller, jobs, queue_status, resync, writer, reflector, store):
             self.clocks.enter_context(mock.patch.object(module, "time", clock))
 
     @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
@@ -235,8 +235,8 @@ class Machine(RuleBasedStateMachine):
         """The operator starts anew and knows nothing."""
         self.server.trouble = None
         self.server.watch.clear()
-        self.controller = Controller(self.server, Store(), ProgressBoard(), self.operator_settings)  # type: ignore[arg-type]
-        asyncio.run(self.controller.resync())
+        self.manager = Manager(self.server, Store(), ProgressBoard(), self.operator_settings)  # type: ignore[arg-type]
+        asyncio.run(self.manager.resync.once())
 
     def run(self, what: Any) -> None:
         try:
@@ -254,7 +254,7 @@ class Machine(RuleBasedStateMachine):
     def work(self, after: int, what: str) -> None:
         """One pass, in which a request may fail."""
         self.server.trouble = (after, what) if what else None
-        self.run(self.controller.process(KEY))
+        self.run(self.manager.jobs.process(KEY))
         self.server.trouble = None
 
     @rule(after=st.integers(0, 6), what=st.sampled_from(["", "", "", "refuse", "die"]))
@@ -262,7 +262,7 @@ class Machine(RuleBasedStateMachine):
         """One look at the queue."""
         self.server.trouble = (after, what) if what else None
         with contextlib.suppress(APIError):
-            self.run(self.controller.scheduler.once())
+            self.run(self.manager.admission.once())
         self.server.trouble = None
 
     @rule()
@@ -271,7 +271,7 @@ class Machine(RuleBasedStateMachine):
         if self.status.is_true("Admitted") and not self.status.is_true("Trained"):
             self.faults += 1
             uid = self.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
-            self.controller.scheduler._decisions[uid] = Decision(action="preempt", reason="Preempted", message="for another")
+            self.manager.assumptions.decide(uid, Decision(action="preempt", reason="Preempted", message="for another"))
 
     @rule()
     def crash(self) -> None:
@@ -284,7 +284,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def look_at_everything(self) -> None:
-        self.run(self.controller.resync())
+        self.run(self.manager.resync.once())
 
     # the watch
 
@@ -306,9 +306,9 @@ class Machine(RuleBasedStateMachine):
 
     def tell(self, kind: str, raw: Object, deleted: bool) -> None:
         if kind == "FineTuneJob":
-            self.controller.job_event(copy.deepcopy(raw), deleted=deleted)
+            self.manager.job_event(copy.deepcopy(raw), deleted=deleted)
         else:
-            self.controller.child_event(kind, copy.deepcopy(raw), deleted=deleted)
+            self.manager.child_event(kind, copy.deepcopy(raw), deleted=deleted)
 
     # kubelets and the job controller
 
@@ -480,11 +480,11 @@ def test_a_job_that_is_looked_at_late_is_queued_and_admitted_in_one_write() -> N
     """A busy operator looks at a ready job long after it might have told: the scheduler still has its say first, and one write tells both."""
     machine = Machine()
     machine.begin("prepare", patient=False)
-    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=60.0)
+    machine.manager.writer.soon_seconds = 60.0
     uid = machine.server.objects["FineTuneJob", KEY[1]]["metadata"]["uid"]
     machine.pods_succeed(0.0, True)
     machine.deliver_everything()
-    machine.controller._untold[uid] = -3600.0
+    machine.manager.writer._untold[uid] = -3600.0
     machine.work(0, "")
     assert not machine.status.is_true("DataReady"), "not on record yet: the scheduler is asked first"
     machine.schedule(0, "")
@@ -499,7 +499,7 @@ def test_a_job_that_is_looked_at_late_and_waits_is_told_so_in_time() -> None:
     """It is put off once, not for as long as the operator is late."""
     machine = Machine()
     machine.begin("prepare", patient=False)
-    machine.controller.settings = dataclasses.replace(SETTINGS, soon_seconds=0.01)
+    machine.manager.writer.soon_seconds = 0.01
     machine.pods_succeed(0.0, True)
     machine.deliver_everything()
     machine.work(0, "")

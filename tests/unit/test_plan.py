@@ -9,9 +9,9 @@ import pytest
 from finetune_api.scalars import human_duration
 from finetune_api.validation import parse_spec
 from finetune_operator.reconcile.job import usage
-from finetune_trainer.errors import UserError
-from finetune_trainer.memory import GIB, Memory, ModelShape, Setting, estimate, human_bytes
-from finetune_trainer.plan import make_plan
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.training.memory import GIB, Memory, ModelShape, Setting, estimate, human_bytes
+from finetune_trainer.training.plan import make_plan
 from tests.factory import MINIMAL, merged
 
 LLAMA_8B = ModelShape(8_030_000_000, 42_000_000, 6_980_000_000, 4096, 32, 4096, 14336, 128_256)

@@ -10,11 +10,11 @@ import pytest
 
 from finetune_api.contract import JobFile, StageResult
 from finetune_api.validation import parse_spec
-from finetune_trainer.context import Context
 from finetune_trainer.data import reading
 from finetune_trainer.data.store import read_rows
-from finetune_trainer.errors import StageError, UserError
-from finetune_trainer.prepare import prepare
+from finetune_trainer.job.context import Context
+from finetune_trainer.process.errors import StageError, UserError
+from finetune_trainer.stages.prepare import prepare
 from tests.factory import merged
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three"]
@@ -271,7 +271,7 @@ def test_a_model_without_chat_template(desk: Desk) -> None:
 def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import IGNORED, Tokeniser
+    from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     row = {
@@ -283,29 +283,29 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
             {"role": "assistant", "content": "a number"},
         ]
     }
-    tokens = Tokeniser(tokenizer, max_length=256, assistant_only=True)(row)[0]
+    tokens = RowTokenizer(tokenizer, max_length=256, assistant_only=True)(row)[0]
     learned = tokenizer.decode([t for t, label in zip(tokens["input_ids"], tokens["labels"], strict=True) if label != IGNORED])
     assert learned == "a colour<|end|>a number<|end|>"
-    everything = Tokeniser(tokenizer, max_length=256, assistant_only=False)(row)[0]
+    everything = RowTokenizer(tokenizer, max_length=256, assistant_only=False)(row)[0]
     assert everything["labels"] == everything["input_ids"]
-    pair = Tokeniser(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})[0]
+    pair = RowTokenizer(tokenizer, max_length=256, assistant_only=True)({"prompt": "what is red ", "completion": "a colour"})[0]
     assert tokenizer.decode([t for t in pair["labels"] if t != IGNORED]) == "a colour<|end|>"
 
 
 def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import Tokeniser
+    from finetune_trainer.data.tokens import RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="assistantOnlyLoss: false"):
-        Tokeniser(tokenizer, max_length=256, assistant_only=True)(chat("a"))
+        RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))
 
 
 def test_errors_of_libraries_get_a_class() -> None:
-    from finetune_trainer.errors import classify
-    from finetune_trainer.secrecy import redact
+    from finetune_trainer.process.errors import classify
+    from finetune_trainer.process.redaction import redact
 
     assert classify(OSError(28, "No space left on device")).reason == "NoSpaceLeft"
     assert classify(RuntimeError("CUDA out of memory. Tried to allocate")).code == 11

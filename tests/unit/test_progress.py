@@ -193,7 +193,8 @@ async def test_a_new_certificate_is_trusted_before_it_is_served_and_beside_the_o
 
     held.update({"tls.crt": _encoded(old.certificate), "tls.key": _encoded(old.key)})
     settings = Settings(tls_secret="tls", namespace="ns", certificate_seconds=0.01)
-    identity = certificate.Identity(Secrets(), settings, old)  # type: ignore[arg-type]
+    identity = certificate.Identity(Secrets(), settings)  # type: ignore[arg-type]
+    identity.certificate, identity.context = old, old.ssl_context()
     seen: list[tuple[str, bool]] = []
 
     twice = asyncio.Event()
@@ -210,6 +211,68 @@ async def test_a_new_certificate_is_trusted_before_it_is_served_and_beside_the_o
     assert new.fits(hosts, NOW) and new.authorities == new.certificate + old.certificate
     assert seen[0] == (new.authorities, False), "trusted before it is served"
     assert seen[1] == (new.authorities, True), "and no newer one is made"
+
+
+async def test_a_certificate_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cert-manager may come, or answer, after the operator: no Secret, an empty one, half of one, then a good one."""
+    monkeypatch.setattr(certificate, "_SECONDS_WHILE_MISSING", 0.001)
+    good = certificate.generate(certificate.hosts_of(Settings(namespace="ns")), NOW)
+    broken = {"tls.crt": _encoded(good.certificate), "tls.key": _encoded("no key")}
+    whole = {"tls.crt": _encoded(good.certificate), "tls.key": _encoded(good.key), "ca.crt": _encoded("the authority")}
+    answers: list[Any] = [
+        APIError(404, "NotFound", 'secrets "tls" not found'),
+        APIError(0, "Unreachable", "the API server cannot be reached"),
+        APIError(403, "Forbidden", "secrets is forbidden"),
+        None,
+        {"tls.crt": _encoded(good.certificate)},
+        broken,
+        whole,
+    ]
+    told: list[str] = []
+
+    class Secrets:
+        async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+            told.append(identity.waits_for)
+            answer = answers.pop(0)
+            if isinstance(answer, APIError):
+                raise answer
+            return {"metadata": {"name": name, "namespace": namespace}, "data": answer}
+
+    identity = certificate.Identity(Secrets(), Settings(tls_secret="tls", tls_managed=True, namespace="ns"))  # type: ignore[arg-type]
+    assert identity.waits_for, "it is not ready before it looked"
+    await asyncio.wait_for(identity.found(), 10)
+    assert identity.waits_for == "" and identity.certificate.authorities == "the authority" and identity.context is not None
+    assert all(text.startswith("waiting for Secret ns/tls: ") for text in told[1:]), told
+    for text, words in zip(
+        told[1:], ("cert-manager makes it", "cannot be reached", "forbidden", "no tls.crt", "no tls.crt", "PEM"), strict=True
+    ):
+        assert words in text, text
+
+
+async def test_a_certificate_that_is_taken_away_is_served_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = certificate.generate(certificate.hosts_of(Settings(namespace="ns")), NOW)
+    asked = asyncio.Event()
+
+    class Secrets:
+        times = 0
+
+        async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+            self.times += 1
+            if self.times > 3:
+                asked.set()
+            raise APIError(404, "NotFound", "gone")
+
+    settings = Settings(tls_secret="tls", tls_managed=True, namespace="ns", certificate_seconds=0.001)
+    identity = certificate.Identity(Secrets(), settings)  # type: ignore[arg-type]
+    identity.certificate, identity.context = good, good.ssl_context()
+
+    async def look(new: certificate.Certificate) -> None:
+        raise AssertionError("there is no new one")
+
+    task = asyncio.create_task(identity.keep(look))
+    await asyncio.wait_for(asked.wait(), 10)
+    assert not task.done() and identity.certificate == good
+    task.cancel()
 
 
 def _encoded(text: str) -> str:

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.queue import FineTuneQueueSpec, UsageHistory
-from finetune_operator.model.queueing import Allocation, Decision, Decisions, Namespace, Node, Queue, Request, Snapshot, Taint, Workload
+from finetune_operator.model.queueing import (
+    RECOVERED,
+    Allocation,
+    Decision,
+    Decisions,
+    Namespace,
+    Node,
+    Queue,
+    Request,
+    Snapshot,
+    Taint,
+    Workload,
+)
 from finetune_operator.queueing import decide
 from finetune_operator.queueing.placement import Fleet, never_fits, tolerates
 from finetune_operator.queueing.quota import counted
@@ -122,7 +134,7 @@ def test_what_is_admitted_and_not_yet_bound_counts() -> None:
         ({"taints": (Taint(key="gpu", value="yes"),)}, {"tolerations": (("gpu", "Equal", "no", ""),)}, False),
         ({"taints": (Taint(key="gpu", value="yes"),)}, {"tolerations": (("", "Exists", "", "NoSchedule"),)}, True),
         ({"taints": (Taint(key="gpu", effect="NoExecute"),)}, {"tolerations": (("gpu", "Exists", "", "NoSchedule"),)}, False),
-        ({"usable": False}, {}, False),
+        ({"away": "cordoned"}, {}, False),
         ({"allocatable": {GPU: 8, "cpu": 4000}}, {"also": {"cpu": 8000}}, False),
         ({"allocatable": {GPU: 8, "cpu": 8000}, "used": {"cpu": 1}}, {"also": {"cpu": 8000}}, False),
         ({"allocatable": {GPU: 8, "cpu": 8000}}, {"also": {"cpu": 8000}}, True),
@@ -162,7 +174,7 @@ def test_f16_what_no_node_can_ever_hold_is_refused_with_the_largest_shape() -> N
     assert why(found, "a").action == "refuse", "before anything is prepared"
     assert "no node has more than 8" in why(found, "a").message
     assert "distribution.gpusPerNode 8 with distribution.nodes 4" in why(found, "a").message
-    busy = tuple(dataclasses.replace(n, used={GPU: 8}, usable=False) for n in nodes(2))
+    busy = tuple(dataclasses.replace(n, used={GPU: 8}, away="not ready") for n in nodes(2))
     assert why(decided(waiting("a", request(1, 8)), on=busy), "a").action == "wait", "it will be free"
     assert never_fits(request(1, 1), Fleet(nodes(2, allocatable={"cpu": 4}))) is None, "nodes with GPUs may come"
 
@@ -536,6 +548,19 @@ def clusters(draw: st.DrawFn) -> Snapshot:
         for n in range(draw(st.integers(0, 12)))
     )
     return Snapshot(now=NOW, workloads=jobs, queues=made, nodes=machines)
+
+
+def test_a18_a_gang_whose_record_was_wiped_keeps_what_quota_has_room_for() -> None:
+    other = running("other", request(1, 2), "q", "any")
+    mine = running("mine", request(1, 2), "q", "any", recovers=True)
+    found = decided(other, mine, queues=(queue("q", 4),))
+    assert (why(found, "mine").action, why(found, "mine").reason) == ("keep", RECOVERED) and why(found, "other").reason == ""
+    for queues, flavor in (((queue("q", 3),), "any"), ((queue("other", 9),), "any"), ((queue("q", 9),), "none such")):
+        greedy = running("mine", request(1, 2), "q", flavor, recovers=True)
+        found = decided(other, greedy, queues=queues)
+        assert why(found, "mine").action == "wait" and why(found, "mine").reason in ("AdmissionLost", "QueueNotFound"), (queues, flavor)
+    elsewhere = queue("q", 9, namespaceSelector={"matchLabels": {"team": "b"}})
+    assert why(decided(mine, queues=(elsewhere,)), "mine").action == "wait"
 
 
 def held_after(snapshot: Snapshot, decisions: Decisions) -> list[tuple[Workload, Allocation]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.status import FineTuneJobStatus, read_status
 from finetune_operator.model.job import ChildJobView, Observed, PodView
-from finetune_operator.model.queueing import Admission, Decision
+from finetune_operator.model.queueing import RECOVERED, Admission, Decision
+from finetune_operator.model.seal import seal
 from finetune_operator.model.times import parse_time
 from finetune_operator.reconcile.job import reconcile, refused
 from finetune_operator.reconcile.job.failures import classify, first_failure
@@ -20,7 +22,7 @@ from finetune_operator.reconcile.plan import Apply, Create, Delete, Patch, Plan,
 from finetune_operator.settings import Settings
 from tests.factory import CHECKED, COMPARED, MINIMAL, NOW, PREPARED, PUBLISHED, RESULTS, TRAINED, UID, after, job, merged, stamp
 
-SETTINGS = Settings(progress_url="none", backoff_base_seconds=10)
+SETTINGS = Settings(progress_url="none", backoff_base_seconds=10, seal_key="of this operator")
 TWO = merged(MINIMAL, distribution={"nodes": 2, "gpusPerNode": 0})
 EVALUATED = merged(
     MINIMAL,
@@ -129,6 +131,7 @@ class World:
             rank=int(labels[names.LABEL_RANK]),
             created=after(self.time),
             admission=meta.get("annotations", {}).get(names.ANNOTATION_ADMISSION, ""),
+            seal=meta.get("annotations", {}).get(names.ANNOTATION_SEAL, ""),
         )
 
     def pod(self, part: str) -> PodView:
@@ -771,10 +774,47 @@ def test_a18_a_wiped_status_is_derived_again() -> None:
     world.run("worker")
     world.settle()
     world.job["status"] = {"phase": "Succeeded", "conditions": "nonsense", "attempt": -5}
+    world.decision = Decision(action="keep", reason=RECOVERED)
     world.settle()
     assert world.status.phase == "Training"
     assert world.status.attempt == 1, "the pods know their attempt"
     assert world.status.dataset is not None and world.status.dataset.train == 90
+
+
+@pytest.mark.parametrize("forged", ["admission", "seal", "key", "another job's", "unchecked"])
+def test_a18_what_pods_say_of_their_admission_is_believed_with_the_operators_seal_alone(forged: str) -> None:
+    """Whoever may edit pods could take quota: with a wiped status, their annotations were the record."""
+    world = World(TWO).to_training()
+    pods = {name: pod for name, pod in world.pods.items() if pod.stage == "train"}
+    greedy = json.dumps({**json.loads(pods["support-worker-0"].admission), "queue": "of-somebody-else"})
+    changed = {
+        "admission": lambda pod: {"admission": greedy},
+        "seal": lambda pod: {"seal": ""},
+        "key": lambda pod: {"seal": seal("guessed", UID, pod.admission)},
+        "another job's": lambda pod: {"admission": greedy, "seal": seal(SETTINGS.seal_key, "uid-of-another", greedy)},
+        "unchecked": lambda pod: {},
+    }[forged]
+    for name, pod in pods.items():
+        world.pods[name] = dataclasses.replace(pod, **changed(pod))
+    world.job["status"] = {}
+    world.decision = Decision(action="wait", reason="WaitingForQuota", message="no room")
+    if forged != "unchecked":  # quota has room, as the admission loop may have said of the record before
+        world.decision = Decision(action="keep", reason=RECOVERED)
+    world.settle()
+    assert not world.status.is_true("Admitted") and not workers(world), "it gives its pods back, and waits for its turn"
+
+
+def test_a18_a_gang_whose_record_was_wiped_runs_on_until_quota_was_looked_at() -> None:
+    world = World(TWO).to_training()
+    world.job["status"], made = {}, world.count
+    for decision in (None, Decision(action="keep"), Decision(action="preempt", message="as of before")):
+        world.decision = decision
+        world.settle()
+        assert not world.status.is_true("Admitted") and len(workers(world)) == 2
+    world.decision = Decision(action="keep", reason=RECOVERED)
+    world.settle()
+    assert world.status.condition("Admitted").reason == "Recovered" and world.status.phase == "Training"  # type: ignore[union-attr]
+    assert len(workers(world)) == 2 and world.count == made, "nothing was made anew"
 
 
 def test_suspend_and_resume() -> None:

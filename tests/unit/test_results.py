@@ -6,19 +6,21 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+from huggingface_hub import HfApi
 
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
-from finetune_trainer import checkpoints
-from finetune_trainer.check import check
-from finetune_trainer.context import Context
-from finetune_trainer.errors import InfrastructureError, Stopped, UserError
-from finetune_trainer.keeper import Keeper, best_interval
-from finetune_trainer.memory import ModelShape
-from finetune_trainer.plan import make_plan
-from finetune_trainer.publish import publish
+from finetune_trainer.checkpointing import checkpoints
+from finetune_trainer.checkpointing.checkpoint_schedule import CheckpointCallback, best_interval
+from finetune_trainer.job.context import Context
+from finetune_trainer.process.errors import InfrastructureError, Stopped, UserError
+from finetune_trainer.stages.check import check
+from finetune_trainer.stages.publish import publish
+from finetune_trainer.training.memory import ModelShape
+from finetune_trainer.training.plan import make_plan
 from tests.factory import MINIMAL, merged
 
 
@@ -28,12 +30,12 @@ def checkpoint(root: Path, step: int, *, seal: bool = True, world: int = 1) -> P
     (folder / "adapter_model.safetensors").write_bytes(b"weights" * step)
     (folder / "global_step" / "optim.pt").write_bytes(b"state")
     if seal:
-        checkpoints.seal(folder, world)
+        checkpoints.write_manifest(folder, world)
     return folder
 
 
 def newest(root: Path) -> str | None:
-    found = checkpoints.find(str(root)).folder
+    found = checkpoints.find_latest(str(root)).folder
     return Path(found).name if found else None
 
 
@@ -43,7 +45,7 @@ def test_f18_f19_only_complete_and_undamaged_checkpoints_count(tmp_path: Path) -
     good = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 15, seal=False)
     (tmp_path / "checkpoint-junk").mkdir()
-    found = checkpoints.find(str(tmp_path))
+    found = checkpoints.find_latest(str(tmp_path))
     assert (found.step, found.world_size, found.skipped) == (10, 1, (15,)), "15 was killed while it was written"
     assert not (tmp_path / "checkpoint-15").exists(), "step 15 is written anew, into an empty folder"
     (good / "global_step" / "optim.pt").write_bytes(b"STATE")
@@ -56,14 +58,14 @@ def test_f18_f19_only_complete_and_undamaged_checkpoints_count(tmp_path: Path) -
 
 def test_f10_an_attempt_that_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
     old, new = checkpoints.Fence(str(tmp_path), 1), checkpoints.Fence(str(tmp_path), 2)
-    old.raise_()
+    old.claim()
     old.check()
-    new.raise_()
+    new.claim()
     new.check()
     with pytest.raises(Stopped, match="attempt 2 has begun"):
         old.check()
     with pytest.raises(Stopped):
-        checkpoints.Fence(str(tmp_path), 0).raise_()
+        checkpoints.Fence(str(tmp_path), 0).claim()
 
 
 def test_the_interval_follows_what_a_checkpoint_costs() -> None:
@@ -83,20 +85,20 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         world_size = 1
 
     settings = parse_spec(merged(MINIMAL, checkpoint={"keep": 2})).checkpoint
-    keeper = Keeper(settings, str(tmp_path), nodes=1, fence=checkpoints.Fence(str(tmp_path), 0), scratch=None)
+    callback = CheckpointCallback(settings, str(tmp_path), nodes=1, fence=checkpoints.Fence(str(tmp_path), 0), channel=None)
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step, seal=False)
         State.global_step = step
-        keeper.on_save(Arguments(), State(), None)
-        keeper.on_train_end(Arguments(), State(), None)
+        callback.on_save(Arguments(), State(), None)
+        callback.on_train_end(Arguments(), State(), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
-    assert checkpoints.newest_step(str(tmp_path)) == 4
+    assert checkpoints.latest_step(str(tmp_path)) == 4
     State.best_model_checkpoint = str(tmp_path / "checkpoint-3")
     for step in (5, 6, 7):
         checkpoint(tmp_path, step, seal=False)
         State.global_step = step
-        keeper.on_save(Arguments(), State(), None)
-        keeper.on_train_end(Arguments(), State(), None)
+        callback.on_save(Arguments(), State(), None)
+        callback.on_train_end(Arguments(), State(), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"], "and the best one"
 
 
@@ -198,8 +200,23 @@ def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -
     assert refused.value.reason == "TargetNotWritable"
 
 
-def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_on_the_hub_is_one_commit_that_is_read_back(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = create_autospec(HfApi, instance=True)  # knows what the library's client has, and nothing else
+    hub.file_exists.return_value = False
+    monkeypatch.setattr("finetune_trainer.export.hub.HfApi", lambda token: hub)
+    local = shelf.context()
+    spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
+    context = Context(local.job.model_copy(update={"spec": spec}), local.workspace)
+    hub.list_repo_files.return_value = ["README.md", "adapter_config.json", "adapter_model.safetensors", "finetune.json", "SHA256SUMS"]
+    assert publish(context).result["artifacts"][0]["uri"] == "hf://org/m"
+    assert hub.create_repo.call_args.kwargs["private"] and hub.upload_folder.call_count == 1
+    hub.list_repo_files.return_value = ["README.md"]
+    with pytest.raises(InfrastructureError, match=r"not uploaded: .*adapter_model\.safetensors") as found:
+        publish(context)
+    assert found.value.reason == "VerificationFailed"
 
+
+def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
     answers: dict[str, Any] = {"exists": False, "role": "write"}
 
@@ -219,7 +236,7 @@ def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatc
                 raise answers["role"]
             return {"auth": {"accessToken": {"role": answers["role"]}}}
 
-    monkeypatch.setattr("finetune_trainer.check.HfApi", Hub)
+    monkeypatch.setattr("finetune_trainer.export.hub.HfApi", Hub)
     spec = parse_spec(merged(MINIMAL, publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}]))
     (shelf.folder / "token").write_text("hf_write\n")
     job = JobFile(name="j", namespace="n", uid="1", spec=spec, secrets={"publish-0": str(shelf.folder)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 
 from finetune_api.validation import parse_spec
+from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.controllers import admission as scheduler_module
-from finetune_operator.controllers.admission import _BACKLOG, _HEADS, Scheduler
-from finetune_operator.controllers.job import Controller
+from finetune_operator.controllers.admission import _BACKLOG, _HEADS, AdmissionLoop
+from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import Key
-from finetune_operator.model.queueing import Decision
+from finetune_operator.model.queueing import Decision, Decisions, Snapshot
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
 from tests.listing import InMemory
@@ -76,41 +78,43 @@ def store() -> Store:
 async def test_heads_are_admitted_in_order_and_the_others_keep_their_word(store: Store) -> None:
     woken: list[Key] = []
     server = Lists()
-    scheduler = Scheduler(server, store, Settings(), woken.append)  # type: ignore[arg-type]
+    assumptions = Assumptions(lambda: scheduler.poke())
+    scheduler = AdmissionLoop(server, store, assumptions, Settings(), woken.append)  # type: ignore[arg-type]
     first = await scheduler.once()
     assert [uid for uid, v in first.jobs.items() if v.action == "admit"] == ["uid-000", "uid-001"]
-    assert scheduler.decision(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA  # type: ignore[union-attr]
-    before = {f"uid-{n:03}": scheduler.decision(f"uid-{n:03}") for n in range(QUOTA, JOBS)}
+    assert assumptions.decision(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA  # type: ignore[union-attr]
+    before = {f"uid-{n:03}": assumptions.decision(f"uid-{n:03}") for n in range(QUOTA, JOBS)}
     store.put_job(ended(waiting(0)))
-    scheduler.recorded("uid-000")
+    assumptions.recorded("uid-000")
     woken.clear()
     told = len(server.told)
 
     heads = await scheduler.once(heads=True)
     assert len(heads.jobs) <= _HEADS + QUOTA, "those far back were not looked at"
-    assert woken == [("team-a", "job-002")] and scheduler.decision("uid-002").action == "admit"  # type: ignore[union-attr]
-    assert {uid: scheduler.decision(uid) for uid in before if uid != "uid-002"} == {u: v for u, v in before.items() if u != "uid-002"}
+    assert woken == [("team-a", "job-002")] and assumptions.decision("uid-002").action == "admit"  # type: ignore[union-attr]
+    assert {uid: assumptions.decision(uid) for uid in before if uid != "uid-002"} == {u: v for u, v in before.items() if u != "uid-002"}
     assert len(server.told) == told, "a queue is told by the passes over all"
 
     everything = await scheduler.once()
     assert not [uid for uid, v in everything.jobs.items() if v.action == "admit"], "nothing is given twice"
-    assert scheduler.decision(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA - 1  # type: ignore[union-attr]
+    assert assumptions.decision(f"uid-{JOBS - 1:03}").position == JOBS - QUOTA - 1  # type: ignore[union-attr]
 
 
 async def test_who_has_just_come_is_looked_at_with_the_heads(store: Store) -> None:
     woken: list[Key] = []
-    scheduler = Scheduler(Lists(), store, Settings(), woken.append)  # type: ignore[arg-type]
+    assumptions = Assumptions(lambda: scheduler.poke())
+    scheduler = AdmissionLoop(Lists(), store, assumptions, Settings(), woken.append)  # type: ignore[arg-type]
     await scheduler.once()
     store.put_job(ended(waiting(0)))
-    scheduler.recorded("uid-000")
+    assumptions.recorded("uid-000")
     store.put_job(waiting(900, priorityClassName="urgent"))
     store.put_job(waiting(901))
     woken.clear()
     await scheduler.once(heads=True)
     assert woken == [("team-a", "job-900")], "it goes first; the other is told its place by the next pass over all"
-    assert scheduler.decision("uid-901") is None
+    assert assumptions.decision("uid-901") is None
     await scheduler.once()
-    assert scheduler.decision("uid-901").position == JOBS - QUOTA + 1  # type: ignore[union-attr]
+    assert assumptions.decision("uid-901").position == JOBS - QUOTA + 1  # type: ignore[union-attr]
 
 
 async def test_f24_nothing_is_given_away_before_it_is_known_what_a_changed_job_holds() -> None:
@@ -124,24 +128,28 @@ async def test_f24_nothing_is_given_away_before_it_is_known_what_a_changed_job_h
     store = Store()  # of an operator that has just started
     for raw in (changed, waiting(1)):
         store.put_job(raw)
-    scheduler = Scheduler(Lists(), store, Settings(), lambda key: None)  # type: ignore[arg-type]
+    assumptions = Assumptions(lambda: scheduler.poke())
+    scheduler = AdmissionLoop(Lists(), store, assumptions, Settings(), lambda key: None)  # type: ignore[arg-type]
     await scheduler.once()
-    assert scheduler.decision("uid-001") is None
-    scheduler.begun_with("uid-first", parse_spec(began_with))
+    assert assumptions.decision("uid-001") is None
+    store.begun_with("uid-first", parse_spec(began_with))
     await scheduler.once()
-    assert scheduler.decision("uid-001").reason == "WaitingForQuota", "the one that began holds all of it"  # type: ignore[union-attr]
+    assert assumptions.decision("uid-001").reason == "WaitingForQuota", "the one that began holds all of it"  # type: ignore[union-attr]
 
 
 async def test_many_decisions_are_put_on_record_before_more_are_made(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = Scheduler(Lists(), store, Settings(), lambda key: None)  # type: ignore[arg-type]
-    scheduler._intended = {f"uid-{n:03}": Decision(action="admit") for n in range(_BACKLOG + 1)}
+    assumptions = Assumptions(lambda: scheduler.poke())
+    scheduler = AdmissionLoop(Lists(), store, assumptions, Settings(), lambda key: None)  # type: ignore[arg-type]
+    for n in range(_BACKLOG + 1):
+        assumptions.decide(f"uid-{n:03}", Decision(action="admit"))
     monkeypatch.setattr(scheduler_module, "_BACKLOG_SECONDS", 30.0)
     waiting = asyncio.create_task(scheduler._until_recorded())
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    scheduler.recorded("uid-000")
+    assumptions.recorded("uid-000")
     await asyncio.wait_for(waiting, 5)
-    scheduler._intended = {f"uid-{n:03}": Decision(action="admit") for n in range(_BACKLOG + 1)}
+    for n in range(_BACKLOG + 1):
+        assumptions.decide(f"uid-{n:03}", Decision(action="admit"))
     monkeypatch.setattr(scheduler_module, "_BACKLOG_SECONDS", 0.1)
     await asyncio.wait_for(scheduler._until_recorded(), 5)
 
@@ -151,9 +159,48 @@ def test_who_is_to_give_way_has_its_turn_first() -> None:
     store = Store()
     for number in range(3):
         store.put_job(waiting(number))
-    controller = Controller(Lists(), store, ProgressBoard(), Settings())  # type: ignore[arg-type]
-    decisions = {"uid-001": Decision(action="admit"), "uid-002": Decision(action="preempt")}
-    controller.scheduler._decisions.update(decisions)
-    keys = sorted(store.job_keys(), key=controller._rank, reverse=True)
+    manager = Manager(Lists(), store, ProgressBoard(), Settings())  # type: ignore[arg-type]
+    manager.assumptions.decide("uid-001", Decision(action="admit"))
+    manager.assumptions.decide("uid-002", Decision(action="preempt"))
+    rank = manager.jobs.kind.rank
+    keys = sorted(store.job_keys(), key=rank, reverse=True)
     assert [name for _, name in keys] == ["job-002", "job-001", "job-000"]
-    assert controller._rank(keys[0]) > controller._rank(keys[1]) > controller._rank(keys[2])
+    assert rank(keys[0]) > rank(keys[1]) > rank(keys[2])
+
+
+async def test_the_loop_goes_on_while_all_jobs_are_decided_about(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over ten thousand jobs takes seconds, in which probes, progress and watches must be heard."""
+    heard = threading.Event()
+    real = scheduler_module.decide
+
+    def decide(snapshot: Snapshot) -> Decisions:
+        asyncio_loop.call_soon_threadsafe(heard.set)
+        assert heard.wait(10), "nothing else had its turn meanwhile"
+        return real(snapshot)
+
+    asyncio_loop = asyncio.get_running_loop()
+    monkeypatch.setattr(scheduler_module, "decide", decide)
+    loop = AdmissionLoop(Lists(), store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
+    found = await loop.once()
+    assert sum(d.action == "admit" for d in found.jobs.values()) == QUOTA
+
+
+async def test_what_changes_while_it_is_decided_is_not_decided_about_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job ends, another is gone, while the pass goes: what was decided about them comes to nothing with the next."""
+    real = scheduler_module.decide
+
+    def decide(snapshot: Snapshot) -> Decisions:
+        store.put_job(ended(waiting(0)))
+        store.drop_job(waiting(1))
+        return real(snapshot)
+
+    assumptions = Assumptions()
+    loop = AdmissionLoop(Lists(), store, assumptions, Settings(), lambda key: None)  # type: ignore[arg-type]
+    store.forgotten += [assumptions.forget, loop.forget]
+    monkeypatch.setattr(scheduler_module, "decide", decide)
+    first = await loop.once()
+    assert {uid for uid, d in first.jobs.items() if d.action == "admit"} == {"uid-000", "uid-001"}
+    monkeypatch.setattr(scheduler_module, "decide", real)
+    second = await loop.once()
+    assert {uid for uid, d in second.jobs.items() if d.action == "admit"} == {"uid-002", "uid-003"}
+    assert assumptions.decision("uid-000") is None and assumptions.decision("uid-001") is None and assumptions.backlog == QUOTA

@@ -13,14 +13,15 @@ from finetune_api.contract import Env, ExitCode, JobFile
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import parse_uri
 from finetune_api.validation import parse_spec
-from finetune_trainer import models, sources
-from finetune_trainer.check import check
-from finetune_trainer.context import Context
 from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
-from finetune_trainer.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify
-from finetune_trainer.publish import _to_hub, together
-from finetune_trainer.sources import retry_after
+from finetune_trainer.export.hub import publish_to_hub
+from finetune_trainer.job.context import Context
+from finetune_trainer.models.fetch import fetch_model
+from finetune_trainer.process.errors import InfrastructureError, SourceUnavailable, StageError, UserError, classify, combine
+from finetune_trainer.remote import retry
+from finetune_trainer.remote.retry import retry_after
+from finetune_trainer.stages.check import check
 from tests.factory import MINIMAL, NOW
 from tests.loopback import QuietHandler, serving
 
@@ -60,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         found.url = f"http://127.0.0.1:{port}"
         the_hub_is(monkeypatch, found.url)
         monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
-        monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+        monkeypatch.setattr(retry.time, "sleep", lambda _: None)
         yield found
 
 
@@ -76,7 +77,7 @@ def context(tmp_path: Path) -> Context:
 
 
 def _model(context: Context, url: str) -> None:
-    models.fetch(context, "model", "hf://org/model@v1")
+    fetch_model(context, "model", "hf://org/model@v1")
 
 
 def _rows(context: Context, url: str) -> None:
@@ -84,7 +85,7 @@ def _rows(context: Context, url: str) -> None:
 
 
 def _publish(context: Context, url: str) -> None:
-    _to_hub(context, Path(context.workspace), parse_uri("hf://org/out"), "hf://org/out", "hf_" + "x" * 20)
+    publish_to_hub(context, Path(context.workspace), parse_uri("hf://org/out"), "hf://org/out", "hf_" + "x" * 20)
 
 
 def _bucket(context: Context, url: str) -> None:
@@ -163,7 +164,7 @@ def test_what_this_job_has_fetched_is_not_asked_for_again(server: Server, contex
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     context.write_json(context.layout.reference("model"), {"path": str(folder), "uri": "hf://org/model@v1", "fingerprint": "sha256:0"})
-    assert models.fetch(context, "model", "hf://org/model@v1") == str(folder) and not server.asked
+    assert fetch_model(context, "model", "hf://org/model@v1") == str(folder) and not server.asked
     assert type(end("model", Context(context.job.model_copy(update={"uid": "8765432"}), context.workspace), "")) is SourceUnavailable
 
 
@@ -171,7 +172,7 @@ def test_huggingface_hub_does_not_sleep_for_an_hour(server: Server, monkeypatch:
     """Its own retries would sleep as long as Retry-After says."""
     server.says(503, Retry_After="3600")
     factory = huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY
-    sources.hub_never_sleeps_long()
+    retry.cap_hub_retry_wait()
     try:
         began = time.monotonic()
         with pytest.raises(SourceUnavailable) as caught:
@@ -194,7 +195,7 @@ def test_huggingface_hub_does_not_sleep_for_an_hour(server: Server, monkeypatch:
     ],
 )
 def test_the_patience_that_is_asked_for(headers: dict[str, str], expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.time, "time", NOW.timestamp)
+    monkeypatch.setattr(retry.time, "time", NOW.timestamp)
     assert retry_after(headers) == expected
 
 
@@ -202,9 +203,9 @@ def test_several_targets_are_told_together() -> None:
     """What will never go is said at once; what may go by itself is waited for."""
     away = ("hf://org/a", SourceUnavailable("hub", "hub answers 503", 30.0))
     broken, refused = ("pvc://b/c", InfrastructureError("TargetNotWritable", "full")), ("hf://org/d", UserError("PublishRefused", "403"))
-    assert type(together([away, broken, refused], "")) is UserError
-    assert together([away, broken], "").reason == "TargetNotWritable"
-    waits = together([away], "; published: pvc://x/y")
+    assert type(combine([away, broken, refused], "")) is UserError
+    assert combine([away, broken], "").reason == "TargetNotWritable"
+    waits = combine([away], "; published: pvc://x/y")
     assert isinstance(waits, SourceUnavailable) and waits.retry_after == 30
     assert waits.message == "hf://org/a: hub answers 503; published: pvc://x/y"
 
@@ -213,12 +214,12 @@ def test_authorities_are_trusted_beside_the_systems(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE"):
         monkeypatch.setenv(name, "")
-    sources.trust(str(tmp_path / "none"))
+    retry.trust_authorities(str(tmp_path / "none"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "own.crt").write_text("OWN")
     (tmp_path / "system.crt").write_text("SYSTEM")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "system.crt"))
-    sources.trust(str(tmp_path / "own.crt"))
+    retry.trust_authorities(str(tmp_path / "own.crt"))
     import os
 
     assert Path(os.environ["REQUESTS_CA_BUNDLE"]).read_text().split() == ["SYSTEM", "OWN"]

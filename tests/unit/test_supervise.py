@@ -13,48 +13,48 @@ import pytest
 
 from finetune_api.status import Restart
 from finetune_operator.reconcile.job.failures import suspects
-from finetune_trainer.errors import Hang, Stopped
-from finetune_trainer.scratch import Beat, Doing, Scratch
-from finetune_trainer.supervise import Pulse, Supervisor, waits
+from finetune_trainer.process.errors import Hang, Stopped
+from finetune_trainer.process.ipc import Channel, Heartbeat, Phase
+from finetune_trainer.process.supervise import HangDetector, Supervisor, waits_for_peers
 from tests.factory import after, stamp
 
 
-def beat(at: float, doing: Doing = "step", step: int = 1) -> Beat:
-    return Beat(1, 0, step, doing, at)
+def beat(at: float, phase: Phase = "step", step: int = 1) -> Heartbeat:
+    return Heartbeat(1, 0, step, phase, at)
 
 
 def test_the_limit_follows_the_run_itself() -> None:
-    pulse = Pulse(0.0)
-    assert pulse.limit == 1800, "the first step: models are loaded, kernels compiled"
-    pulse.take(beat(400))
-    assert pulse.limit == 180 and not pulse.late(580) and pulse.late(581)
-    pulse.take(beat(460))
-    assert pulse.limit == 600, "steps of a minute: ten of them"
-    pulse.take(beat(470, "save"))
-    assert pulse.limit == 1800, "a first checkpoint may take long"
-    pulse.take(beat(770))
-    assert pulse.limit == 600, "and says nothing about steps"
-    pulse.take(beat(780, "save"))
-    assert pulse.limit == 3000
-    pulse.take(beat(5))
-    assert pulse.last.at == 780, "what is older than the last changes nothing"
+    detector = HangDetector(0.0)
+    assert detector.limit == 1800, "the first step: models are loaded, kernels compiled"
+    detector.observe(beat(400))
+    assert detector.limit == 180 and not detector.hung(580) and detector.hung(581)
+    detector.observe(beat(460))
+    assert detector.limit == 600, "steps of a minute: ten of them"
+    detector.observe(beat(470, "save"))
+    assert detector.limit == 1800, "a first checkpoint may take long"
+    detector.observe(beat(770))
+    assert detector.limit == 600, "and says nothing about steps"
+    detector.observe(beat(780, "save"))
+    assert detector.limit == 3000
+    detector.observe(beat(5))
+    assert detector.last.at == 780, "what is older than the last changes nothing"
 
 
 def test_a_limit_of_the_users() -> None:
-    pulse = Pulse(0.0, 30)
-    assert pulse.limit == 1800, "not for the start"
-    pulse.take(beat(100))
-    assert pulse.limit == 30
-    pulse.take(beat(110, "save"))
-    assert pulse.limit == 30
+    detector = HangDetector(0.0, 30)
+    assert detector.limit == 1800, "not for the start"
+    detector.observe(beat(100))
+    assert detector.limit == 30
+    detector.observe(beat(110, "save"))
+    assert detector.limit == 30
 
 
 WORKER = """
 import faulthandler, pathlib, signal, sys, time
-from finetune_trainer.scratch import Scratch
-scratch = Scratch.mine()
-faulthandler.register(signal.SIGUSR1, file=scratch.stack(0).open("w"), all_threads=True)
-scratch.beat(0, 0, "start"); scratch.beat(0, 4, "step")
+from finetune_trainer.process.ipc import Channel
+channel = Channel.from_environment()
+faulthandler.register(signal.SIGUSR1, file=channel.stack(0).open("w"), all_threads=True)
+channel.send_heartbeat(0, 0, "start"); channel.send_heartbeat(0, 4, "step")
 def mine():
     {body}
 mine()
@@ -62,7 +62,7 @@ mine()
 
 
 def supervise(folder: Path, body: str, timeout: float | None = None) -> int:
-    return Supervisor(Scratch(folder), timeout).run([sys.executable, "-c", WORKER.format(body=body)], {"PYTHONPATH": ":".join(sys.path)})
+    return Supervisor(Channel(folder), timeout).run([sys.executable, "-c", WORKER.format(body=body)], {"PYTHONPATH": ":".join(sys.path)})
 
 
 def test_a_hang_ends_the_processes_and_names_the_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -74,10 +74,10 @@ def test_a_hang_ends_the_processes_and_names_the_place(tmp_path: Path, capfd: py
 
 
 def test_who_waits_for_the_others_is_not_the_one_to_blame() -> None:
-    assert waits("/x/site-packages/torch/distributed/distributed_c10d.py:2806 in all_reduce")
-    assert waits("/x/site-packages/torch/autograd/graph.py:841 in _engine_run_backward")
-    assert not waits("/x/site-packages/torch/utils/data/_utils/fetch.py:52 in fetch")
-    assert not waits("/x/site-packages/datasets/arrow_dataset.py:1 in __getitem__") and not waits("")
+    assert waits_for_peers("/x/site-packages/torch/distributed/distributed_c10d.py:2806 in all_reduce")
+    assert waits_for_peers("/x/site-packages/torch/autograd/graph.py:841 in _engine_run_backward")
+    assert not waits_for_peers("/x/site-packages/torch/utils/data/_utils/fetch.py:52 in fetch")
+    assert not waits_for_peers("/x/site-packages/datasets/arrow_dataset.py:1 in __getitem__") and not waits_for_peers("")
 
 
 def test_an_exit_code_is_passed_on(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def stop_after(folder: Path, body: str, seconds: float, **env: str) -> tuple[flo
 
 
 def test_a_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
-    waiting = "while not scratch.stop.exists(): time.sleep(0.05)\n    time.sleep(0.5); sys.exit(3)"
+    waiting = "while not channel.stop_requested: time.sleep(0.05)\n    time.sleep(0.5); sys.exit(3)"
     _, done = stop_after(tmp_path, waiting, 1.0)
     assert done.returncode == 3, done.stdout
 
@@ -117,7 +117,7 @@ def test_a_stop_that_is_not_heard_ends_with_the_grace_period(tmp_path: Path) -> 
 
 
 def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
-    child = "from finetune_trainer import lifeline; lifeline.hold(); print('up', flush=True); import time; time.sleep(60)"
+    child = "from finetune_trainer.process import parent_watch; parent_watch.start(); print('up', flush=True); import time; time.sleep(60)"
     parent = f"""
 import os, subprocess, sys
 env = {{**os.environ, "FINETUNE_PARENT_PID": str(os.getpid())}}

@@ -6,15 +6,15 @@ import asyncio
 import gzip
 import json
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from prometheus_client import REGISTRY
 
-from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Progress, Restart, Usage
-from finetune_operator import logs, tracing
+from finetune_api.status import AdmissionStatus, Condition, FineTuneJobStatus, Phase, Progress, Restart, Usage
+from finetune_operator import logs, metrics, tracing
 from finetune_operator.controllers import telemetry
 from finetune_operator.controllers.telemetry import Telemetry
 from tests.factory import job
@@ -26,8 +26,8 @@ def value(metric: str, /, **labels: str) -> float:
     return REGISTRY.get_sample_value(metric, labels) or 0.0
 
 
-def condition(type_: Any) -> Condition:
-    return Condition(type=type_, status="True", reason="Because", message="", last_transition_time=WHEN, observed_generation=1)
+def condition(type_: Any, reason: str = "Completed") -> Condition:
+    return Condition(type=type_, status="True", reason=reason, message="", last_transition_time=WHEN, observed_generation=1)
 
 
 def test_transitions_are_counted_once() -> None:
@@ -44,7 +44,7 @@ def test_transitions_are_counted_once() -> None:
     restart = Restart(attempt=0, cause="Hang", reason="Hang", message="", time=WHEN)
     restarted = runs.model_copy(update={"restarts": [restart], "usage": Usage(queued_seconds=90, gpu_seconds=60, lost_seconds=7, cost=0.5)})
     ended = restarted.model_copy(update={"phase": "Succeeded", "conditions": [condition("Admitted"), condition("Succeeded")]})
-    hangs, finished = value("finetune_restarts_total", cause="Hang"), {"result": "Succeeded", "reason": "Because"}
+    hangs, finished = value("finetune_restarts_total", cause="Hang"), {"result": "Succeeded", "reason": "Completed"}
     before = value("finetune_jobs_finished_total", **finished)
     told.wrote(raw, waits, runs)
     labels = {"namespace": "tele", "name": "counted"}
@@ -75,6 +75,64 @@ def test_a16_the_number_of_jobs_with_gauges_is_bounded(monkeypatch: Any) -> None
     assert value("finetune_training_total_steps", namespace="tele", name="many-4") == 2
     for n in range(5):
         told.forget(f"u-{n}")
+
+
+def test_a16_what_a_pod_says_last_is_no_label() -> None:
+    """Labels are of closed sets: a thousand jobs with a thousand last words make one series."""
+    told, runs = Telemetry(), FineTuneJobStatus(phase="Training")
+    before = _series()
+    others = value("finetune_jobs_finished_total", result="Failed", reason="Other")
+    for n in range(50):
+        admission = AdmissionStatus(queue="research", nodes=1, admitted_at=WHEN)
+        ended = FineTuneJobStatus(phase="Failed", conditions=[condition("Failed", f"Word{n}")], admission=admission)
+        told.wrote(job(name=f"ends-{n}", namespace="tele", uid=f"u-e{n}"), runs, ended)
+        metrics.RECONCILE_ERRORS.labels(reason=metrics.api_reason(f"AWebhooksWord{n}")).inc()
+    assert value("finetune_jobs_finished_total", result="Failed", reason="Other") == others + 50
+    made = {labels for name, labels in _series() - before if name.endswith("_total")}
+    assert not [labels for labels in made if "Word" in str(labels)], made
+    told.wrote(job(uid="u-known"), runs, FineTuneJobStatus(phase="Failed", conditions=[condition("Failed", "NonFiniteLoss")]))
+    assert value("finetune_jobs_finished_total", result="Failed", reason="NonFiniteLoss") >= 1, "what docs/errors.md explains is told"
+
+
+def test_a16_the_number_of_queues_with_counters_is_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(telemetry, "MOST_QUEUES", 2)
+    told = Telemetry()
+    for n in range(4):
+        admission = AdmissionStatus(queue=f"made-up-{n}", nodes=1, admitted_at=WHEN)
+        used = FineTuneJobStatus(admission=admission, usage=Usage(gpu_seconds=5))
+        told.wrote(job(uid=f"u-q{n}"), FineTuneJobStatus(), used)
+    labels = {dict(labels)["queue"] for name, labels in _series() if name == "finetune_gpu_seconds_total"}
+    assert {"made-up-0", "made-up-1", "Other"} <= labels and not {"made-up-2", "made-up-3"} & labels
+
+
+def _series() -> set[tuple[str, tuple[tuple[str, str], ...]]]:
+    return {(s.name, tuple(sorted(s.labels.items()))) for family in REGISTRY.collect() for s in family.samples}
+
+
+def test_only_the_one_that_acts_tells_of_jobs_and_it_does_of_none() -> None:
+    """Gauges of jobs: nothing from one that stands by (it would count double), a zero for each phase from one that acts."""
+    told = Telemetry()
+    trains = FineTuneJobStatus(
+        phase="Training", progress=Progress(step=1, total_steps=2, loss=1.0, tokens_per_second=1.0, reported_at=WHEN)
+    )
+    told.wrote(job(name="gauged", namespace="tele", uid="u-gauged"), FineTuneJobStatus(), trains)
+    for gauge, labels in (
+        (metrics.PENDING, {"queue": "q"}),
+        (metrics.QUEUE_USED, {"queue": "q", "flavor": "f"}),
+        (metrics.SUSPECT_NODES, {"node": "n"}),
+    ):
+        gauge.labels(**labels).set(1)
+    of_jobs = {"finetune_jobs", "finetune_suspect_node", "finetune_queue_pending_jobs", "finetune_queue_used"}
+    of_jobs |= {gauge._name for gauge in telemetry._GAUGES}
+    metrics.export(acts=True, phases={"Training": 2, "<script>": 1, "Forged": 1})
+    assert value("finetune_leader") == 1 and of_jobs <= {name for name, _ in _series()}
+    assert value("finetune_jobs", phase="Training") == 2 and value("finetune_jobs", phase="Other") == 2
+    metrics.export(acts=False, phases={"Training": 2})
+    assert value("finetune_leader") == 0 and not of_jobs & {name for name, _ in _series()}
+    metrics.export(acts=True, phases={})
+    shown = {dict(labels)["phase"]: value(name, **dict(labels)) for name, labels in _series() if name == "finetune_jobs"}
+    assert shown == dict.fromkeys(get_args(Phase), 0), "an empty cluster has jobs: none of each phase"
+    told.forget("u-gauged")
 
 
 def test_json_logs_name_the_job(capsys: Any) -> None:

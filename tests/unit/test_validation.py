@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.scalars import human_duration, quantity, seconds
+from finetune_api.scalars import human_duration, seconds
 from finetune_api.uris import parse_uri
 from finetune_api.validation import InvalidDocument, parse_job, parse_spec
 from finetune_cli.documents import read_jobs
@@ -211,15 +211,12 @@ def test_an_old_operator_survives_a_newer_object() -> None:
     assert parse_spec(merged(MINIMAL, fromTheFuture={"x": 1}), strict=False) == parse_spec(MINIMAL)
 
 
-def test_durations_and_quantities() -> None:
+def test_durations() -> None:
     assert [seconds(t) for t in ("90s", "10m", "1h30m", "7d")] == [90, 600, 5400, 604800]
-    assert [int(quantity(t)) for t in ("4", "2Ki", "1k", "1500m")] == [4, 2048, 1000, 1]
     assert [human_duration(s) for s in (0, 42, 190, 7500, 273_600)] == ["0s", "42s", "3m10s", "2h5m", "3d4h"]
     for bad in ("", "10", "m", "-5m"):
         with pytest.raises(ValueError, match="is not a duration"):
             seconds(bad)
-    with pytest.raises(ValueError, match="is not a quantity"):
-        quantity("lots")
 
 
 def test_uris() -> None:

@@ -16,9 +16,10 @@ REPO = Path(__file__).parents[2]
     [
         ("finetune_operator.__main__, finetune_operator.handlers", ["torch", "transformers", "finetune_trainer"]),
         (
-            "finetune_trainer.__main__, finetune_trainer.train, finetune_trainer.worker, finetune_trainer.prepare",
+            "finetune_trainer.__main__, finetune_trainer.stages.train, finetune_trainer.stages.worker, finetune_trainer.stages.prepare",
             ["kopf", "kubernetes", "finetune_operator"],
         ),
+        ("finetune_trainer.stages.train, finetune_trainer.stages.publish, finetune_trainer.stages.check", ["torch", "transformers"]),
         ("finetune_api.crd, finetune_api.contract", ["kopf", "kubernetes", "torch", "finetune_operator", "finetune_trainer"]),
         ("finetune_operator.reconcile.job, finetune_operator.resources.gang", ["kopf", "kubernetes", "aiohttp"]),
     ],

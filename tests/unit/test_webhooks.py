@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from typing import Any
 
 import pytest
@@ -16,10 +18,12 @@ from finetune_api.advice import advice
 from finetune_api.queue import QUEUE_KIND
 from finetune_api.validation import parse_spec
 from finetune_operator.cluster.transport import APIError
+from finetune_operator.servers import webhooks
 from finetune_operator.servers.bundle import Bundle
 from finetune_operator.servers.review import Rights, mutate, validate
 from finetune_operator.servers.webhooks import BODY_LIMIT, MUTATE, VALIDATE, AdmissionServer
 from finetune_operator.settings import Settings
+from tests.cluster.helm import rendered
 from tests.cluster.shell import REPO
 from tests.factory import FULL, MINIMAL, job, merged
 
@@ -159,6 +163,66 @@ async def test_a14_another_teams_queue_is_refused(endpoint: Any) -> None:
     assert (await ask(endpoint, VALIDATE, request(job(merged(GOOD, scheduling={"queue": "absent"})))))["allowed"], "it may come later"
     suspended = job(merged(GOOD, scheduling={"queue": "theirs"}, runPolicy={"suspend": True}))
     assert (await ask(endpoint, VALIDATE, request(suspended, wanted)))["allowed"], "who is there may still be stopped"
+
+
+class Slow(Queues):
+    """An API server that answers late, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hangs: set[str] = {QUEUE_KIND, "Namespace"}
+        self.asked: list[str] = []
+        self.given_up: list[str] = []
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        self.asked.append(kind)
+        try:
+            await asyncio.sleep(30 if kind in self.hangs else 0.25)
+        except asyncio.CancelledError:
+            self.given_up.append(kind)
+            raise
+        return await super().get(kind, namespace, name)
+
+
+@pytest.mark.parametrize("hangs", [{QUEUE_KIND, "Namespace"}, {QUEUE_KIND}, {"Namespace"}], ids=str)
+async def test_all_look_ups_have_one_budget_and_who_cannot_be_asked_refuses_nothing(hangs: set[str], monkeypatch: Any) -> None:
+    """The API server waits five seconds for an answer; look-ups of half a minute, four tries each, would refuse every job."""
+    assert webhooks.BUDGET_SECONDS <= 3 and all(
+        webhook["timeoutSeconds"] > webhooks.BUDGET_SECONDS + 1
+        for document in rendered({})
+        if document["kind"].endswith("WebhookConfiguration")
+        for webhook in document["webhooks"]
+    )
+    monkeypatch.setattr(webhooks, "BUDGET_SECONDS", 0.4)
+    server = Slow()
+    server.hangs = hangs
+    app = web.Application()
+    app.add_routes(AdmissionServer(server, Settings()).routes())  # type: ignore[arg-type]
+    async with TestClient(TestServer(app)) as client:
+        began = time.monotonic()
+        answer = await ask(client, VALIDATE, request(job(merged(GOOD, scheduling={"queue": "theirs"}))))
+        assert time.monotonic() - began < 2
+        assert answer["allowed"], "nothing is known against it"
+        (warning,) = answer["warnings"]
+        assert warning.startswith("spec.scheduling.queue: whether namespace team-a may use queue theirs was not looked up"), warning
+        assert set(server.given_up) == hangs, "what nobody waits for is not asked any longer"
+        server.hangs = set()
+        refused = await ask(client, VALIDATE, request(job(merged(GOOD, scheduling={"queue": "theirs"}))))
+        assert not refused["allowed"], "two look-ups of 0.25 s within 0.4 s: side by side"
+        bad = await ask(client, VALIDATE, request(job(merged(MINIMAL, tuning={"method": "lorra"}))))
+        assert not bad["allowed"], "what needs no look-up is refused"
+
+
+async def test_a_refused_look_up_is_warned_of(monkeypatch: Any) -> None:
+    class Forbidden(Queues):
+        async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+            raise APIError(403, "Forbidden", "finetunequeues is forbidden")
+
+    app = web.Application()
+    app.add_routes(AdmissionServer(Forbidden(), Settings()).routes())  # type: ignore[arg-type]
+    async with TestClient(TestServer(app)) as client:
+        answer = await ask(client, VALIDATE, request(job(merged(GOOD, scheduling={"queue": "theirs"}))))
+    assert answer["allowed"] and "finetunequeues is forbidden" in answer["warnings"][0]
 
 
 async def test_the_patch_is_json_patch(endpoint: Any) -> None:

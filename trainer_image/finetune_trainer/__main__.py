@@ -11,9 +11,10 @@ from typing import NoReturn, get_args
 
 from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
 
-from . import lifeline, secrecy, sources
-from .context import Context
-from .errors import Stopped, classify
+from .job.context import Context
+from .process import parent_watch, redaction
+from .process.errors import Stopped, classify
+from .remote import retry
 
 log = logging.getLogger("finetune")
 
@@ -22,7 +23,7 @@ def _last_words(result: StageResult) -> None:
     path = os.environ.get("FINETUNE_TERMINATION_LOG", Mounts.TERMINATION_LOG)
     try:
         with open(path, "w") as sink:
-            sink.write(secrecy.redact(result.dumps()))
+            sink.write(redaction.redact(result.dumps()))
     except OSError as failure:  # outside a pod there is none
         log.debug("no termination log: %s", failure)
 
@@ -38,10 +39,10 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
     arguments = parser.parse_args()
-    secrecy.configure()
+    redaction.configure_logging()
     signal.signal(signal.SIGTERM, _stop)
-    lifeline.hold()
-    sources.trust()
+    parent_watch.start()
+    retry.trust_authorities()
     if arguments.stage == "train":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
     try:
@@ -66,17 +67,17 @@ def main() -> None:
 
 def _run(stage: str, context: Context) -> StageResult:
     if stage != "train":
-        sources.hub_never_sleeps_long()
+        retry.cap_hub_retry_wait()
     if stage == "prepare":
-        from .prepare import prepare as run
+        from .stages.prepare import prepare as run
     elif stage == "check":
-        from .check import check as run
+        from .stages.check import check as run
     elif stage == "train":
-        from .train import train as run
+        from .stages.train import train as run
     elif stage == "evaluate":
-        from .evaluation.stage import evaluate as run
+        from .stages.evaluate import evaluate as run
     else:
-        from .publish import publish as run
+        from .stages.publish import publish as run
     return run(context)
 
 

@@ -29,6 +29,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if or .Values.rbac.cluster (not .Values.watchNamespaces) -}}true{{- end -}}
 {{- end }}
 
+{{- /* What queues need has no namespace: an operator of some namespaces reads it by a ClusterRole, too. */ -}}
+{{- define "finetune.seesQueues" -}}
+{{- if or (not .Values.watchNamespaces) (and .Values.rbac.cluster .Values.rbac.queueing (eq .Values.queueing.backend "builtin")) -}}true{{- end -}}
+{{- end }}
+
 {{- /* A number of the values is a float: without care, a large one is written with an exponent. */ -}}
 {{- define "finetune.quantity" -}}
 {{- if kindIs "string" . -}}{{ . }}{{- else if eq (float64 .) (float64 (int64 .)) -}}{{ int64 . }}{{- else -}}{{ . }}{{- end -}}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from ..model.nodes import namespace_of, node_of, pod_requests, queue_of
+from ..model.nodes import NOT_READY, namespace_of, node_of, pod_requests, queue_of
 from ..model.objects import Object
 from ..model.queueing import Amounts, Namespace, Node, Queue, Taint
 
@@ -123,10 +123,12 @@ class Kept(Generic[T]):
         self.items: dict[str, T] = {}
         self.refused: tuple[int, str] | None = None
         """(status, why): the operator may not look (403), or the kind is not served (404)"""
+        self.listed = False
+        """It is known what is there"""
 
     def replace(self, values: Iterable[T]) -> None:
         """These, and no others, are there."""
-        self.refused = None
+        self.refused, self.listed = None, True
         new = {self._key(value): value for value in values}
         for key in self.items.keys() - new.keys():
             self.drop(self.items[key])
@@ -177,7 +179,6 @@ class Queues(Kept[Object]):
     def __init__(self, changed: Callable[[], None]) -> None:
         super().__init__(lambda raw: str(raw["metadata"]["name"]), changed)
         self.parsed: dict[str, Queue] = {}
-        """Those that can be read"""
 
     def put(self, value: Object) -> None:
         """One has come, or is different now; or the answer to a write of its status, of which the watch will tell late."""
@@ -198,10 +199,8 @@ class Queues(Kept[Object]):
         name = self._key(new or old or {})
         if new is None:
             self.parsed.pop(name, None)
-        elif (queue := queue_of(new)) is not None:
-            self.parsed[name] = queue
         else:
-            self.parsed.pop(name, None)
+            self.parsed[name] = queue_of(new)
         if old is None or new is None or old.get("spec") != new.get("spec"):  # its status is this operator's own
             self._changed()
 
@@ -214,13 +213,13 @@ def _version(raw: Object) -> int:
 class Holdings(Kept[Holding]):
     """What pods hold of nodes, by the UID of the pod: of all namespaces, or of one."""
 
-    def __init__(self, use: NodeUse) -> None:
-        super().__init__(lambda holding: holding.uid, lambda: None)
+    def __init__(self, use: NodeUse, changed: Callable[[], None]) -> None:
+        super().__init__(lambda holding: holding.uid, changed)
         self._use = use
 
     def replace(self, values: Iterable[Holding]) -> None:
         """These, and no others, are there."""
-        self.refused = None
+        self.refused, self.listed = None, True
         old, self.items = self.items, {holding.uid: holding for holding in values}
         gone = [(holding, -1) for uid, holding in old.items() if self.items.get(uid) != holding]
         self._count([*gone, *((holding, 1) for uid, holding in self.items.items() if old.get(uid) != holding)])
@@ -228,8 +227,11 @@ class Holdings(Kept[Holding]):
     def _differs(self, old: Holding | None, new: Holding | None) -> None:
         self._count([(holding, sign) for holding, sign in ((old, -1), (new, 1)) if holding is not None])
 
-    def _count(self, changes: Iterable[tuple[Holding, int]]) -> None:
+    def _count(self, changes: list[tuple[Holding, int]]) -> None:
         self._use.count((holding, sign) for holding, sign in changes if holding.uid not in self._use.ours)
+        if ended := {holding.uid for holding, _ in changes if holding.uid in self._use.left and holding.uid not in self.items}:
+            self._use.left -= ended
+            self._changed()
 
 
 class NodeUse:
@@ -238,6 +240,8 @@ class NodeUse:
     def __init__(self) -> None:
         self.ours: frozenset[str] = frozenset()
         """UIDs of the pods that are not counted here"""
+        self.left: set[str] = set()
+        """UIDs of pods that were ours and are not any more, of whose end nothing was heard yet: that of one is waited for"""
         self.used: dict[str, Amounts] = {}
         self.stale: set[str] = set()
         """Nodes whose use has changed"""
@@ -293,8 +297,8 @@ class Inventory:
     """What is not the operator's own."""
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
-        """`changed`: something is different on which decisions depend; not told of pods that come and go."""
-        self._use = NodeUse()
+        """`changed`: something is different on which decisions depend; not told of pods of others that come and go."""
+        self._use, self._changed = NodeUse(), changed
         self.queues = Queues(changed)
         self.nodes = Nodes(self._use, changed)
         self.namespaces: Kept[tuple[str, Namespace]] = Kept(lambda known: known[0], changed)
@@ -304,7 +308,17 @@ class Inventory:
 
     def pods(self, namespace: str = "") -> Holdings:
         """Where the pods of a namespace, or of all, are put."""
-        return self._pods.setdefault(namespace, Holdings(self._use))
+        return self._pods.setdefault(namespace, Holdings(self._use, self._changed))
+
+    def requests_of(self, uids: Iterable[str]) -> dict[str, Amounts]:
+        """What those of these pods that are bound to a node hold of it."""
+        wanted = set(uids)
+        return {uid: pods.items[uid].amounts for pods in self._pods.values() for uid in wanted & pods.items.keys()}
+
+    def is_lost(self, node: str) -> bool:
+        """Whether a node is gone or not ready, as far as is known: its kubelet will not confirm that a pod has ended."""
+        known = self.nodes.items.get(node)
+        return self.nodes.refused is None and self.nodes.listed and (known is None or known.away == NOT_READY)
 
     def nodes_but_for(self, ours: Iterable[str]) -> tuple[Node, ...] | None:
         """Nodes with what pods hold of them, other than those with these UIDs; None where nodes are not to be seen.
@@ -315,11 +329,8 @@ class Inventory:
             return None
         now = frozenset(ours)
         different = now ^ self._use.ours
-        self._use.count(
-            (holding, -1 if uid in now else 1)
-            for pods in self._pods.values()
-            for uid in different
-            if (holding := pods.items.get(uid)) is not None
-        )
+        found = [holding for pods in self._pods.values() for uid in different if (holding := pods.items.get(uid)) is not None]
+        self._use.count((holding, -1 if holding.uid in now else 1) for holding in found)
+        self._use.left = {holding.uid for holding in found if holding.uid not in now} | (self._use.left - now)
         self._use.ours = now
         return self.nodes.view()

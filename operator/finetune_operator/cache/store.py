@@ -7,12 +7,13 @@ what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api import names
+from finetune_api import KIND, names
 from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart, read_status
@@ -20,6 +21,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..model.children import job_view, owner_uid, pod_view
 from ..model.job import ChildJobView, Observed, PodView
+from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object
 from ..model.workload import has_ended
 
@@ -33,6 +35,10 @@ class _Entry:
     value: Any
     name: str
     seen: float
+
+
+def _is_older(heard_at: float | None, asked_at: float | None) -> bool:
+    return heard_at is not None and asked_at is not None and heard_at < asked_at
 
 
 def _version(raw: Object) -> int:
@@ -57,21 +63,34 @@ class Store:
         self._changed: set[Key] = set()
         self._gone: dict[str, float] = {}
         """UIDs of deleted objects: a late event must not bring them back"""
+        self._unowned: set[str] = set()
+        """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
+        self._jobs_left: dict[str, tuple[str, str]] = {}
+        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
+        self.forgotten: list[Callable[[str], None]] = []
+        """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
+        self._begun_with: dict[str, FineTuneJobSpec | None] = {}
+        """What jobs began with whose spec may have been changed since; None where the present one holds"""
         self._labelled: dict[str, set[str]] = defaultdict(set)
         """UIDs of pods by the job's UID on their label"""
 
     # jobs
 
-    def put_job(self, raw: Object) -> Key:
-        """Remember a job, unless a newer state of the same object is known."""
+    def put_job(self, raw: Object, asked_at: float | None = None) -> Key:
+        """Remember a job, unless a newer state of the same object is known. What cannot be read of it is left out.
+
+        `asked_at` (monotonic): when the server was asked for it. Whatever was heard before that is older, or of a history that a
+        restored etcd does not know: then the answer counts, whatever its resourceVersion.
+        """
         meta = raw["metadata"]
         key = (meta["namespace"], meta["name"])
         known = self._jobs.get(key)
-        if meta["uid"] in self._gone:
+        if self._is_gone(meta["uid"], asked_at):
             return key
-        if not self.is_known(raw):
+        if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
+            raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
             self._jobs[key] = {**raw, "metadata": slim}
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
@@ -100,8 +119,34 @@ class Store:
         return key
 
     def _forget_job(self, uid: str) -> None:
-        for what in (self._keys, self._seen, self._restarts, self._specs):
-            what.pop(uid, None)
+        for what in (self._keys, self._seen, self._restarts, self._specs, self._begun_with):
+            what.pop(uid, None)  # type: ignore[attr-defined]
+        if uid in self._by_owner:
+            self._unowned.add(uid)
+        for tell in self.forgotten:
+            tell(uid)
+
+    def _is_gone(self, uid: str, asked_at: float | None) -> bool:
+        """Whether it was deleted, so that a late event must not bring it back. An answer of the server does: etcd was restored."""
+        if uid in self._gone and _is_older(self._gone[uid], asked_at):
+            del self._gone[uid]
+        return uid in self._gone
+
+    def begun_with(self, uid: str, spec: FineTuneJobSpec | None) -> bool:
+        """A job's spec may have been changed: it goes on, and is counted, with this one. Whether that is news."""
+        if uid in self._begun_with and self._begun_with[uid] == spec:
+            return False
+        self._begun_with[uid] = spec
+        self.touch(uid)
+        return True
+
+    def knows_beginning(self, uid: str) -> bool:
+        """Whether it was found out what a job began with whose spec may have been changed."""
+        return uid in self._begun_with
+
+    def beginning(self, uid: str) -> FineTuneJobSpec | None:
+        """What it began with; None where the present spec holds."""
+        return self._begun_with.get(uid)
 
     def _note_restarts(self, raw: Object) -> None:
         status, uid = raw.get("status"), raw["metadata"]["uid"]
@@ -152,15 +197,21 @@ class Store:
         """Keys of all jobs."""
         return list(self._jobs)
 
+    def phases(self) -> Counter[str]:
+        """How many jobs are in each phase, by what their statuses say."""
+        return Counter(str(_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
+
     # children
 
-    def put_child(self, kind: str, raw: Object) -> Key | None:
-        """Remember a child unless a newer state is known; the key of the job to wake, if it is known."""
+    def put_child(self, kind: str, raw: Object, asked_at: float | None = None) -> Key | None:
+        """Remember a child unless a newer state is known; the key of the job to wake, if it is known. `asked_at`: as of put_job."""
+        raw = legible_child(kind, raw)
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)
         job_uid = str((meta.get("labels") or {}).get(names.LABEL_JOB_UID, ""))
-        if uid not in self._gone and (known is None or known.version <= _version(raw)):
+        newer = known is None or known.version <= _version(raw) or _is_older(known.seen, asked_at)
+        if newer and not self._is_gone(uid, asked_at):
             owner = owner_uid(raw)
             if known is not None and known.owner != owner:
                 self._by_owner[known.owner].discard((kind, uid))
@@ -170,6 +221,8 @@ class Store:
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
+                if owner not in self._keys:
+                    self._unowned.add(owner)
             self.touch(job_uid)
         return self._keys.get(job_uid)
 
@@ -214,6 +267,9 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
+                self._jobs_left.pop(entry.owner, None)
+            if kind == "Job" and self._by_owner.get(uid):
+                self._jobs_left[uid] = entry.owner, entry.value.stage
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -264,20 +320,29 @@ class Store:
         )
 
     def gpu_pods(self, uid: str) -> list[PodView]:
-        """A job's workers and the pods of its evaluation."""
+        """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
+        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))
             elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
-                found += [pod_view(pod, frozenset({child})) for pod in pods]
+                evaluations.append(child)
+        for child in evaluations:
+            pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
+            found += [pod_view(pod, frozenset({child})) for pod in pods]
         return found
 
-    def is_worker(self, uid: str) -> bool:
-        """Whether it is a pod that a known job owns itself."""
-        entry = self._children["Pod"].get(uid)
-        return entry is not None and entry.owner in self._keys
+    def left_behind(self) -> dict[str, list[Object]]:
+        """By the UID of jobs that are not known: the kept fields of the workers that they have left."""
+        found = {}
+        for owner in list(self._unowned):
+            pods = [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
+            if owner not in self._keys and pods and _is_a_jobs(pods[0]):
+                found[owner] = pods
+            else:
+                self._unowned.discard(owner)
+        return found
 
     def pod(self, uid: str) -> Object | None:
         """The kept fields of a pod, for the progress endpoint's checks."""
@@ -285,16 +350,26 @@ class Store:
         return entry.value if entry is not None else None
 
 
+def _object(value: Any) -> Object:
+    return value if isinstance(value, dict) else {}
+
+
 def _was_a_jobs(pod: Object) -> bool:
     """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
     return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
 
 
+def _is_a_jobs(pod: Object) -> bool:
+    """Whether a FineTuneJob made it."""
+    return any(owner.get("controller") and owner.get("kind") == KIND for owner in pod["metadata"].get("ownerReferences") or ())
+
+
 def _keep(metadata: Object) -> Object:
     wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
     kept = {field: metadata[field] for field in wanted if field in metadata}
-    admission = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION)
-    return kept if admission is None else {**kept, "annotations": {names.ANNOTATION_ADMISSION: admission}}
+    annotations = metadata.get("annotations") or {}
+    known = {name: annotations[name] for name in (names.ANNOTATION_ADMISSION, names.ANNOTATION_SEAL) if name in annotations}
+    return {**kept, "annotations": known} if known else kept
 
 
 def _pod_status(status: Object) -> Object:

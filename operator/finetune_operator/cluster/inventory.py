@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, NoReturn, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
+
+from finetune_api.queue import QUEUE_KIND
 
 from ..cache.inventory import Inventory, read_namespace, read_node, read_pod, read_priority
 from ..model.objects import Object
 from ..settings import Settings
 from .reflector import Reflector
+from .resources import plural_of
 from .transport import Cluster
 
 T = TypeVar("T")
@@ -125,22 +128,27 @@ class InventoryWatch:
 
     def __init__(self, cluster: Cluster, settings: Settings, changed: Callable[[], None] = lambda: None) -> None:
         """`changed`: something is different on which decisions depend."""
-        self.inventory = Inventory(changed)
-        known = self.inventory
-        self.reflectors: list[Reflector[Any]] = [
-            Reflector(cluster, "FineTuneQueue", QUEUE, known.queues),
+        self.inventory, self._runs = Inventory(changed), False
+        known, self.reflectors = self.inventory, list[Reflector[Any]]()
+        if settings.queueing_backend == "none":
+            known.nodes.refuse(0, "queueing.backend is none")
+            return
+        self.reflectors = [
+            Reflector(cluster, QUEUE_KIND, QUEUE, known.queues),
+            Reflector(cluster, "Node", NODE, known.nodes),
             Reflector(cluster, "Namespace", NAMESPACE, known.namespaces),
             Reflector(cluster, "PriorityClass", PRIORITY, known.priorities),
         ]
-        if settings.watch_namespaces:
-            # it does not see what others hold: quota alone decides
-            known.nodes.refuse(403, "only some namespaces are watched")
-        else:
-            self.reflectors += [
-                Reflector(cluster, "Node", NODE, known.nodes),
-                Reflector(cluster, "Pod", POD, known.pods(), field_selector=_HOLDS),
-            ]
-        self._runs = False
+        # of the namespaces that are served: what others hold is not seen, and the cluster's scheduler has the last word
+        for namespace in settings.watch_namespaces or ("",):
+            pods = Reflector(cluster, "Pod", POD, known.pods(namespace), namespace=namespace, field_selector=_HOLDS)
+            self.reflectors.append(pods)
+
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """What of all this the operator may not list. Namespaces matter to queues alone."""
+        kinds = [r.kind for r in self.reflectors if r.state == "not allowed" and (r.kind != "Namespace" or self.inventory.queues.items)]
+        return tuple(plural_of(kind) for kind in dict.fromkeys(kinds))
 
     @property
     def states(self) -> dict[str, tuple[str, str]]:
@@ -150,9 +158,9 @@ class InventoryWatch:
     @property
     def silent_seconds(self) -> float:
         """For how long nothing was heard of the kind that was heard of last of all."""
-        return max(reflector.silent_seconds for reflector in self.reflectors)
+        return max((reflector.silent_seconds for reflector in self.reflectors), default=0.0)
 
-    async def run(self) -> NoReturn:
+    async def run(self) -> None:
         """Watch until cancelled."""
         self._runs = True
         try:
@@ -161,7 +169,6 @@ class InventoryWatch:
                     group.create_task(reflector.run(), name=f"reflector-{reflector.kind}")
         finally:
             self._runs = False
-        raise AssertionError("unreachable")
 
     async def look(self) -> Inventory:
         """What is there: known since all was listed once, or, where nobody watches, listed now. Raises APIError."""

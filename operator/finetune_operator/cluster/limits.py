@@ -11,7 +11,7 @@ from enum import IntEnum
 
 
 class Priority(IntEnum):
-    """What goes first. Within one kind, who asked first."""
+    """What goes first, for a while. Within one kind, who asked first."""
 
     ACT = 0
     """Pods and Jobs made and deleted: GPUs are held or wanted."""
@@ -21,13 +21,17 @@ class Priority(IntEnum):
     """Events, reads, token reviews, and progress, of which a later one tells more."""
 
 
+AGEING_SECONDS = 10.0
+"""A request is passed by those of the next higher kind that come within so many seconds, and not for longer"""
+
+
 class RateLimit:
-    """A token bucket with priorities: `qps` requests a second in the long run, `burst` at once."""
+    """A token bucket with priorities that age: `qps` requests a second in the long run, `burst` at once."""
 
     def __init__(self, qps: float, burst: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._qps, self._burst, self._monotonic = qps, burst, monotonic
         self._tokens, self._filled = float(burst), monotonic()
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
         self._pump: asyncio.Task[None] | None = None
 
@@ -43,7 +47,7 @@ class RateLimit:
             self._tokens -= 1
             return
         turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, next(self._order), turn))
+        heapq.heappush(self._waiting, (self._filled + priority * AGEING_SECONDS, next(self._order), turn))
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._serve(), name="rate-limit")
         await turn

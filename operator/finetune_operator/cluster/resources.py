@@ -46,6 +46,13 @@ RESOURCES = {
         Resource("ValidatingWebhookConfiguration", "validatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("MutatingWebhookConfiguration", "mutatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
+        Resource("SelfSubjectAccessReview", "selfsubjectaccessreviews", "authorization.k8s.io"),
     )
 }
 RESOURCES["Workload/v1beta1"] = Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta1")
+
+
+def plural_of(kind: str) -> str:
+    """A kind's plural as RBAC and kubectl write it: nodes, finetunequeues.finetune.dev."""
+    resource = RESOURCES[kind]
+    return f"{resource.plural}.{resource.group}" if resource.group else resource.plural

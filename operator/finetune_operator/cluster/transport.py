@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,12 +18,15 @@ from pydantic_core import from_json
 
 from finetune_api import names
 
-from .. import tracing
+from .. import metrics, tracing
+from ..model.legible import identified
 from ..model.objects import Object
 from .clock import ServerClock
 from .limits import Priority, RateLimit
-from .resources import RESOURCES
+from .resources import RESOURCES, Resource
 
+log = logging.getLogger("finetune.transport")
+_Shape = TypeVar("_Shape", dict[str, Any], list[Any])
 REQUEST_TIMEOUT = 30.0
 LIST_CHUNK = 500
 _TRANSIENT_TRIES = 4
@@ -150,8 +154,7 @@ class KubernetesCluster:
         content_type: str,
     ) -> Object:
         data = await self._answer(method, path, kind, verb, body, query, content_type)
-        parsed: Object = from_json(data)
-        return parsed
+        return _decoded(data)
 
     async def _answer(
         self,
@@ -250,6 +253,20 @@ class KubernetesCluster:
             raise
         return {str(known.get("name")) for known in answer.get("resources") or ()}
 
+    async def served_schema(self, resource: Resource) -> Object | None:
+        """The OpenAPI schema of a kind as it is served, which every service account may read; None where it may not, or there is none."""
+        path = f"/openapi/v3/apis/{resource.group}/{resource.version}"
+        try:
+            answer = await self.request("GET", path, kind="OpenAPI", verb="get")
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return None
+        schemas = (answer.get("components") or {}).get("schemas") or {}
+        kind = {"group": resource.group, "version": resource.version, "kind": resource.kind}
+        found = [schema for schema in schemas.values() if kind in (schema.get("x-kubernetes-group-version-kind") or ())]
+        return found[0] if found else None
+
     async def serves(self, kind: str) -> bool:
         resource = RESOURCES[kind]
         try:
@@ -288,9 +305,14 @@ class KubernetesCluster:
         query = {"limit": str(LIST_CHUNK), **({"labelSelector": selector} if selector else {})}
         while True:
             page = await self.request("GET", resource.path(namespace), kind=kind, verb="list", query=query)
-            for item in page.get("items") or ():
-                yield item
-            more = (page.get("metadata") or {}).get("continue")
+            for item in _objects(page, "items", list):
+                found = identified(kind, item)
+                if found is not None:
+                    yield found
+                    continue
+                metrics.UNREADABLE.labels(kind=kind).inc()
+                log.warning("a %s is passed by: it has no metadata that can be read: %.200r", kind, item)
+            more = _objects(page, "metadata", dict).get("continue")
             if not more:
                 return
             query["continue"] = more
@@ -305,6 +327,24 @@ class KubernetesCluster:
         answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
         status: Object = answer.get("status") or {}
         return status
+
+    async def may(self, verb: str, kind: str) -> bool:
+        """Whether this process may do something to all objects of a kind, in every namespace (SelfSubjectAccessReview)."""
+        resource = RESOURCES[kind]
+        asked = {"verb": verb, "group": resource.group, "version": resource.version, "resource": resource.plural}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        path = RESOURCES["SelfSubjectAccessReview"].path()
+        try:
+            answer = await self.request("POST", path, kind="SelfSubjectAccessReview", verb="create", body=body)
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return False  # not even allowed to ask
+        return bool((answer.get("status") or {}).get("allowed"))
 
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""
@@ -339,13 +379,35 @@ def _unreachable(failure: Exception) -> APIError:
     return APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}")
 
 
+def _decoded(data: bytes) -> Object:
+    """An answer's object. Raises APIError, transient, where it is none: it was broken on its way, and the next may be whole."""
+    try:
+        try:
+            answer = from_json(data)
+        except ValueError:
+            answer = json.loads(data)  # nests deeper, and takes what is no Unicode
+    except (ValueError, RecursionError) as failure:
+        raise APIError(0, "BrokenAnswer", f"the API server's answer of {len(data)} bytes cannot be read: {failure}") from failure
+    if not isinstance(answer, dict):
+        raise APIError(0, "BrokenAnswer", f"the API server answered with {type(answer).__name__}, not with an object")
+    return answer
+
+
+def _objects(page: Object, field: str, shape: type[_Shape]) -> _Shape:
+    """A part of a LIST's answer. Raises APIError where it is of another shape: taken for empty, everything would seem gone."""
+    found = page.get(field)
+    if found is not None and not isinstance(found, shape):
+        raise APIError(0, "BrokenAnswer", f"the API server's LIST has {field} of type {type(found).__name__}")
+    return found if found is not None else shape()
+
+
 def _api_error(status: int, body: Any, headers: Any) -> APIError:
     text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
     reason, message = "Error", text[:1000]
     try:
         answer = json.loads(text)
         reason, message = str(answer.get("reason", reason)), str(answer.get("message", message))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     after = (headers or {}).get("Retry-After") if headers is not None else None
     return APIError(status, reason, message, float(after) if after and str(after).isdigit() else None)

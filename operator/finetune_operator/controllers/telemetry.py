@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime
 from typing import Any
 
+from finetune_api.reasons import OTHER, known_reason
 from finetune_api.status import FineTuneJobStatus
 
 from .. import metrics
+from ..model.times import parse_time
 
 MOST_JOBS = 500
 """Jobs that train at the same time with gauges of their own; more have none."""
+MOST_QUEUES = 500
+"""Queues with counters of their own: a status, or a LocalQueue of a tenant's, may bring any name."""
 _GAUGES = (
     metrics.TRAINING_STEP,
     metrics.TRAINING_TOTAL_STEPS,
@@ -26,13 +29,14 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._training: dict[str, tuple[str, str]] = {}
+        self._queues: set[str] = set()
 
     def wrote(self, job: dict[str, Any], before: FineTuneJobStatus, after: FineTuneJobStatus) -> None:
         """A job's status went from one to the other."""
-        namespace, queue = job["metadata"]["namespace"], _queue(before, after)
+        namespace, queue = job["metadata"]["namespace"], self._queue(before, after)
         if after.finished and not before.finished:
             ended = after.condition("Succeeded" if after.phase == "Succeeded" else "Failed")
-            metrics.FINISHED.labels(result=after.phase, reason=ended.reason if ended is not None else "").inc()
+            metrics.FINISHED.labels(result=after.phase, reason=known_reason(ended.reason if ended is not None else "")).inc()
         known = {(r.attempt, r.time) for r in before.restarts}
         for restart in after.restarts:
             if (restart.attempt, restart.time) not in known:
@@ -45,6 +49,15 @@ class Telemetry:
             _add(metrics.QUEUED_SECONDS.labels(namespace=namespace, queue=queue), waited)
             metrics.ADMISSION_WAIT.labels(queue=queue).observe(waited)
         self._follow(job, after)
+
+    def _queue(self, *statuses: FineTuneJobStatus) -> str:
+        """The queue it was admitted to, as far as it is known."""
+        found = [s.admission.queue for s in statuses if s.admission is not None and s.admission.queue]
+        if not found:
+            return ""
+        if len(self._queues) < MOST_QUEUES:
+            self._queues.add(found[-1])
+        return found[-1] if found[-1] in self._queues else OTHER
 
     def _follow(self, job: dict[str, Any], status: FineTuneJobStatus) -> None:
         meta, progress = job["metadata"], status.progress
@@ -60,8 +73,8 @@ class Telemetry:
             metrics.TRAINING_LOSS.labels(*labels).set(progress.loss)
         if progress.tokens_per_second is not None:
             metrics.TOKENS_PER_SECOND.labels(*labels).set(progress.tokens_per_second)
-        if progress.reported_at is not None:
-            metrics.REPORTED_AT.labels(*labels).set(datetime.fromisoformat(progress.reported_at).timestamp())
+        if (reported_at := parse_time(progress.reported_at)) is not None:
+            metrics.REPORTED_AT.labels(*labels).set(reported_at.timestamp())
 
     def forget(self, uid: str) -> None:
         """The job does not train any more, or is gone."""
@@ -70,12 +83,6 @@ class Telemetry:
             for gauge in _GAUGES:
                 with contextlib.suppress(KeyError):  # it was never set
                     gauge.remove(*labels)
-
-
-def _queue(*statuses: FineTuneJobStatus) -> str:
-    """The queue it was admitted to, as far as it is known."""
-    found = [s.admission.queue for s in statuses if s.admission is not None and s.admission.queue]
-    return found[-1] if found else ""
 
 
 def _add(counter: Any, amount: float) -> None:

@@ -28,6 +28,10 @@ def _number(labels: dict[str, str], label: str) -> int:
     return int(value) if value.isdigit() and len(value) < 10 else 0
 
 
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
 def _eviction(reason: str) -> str:
     """Kueue's reason for taking pods away (Preempted, ClusterQueueStopped, ...), from that of the pod's condition."""
     return re.sub(r"[^A-Za-z0-9_]", "", reason.removeprefix("WorkloadEvictedDueTo"))[:128] or "Evicted"
@@ -51,12 +55,12 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         attempt=_number(labels, names.LABEL_ATTEMPT),
         rank=_number(labels, names.LABEL_RANK),
         job_uid=owner if owner in child_jobs else "",
-        phase=status.get("phase") or "Pending",
+        phase=str(status.get("phase") or "Pending"),
         created=parse_time(metadata.get("creationTimestamp")) or _EPOCH,
         deleting=bool(metadata.get("deletionTimestamp")),
         running="running" in state or bool(ended),
         started=parse_time((state.get("running") or {}).get("startedAt")),
-        exit_code=ended.get("exitCode"),
+        exit_code=_whole(ended.get("exitCode")),
         finished=parse_time(ended.get("finishedAt")),
         reason=str(status.get("reason") or ended.get("reason") or ""),  # an evicted pod's container only says Error
         message=str(ended.get("message") or status.get("message") or ""),
@@ -65,11 +69,12 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         unschedulable=str(scheduled.get("message") or "") if scheduled.get("status") == "False" else "",
         node=str((raw.get("spec") or {}).get("nodeName") or ""),
         admission=str((metadata.get("annotations") or {}).get(names.ANNOTATION_ADMISSION, "")),
+        seal=str((metadata.get("annotations") or {}).get(names.ANNOTATION_SEAL, "")),
         disrupted=bool(stopped) or (conditions.get("DisruptionTarget") or {}).get("status") == "True",
         eviction=_eviction(str(stopped.get("reason") or "")) if stopped else "",
         eviction_message=str(stopped.get("message") or "")[:1000],
         queue=str(labels.get(QUEUE_LABEL, "")),
-        priority=int((raw.get("spec") or {}).get("priority") or 0),
+        priority=_whole((raw.get("spec") or {}).get("priority")) or 0,
     )
 
 

@@ -52,6 +52,8 @@ class PodView:
     """The node it was bound to."""
     admission: str = ""
     """What its gang was admitted to, as JSON."""
+    seal: str = ""
+    """That the operator wrote that (model/seal.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +106,8 @@ class Observed:
     decision: Decision | None = None
     """What the scheduler has decided, unless it has not looked yet."""
     now: datetime
+
+    @property
+    def raw(self) -> Object:
+        """The job."""
+        return self.job

@@ -13,6 +13,8 @@ from finetune_api.spec.run import Toleration
 
 IMPLICIT = ""
 """Name of the queue of all jobs in a cluster without a FineTuneQueue."""
+RECOVERED = "Recovered"
+"""Reason of keeping a gang whose record was wiped: quota has room for it"""
 Amounts = Mapping[str, int]
 """Resource name -> amount: CPUs in thousandths, memory in bytes, extended resources in units."""
 
@@ -34,9 +36,11 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[Taint, ...] = ()
     allocatable: Amounts
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Resource name -> what it says it has of it, where that is no quantity."""
     used: Amounts = field(default_factory=dict)
-    usable: bool = True
-    """Ready and not cordoned."""
+    away: str = ""
+    """Why no pod may come now: not ready, cordoned, deleted; empty where pods may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,10 @@ class Workload:
     waits: bool
     """It is ready to take its GPUs now."""
     allocation: Allocation | None = None
+    has_run: bool = False
+    """It was admitted before: some node could hold its pods."""
+    recovers: bool = False
+    """It runs without a record of its admission, which was wiped: what it holds is the operator's own word, to be checked against quota."""
 
     @property
     def label(self) -> str:
@@ -128,6 +136,8 @@ class Queue:
     name: str
     spec: FineTuneQueueSpec
     history: UsageHistory = field(default_factory=UsageHistory)
+    unreadable: str = ""
+    """Which field of its spec cannot be read, and why: `spec` is a stand-in then, of which nothing is given away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +163,14 @@ class Snapshot:
     workloads: tuple[Workload, ...]
     queues: tuple[Queue, ...] = ()
     nodes: tuple[Node, ...] | None = None
-    """None when the operator may not look at nodes: quota alone decides then."""
+    """None when they were not looked at: quota alone decides then."""
+    missing: tuple[Node, ...] = ()
+    """Nodes that were there and are no more, or have less now, as they were; `away` says which."""
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    forbidden: tuple[str, ...] = ()
+    """What the operator may not list, and would have to see: nobody is admitted then."""
+    unlimited: bool = False
+    """Nothing is counted (queueing.backend none): everybody is admitted at once."""
     autoscaled: bool = False
     """Without a FineTuneQueue: nodes come when pods wait, so gangs need not fit on those that are there."""
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from finetune_api import names
+from finetune_api.queue import Flavor
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
+from .children import pod_view
 from .job import PodView
 from .nodes import amount
 from .objects import Object
-from .queueing import Allocation, Request, Workload
+from .queueing import Allocation, Amounts, Request, Workload
+from .seal import is_sealed
 from .times import parse_time
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -68,6 +74,12 @@ def is_still(raw: Object) -> bool:
     return not _object(raw.get("status")).get("retryAfter")
 
 
+def priority_class_of(raw: Object) -> str | None:
+    """The priority class that a job names; its spec need not be valid."""
+    name = _object(_object(raw.get("spec")).get("scheduling")).get("priorityClassName")
+    return name if isinstance(name, str) else None
+
+
 def workload_of(
     raw: Object,
     spec: FineTuneJobSpec,
@@ -91,18 +103,27 @@ def workload_of(
     admission = _object(status.get("admission"))
     alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
     gang = [p for p in alive if p.stage == "train"]
+    evaluation = [p for p in alive if p.job_uid] if spec.distribution.gpus_per_node > 0 else []
     evaluates = (
         trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
     )
-    keeps = admitted and not finished and not suspended
+    deleting = bool(meta.get("deletionTimestamp"))
+    over = finished or suspended or deleting
+    keeps = admitted and not over
+    recovers = sealed_admission(gang, meta["uid"], settings) if "Admitted" not in conditions and not over else None
     allocation = None
     if keeps and evaluates and not gang:
         request = _evaluation_request(request, settings)
-        allocation = _allocation(admission, 1, request, [p for p in alive if p.job_uid], raw, now, stopping=False)
+        allocation = _allocation(admission, 1, request, evaluation, raw, now, stopping=False)
     elif keeps and not trained:
         allocation = _allocation(admission, int(admission.get("nodes") or request.pods[0]), request, gang, raw, now, stopping=False)
+    elif recovers is not None:
+        allocation = _allocation(recovers.to_wire(), recovers.nodes, request, gang, raw, now, stopping=False)
     elif gang:
         allocation = _allocation(admission, len(gang), request, gang, raw, now, stopping=True)
+    elif evaluation:
+        request = _evaluation_request(request, settings)
+        allocation = _allocation(admission, len(evaluation), request, evaluation, raw, now, stopping=True)
     retry_after = parse_time(status.get("retryAfter"))
     waiting = _object(status.get("queue"))
     created = parse_time(meta.get("creationTimestamp")) or _EPOCH
@@ -117,10 +138,76 @@ def workload_of(
         waits_since=parse_time(waiting.get("since")) or now,
         request=request,
         waits=(ready or is_true("DataReady"))
-        and not (trained or finished or suspended or admitted)
+        and not (trained or finished or suspended or admitted or deleting)
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
+        has_run=bool(admission or _object(status.get("usage")).get("gpuSeconds")),
+        recovers=recovers is not None,
     )
+
+
+def left_behind(
+    uid: str,
+    pods: Iterable[Object],
+    requests: Mapping[str, Amounts],
+    flavors: Mapping[tuple[str, str], Flavor],
+    settings: Settings,
+    now: datetime,
+) -> Workload | None:
+    """A job that nobody saw go, by the workers that it has left; None where they hold nothing of a queue, or not by the operator's word.
+
+    `requests`: by the pod's UID. `flavors`: by the names of queue and flavor.
+    """
+    raws = list(pods)
+    alive = [pod for pod in map(pod_view, raws) if pod.phase not in ("Succeeded", "Failed")]
+    admission = sealed_admission(alive, uid, settings, leaving=True)
+    per_pod = next((requests[pod.uid] for pod in alive if pod.uid in requests), None)
+    flavor = flavors.get((admission.queue or "", admission.flavor or "")) if admission is not None else None
+    if admission is None or flavor is None or per_pod is None:
+        return None
+    meta, units = raws[0]["metadata"], per_pod.get(flavor.resource_name, 0)
+    return Workload(
+        uid=uid,
+        namespace=meta["namespace"],
+        name=str((meta.get("labels") or {}).get(names.LABEL_JOB, "")),
+        queue=admission.queue,
+        since=now,
+        waits_since=now,
+        request=Request(resource=flavor.resource_name, units=units, pods=(len(alive),), per_pod=tuple(sorted(per_pod.items()))),
+        waits=False,
+        allocation=Allocation(
+            queue=admission.queue or "",
+            flavor=flavor.name,
+            pods=len(alive),
+            units=units,
+            since=parse_time(admission.admitted_at) or now,
+            bound=_bound(alive),
+            stopping=True,
+        ),
+    )
+
+
+def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings, *, leaving: bool = False) -> AdmissionStatus | None:
+    """What a gang was admitted to, from the pods that still run: only what bears the operator's seal for this job is believed."""
+    for pod in workers:
+        alive = pod.phase not in ("Succeeded", "Failed") and (leaving or not pod.deleting)
+        if alive and is_sealed(settings.seal_key, uid, pod.admission, pod.seal):
+            with contextlib.suppress(ValueError):
+                return AdmissionStatus.model_validate_json(pod.admission)
+    return None
+
+
+def leaving(workload: Workload, pods: Iterable[PodView]) -> Workload | None:
+    """A job that is gone, as it was last seen, with what the pods that it has left still hold; None when the last of them has ended."""
+    alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
+    if workload.allocation is None or not alive:
+        return None
+    held = dataclasses.replace(workload.allocation, pods=len(alive), bound=_bound(alive), stopping=True)
+    return dataclasses.replace(workload, allocation=held, waits=False)
+
+
+def _bound(pods: Iterable[PodView]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(Counter(pod.node for pod in pods if pod.node).items()))
 
 
 def _object(value: Any) -> Object:
@@ -135,10 +222,6 @@ def _allocation(
     saved = parse_time(_object(status.get("checkpoint")).get("savedAt"))
     running = parse_time(_object(status.get("gang")).get("runningSince"))
     domain = _object(admission.get("topology"))
-    bound: dict[str, int] = defaultdict(int)
-    for pod in alive:
-        if pod.node:
-            bound[pod.node] += 1
     return Allocation(
         queue=admission.get("queue") or "",
         flavor=admission.get("flavor") or "",
@@ -146,7 +229,7 @@ def _allocation(
         units=request.units,
         since=since,
         saved_at=max((at for at in (saved, running) if at is not None), default=None),
-        bound=tuple(sorted(bound.items())),
+        bound=_bound(alive),
         topology=(domain["key"], domain["value"]) if domain.get("key") and domain.get("value") else None,
         stopping=stopping,
     )

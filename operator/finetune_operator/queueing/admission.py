@@ -1,6 +1,6 @@
 """decide(): one pass over all that waits. Deterministic: the same snapshot gives the same answer.
 
-Queues take turns: those within their own quota first, then the least weighted share (quota.py); within a queue line.py
+Queues take turns: those within their own quota first, then the least weighted share (quota.py); within a queue ordering.py
 decides. A gang is admitted when quota and nodes have room for all of it. What does not fit is passed by later jobs, until
 it has waited for `backfillFor`: then what becomes free is kept for it, which bounds how long anybody is passed.
 """
@@ -11,18 +11,30 @@ import dataclasses
 import heapq
 from collections import Counter, defaultdict
 
-from finetune_api.queue import DEFAULT_QUEUE, Flavor
+from finetune_api.queue import Flavor
 from finetune_api.scalars import human_duration, seconds
 
-from ..model.queueing import IMPLICIT, Admission, Allocation, Decision, Decisions, Queue, QueueReport, Snapshot, Workload, may_use
+from ..model.queueing import (
+    IMPLICIT,
+    RECOVERED,
+    Admission,
+    Allocation,
+    Decision,
+    Decisions,
+    QueueReport,
+    Snapshot,
+    Workload,
+)
 from ..queueing import explain
+from .blind import admit_all, admit_none
+from .eligibility import Eligibility
 from .ordering import Ordering
 from .placement import Fleet, Place, never_fits
-from .preemption import Wish, candidates, effective_priority, victims
+from .preemption import Preemptor, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
 from .usage import Fit, Usage
 
-_NOT_FOR_ROOM = ("NeverAdmitted", "QueueStopped", "NamespaceLimit", "UserLimit")
+_NO_GPU_HELPS = ("NeverAdmitted", "QueueStopped", "QueueUnreadable", "NamespaceLimit", "UserLimit")
 """Reasons of waiting that no free GPU would end."""
 _PREEMPTION_TRIES = 8
 """Jobs per queue and pass that others are looked for to give way to."""
@@ -30,6 +42,8 @@ _PREEMPTION_TRIES = 8
 
 def decide(snapshot: Snapshot) -> Decisions:
     """What is decided about every job and every queue. Pure."""
+    if snapshot.unlimited or snapshot.forbidden:
+        return admit_all(snapshot) if snapshot.unlimited else admit_none(snapshot)
     return _Pass(snapshot).run()
 
 
@@ -37,40 +51,60 @@ class _Pass:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         queues = snapshot.queues or (implicit_queue(snapshot),)
-        self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes) if snapshot.nodes is not None else None)
+        self.usage = Usage(Ledger(queues, snapshot.now), Fleet(snapshot.nodes, snapshot.missing) if snapshot.nodes is not None else None)
         self.ledger, self.fleet = self.usage.ledger, self.usage.fleet
         self.decisions: dict[str, Decision] = {}
         self.waiting: dict[str, list[Workload]] = defaultdict(list)
         self.running: list[Workload] = []
+        self.proven: Counter[str] = Counter()
+        """The most that pods had of each resource which have run: some node could hold them, wherever it is now."""
         self.failed: dict[tuple[object, ...], tuple[str, str]] = {}
         self.tries: Counter[str] = Counter()
         self.position: Counter[str] = Counter()
-        self._offers: dict[tuple[object, ...], list[Flavor]] = {}
-        self._homes: dict[tuple[str, str | None], tuple[str | None, tuple[str, str]]] = {}
+        self.eligibility = Eligibility(snapshot, self.ledger)
 
     def run(self) -> Decisions:
-        for workload in self.snapshot.workloads:
+        self.workloads = [*(w for w in self.snapshot.workloads if not w.recovers)]
+        for workload in self.workloads:
             self._count(workload)
-        for workload in sorted((w for w in self.snapshot.workloads if w.allocation is not None), key=lambda w: (-w.request.units, w.uid)):
+        self.workloads += [self._recovered(w) for w in self.snapshot.workloads if w.recovers]
+        for workload in sorted((w for w in self.workloads if w.allocation is not None), key=lambda w: (-w.request.units, w.uid)):
             self._expect(workload)
-        for workload in self.snapshot.workloads:
+        for workload in sorted(self.workloads, key=lambda w: w.uid):
             self._sort(workload)
         self._drain()
         self._take_turns()
         self._grow()
-        allocation: dict[str, list[tuple[str, Allocation]]] = defaultdict(list)
-        for workload in self.snapshot.workloads:
+        allocations: dict[str, list[tuple[str, Allocation]]] = defaultdict(list)
+        for workload in self.workloads:
             if workload.allocation is not None:
-                allocation[workload.allocation.queue].append((workload.namespace, workload.allocation))
-        return Decisions(jobs=self.decisions, queues={name: self._report(name, allocation[name]) for name in self.ledger.queues})
+                allocations[workload.allocation.queue].append((workload.namespace, workload.allocation))
+        return Decisions(jobs=self.decisions, queues={name: self._report(name, allocations[name]) for name in self.ledger.queues})
 
     # who has what, who wants what
 
     def _count(self, workload: Workload) -> None:
+        request = workload.request
+        if workload.has_run:
+            self.proven[request.resource] = max(self.proven[request.resource], request.units)
         if (allocation := workload.allocation) is not None:
             self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total)
             if self.fleet is not None:
-                self.fleet.take(allocation.bound, workload.request.per_pod)
+                self.fleet.take(allocation.bound, request.per_pod)
+
+    def _recovered(self, workload: Workload) -> Workload:
+        """One whose record was wiped: it keeps what quota has room for beside all others, else it gives way."""
+        self._count(workload)
+        held = workload.allocation
+        assert held is not None
+        flavor = self.eligibility.flavor(held.queue, held.flavor)
+        counted = flavor is not None or (not held.flavor and workload.request.resource == "cpu")
+        may = held.queue in self.ledger.queues and self.eligibility.may_use(self.ledger.queues[held.queue], workload.namespace)
+        if may and counted and (flavor is None or self.ledger.available(held.queue, flavor) >= 0):
+            return workload
+        message = f"the record of its admission was lost, and queue {held.queue or 'none'} has no room for it: its pods save and end"
+        self.decisions[workload.uid] = Decision(action="wait", reason="AdmissionLost", message=message, queue=held.queue)
+        return dataclasses.replace(workload, allocation=dataclasses.replace(held, stopping=True))
 
     def _expect(self, workload: Workload) -> None:
         """Keep room for the pods of an admitted gang that have no node yet; the largest come first, they find room least."""
@@ -80,7 +114,7 @@ class _Pass:
         missing = allocation.pods - sum(pods for _, pods in allocation.bound)
         if allocation.topology is not None:
             request = dataclasses.replace(request, selector=(*request.selector, allocation.topology), topology_key="")
-        flavor = self._flavor(allocation.queue, allocation.flavor)
+        flavor = self.eligibility.flavor(allocation.queue, allocation.flavor)
         while missing > 0:
             place = self.fleet.place(request, missing, flavor) or self.fleet.place(request, 1, flavor)
             if place is None:
@@ -94,63 +128,27 @@ class _Pass:
             self.usage.stopping.append(workload)
         elif allocation is not None:
             self.running.append(workload)
-            self.decisions[workload.uid] = Decision(action="keep", queue=allocation.queue)
+            reason = RECOVERED if workload.recovers else ""
+            self.decisions[workload.uid] = Decision(action="keep", reason=reason, queue=allocation.queue)
         if allocation is not None and not allocation.stopping:
             return
-        name, problem = self._queue_of(workload)
+        name, problem = self.eligibility.queue_of(workload)
         if name is None:
             self.decisions[workload.uid] = Decision(action="wait", reason=problem[0], message=problem[1], queue=workload.queue or IMPLICIT)
             return
-        never = never_fits(workload.request, self.fleet) if allocation is None and self.fleet is not None else None
-        if never is not None and not self._autoscaled(name, workload):
+        if (never := self._never_fits(name, workload)) is not None:
             self.decisions[workload.uid] = Decision(action="refuse", reason="NoNodeFits", message=never, queue=name)
         elif workload.waits:
             self.waiting[name].append(workload)
 
-    def _queue_of(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
-        key = workload.namespace, workload.queue
-        if key not in self._homes:
-            self._homes[key] = self._find_queue(workload)
-        return self._homes[key]
-
-    def _find_queue(self, workload: Workload) -> tuple[str | None, tuple[str, str]]:
-        if not self.snapshot.queues:
-            if workload.queue is None:
-                return IMPLICIT, ("", "")
-            return None, ("QueueNotFound", f"scheduling.queue: there is no FineTuneQueue {workload.queue!r}, nor any other; remove it")
-        home = self.snapshot.namespaces.get(workload.namespace)
-        name = workload.queue or (home.queue if home is not None else None) or DEFAULT_QUEUE
-        if name in self.ledger.queues and self._may_use(self.ledger.queues[name], workload.namespace):
-            return name, ("", "")
-        allowed = [name for name, queue in sorted(self.ledger.queues.items()) if self._may_use(queue, workload.namespace)]
-        known = f"this namespace may use: {', '.join(allowed[:8]) or 'none'}"
-        if name not in self.ledger.queues:
-            if workload.queue is None and name == DEFAULT_QUEUE:
-                return None, ("QueueNotFound", f"the job names no queue, and there is none called {DEFAULT_QUEUE}; {known}")
-            return None, ("QueueNotFound", f"there is no FineTuneQueue {name!r}; {known}")
-        return None, ("QueueNotAllowed", f"jobs of namespace {workload.namespace} may not use queue {name}; {known}")
-
-    def _may_use(self, queue: Queue, namespace: str) -> bool:
-        return may_use(queue, self.snapshot.namespaces.get(namespace))
-
-    def _flavor(self, queue: str, flavor: str) -> Flavor | None:
-        known = self.ledger.queues.get(queue)
-        return next((f for f in known.spec.flavors if f.name == flavor), None) if known is not None else None
-
-    def _flavors(self, queue: str, workload: Workload) -> list[Flavor]:
-        """Those with the job's resource whose nodes its selector does not rule out."""
-        key = queue, workload.request.resource, workload.request.selector
-        if key not in self._offers:
-            selector = dict(workload.request.selector)
-            self._offers[key] = [
-                flavor
-                for flavor in self.ledger.queues[queue].spec.flavors
-                if flavor.resource_name == workload.request.resource and all(selector.get(k, v) == v for k, v in flavor.node_labels.items())
-            ]
-        return self._offers[key]
-
-    def _autoscaled(self, queue: str, workload: Workload) -> bool:
-        return any(flavor.nodes == "Autoscaled" for flavor in self._flavors(queue, workload))
+    def _never_fits(self, name: str, workload: Workload) -> str | None:
+        """Why no node that was ever seen could hold one of its pods, or None. What has run once is never too large."""
+        request = workload.request
+        if self.fleet is None or workload.allocation is not None or workload.has_run or request.units <= self.proven[request.resource]:
+            return None
+        if self.ledger.queues[name].unreadable or self.eligibility.autoscaled(name, workload):
+            return None
+        return never_fits(request, self.fleet)
 
     # turns
 
@@ -193,7 +191,7 @@ class _Pass:
     def _turn_of(self, name: str, ordering: Ordering) -> None:
         workload = ordering.peek()
         while workload is not None:
-            units, closed = self._look_at(name, workload)
+            units, closed = self._nominate(name, workload)
             ordering.drop(workload, units)
             if closed:
                 for other in ordering.rest():
@@ -203,7 +201,7 @@ class _Pass:
                 return
 
     def _fails_like(self, name: str, before: Workload, workload: Workload) -> bool:
-        """Whether the next in line wants what the one before it did not get: it needs no turn of its own to be told so."""
+        """Whether the next in the queue wants what the one before it did not get: it needs no turn of its own to be told so."""
         if workload.request is not before.request and workload.request != before.request:
             return False
         return (
@@ -215,7 +213,7 @@ class _Pass:
         """Whether a queue's own quota has room for its head, which others have passed for too long on the nodes: it goes first."""
         queue, units = self.ledger.queues[name], head.request.pods[-1] * head.request.units
         waited = (self.snapshot.now - head.waits_since).total_seconds()
-        own = [f for f in self._flavors(name, head) if not self.ledger.borrows(name, f, units)]
+        own = [f for f in self.eligibility.flavors(name, head) if not self.ledger.borrows(name, f, units)]
         return bool(own) and waited >= seconds(queue.spec.backfill_for)
 
     def _push(self, turns: list[tuple[tuple[object, ...], str]], name: str, ordering: Ordering) -> None:
@@ -224,13 +222,16 @@ class _Pass:
 
     def _turn(self, name: str, head: Workload) -> tuple[object, ...]:
         queue = self.ledger.queues[name]
-        flavors = self._flavors(name, head)
+        flavors = self.eligibility.flavors(name, head)
         borrows = bool(flavors) and all(self.ledger.borrows(name, f, head.request.pods[-1] * head.request.units) for f in flavors)
         return borrows, self.ledger.share(name), -effective_priority(head, queue.spec.limits.max_priority), head.since, head.uid
 
-    def _look_at(self, name: str, workload: Workload) -> tuple[int, str]:
+    def _nominate(self, name: str, workload: Workload) -> tuple[int, str]:
         """Admit it or say what it waits for: (units given, why nobody behind it has a turn now)."""
         queue = self.ledger.queues[name]
+        if queue.unreadable:
+            self._wait(name, workload, "QueueUnreadable", explain.unreadable(queue))
+            return 0, ""
         if queue.spec.stop_policy != "None":
             self._wait(name, workload, "QueueStopped", f"queue {name} admits nothing now (stopPolicy {queue.spec.stop_policy})")
             return 0, ""
@@ -252,8 +253,8 @@ class _Pass:
         if kind in self.failed:
             reason, message = self.failed[kind]
         else:
-            reason, message = self._make_room(name, workload, priority) or explain.shortage(
-                self.usage, queue, workload, self._flavors(name, workload)
+            reason, message = self._try_preemption(name, workload, priority) or explain.shortage(
+                self.usage, queue, workload, self.eligibility.flavors(name, workload)
             )
             self.failed[kind] = reason, message
         self._wait(name, workload, reason, message)
@@ -266,13 +267,13 @@ class _Pass:
             return 0, f"behind {workload.label} (ordering StrictFIFO)"
         waited = (self.snapshot.now - workload.waits_since).total_seconds()
         if waited >= seconds(queue.spec.backfill_for):
-            self._keep_for(name, workload)
+            self._reserve_for(name, workload)
             return 0, f"behind {workload.label}, which has waited {human_duration(waited)}: what becomes free is kept for it (backfillFor)"
         return 0, ""
 
     def _fit(self, name: str, workload: Workload) -> Admission | None:
         """Admit it when all of it fits now, with as many pods as do."""
-        request, flavors = workload.request, self._flavors(name, workload)
+        request, flavors = workload.request, self.eligibility.flavors(name, workload)
         if not flavors:
             if request.resource == "cpu" and all(f.resource_name != "cpu" for f in self.ledger.queues[name].spec.flavors):
                 self.usage.give(name, "", workload, 0, ())
@@ -299,9 +300,9 @@ class _Pass:
             place=place,
         )
 
-    def _make_room(self, name: str, workload: Workload, priority: int) -> tuple[str, str] | None:
+    def _try_preemption(self, name: str, workload: Workload, priority: int) -> tuple[str, str] | None:
         """Wait for those that give way already, or ask others to; None when that would not help."""
-        usage, pods, flavors = self.usage, workload.request.pods[-1], self._flavors(name, workload)
+        usage, pods, flavors = self.usage, workload.request.pods[-1], self.eligibility.flavors(name, workload)
 
         def fit() -> Fit | None:
             return usage.fit(name, workload, pods, flavors, later=True)
@@ -313,13 +314,15 @@ class _Pass:
             self.tries[name] += 1
             ledger = usage.later[0]
             for flavor in flavors:
-                wish = Wish(workload=workload, priority=priority, queue=name, flavor=flavor, pods=pods)
-                ordered = candidates(wish, self.running, ledger, self.snapshot.now)
-                chosen = victims(wish, ordered, ledger, usage.let_go, usage.keep, lambda: fit() is not None)
+                preemptor = Preemptor(workload=workload, priority=priority, queue=name, flavor=flavor, pods=pods)
+                ordered = candidates(preemptor, self.running, ledger, self.snapshot.now)
+                chosen = victims(preemptor, ordered, ledger, usage.let_go, usage.keep, lambda: fit() is not None)
                 for victim in chosen:
                     same = victim.allocation is not None and victim.allocation.queue == name
                     back = (
-                        f"queue {name} takes its quota back" if not ledger.borrows(name, flavor, wish.units) else f"queue {name} has less"
+                        f"queue {name} takes its quota back"
+                        if not ledger.borrows(name, flavor, preemptor.units)
+                        else f"queue {name} has less"
                     )
                     how = f"priority {priority}" if same else back
                     self._preempt(victim, f"gives way to {workload.label} ({how})")
@@ -332,9 +335,9 @@ class _Pass:
         usage.reserve(name, flavor.name, pods * workload.request.units, workload.request, place)
         return "WaitingForPreemption", f"waits for {len(usage.stopping)} job(s) that save their checkpoints and give way"
 
-    def _keep_for(self, name: str, workload: Workload) -> None:
+    def _reserve_for(self, name: str, workload: Workload) -> None:
         """Keep what becomes free for a job: of quota what is its queue's own, and the nodes that it would have soonest."""
-        request, pods, flavors = workload.request, workload.request.pods[-1], self._flavors(name, workload)
+        request, pods, flavors = workload.request, workload.request.pods[-1], self.eligibility.flavors(name, workload)
         flavor = max(flavors, key=lambda f: self.ledger.available(name, f))
         own = flavor.nominal_quota - self.ledger.used[name, flavor.name]
         units = max(0, min(self.ledger.available(name, flavor), own, pods * request.units))
@@ -353,18 +356,18 @@ class _Pass:
             w.request.resource
             for waiting in (self.waiting.values() if able else ())
             for w in waiting
-            if (v := self.decisions[w.uid]).action == "wait" and v.reason not in _NOT_FOR_ROOM
+            if (v := self.decisions[w.uid]).action == "wait" and v.reason not in _NO_GPU_HELPS
         }
         for workload in able:
             allocation, request = workload.allocation, workload.request
             assert allocation is not None
             queue = self.ledger.queues.get(allocation.queue)
-            if queue is None or request.resource in wanted or sum(n for _, n in allocation.bound) < allocation.pods:
+            if queue is None or queue.unreadable or request.resource in wanted or sum(n for _, n in allocation.bound) < allocation.pods:
                 continue
             if (self.snapshot.now - allocation.since).total_seconds() < seconds(queue.spec.preemption.minimum_run_time):
                 continue
             for pods in (p for p in request.pods if p > allocation.pods):
-                found = self.usage.room_instead(allocation.queue, workload, pods, self._flavors(allocation.queue, workload))
+                found = self.usage.fit_instead(allocation.queue, workload, pods, self.eligibility.flavors(allocation.queue, workload))
                 if found is not None:
                     flavor, place = found
                     more = self._admission(allocation.queue, flavor, pods, workload, place)
@@ -377,17 +380,17 @@ class _Pass:
                         self.fleet.take(place, request.per_pod)
                     break
 
-    def _report(self, name: str, mine: list[tuple[str, Allocation]]) -> QueueReport:
+    def _report(self, name: str, allocations: list[tuple[str, Allocation]]) -> QueueReport:
         used: Counter[str] = Counter()
         by_namespace: Counter[str] = Counter()
-        for namespace, allocation in mine:
+        for namespace, allocation in allocations:
             used[allocation.flavor] += allocation.total
             by_namespace[namespace] += allocation.total
         waiting = [w for w in self.waiting.get(name, ()) if self.decisions[w.uid].action == "wait"]
         oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
         return QueueReport(
             pending=len(waiting),
-            admitted=sum(1 for _, allocation in mine if not allocation.stopping),
+            admitted=sum(1 for _, allocation in allocations if not allocation.stopping),
             used=dict(used),
             by_namespace=dict(by_namespace),
             share=round(self.ledger.share(name), 4),

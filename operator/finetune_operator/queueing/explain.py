@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from finetune_api.queue import Flavor
 
-from ..model.queueing import Admission, Queue, Workload
+from ..model.queueing import Admission, Queue, Request, Workload
+from .placement import Fleet
 from .usage import Usage
+
+_NAMED = 8
+"""Nodes that a message names."""
 
 
 def granted(workload: Workload, admission: Admission) -> str:
@@ -15,6 +19,12 @@ def granted(workload: Workload, admission: Admission) -> str:
     what = f"{admission.pods * request.units} {request.resource}" if request.units else "no GPUs"
     flavor = f", flavor {admission.flavor}" if admission.flavor else ""
     return f"{size} with {what} ({f'queue {admission.queue}{flavor}' if admission.queue else 'no FineTuneQueue'})"
+
+
+def unreadable(queue: Queue) -> str:
+    """Why a queue gives nothing away, and what to do."""
+    fix = "correct it, or upgrade the operator if the queue was written for a newer one"
+    return f"FineTuneQueue {queue.name} cannot be read, so its quota is not known: {queue.unreadable}; {fix}"
 
 
 def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | None:
@@ -30,12 +40,24 @@ def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | N
             if kind == "User"
             else (limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
         )
-        allocation, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
+        units, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
         if most_jobs is not None and jobs >= most_jobs:
             return f"{kind}Limit", f"{owner} has {jobs} jobs in queue {queue.name}, the limit (maxJobsPer{kind})"
-        if most is not None and allocation + need > most:
-            return f"{kind}Limit", f"{owner} holds {allocation} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
+        if most is not None and units + need > most:
+            return f"{kind}Limit", f"{owner} holds {units} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
     return None
+
+
+def _away(fleet: Fleet, request: Request, flavors: list[Flavor]) -> str:
+    """The nodes that are waited for, where those that are there could not hold the gang even if nothing else ran on them."""
+    found: dict[str, str] = {}
+    for flavor in flavors:
+        found |= fleet.away(request, flavor)
+    if not found or max(fleet.capacity(request, flavor) for flavor in flavors) >= request.pods[-1]:
+        return ""
+    named = ", ".join(f"{name} ({why})" for name, why in sorted(found.items())[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"; nodes that could hold its pods are away: {named}{more}"
 
 
 def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavor]) -> tuple[str, str]:
@@ -55,8 +77,12 @@ def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavo
         return "WaitingForQuota", f"waits for {need - best} of {need} {request.resource}: quota has {rest}"
     fitting = [f for f in flavors if quota[f.name] >= need]
     free = max((usage.fleet.free_units(request, f) for f in fitting), default=0) if usage.fleet is not None else 0
+    away = _away(usage.fleet, request, fitting) if usage.fleet is not None else ""
     if free < need:
-        return "WaitingForNodes", f"waits for {need - free} of {need} {request.resource}: {free} are free on the nodes that it may use"
+        return (
+            "WaitingForNodes",
+            f"waits for {need - free} of {need} {request.resource}: {free} are free on the nodes that it may use{away}",
+        )
     where = f" within one {request.topology_key}" if request.topology_key else ""
     each = f"{request.units} for each of {request.pods[-1]} pod(s){where}"
-    return "WaitingForNodes", f"{free} {request.resource} are free, but not {each}, with the CPU and memory they ask for"
+    return "WaitingForNodes", f"{free} {request.resource} are free, but not {each}, with the CPU and memory they ask for{away}"

@@ -14,8 +14,8 @@ from .quota import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """A job that does not fit, and what it wants."""
+class Preemptor:
+    """A job that does not fit, and what it would take for it."""
 
     workload: Workload
     priority: int
@@ -30,7 +30,7 @@ class Wish:
         return self.pods * self.workload.request.units
 
 
-def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: datetime) -> list[Workload]:
+def candidates(preemptor: Preemptor, running: Iterable[Workload], ledger: Ledger, now: datetime) -> list[Workload]:
     """Jobs that may be asked to give way: those of other queues first, then the lowest priority, then who loses least."""
     found: list[tuple[tuple[object, ...], Workload]] = []
     for other in running:
@@ -39,14 +39,15 @@ def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: dat
             allocation is None
             or allocation.stopping
             or allocation.queue not in ledger.queues
-            or other.request.resource != wish.workload.request.resource
+            or ledger.queues[allocation.queue].unreadable  # nobody knows what is its own
+            or other.request.resource != preemptor.workload.request.resource
         ):
             continue
         shortest = seconds(ledger.queues[allocation.queue].spec.preemption.minimum_run_time)
-        if (now - allocation.since).total_seconds() < shortest or not _may_displace(wish, other, allocation, ledger):
+        if (now - allocation.since).total_seconds() < shortest or not _may_displace(preemptor, other, allocation, ledger):
             continue
         order = (
-            allocation.queue == wish.queue,
+            allocation.queue == preemptor.queue,
             effective_priority(other, None),
             _cost(other, allocation, now),
             -allocation.since.timestamp(),
@@ -56,31 +57,36 @@ def candidates(wish: Wish, running: Iterable[Workload], ledger: Ledger, now: dat
     return [other for _, other in sorted(found, key=lambda item: item[0])]  # type: ignore[arg-type, return-value]
 
 
-def _may_displace(wish: Wish, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
-    own, theirs = ledger.queues[wish.queue].spec, ledger.queues[allocation.queue].spec
-    lower = effective_priority(other, theirs.limits.max_priority) < wish.priority
-    if allocation.queue == wish.queue:
+def _may_displace(preemptor: Preemptor, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
+    own, theirs = ledger.queues[preemptor.queue].spec, ledger.queues[allocation.queue].spec
+    lower = effective_priority(other, theirs.limits.max_priority) < preemptor.priority
+    if allocation.queue == preemptor.queue:
         return own.preemption.within_queue == "LowerPriority" and lower
-    if own.cohort is None or theirs.cohort != own.cohort or allocation.flavor != wish.flavor.name or not _has_borrowed(allocation, ledger):
+    if (
+        own.cohort is None
+        or theirs.cohort != own.cohort
+        or allocation.flavor != preemptor.flavor.name
+        or not _has_borrowed(allocation, ledger)
+    ):
         return False  # what its queue still has is its own
-    if ledger.borrows(wish.queue, wish.flavor, wish.units):
-        return own.preemption.fair_sharing and _is_fairer(wish, other, allocation, ledger)
+    if ledger.borrows(preemptor.queue, preemptor.flavor, preemptor.units):
+        return own.preemption.fair_sharing and _is_fairer(preemptor, other, allocation, ledger)
     policy = own.preemption.reclaim_within_cohort
     return policy == "Any" or (policy == "LowerPriority" and lower)
 
 
-def _is_fairer(wish: Wish, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
+def _is_fairer(preemptor: Preemptor, other: Workload, allocation: Allocation, ledger: Ledger) -> bool:
     """Whether the other queue still has no smaller share after the exchange: then nobody would want to undo it."""
-    with ledger.given(allocation, other.owners):
+    with ledger.without(allocation, other.owners):
         theirs = ledger.share(allocation.queue)
-        ledger.take(wish.queue, wish.flavor.name, wish.workload.owners, wish.units)
-        own = ledger.share(wish.queue)
-        ledger.take(wish.queue, wish.flavor.name, wish.workload.owners, wish.units, -1)
+        ledger.take(preemptor.queue, preemptor.flavor.name, preemptor.workload.owners, preemptor.units)
+        own = ledger.share(preemptor.queue)
+        ledger.take(preemptor.queue, preemptor.flavor.name, preemptor.workload.owners, preemptor.units, -1)
     return own <= theirs
 
 
 def victims(
-    wish: Wish,
+    preemptor: Preemptor,
     ordered: list[Workload],
     ledger: Ledger,
     let_go: Callable[[Workload], None],
@@ -93,7 +99,9 @@ def victims(
     """
     chosen: list[Workload] = []
     for other in ordered:
-        if other.allocation is None or not _may_displace(wish, other, other.allocation, ledger):  # those before it have changed the shares
+        if other.allocation is None or not _may_displace(
+            preemptor, other, other.allocation, ledger
+        ):  # those before it have changed the shares
             continue
         let_go(other)
         chosen.append(other)

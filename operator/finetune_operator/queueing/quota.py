@@ -54,7 +54,7 @@ class Ledger:
         self.used[queue, flavor] += units
 
     @contextmanager
-    def given(self, allocation: Allocation, owners: tuple[str, ...]) -> Iterator[None]:
+    def without(self, allocation: Allocation, owners: tuple[str, ...]) -> Iterator[None]:
         """As if this gang held nothing."""
         self.take(allocation.queue, allocation.flavor, owners, allocation.total, -1)
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from finetune_api.queue import FineTuneQueueStatus, FlavorUsage, Oldest
 from finetune_api.status import Condition
 
 from ..model.queueing import Decisions, Queue, Snapshot
 from ..model.times import parse_time, rfc3339
+from .explain import unreadable
 from .quota import counted
 
 Object = dict[str, Any]
@@ -28,14 +29,18 @@ def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decis
     ]
     stamp = rfc3339(snapshot.now)
     since = parse_time(queue.history.updated_at) or snapshot.now
-    stopped = spec.stop_policy != "None"
+    reason, message = "Ready", "jobs are admitted"
+    if queue.unreadable:
+        reason, message = "Unreadable", unreadable(queue)
+    elif spec.stop_policy != "None":
+        reason, message = "Stopped", f"stopPolicy is {spec.stop_policy}"
     old: Object = next((c for c in (raw.get("status") or {}).get("conditions") or () if c.get("type") == "Active"), {})
-    value = "False" if stopped else "True"
+    value: Literal["True", "False"] = "True" if reason == "Ready" else "False"
     active = Condition(
         type="Active",
-        status="False" if stopped else "True",
-        reason="Stopped" if stopped else "Ready",
-        message=f"stopPolicy is {spec.stop_policy}" if stopped else "jobs are admitted",
+        status=value,
+        reason=reason,
+        message=message,
         last_transition_time=old.get("lastTransitionTime", stamp) if old.get("status") == value else stamp,
         observed_generation=int(raw["metadata"].get("generation", 0)),
     )

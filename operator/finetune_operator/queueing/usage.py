@@ -75,12 +75,12 @@ class Usage:
                 return flavor, place
         return None
 
-    def room_instead(self, queue: str, workload: Workload, pods: int, flavors: list[Flavor]) -> Fit | None:
-        """The same for a job that has some, as if it had none."""
+    def fit_instead(self, queue: str, workload: Workload, pods: int, flavors: list[Flavor]) -> Fit | None:
+        """The same for a job that holds some, as if it held none."""
         allocation = workload.allocation
         assert allocation is not None
         with ExitStack() as stack:
-            stack.enter_context(self.ledger.given(allocation, workload.owners))
+            stack.enter_context(self.ledger.without(allocation, workload.owners))
             if self.fleet is not None:
-                stack.enter_context(self.fleet.given(allocation, workload.request))
+                stack.enter_context(self.fleet.without(allocation, workload.request))
             return self.fit(queue, workload, pods, flavors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Literal
@@ -56,6 +56,8 @@ class Event:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
+    series: int = 0
+    """What sets it apart from one that says the same: a job's attempt"""
 
 
 class WriteUrgency(Enum):
@@ -70,13 +72,17 @@ class WriteUrgency(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do. Actions come first, then events, then the status; `status` None means: leave it."""
+    """What to do. Actions come first, then the status, then events; `status` None means: leave it."""
 
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     status: FineTuneJobStatus | None = None
+    kept: Object = field(default_factory=dict)
+    """Fields of the status that this release does not know, written again as they are."""
     before: FineTuneJobStatus | None = None
     """The status that it is derived from."""
     due: WriteUrgency = WriteUrgency.NOW
     """When status and events are written."""
+    waits_anew: bool = False
+    """What may be written soon waits from now on, however late this is: somebody has just been asked."""
     requeue_at: datetime | None = None

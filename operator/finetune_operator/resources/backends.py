@@ -6,6 +6,7 @@ Kueue takes groups of plain pods (https://kueue.sigs.k8s.io/docs/tasks/run/plain
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from finetune_api import names
@@ -115,4 +116,4 @@ def pod_group(job: JobRef, attempt: int, nodes: int, first: tuple[str, str], wor
 
 def _times(amount: str, nodes: int) -> str:
     total = quantity(amount) * nodes
-    return str(int(total)) if total == int(total) else f"{int(total * 1000)}m"
+    return str(int(total)) if total == int(total) else f"{math.ceil(total * 1000)}m"

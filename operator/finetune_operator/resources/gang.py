@@ -10,6 +10,7 @@ from finetune_api.scalars import quantity
 from finetune_api.spec import ComputeResources
 from finetune_api.status import AdmissionStatus, Plan
 
+from ..model.seal import seal
 from ..settings import Settings
 from .backends import hand_over
 from .common import JobRef, Manifest, metadata, pod_spec, with_hash
@@ -73,7 +74,8 @@ def worker(
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
     meta = metadata(job, name, **labels)
     if admission is not None:
-        meta["annotations"] = {names.ANNOTATION_ADMISSION: json.dumps(admission.to_wire(), sort_keys=True)}
+        text = json.dumps(admission.to_wire(), sort_keys=True)
+        meta["annotations"] = {names.ANNOTATION_ADMISSION: text, names.ANNOTATION_SEAL: seal(settings.seal_key, job.uid, text)}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
     hand_over(pod, job, settings, attempt)
     return pod

@@ -22,6 +22,7 @@ from ..cluster.transport import APIError, KubernetesCluster
 from ..settings import Settings
 
 log = logging.getLogger("finetune.certificate")
+_SECONDS_WHILE_MISSING = 2.0
 _LIFETIME, _RENEW_BEFORE = timedelta(days=3650), timedelta(days=365)
 
 
@@ -97,25 +98,33 @@ def hosts_of(settings: Settings) -> list[str]:
     return [f"{service}.{namespace}.svc", f"{service}.{namespace}.svc.cluster.local", "localhost"]
 
 
+class CertificateMissing(Exception):
+    """The Secret has no certificate to serve, and somebody else has to put one there."""
+
+
 async def ensure(cluster: KubernetesCluster, settings: Settings) -> Certificate:
     """The certificate in the chart's Secret; made or renewed when needed. Without a Secret, a new one.
 
-    Several operators may look at once: the write is conditional, and who loses takes the winner's.
+    Several operators may look at once: the write is conditional, and who loses takes the winner's. Raises CertificateMissing.
     """
     hosts, now = hosts_of(settings), datetime.now(UTC)
     if not settings.tls_secret:
         new = generate(hosts, now)
         return dataclasses.replace(new, authorities=new.certificate)
     while True:
-        secret = await cluster.get("Secret", settings.namespace, settings.tls_secret)
+        try:
+            secret = await cluster.get("Secret", settings.namespace, settings.tls_secret)
+        except APIError as failure:
+            if not failure.not_found:
+                raise
+            who = "cert-manager makes it for the Certificate of that name" if settings.tls_managed else "the chart makes it"
+            raise CertificateMissing(f"it is not there ({who})") from None
         data = {k: base64.b64decode(v).decode(errors="replace") for k, v in (secret.get("data") or {}).items()}
         known = Certificate(data.get("tls.crt", ""), data.get("tls.key", ""), data.get("ca.crt") or data.get("tls.crt", ""))
         if settings.tls_managed:
             if known.certificate and known.key:
                 return known
-            log.info("waiting for the certificate in Secret %s", settings.tls_secret)
-            await asyncio.sleep(2)
-            continue
+            raise CertificateMissing("it has no tls.crt and tls.key yet (cert-manager's Certificate of that name says why)")
         if known.fits(hosts, now):
             return known
         new = generate(hosts, now)
@@ -151,11 +160,31 @@ def read_authorities(path: str) -> str:
 
 
 class Identity:
-    """The certificate that is served now."""
+    """The certificate that is served now. It may come after the operator."""
 
-    def __init__(self, cluster: KubernetesCluster, settings: Settings, first: Certificate) -> None:
-        self._cluster, self._settings, self.certificate = cluster, settings, first
-        self.context = first.ssl_context()
+    certificate: Certificate
+    context: ssl.SSLContext
+
+    def __init__(self, cluster: KubernetesCluster, settings: Settings) -> None:
+        self._cluster, self._settings = cluster, settings
+        self.waits_for = "the certificate is not looked at yet"
+        """Why nothing can be served; empty when it can."""
+
+    async def found(self) -> None:
+        """Wait until there is one to serve."""
+        while True:
+            try:
+                self.certificate = await ensure(self._cluster, self._settings)
+                self.context = self.certificate.ssl_context()
+            except (CertificateMissing, APIError, ssl.SSLError) as failure:
+                waits_for = f"waiting for Secret {self._settings.namespace}/{self._settings.tls_secret}: {failure}"
+                if waits_for != self.waits_for:
+                    log.warning("%s", waits_for)
+                self.waits_for = waits_for
+                await asyncio.sleep(_SECONDS_WHILE_MISSING)
+            else:
+                self.waits_for = ""
+                return
 
     async def keep(self, look: Callable[[Certificate], Awaitable[None]]) -> None:
         """Look at the Secret again and again, and let everybody trust what is there before it is served. Until cancelled."""
@@ -167,6 +196,6 @@ class Identity:
                     log.info("serving a new certificate")
                     new.load_into(self.context)
                     self.certificate = new
-            except (APIError, ssl.SSLError) as failure:
-                log.warning("the certificate is looked at again later: %s", failure)
+            except (CertificateMissing, APIError, ssl.SSLError) as failure:
+                log.warning("Secret %s is looked at again later: %s", self._settings.tls_secret, failure)
             await asyncio.sleep(self._settings.certificate_seconds)

@@ -27,6 +27,8 @@ class Rights:
     remote_code: bool = False
     queue_refused: str = ""
     """Why the queue that the job names may not be used; empty when it may, or is not there yet."""
+    queue_unknown: str = ""
+    """Why it is not known whether it may; nothing is refused by that."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,8 @@ def validate(request: Mapping[str, Any], rights: Rights) -> Answer:
         errors.append(f"spec.scheduling.queue: {rights.queue_refused}")
     if errors:
         return Answer(errors=errors)
-    if request["operation"] == "CREATE":
-        return Answer(warnings=advice(spec))
-    return Answer(warnings=_ignored(spec, old))
+    unknown = [f"spec.scheduling.queue: {rights.queue_unknown}; the job's condition Admitted will tell"] if rights.queue_unknown else []
+    return Answer(warnings=unknown + (advice(spec) if request["operation"] == "CREATE" else _ignored(spec, old)))
 
 
 def _queue(raw: Mapping[str, Any]) -> str | None:

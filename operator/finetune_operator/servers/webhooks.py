@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from finetune_api.queue import QUEUE_KIND
 from .. import metrics
 from ..cluster.transport import APIError, Cluster
 from ..model.nodes import namespace_of, queue_of
+from ..model.objects import Object
 from ..model.queueing import may_use
 from ..settings import Settings
 from .review import Answer, Rights, mutate, parsed, validate
@@ -23,6 +25,8 @@ log = logging.getLogger("finetune.webhooks")
 VALIDATE, MUTATE = "/admission/validate", "/admission/mutate"
 BODY_LIMIT = 4 * 1024 * 1024
 """An object of etcd's size, old and new."""
+BUDGET_SECONDS = 3.0
+"""For all look-ups of a request together: the API server gives up after five (the chart's timeoutSeconds)."""
 
 
 class AdmissionServer:
@@ -52,16 +56,32 @@ class AdmissionServer:
         spec = parsed(request.get("object"))
         if spec is None or spec.scheduling.queue is None or self._settings.queueing_backend != "builtin":
             return Rights(remote_code=remote)
+        name = spec.scheduling.queue
         try:
-            raw = await self._cluster.get(QUEUE_KIND, "", spec.scheduling.queue)
-            found = await self._cluster.get("Namespace", "", namespace)
-        except APIError as failure:  # it may come later; the scheduler looks again, and says so
-            log.info("queue %s is not looked at: %s", spec.scheduling.queue, failure)
-            return Rights(remote_code=remote)
+            raw, found = await self._look_up((QUEUE_KIND, "", name), ("Namespace", "", namespace))
+        except APIError as failure:
+            log.info("queue %s is not looked at: %s", name, failure)
+            if failure.not_found:  # it may come later; the scheduler looks again, and says so
+                return Rights(remote_code=remote)
+            return Rights(
+                remote_code=remote, queue_unknown=f"whether namespace {namespace} may use queue {name} was not looked up: {failure}"
+            )
         queue = queue_of(raw)
-        if queue is None or may_use(queue, namespace_of(found)):
+        if may_use(queue, namespace_of(found)):
             return Rights(remote_code=remote)
         return Rights(remote_code=remote, queue_refused=f"queue {queue.name} is not for namespace {namespace} (its namespaceSelector)")
+
+    async def _look_up(self, *wanted: tuple[str, str, str]) -> list[Object]:
+        """Objects by (kind, namespace, name), all at once and within the budget. Raises APIError, transient where time ran out."""
+        tasks = [asyncio.ensure_future(self._cluster.get(*one)) for one in wanted]
+        try:
+            async with asyncio.timeout(BUDGET_SECONDS):
+                return await asyncio.gather(*tasks)
+        except TimeoutError:
+            raise APIError(0, "Timeout", f"the API server did not answer within {BUDGET_SECONDS:.0f} s") from None
+        finally:
+            for task in tasks:  # what the answer does not wait for is not asked any longer
+                task.cancel()
 
 
 async def _read(request: web.Request) -> dict[str, Any]:

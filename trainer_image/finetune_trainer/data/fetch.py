@@ -25,9 +25,9 @@ from finetune_api.contract import Env
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import URI, parse_uri
 
-from ..context import Context
-from ..errors import InfrastructureError, SourceUnavailable, UserError
-from ..sources import answered, away, patiently
+from ..job.context import Context
+from ..process.errors import InfrastructureError, SourceUnavailable, UserError
+from ..remote.retry import error_for_status, host_unavailable, with_retries
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
@@ -54,7 +54,7 @@ def fetch(context: Context, source: DatasetSource, field: str) -> Path:
             _from_https(source.uri, context.secret(field), partial, refused)
 
     try:
-        patiently(download, _host(source, uri), refused)
+        with_retries(download, _host(source, uri), refused)
     except OSError as failure:
         raise InfrastructureError("DownloadFailed", f"{source.uri}: {failure}") from failure
     partial.rename(target)
@@ -73,7 +73,7 @@ def allowed_addresses(host: str, port: int) -> list[str]:
     try:
         found = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except OSError as failure:
-        raise away(host, f"has no address: {failure}") from failure
+        raise host_unavailable(host, f"has no address: {failure}") from failure
     if host in os.environ.get(Env.ALLOWED_HOSTS, "").split(","):
         return found
     hidden = [address for address in found if not ipaddress.ip_address(address.partition("%")[0]).is_global]
@@ -132,7 +132,7 @@ def _from_https(url: str, token: str | None, target: Path, refused: Callable[[st
             if answer.status in (301, 302, 303, 307, 308):
                 url = urljoin(url, answer.headers.get("Location", ""))
                 continue
-            if (error := answered(parts.hostname, answer.status, dict(answer.headers.items()), refused)) is not None:
+            if (error := error_for_status(parts.hostname, answer.status, dict(answer.headers.items()), refused)) is not None:
                 raise error
             if answer.status != 200:
                 raise InfrastructureError("DownloadFailed", f"https://{parts.hostname}{parts.path} answers {answer.status}")
@@ -152,7 +152,7 @@ def _save(stream: Any, target: Path, announced: str | None, host: str) -> None:
                 raise UserError("DatasetTooLarge", f"the file is over {SIZE_LIMIT // 2**30} GiB")
             sink.write(chunk)
     if announced is not None and announced.isdigit() and int(announced) != size:
-        raise away(host, f"broke off: {size} of {announced} bytes arrived")
+        raise host_unavailable(host, f"broke off: {size} of {announced} bytes arrived")
 
 
 def _from_s3(context: Context, source: DatasetSource, uri: URI, field: str, target: Path) -> None:
@@ -182,6 +182,6 @@ def _from_s3(context: Context, source: DatasetSource, uri: URI, field: str, targ
     _save(answer["Body"], target, str(answer["ContentLength"]), _host(source, uri))
 
 
-def forget_downloads(context: Context) -> None:
+def remove_downloads(context: Context) -> None:
     """Remove what was fetched: the prepared rows are in the workspace."""
     shutil.rmtree(Path(context.layout.data, "downloads"), ignore_errors=True)

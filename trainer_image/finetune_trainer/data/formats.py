@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..process.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 Shape = dict[str, Any]
@@ -31,7 +31,7 @@ class Format:
     """Columns that a row of it has; with these it is recognised."""
     example: str
     """What a row looks like, for messages."""
-    normalise: Callable[[dict[str, Any]], Shape]
+    normalize: Callable[[dict[str, Any]], Shape]
     """The row in its common shape. Raises BadRow."""
 
 

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import parse_uri
 
-from ..context import Context
-from ..errors import UserError
-from ..sources import hub_host, patiently, verdict
+from ..job.context import Context
+from ..process.errors import UserError
+from ..remote.retry import error_for_exception, hub_host, with_retries
 from .fetch import fetch
 
 LINE_LIMIT = 16 * 1024 * 1024
@@ -246,7 +246,7 @@ def _hub_rows(source: DatasetSource, token: str | None) -> Iterator[Row]:
         return UserError("DatasetNotFound", f"{source.uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
 
     # asked first: load_dataset hides a hub that is down behind a file that it does not find
-    known = patiently(lambda: HfApi(token=token).dataset_info(uri.name, revision=uri.revision or None), host, refused)
+    known = with_retries(lambda: HfApi(token=token).dataset_info(uri.name, revision=uri.revision or None), host, refused)
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 3
     config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 5
     try:
@@ -254,6 +254,6 @@ def _hub_rows(source: DatasetSource, token: str | None) -> Iterator[Row]:
         for number, value in enumerate(loaded, start=1):
             yield _row(number, {k: v for k, v in dict(value).items() if v is not None})
     except Exception as failure:
-        if (error := verdict(failure, host, refused)) is None:
+        if (error := error_for_exception(failure, host, refused)) is None:
             raise
         raise error from failure

@@ -7,7 +7,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from ..context import Context, render_page, write_text
+from ..job.context import Context
+from ..job.files import write_text
+from ..job.pages import render_page
 from .formats import strings
 from .store import Store
 from .tokens import IGNORED

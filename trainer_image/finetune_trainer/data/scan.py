@@ -21,7 +21,7 @@ from rensa import RMinHash
 from .formats import FORMATS, BadRow, Shape, strings, system_prompt
 from .reading import Row
 from .sensitive import findings
-from .tokens import IGNORED, RowTooLong, Tokeniser
+from .tokens import IGNORED, RowTokenizer, RowTooLong
 
 CHUNK = 512
 _INLINE_CHUNKS = 4
@@ -56,7 +56,7 @@ class Scanned:
 class Scan:
     """How the rows of a source are read: the worker processes inherit it."""
 
-    tokeniser: Tokeniser
+    row_tokenizer: RowTokenizer
     format: str
     similar: bool
     """Whether signatures for near duplicates are wanted."""
@@ -69,14 +69,14 @@ class Scan:
         if row.value is None:
             return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
         try:
-            shape = FORMATS[self.format].normalise(row.value)
+            shape = FORMATS[self.format].normalize(row.value)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
             texts = strings(shape)
-            forged = self.tokeniser.special_token_in(texts)
+            forged = self.row_tokenizer.special_token_in(texts)
             if forged is not None:
                 raise BadRow(f"the text holds {forged!r}, a special token of the model")
-            columns, truncated = self.tokeniser(shape)
+            columns, truncated = self.row_tokenizer(shape)
         except BadRow as failure:
             return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
         except RecursionError:

@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune_api.spec import Objective
 
-from ..errors import UserError
-from ..limits import time_limit
+from ..process.errors import UserError
+from ..process.limits import time_limit
 from .formats import BadRow, Shape
 
 IGNORED = -100
@@ -30,7 +30,7 @@ class RowTooLong(BadRow):
     """A row of which nothing to learn is left within max_length."""
 
 
-class Tokeniser:
+class RowTokenizer:
     """Turns rows into tokens with the model's tokenizer and chat template.
 
     `encode` gives {"input_ids", "labels"}: the prompt and the answer that is learned or, for pairs, preferred.

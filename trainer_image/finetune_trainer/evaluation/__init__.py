@@ -1,1 +1,1 @@
-"""The evaluate stage: what is measured, and whether it is enough."""
+"""What is measured of a model, and whether it is enough. Knows neither methods nor objectives."""

@@ -8,39 +8,42 @@ from typing import Any
 
 from finetune_api.spec import DatasetSource, Forgetting
 
-from ..context import Context, write_text
 from ..data.formats import FORMATS, BadRow
 from ..data.reading import rows
-from ..data.tokens import Tokeniser
-from ..errors import UserError
+from ..data.tokens import RowTokenizer
+from ..job.context import Context
+from ..job.files import write_text
+from ..process.errors import UserError
 from .measure import token_values
 
 _MOST = 200
-NAME = "general-loss"
+GENERAL_LOSS = "general-loss"
 
 
-def keep_general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> None:
+def write_general_rows(context: Context, tokenizer: Any, settings: Forgetting) -> None:
     """In prepare: write the tokens of the general text, so that a bad row is refused before a GPU is taken."""
-    tokeniser = Tokeniser(tokenizer, objective="pretrain", max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=False)
+    row_tokenizer = RowTokenizer(
+        tokenizer, objective="pretrain", max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=False
+    )
     if settings.uri is None:
-        text = resources.files("finetune_trainer").joinpath("templates", "general.txt").read_text()
+        text = resources.files(__package__).joinpath("general.txt").read_text()
         texts = [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]
     else:
         texts = []
         for row in rows(context, DatasetSource(uri=settings.uri), "train"):
             parsed = row.parsed()
             try:
-                texts.append(FORMATS["text"].normalise(parsed.value or {})["text"])
+                texts.append(FORMATS["text"].normalize(parsed.value or {})["text"])
             except BadRow as failure:
                 raise UserError("InvalidRows", f"evaluation.forgetting.uri row {row.number}: {failure}") from None
             if len(texts) == _MOST:
                 break
         if not texts:
             raise UserError("EmptyDataset", "evaluation.forgetting.uri has no row")
-    write_text(context.layout.general_rows, json.dumps([tokeniser({"text": text})[0] for text in texts]))
+    write_text(context.layout.general_rows, json.dumps([row_tokenizer({"text": text})[0] for text in texts]))
 
 
-def general_rows(context: Context) -> list[dict[str, Any]]:
+def read_general_rows(context: Context) -> list[dict[str, Any]]:
     """In evaluate: what prepare wrote."""
     found: list[dict[str, Any]] = context.read_json(context.layout.general_rows)
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import InfrastructureError, StageError, UserError
-from ..sources import hub_host, verdict
+from ..process.errors import InfrastructureError, StageError, UserError
+from ..remote.retry import error_for_exception, hub_host
 
 OWN_TASKS = "FINETUNE_HARNESS_TASKS"
 """Environment variable: a folder with task files of one's own."""
@@ -31,7 +31,7 @@ def _load(manager: Any, tasks: list[str]) -> None:
 
 def _not_loaded(tasks: list[str], failure: Exception) -> StageError:
     message = f"the data of {', '.join(tasks)} cannot be loaded: {str(failure)[:300]}"
-    return verdict(failure, hub_host(), lambda why: UserError("TaskNotLoaded", f"{message} ({why})")) or InfrastructureError(
+    return error_for_exception(failure, hub_host(), lambda why: UserError("TaskNotLoaded", f"{message} ({why})")) or InfrastructureError(
         "TaskNotLoaded", message
     )
 

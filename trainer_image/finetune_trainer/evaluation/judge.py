@@ -11,7 +11,7 @@ import numpy as np
 
 from finetune_api.spec import Endpoint
 
-from ..chat import complete
+from ..remote.chat import complete
 from .metrics import Values
 
 _ASK = (

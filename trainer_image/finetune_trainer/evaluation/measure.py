@@ -11,8 +11,8 @@ import torch
 from finetune_api.spec import Evaluation, Metric
 
 from ..data.tokens import IGNORED
-from ..errors import UserError
-from ..generate import generate
+from ..models.generate import generate
+from ..process.errors import UserError
 from .metrics import METRICS, Values
 
 _BATCH = 8

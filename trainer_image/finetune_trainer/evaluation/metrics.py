@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune_api.spec import Evaluation, Metric
 
-from .. import answers
+from . import answers
 
 Values = np.ndarray[Any, Any]
 """float64 of shape (rows, 2): numerator and denominator."""
@@ -80,13 +80,3 @@ def interval(metric: Metric, base: Values, tuned: Values, confidence: float, see
     gains = [improvement(metric, value(metric, base[pick]), value(metric, tuned[pick])) for pick in picks]
     low, high = np.quantile(gains, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def verdict(gain: float, low: float, high: float, least: float) -> tuple[bool, str]:
-    """Whether a gate passes, and why: the improvement must be large enough, and measurable."""
-    span = f"{gain:.4g} [{low:.4g}, {high:.4g}]"
-    if low <= 0 <= high and not low == high == gain:
-        return False, f"no measurable difference: the improvement is {span}"
-    if gain < least or gain <= 0:
-        return False, f"the improvement is {span}, at least {least:g} is wanted"
-    return True, f"the improvement is {span}, at least {least:g} was wanted"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AdmissionStatus, QueueStatus, TopologyDomain
 
-from ...model.queueing import IMPLICIT, Admission, Decision
+from ...model.queueing import IMPLICIT, RECOVERED, Admission, Decision
 from ...model.times import parse_time, rfc3339
+from ...model.workload import sealed_admission
 from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt, release
@@ -24,7 +25,7 @@ def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
             _resize(draft, spec, decision.admission, decision.message)
             return False
         return True
-    if draft.status.condition("Admitted") is None and _recover(draft):
+    if draft.status.condition("Admitted") is None and _is_recovered(draft):
         return False
     draft.phase("Queued")
     if not release(draft) or draft.held_back() or decision is None:
@@ -36,17 +37,20 @@ def admitted(draft: Draft, spec: FineTuneJobSpec) -> bool:
     return False
 
 
-def _recover(draft: Draft) -> bool:
-    """Whether a gang runs that the status does not know: somebody wiped it, and the pods say what they were admitted to."""
-    running = [p for p in workers(draft) if p.phase not in ("Succeeded", "Failed") and not p.deleting]
-    for pod in running:
-        try:
-            draft.status.admission = AdmissionStatus.model_validate_json(pod.admission)
-        except ValueError:
-            continue
-        draft.set("Admitted", "True", "Recovered", "the gang was found running, and keeps what it was admitted to")
+def _is_recovered(draft: Draft) -> bool:
+    """Whether a gang runs that the status does not know, and goes on: somebody wiped it, and the pods bear what they were admitted to.
+
+    Only with the operator's seal, and when the admission loop has found that quota has room for it; it is waited for.
+    """
+    sealed, decision = sealed_admission(workers(draft), draft.observed.job["metadata"]["uid"], draft.settings), draft.observed.decision
+    if sealed is None or (decision is not None and decision.action in ("wait", "refuse")):
+        return False
+    if decision is None or decision.reason != RECOVERED:
+        draft.wait(1)
         return True
-    return False
+    draft.status.admission = sealed
+    draft.set("Admitted", "True", RECOVERED, "the gang was found running, and keeps what it was admitted to")
+    return True
 
 
 def _admit(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: str) -> None:

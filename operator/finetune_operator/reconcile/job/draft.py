@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime, timedelta
 from typing import Literal
 
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status, unknown_fields
 
 from ...model.job import Observed
 from ...model.times import parse_time, rfc3339
@@ -145,8 +146,9 @@ class Draft:
             quiet = quiet.model_copy(update={"queue": self.status.queue, "conditions": conditions})
         return Plan(
             actions=tuple(self.actions),
-            events=tuple(self.events),
+            events=tuple(dataclasses.replace(event, series=self.status.attempt) for event in self.events),
             status=self.status if changed else None,
+            kept=unknown_fields(self.observed.job.get("status")),
             before=self.before,
             due=self._due(quiet),
             requeue_at=min(self.requeue) if self.requeue else None,

@@ -91,6 +91,18 @@ def refused(observed: Observed, settings: Settings, message: str) -> Plan:
     return draft.plan()
 
 
+def unreadable(observed: Observed, settings: Settings, problem: str) -> Plan:
+    """Say that the job cannot be worked on as it is. Nothing else is decided: what it has, it keeps."""
+    draft = Draft(observed, settings)
+    if draft.status.finished:
+        return Plan()
+    text = f"the operator cannot work on this job as it is, and tries again with back-off: {problem}"
+    draft.set("Accepted", "Unknown", "Unreadable", text)
+    if draft.before.condition("Accepted") != draft.status.condition("Accepted"):
+        draft.event("Warning", "Unreadable", text)
+    return draft.plan()
+
+
 def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     """Prepare, train, evaluate, publish: do the first that is not done."""
     status, decision = draft.status, draft.observed.decision
@@ -115,7 +127,10 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         draft.more_follows &= draft.before.is_true("DataReady")
         return
     if not status.is_true("Trained"):
-        if not (admitted if draft.settings.queueing_backend == "builtin" else admitted_externally)(draft, spec):
+        if not (admitted if draft.settings.admits_itself else admitted_externally)(draft, spec):
+            return
+        if status.plan is None:
+            draft.set("DataReady", "Unknown", "PlanLost", "the plan is not on record any more: prepare says it again")
             return
         result = run_gang(draft, spec)
         if result is None:

@@ -1,0 +1,148 @@
+"""All loops of one operator, and what they share. The truth is in the API server: all state here can be lost at any time.
+
+Knows nothing of where events come from: `handlers.py` tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable
+
+from ..cache.assumptions import Assumptions, Expired
+from ..cache.progress import ProgressBoard
+from ..cache.store import Store
+from ..cluster.lease import Lease
+from ..cluster.transport import Cluster
+from ..model.objects import Key, Object
+from ..reconcile.plan import Event, Plan
+from ..settings import Settings
+from .admission import AdmissionLoop, place_seconds
+from .controller import Controller
+from .events import Events
+from .external_queue import ExternalQueue
+from .jobs import Jobs
+from .resync import Resync
+from .telemetry import Telemetry
+from .writer import Writer
+
+log = logging.getLogger("finetune.controller")
+
+
+class Manager:
+    """One per process. A kind is added by a row in `controllers`."""
+
+    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
+        self.store, self.settings, self.lease = store, settings, lease
+        self.telemetry, self.events = Telemetry(), Events(cluster)
+        self.assumptions = Assumptions(lambda: self.admission.poke())
+        self.admission = AdmissionLoop(
+            cluster, store, self.assumptions, settings, self.wake, lambda: len(self.jobs.queue) > 0, self._expired
+        )
+        self.external_queue = ExternalQueue(cluster, store, settings)
+        self.writer = Writer(cluster, store, self.events, soon_seconds=settings.soon_seconds, interval=self._interval)
+        self._jobs = Jobs(
+            cluster,
+            store,
+            self.assumptions,
+            board,
+            self.external_queue,
+            self.telemetry,
+            settings,
+            priority=self.admission.priority,
+            poke=self.admission.poke,
+        )
+        self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
+        self.controllers = (self.jobs,)
+        self.resync = Resync(cluster, store, settings, self.wake, self._child_seen)
+        forget: tuple[Callable[[str], None], ...] = (
+            board.forget,
+            self.telemetry.forget,
+            self.writer.forget,
+            self.assumptions.forget,
+            self.admission.forget,
+        )
+        store.forgotten.extend(forget)
+        self.synced = asyncio.Event()
+        self.acting = False
+        """Whether this is the operator that acts, not one that stands by."""
+
+    async def run(self) -> None:
+        """List everything once, wait for the lease, then work until cancelled. Raises LeaseLost."""
+        await self.resync.until_done()
+        self.synced.set()
+        log.info("in sync: %d jobs", len(self.store.job_keys()))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.resync.forever())
+            if self.lease is not None:
+                await self.lease.acquire()
+                await self.resync.until_done()  # what the one before wrote last
+                group.create_task(self.lease.hold())
+            self.acting = True
+            group.create_task(self.events.run())
+            if self.settings.queueing_backend == "kueue":
+                group.create_task(self.external_queue.run())
+            if self.settings.admits_itself:
+                group.create_task(self.admission.run())
+            for controller in self.controllers:
+                group.create_task(controller.run(self.settings.workers))
+
+    def wake(self, key: Key) -> None:
+        """A job is to be looked at."""
+        self.jobs.queue.add(key)
+
+    def trust(self, ca_bundle: str, authorities: str = "") -> None:
+        """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
+        self.configure(ca_bundle=ca_bundle, authorities=authorities)
+
+    def configure(self, **found: str) -> None:
+        """Settings that are found after the start. Jobs are looked at again where they are new."""
+        new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]
+        if new != self.settings:
+            self.settings = self._jobs.settings = new
+            self.admission.configure(new)
+            for key in self.store.job_keys():
+                self.wake(key)
+
+    # events in
+
+    def job_event(self, raw: Object, *, deleted: bool) -> None:
+        """A FineTuneJob was seen, or is gone."""
+        if deleted:
+            self.wake(self.store.drop_job(raw))
+        elif self.store.is_known(raw):
+            return  # the echo of what was written here
+        else:
+            self.wake(self.store.put_job(raw))
+        self.admission.poke()
+
+    def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
+        """A child was seen, or is gone."""
+        key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        if not deleted:
+            self._child_seen(kind, raw)
+        if kind == "Pod" and (deleted or (raw.get("status") or {}).get("phase") in ("Succeeded", "Failed")):
+            self.admission.poke()  # something is free again
+        if key is not None:
+            self.wake(key)
+
+    def _child_seen(self, kind: str, raw: Object) -> None:
+        if kind == "Pod":
+            self.external_queue.pod_seen(raw)
+
+    # what the loops ask
+
+    def _interval(self, plan: Plan) -> float:
+        """Seconds between two statuses of a job that only carry progress, or its place in a line."""
+        waits = plan.status is not None and plan.status.queue is not None
+        return max(self.settings.status_interval_seconds, place_seconds(self.store) if waits else 0.0)
+
+    def _expired(self, job: Object, expired: Expired) -> None:
+        """Say that a decision about a job was given up: not in its status, which cannot be written."""
+        message = (
+            f"what the queue decided ({expired.decision.action}) was not put on record in time and is given up; "
+            f"decided about again in {expired.again_in:.0f} s: {expired.why}"
+        )
+        log.warning("%s/%s: %s", job["metadata"]["namespace"], job["metadata"]["name"], message)
+        self.events.add(job, (Event("Warning", "AdmissionExpired", message),))

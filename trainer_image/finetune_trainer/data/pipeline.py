@@ -1,0 +1,247 @@
+"""The rows of one job on their way: read, compared, counted, written. Knows neither the model's weights nor who writes answers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+from finetune_api.spec import ANSWER_METRICS, FORMATS_OF, DatasetSource
+from finetune_api.status import DatasetStatus, Plan
+
+from ..job.context import Context
+from ..process.errors import UserError
+from .formats import FORMATS, detect
+from .reading import Row, rows
+from .report import languages
+from .scan import Scan, Scanned, scan_rows
+from .store import HELD_OUT, Store
+from .tokens import RowTokenizer
+
+log = logging.getLogger("finetune.prepare")
+_SHOWN, _SAMPLE = 5, 50
+_CONVERSATIONS = ("messages", "sharegpt", "alpaca")
+AnswerWriter = Callable[[Iterable[Row], str], dict[str, str]]
+"""Writes an answer to each row of a format, by the digest of its prompt (scan.prompt_digest)."""
+
+
+@dataclass
+class Problems:
+    """What was found wrong, with the first places of each kind."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str, detail: str, excerpt: str = "", count: int = 1) -> None:
+        """Note a row, or several with one place shown."""
+        self.counts[kind] += count
+        shown = self.places.setdefault(kind, [])
+        if len(shown) < _SHOWN:
+            shown.append(f"{place}: {detail}" + (f" [{excerpt}]" if excerpt else ""))
+
+    def describe(self, kind: str) -> str:
+        """Count and first places, for a message."""
+        more = self.counts[kind] - len(self.places[kind])
+        return f"{self.counts[kind]} row(s): " + "; ".join(self.places[kind]) + (f"; and {more} more" if more > 0 else "")
+
+
+@dataclass
+class SourceReport:
+    """One source of rows as it was read."""
+
+    uri: str
+    format: str = ""
+    reason: str = ""
+    rows: int = 0
+
+    def wire(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"uri": self.uri, "format": self.format, "reason": self.reason, "rows": self.rows}
+
+
+class Pipeline:
+    """The rows of one job. The methods are called in the order they stand here."""
+
+    def __init__(self, context: Context, row_tokenizer: RowTokenizer, store: Store, write_answers: AnswerWriter | None = None) -> None:
+        self.context, self.row_tokenizer, self.store, self.write_answers = context, row_tokenizer, store, write_answers
+        dataset = context.spec.dataset
+        self.checks = dataset.checks
+        self.sources, self.fields = list(dataset.sources.values()), list(dataset.sources)
+        self.problems, self.dropped, self.warnings = Problems(), Counter[str](), Counter[str]()
+        evaluation = context.spec.evaluation
+        self._wants_answers = evaluation is not None and bool(set(evaluation.metrics) & set(ANSWER_METRICS))
+        self.reports = {origin: SourceReport(source.uri) for origin, source in enumerate(self.sources)}
+
+    def read_all(self) -> None:
+        """Every source, row by row. Raises UserError as `checks` says."""
+        for origin, (source, name) in enumerate(zip(self.sources, self.fields, strict=True)):
+            self._read(origin, source, name)
+        held_out = self.context.spec.dataset.eval
+        if held_out is not None and held_out.uri is not None:
+            train = self.sources[0]
+            source = DatasetSource(uri=held_out.uri, split=held_out.split)
+            source = source.model_copy(update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint})
+            self.reports[HELD_OUT] = SourceReport(held_out.uri)
+            self._read(HELD_OUT, source, "train")
+        for kind in ("unreadable", "invalid"):
+            if self.problems.counts[kind]:
+                if self.checks.invalid_rows == "fail":
+                    raise UserError("InvalidRows", f"{self.problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
+                self.dropped[kind] = self.problems.counts[kind]
+        if self.problems.counts["tooLong"] and self.checks.too_long == "fail":
+            raise UserError(
+                "RowsTooLong",
+                f"{self.problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop",
+            )
+
+    def _place(self, origin: int, number: int) -> str:
+        name = "eval" if origin == HELD_OUT else self.fields[origin]
+        return f"{name} row {number}"
+
+    def _read(self, origin: int, source: DatasetSource, name: str) -> None:
+        report = self.reports[origin]
+        iterator = rows(self.context, source, name)
+        head = [row.parsed() for row in islice(iterator, _SAMPLE)]
+        report.format, report.reason = self._format(head, origin)
+        log.info("%s: format %s: %s", source.uri, report.format, report.reason)
+        if report.format in _CONVERSATIONS:
+            self.row_tokenizer.require_chat_template()
+        similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
+        scan = Scan(self.row_tokenizer, report.format, similar)
+        if self.write_answers is not None:
+            again = rows(self.context, source, name)
+            scan = Scan(self.row_tokenizer, report.format, similar, self.write_answers(again, report.format))
+        if "text" in FORMATS[report.format].columns and self._wants_answers:
+            raise UserError(
+                "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
+            )
+        for chunk in scan_rows(scan, chain(head, iterator)):
+            report.rows += len(chunk)
+            self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
+
+    def _format(self, head: list[Row], origin: int) -> tuple[str, str]:
+        wanted = self.context.spec.dataset.format
+        if wanted != "auto" and origin <= 0:
+            return wanted, "as dataset.format says"
+        good = [row.value for row in head if row.value is not None]
+        if not good:
+            first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
+            raise UserError("EmptyDataset", f"the data set has no readable row{first}")
+        return detect(good, FORMATS_OF[self.context.spec.tuning.objective])
+
+    def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
+        for row in chunk:
+            place = self._place(origin, row.number)
+            if row.problem:
+                long = row.too_long and self.checks.too_long != "truncate"
+                kind = "unreadable" if row.unreadable else "tooLong" if long else "invalid"
+                self.problems.add(kind, place, row.problem, row.excerpt)
+                if long and self.checks.too_long == "drop":
+                    self.dropped["tooLong"] += 1
+                continue
+            if row.truncated:
+                self.problems.add("tooLong", place, f"longer than maxLength {self.row_tokenizer.max_length}")
+                if self.checks.too_long == "drop":
+                    self.dropped["tooLong"] += 1
+                    continue
+                self.warnings["truncated"] += 1
+            self.warnings["sensitive"] += bool(row.sensitive)
+            for kind in row.sensitive:
+                self.problems.add(kind, place, "looks like it", "")
+            yield row
+
+    def compare(self) -> None:
+        """Duplicates, split, leakage, mixture: what needs all rows at once."""
+        if not self.store.has_rows:
+            return
+        self.store.begin()
+        self._apply("duplicate", self.store.duplicates, self.checks.duplicates, "DuplicateRows", "same as", "duplicates")
+        held_out, seed = self.context.spec.dataset.eval, self.context.spec.tuning.hyperparameters.seed
+        if self.checks.near_duplicates != "ignore":
+            look = lambda: self.store.near("nearDuplicate", self.checks.similarity, with_held_out=False)  # noqa: E731
+            self._apply("nearDuplicate", look, self.checks.near_duplicates, "NearDuplicateRows", "nearly the same as", "nearDuplicates")
+        if held_out is None:
+            return
+        if held_out.split_fraction is not None:
+            self.store.hold_out(held_out.split_fraction, seed)
+        else:
+            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", "is also", "leakage")
+        if self.checks.near_leakage != "ignore":
+            look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
+            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
+
+    def _apply(self, kind: str, look: Callable[[], int], policy: str, reason: str, relation: str, setting: str) -> None:
+        """Look for a kind of pair of rows, and keep, report, drop or refuse them."""
+        count = look()
+        if not count or policy in ("ignore", "keep"):
+            return
+        for index, (origin, number, other, partner) in enumerate(self.store.places(kind, _SHOWN)):
+            place, same = self._place(origin, number), self._place(other, partner)
+            self.problems.add(kind, place, f"{relation} {same}", count=count - min(count, _SHOWN) + 1 if index == 0 else 1)
+        if policy == "fail":
+            held = "held-out rows stand in the training rows: " if "eak" in kind else ""
+            raise UserError(reason, f"{held}{self.problems.describe(kind)}. Remove them, or set dataset.checks.{setting}: drop")
+        if policy == "drop":
+            self.store.drop(kind)
+            self.dropped[kind] = count
+        else:
+            self.warnings[kind] = count
+
+    def check_enough(self) -> None:
+        """Raise UserError when too few rows are left."""
+        least = self.checks.min_examples
+        found = self.store.count(held_out=False) if self.store.has_rows else 0
+        if found < least:
+            detail = "; ".join(f"{kind}: {self.problems.describe(kind)}" for kind in self.problems.counts)
+            raise UserError(
+                "TooFewExamples",
+                f"{found} usable training row(s), dataset.checks.minExamples is {least}{f' ({detail})' if detail else ''}. Add rows, or lower minExamples",
+            )
+        if self.context.spec.dataset.eval is not None and not self.store.count(held_out=True):
+            raise UserError("NoEvalRows", "no held-out row is left; raise dataset.eval.splitFraction or check dataset.eval.uri")
+        self.store.weigh([source.weight for source in self.sources], self.context.spec.tuning.hyperparameters.seed)
+        self.rows_per_epoch, self.tokens = self.store.totals()
+        if not self.rows_per_epoch:
+            raise UserError("TooFewExamples", "the weights of the sources leave no training row; raise dataset.train.weight")
+
+    def write(self) -> DatasetStatus:
+        """The prepared rows; what is written is what trains and evaluates."""
+        digests = [self.store.write(self.context.layout.train_rows, held_out=False)]
+        if self.context.spec.dataset.eval is not None:
+            digests.append(self.store.write(self.context.layout.eval_rows, held_out=True))
+        self.lengths = self.store.lengths()
+        self.systems = self.store.system_prompts()
+        self.languages = languages(self.store)
+        if self.lengths["outliers"]:
+            self.warnings["lengthOutlier"] = self.lengths["outliers"]
+        if len(self.systems) > 1:
+            self.warnings["otherSystemPrompt"] = sum(count for _, count in self.systems[1:])
+        certain = {name: n for name, n in self.languages.items() if name != "unsure"}
+        if sum(sorted(certain.values())[:-1]) > 0.02 * sum(self.languages.values()):
+            self.warnings["otherLanguageInSample"] = sum(sorted(certain.values())[:-1])
+        return DatasetStatus(
+            train=self.rows_per_epoch,
+            eval=self.store.count(held_out=True),
+            tokens=self.tokens,
+            format=self.reports[0].format,
+            dropped={kind: count for kind, count in self.dropped.items() if count},
+            warnings={kind: count for kind, count in self.warnings.items() if count},
+            digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
+        )
+
+    def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
+        """What goes into reports/data.json."""
+        return {
+            "dataset": {**status.to_wire(), "dropped": status.dropped},
+            "sources": [report.wire() for report in self.reports.values()],
+            "problems": {kind: {"rows": n, "first": self.problems.places[kind]} for kind, n in self.problems.counts.items()},
+            "lengths": self.lengths,
+            "languages": self.languages,
+            "systemPrompts": [[text, count] for text, count in self.systems],
+            "maxLength": self.row_tokenizer.max_length,
+            "plan": plan.to_wire(),
+        }

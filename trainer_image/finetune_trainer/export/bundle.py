@@ -1,0 +1,108 @@
+"""The bundle: what is published, with its model card, its lineage and its digests. Knows nothing of where it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune_api.spec import Output
+from finetune_api.status import Artifact
+
+from ..job.context import Context
+from ..process.errors import InfrastructureError
+from .card import CardFacts, model_card
+
+LINEAGE = "finetune.json"
+SUMS = "SHA256SUMS"
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
+_MOST_PARENTS = 20
+_LEFT_OUT = {"training_args.bin"}
+"""Pickles: they may not leave the job."""
+
+
+def make_bundle(context: Context) -> Path:
+    """The files to publish, made in the workspace: the same bytes for every target and every try."""
+    output, bundle = Path(context.layout.output), Path(context.layout.job, "publish")
+    shutil.rmtree(bundle, ignore_errors=True)
+    bundle.mkdir()
+    for file in sorted(output.iterdir()):
+        if file.is_file() and file.name not in _LEFT_OUT and file.suffix not in (".bin", ".pt", ".pth") and file.name != "README.md":
+            shutil.copyfile(file, bundle / file.name)
+    if not any(bundle.glob("*.safetensors")):
+        raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
+    _name_base(context, bundle)
+    if context.spec.output != Output():
+        from .forms import export  # starts torch, which most jobs can do without here
+
+        export(context, bundle)
+    evaluation = _optional(context, context.layout.evaluation_report)
+    dataset = context.read_json(context.layout.data_report)["dataset"]
+    base = context.read_json(context.layout.reference("model"))
+    parents = _parents(context)
+    versions = {name: version(name) for name in _LIBRARIES}
+    facts = CardFacts(context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan))
+    (bundle / "README.md").write_text(model_card(facts))
+    lineage = {
+        "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid},
+        "base": {"uri": base["uri"], "fingerprint": base["fingerprint"]},
+        "dataset": {"digest": dataset["digest"], "train": dataset["train"], "eval": dataset["eval"]},
+        "evaluation": {k: v for k, v in evaluation.items() if k != "samples"} if evaluation else None,
+        "parents": parents,
+        "libraries": versions,
+        "tuning": context.spec.tuning.to_wire(),
+    }
+    (bundle / LINEAGE).write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
+    (bundle / SUMS).write_text(digests(bundle))
+    return bundle
+
+
+def _parents(context: Context) -> list[dict[str, Any]]:
+    """The adapters that this one goes on from, the nearest first; each names the job, the data and the base it came from."""
+    if context.spec.tuning.continue_from is None:
+        return []
+    noted = context.read_json(context.layout.reference("adapter"))
+    parent: dict[str, Any] = {"uri": noted["uri"], "fingerprint": noted["fingerprint"]}
+    try:
+        told = json.loads((Path(noted["path"]) / LINEAGE).read_text())
+        return [{**parent, "job": told["job"], "dataset": told["dataset"]}, *told.get("parents", [])][:_MOST_PARENTS]
+    except (OSError, ValueError, KeyError, TypeError):  # not one of ours
+        return [parent]
+
+
+def _name_base(context: Context, bundle: Path) -> None:
+    """Name the base model by its URI, not by the folder it was mounted at."""
+    config = bundle / "adapter_config.json"
+    if config.exists():
+        uri = context.spec.model.uri
+        document = json.loads(config.read_text())
+        document["base_model_name_or_path"] = uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else uri
+        config.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def _optional(context: Context, path: str) -> dict[str, Any] | None:
+    return context.read_json(path) if Path(path).exists() else None
+
+
+def digests(folder: Path) -> str:
+    """Every file's SHA-256, as `sha256sum` writes it."""
+    lines = []
+    for file in files(folder):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.relative_to(folder)}\n")
+    return "".join(lines)
+
+
+def files(folder: Path) -> list[Path]:
+    """All files but the list of digests itself, in a stable order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
+
+
+def artifact(bundle: Path, uri: str) -> Artifact:
+    """What the status says of a bundle that was published to `uri`."""
+    digest = hashlib.sha256((bundle / SUMS).read_bytes()).hexdigest()
+    size = sum(p.stat().st_size for p in [*files(bundle), bundle / SUMS])
+    return Artifact(uri=uri, digest=f"sha256:{digest}", bytes=size)

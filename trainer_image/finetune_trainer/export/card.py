@@ -1,0 +1,136 @@
+"""The model card: https://huggingface.co/docs/hub/model-cards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.contract import JobFile
+from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells."""
+
+    job: JobFile
+    dataset: dict[str, Any]
+    base: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    parents: list[dict[str, Any]]
+    versions: dict[str, str]
+    plan: dict[str, Any] | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the result is a model, not an adapter."""
+        return self.job.spec.tuning.method in WHOLE_MODEL_METHODS
+
+    @property
+    def hub(self) -> str | None:
+        """The base's repository on the Hugging Face hub."""
+        uri = self.job.spec.model.uri
+        return uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else None
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md of the published result."""
+    job, tuning, hyper = facts.job, facts.job.spec.tuning, facts.job.spec.tuning.hyperparameters
+    task = "text-classification" if tuning.objective == "reward" else "text-generation"
+    lines = [
+        "---",
+        *([f"base_model: {json.dumps(facts.hub)}"] if facts.hub else []),
+        "library_name: " + ("transformers" if facts.whole else "peft"),
+        f"pipeline_tag: {task}",
+        f"tags: [finetune-operator, {tuning.objective}, {tuning.method}]",
+        "---",
+        f"# {job.name}",
+        "",
+        f"{'A model' if facts.whole else 'An adapter'} made by finetune-operator from `{job.spec.model.uri}`.",
+        "",
+        "## Evaluation",
+        "",
+        *_scores(facts.evaluation),
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| Base model | `{facts.base['uri']}` (`{facts.base['fingerprint'][:19]}`) |",
+        *[f"| Goes on from | `{parent['uri']}` (`{parent['fingerprint'][:19]}`) |" for parent in facts.parents],
+        f"| Data | {facts.dataset['train']} rows, {facts.dataset['tokens']} tokens, format {facts.dataset['format']}, `{facts.dataset['digest'][:19]}` |",
+        f"| Method | {tuning.objective}, {tuning.method} |",
+        f"| Learning rate | {hyper.learning_rate:g}, {hyper.lr_scheduler_type}, {hyper.optimizer} |",
+        f"| Batch | {hyper.global_batch_size} rows a step |",
+        f"| Length | {hyper.max_length} tokens{', packed' if hyper.packing else ''} |",
+        *(
+            [f"| Steps | {facts.plan['totalSteps']} on {facts.plan['worldSize']} process(es), {facts.plan['strategy']} |"]
+            if facts.plan
+            else []
+        ),
+        f"| Seed | {hyper.seed} |",
+        f"| Libraries | {', '.join(f'{name} {number}' for name, number in facts.versions.items())} |",
+        "",
+        "## Use",
+        "",
+        *_usage(facts),
+        "",
+        "`finetune.json` holds the full lineage, `SHA256SUMS` the digests of all files.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return ["Not evaluated."]
+    rows = [f"| {metric} | {evaluation['base'][metric]:.4g} | {evaluation['tuned'][metric]:.4g} |" for metric in evaluation["base"]]
+    span = evaluation.get("interval") or []
+    gain = f"Improvement {evaluation['improvement']:.4g}" + (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
+    told = f"On {evaluation['examples']} held-out rows that were not trained on. {gain}"
+    return [told, "", "| Metric | Base | Tuned |", "|---|---|---|", *rows]
+
+
+def _code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```"]
+
+
+def _usage(facts: CardFacts) -> list[str]:
+    spec, base = facts.job.spec, facts.hub or "BASE"
+    tuning, output = spec.tuning, spec.output
+    kind = "AutoModelForSequenceClassification" if tuning.objective == "reward" else "AutoModelForCausalLM"
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("PATH")'
+    if facts.whole:
+        lines = _code("python", f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("PATH")', tokenizer)
+        served = ["", "vLLM:", "", *_code("sh", "vllm serve PATH")]
+    else:
+        labels = ", num_labels=1" if tuning.objective == "reward" else ""
+        lines = _code(
+            "python",
+            "from peft import PeftModel",
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f'base = {kind}.from_pretrained("{base}"{labels})',
+            'model = PeftModel.from_pretrained(base, "PATH")',
+            tokenizer,
+        )
+        rank = (tuning.lora or Lora()).rank
+        served = [
+            "",
+            "vLLM:",
+            "",
+            *_code("sh", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {facts.job.name}=PATH"),
+        ]
+        if tuning.method not in ("lora", "qlora", "rslora"):
+            served = [
+                "",
+                "vLLM loads no adapter of this method" + ("; serve `merged` instead: `vllm serve PATH/merged`." if output.merged else "."),
+            ]
+    if tuning.objective == "reward":
+        served = []
+    ollama = []
+    if output.gguf:
+        ollama = ["", "Ollama:", "", *_code("sh", f"ollama create {facts.job.name} -f PATH/gguf/Modelfile", f"ollama run {facts.job.name}")]
+    elif output.gguf_adapter:
+        ollama = ["", "Ollama, with a Modelfile of two lines:", "", *_code("", "FROM BASE.gguf", "ADAPTER PATH/gguf/adapter.gguf")]
+    return [*lines, *served, *ollama]

@@ -1,0 +1,71 @@
+"""A volume as a target: written beside, verified, renamed; another job's result is never overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from finetune_api.status import Artifact
+from finetune_api.uris import URI
+
+from ..job.context import Context
+from ..process.errors import InfrastructureError, UserError
+from .bundle import LINEAGE, SUMS, artifact, digests
+
+
+def check_volume(context: Context, uri: URI) -> None:
+    """Raise UserError or InfrastructureError when `publish_to_volume` would fail; writes nothing."""
+    target = context.target(uri)
+    _refuse_foreign(target, context)
+    folder = next(p for p in target.parents if p.exists())
+    if not _writable(folder):
+        message = f"{folder.name or folder} in claim {uri.name} cannot be written by uid {os.getuid()}: give it to this user or group"
+        raise InfrastructureError("TargetNotWritable", message)
+
+
+def _writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def publish_to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
+    """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
+    target = context.target(uri)
+    _refuse_foreign(target, context)
+    aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(bundle, aside, copy_function=shutil.copyfile)
+        if digests(aside) != (bundle / SUMS).read_text():
+            raise InfrastructureError("VerificationFailed", "what was written differs from what was sent")
+        if target.exists():
+            if digests(target) == (bundle / SUMS).read_text():
+                shutil.rmtree(aside)
+                return artifact(bundle, shown)
+            old = target.with_name(f".{target.name}.{context.job.uid[:8]}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            aside.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            aside.rename(target)
+    except OSError as failure:
+        raise InfrastructureError("TargetNotWritable", f"cannot write: {failure.strerror or failure}") from failure
+    return artifact(bundle, shown)
+
+
+def _refuse_foreign(target: Path, context: Context) -> None:
+    """Raise UserError when a folder holds something that this job did not publish."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        owner = json.loads((target / LINEAGE).read_text())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another path") from None
+    if owner.get("uid") != context.job.uid:
+        raise UserError(
+            "TargetTaken",
+            f"the target holds the result of job {owner.get('namespace')}/{owner.get('name')} ({owner.get('uid')}); choose another path",
+        )

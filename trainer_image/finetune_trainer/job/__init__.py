@@ -1,0 +1,1 @@
+"""The job and its workspace, as every room sees them."""

@@ -1,0 +1,108 @@
+"""Find or download models and adapters, and note where they are: safetensors only, remote code only when asked for and allowed.
+
+Fetching is prepare's; later stages ask `local_path` and reach no hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from finetune_api.uris import parse_uri
+
+from ..job.context import Context
+from ..process.errors import UserError
+from ..remote.retry import hub_host, with_retries
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
+
+
+def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
+    """In prepare: find or download a model or adapter (`name`: model, teacher, adapter), check it, and note where it is."""
+    parsed = parse_uri(uri)
+    if parsed.scheme == "pvc":
+        folder = context.mounted(parsed)
+        if not (folder / config).is_file():
+            raise UserError("ModelNotFound", f"{uri} holds no {config}; name the folder that from_pretrained would load")
+    else:
+        folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
+    _require_safetensors(folder)
+    if not remote_code:
+        _refuse_code(folder, uri)
+    context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
+    return str(folder)
+
+
+def fetch_base_model(context: Context) -> str:
+    """In prepare: the folder of the base model."""
+    model = context.spec.model
+    return fetch_model(context, "model", model.uri, remote_code=model.trust_remote_code)
+
+
+def local_path(context: Context, name: str = "model") -> str:
+    """The folder of a model or adapter that prepare fetched."""
+    return str(context.read_json(context.layout.reference(name))["path"])
+
+
+def _fetched(context: Context, name: str, uri: str, config: str) -> Path | None:
+    """What an earlier try of this job fetched whole: a branch that has moved since does not move the job."""
+    try:
+        known = context.read_json(context.layout.reference(name))
+        folder = Path(known["path"])
+        return folder if known["uri"] == uri and (folder / config).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    parsed = parse_uri(uri)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if remote_code else [])]
+    secret = context.secret("teacher" if name == "teacher" else "model")
+
+    def refused(why: str) -> UserError:
+        return UserError("SourceNotFound", f"{uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
+
+    def download() -> str:
+        cache = f"{context.layout.cache}/models"
+        found: str = snapshot_download(
+            parsed.name, revision=parsed.revision or None, token=secret, allow_patterns=patterns, cache_dir=cache
+        )
+        return found
+
+    return Path(with_retries(download, hub_host(), refused))
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    found = f"it has {', '.join(others[:3])}, which can run code when loaded" if others else "it has none"
+    raise UserError("NoSafetensors", f"the model's weights must be .safetensors files; {found}. Convert it with save_pretrained")
+
+
+def _refuse_code(folder: Path, uri: str) -> None:
+    """A model that names code of its own is refused before any library reads its configuration (case A7)."""
+    for name in _CONFIGS:
+        try:
+            document = json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            continue
+        except (ValueError, RecursionError):
+            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON") from None
+        if isinstance(document, dict) and document.get("auto_map"):
+            raise UserError(
+                "RemoteCode",
+                f"{uri} brings Python code ({name}: auto_map). Read that code, then set model.trustRemoteCode: true; an administrator must allow it for the namespace",
+            )
+
+
+def fingerprint(folder: Path, config: str = "config.json") -> str:
+    """A digest of the model's configuration and of its files' names and sizes: tells one base from another."""
+    digest = hashlib.sha256((folder / config).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return f"sha256:{digest.hexdigest()}"

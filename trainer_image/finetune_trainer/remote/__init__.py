@@ -1,0 +1,1 @@
+"""Hubs and servers of others: asked with patience. Knows nothing of what is asked for."""

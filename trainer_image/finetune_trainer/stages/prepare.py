@@ -1,0 +1,120 @@
+"""prepare: fetch the models, check and tokenize the data, fix the plan. CPU only; the last chance to refuse bad input.
+
+    python -m finetune_trainer prepare --job job.json --workspace DIR
+
+The one stage that asks hubs for models and data: what it leaves in the workspace is all that the others see. Loads no weights,
+but for a teacher that writes answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+from finetune_api.contract import StageResult
+from finetune_api.status import DatasetStatus
+
+from ..data.fetch import remove_downloads
+from ..data.pipeline import Pipeline
+from ..data.report import samples, write_report
+from ..data.store import Store
+from ..data.tokens import RowTokenizer
+from ..evaluation import harness
+from ..evaluation.forgetting import write_general_rows
+from ..export import forms
+from ..job.context import Context
+from ..models.fetch import fetch_base_model
+from ..models.load import load_tokenizer
+from ..process.errors import UserError
+from ..training import teacher
+from ..training.adapter import fetch_adapter
+from ..training.plan import make_plan
+from ..training.shape import describe_model
+
+
+def prepare(context: Context) -> StageResult:
+    """Run the stage."""
+    spec = context.spec
+    evaluation, hyper = spec.evaluation, spec.tuning.hyperparameters
+
+    # 1. What costs nothing to refuse
+    _check_settings(context)
+
+    # 2. The models: fetched, and looked at as far as their configuration tells
+    folder = fetch_base_model(context)
+    tokenizer = load_tokenizer(context, folder)
+    teacher.fetch_teacher(context, tokenizer)
+    shape = describe_model(context, folder)
+    forms.check_convertible(context, folder)
+    if spec.tuning.continue_from is not None:
+        fetch_adapter(context)
+
+    # 3. What evaluate will need of the network
+    if evaluation is not None and evaluation.harness_tasks:
+        harness.fetch(evaluation.harness_tasks)
+    if evaluation is not None and evaluation.forgetting is not None:
+        write_general_rows(context, tokenizer, evaluation.forgetting)
+
+    # 4. The rows: read, compared, counted; then the plan, and the rows written
+    row_tokenizer = RowTokenizer(
+        tokenizer, objective=spec.tuning.objective, max_length=hyper.max_length, assistant_only=spec.tuning.assistant_only_loss
+    )
+    store = Store(context.layout.data)
+    try:
+        pipeline = Pipeline(context, row_tokenizer, store, teacher.answer_writer(context, row_tokenizer))
+        pipeline.read_all()
+        pipeline.compare()
+        pipeline.check_enough()
+        plan = make_plan(spec, pipeline.rows_per_epoch, shape, teacher=teacher.resident_parameters(context), tokens=pipeline.tokens)
+        status = pipeline.write()
+        context.write_json(context.layout.plan, plan.to_wire())
+        write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
+    finally:
+        store.close()
+    remove_downloads(context)
+    return StageResult(reason="DataReady", message=_message(status), result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+
+
+def _check_settings(context: Context) -> None:
+    """What the schema cannot see, before anything is downloaded."""
+    spec = context.spec
+    grpo = spec.tuning.grpo.rewards if spec.tuning.grpo is not None else []
+    schemas = [("tuning.grpo.rewards.jsonSchema", r.json_schema) for r in grpo]
+    patterns = [("tuning.grpo.rewards.pattern", r.pattern) for r in grpo]
+    if spec.evaluation is not None:
+        schemas.append(("evaluation.jsonSchema", spec.evaluation.json_schema))
+        patterns.append(("evaluation.regex", spec.evaluation.regex))
+    for place, text in schemas:
+        if text is not None:
+            _check_schema(place, text)
+    for place, text in patterns:
+        try:
+            re.compile(text or "")
+        except re.error as failure:
+            raise UserError("BadRegex", f"{place} is no regular expression: {failure}") from None
+    if spec.tuning.hyperparameters.attention == "flash-attention-2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "NoFlashAttention", "hyperparameters.attention is flash-attention-2, which this image does not have; set it to auto or sdpa"
+        )
+
+
+def _check_schema(place: str, text: str) -> None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        schema = json.loads(text)
+        validator_for(schema).check_schema(schema)
+    except (ValueError, TypeError, RecursionError, SchemaError) as failure:
+        raise UserError("BadJSONSchema", f"{place} is no JSON Schema: {str(failure).splitlines()[0][:300]}") from None
+
+
+def _message(status: DatasetStatus) -> str:
+    gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
+    odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
+    return (
+        f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
+        + (f"; left out: {gone}" if gone else "")
+        + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
+    )

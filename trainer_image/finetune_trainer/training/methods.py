@@ -1,0 +1,154 @@
+"""The methods (`tuning.method`): which weights learn, one entry each. docs/extending.md shows how to add one.
+
+A method either gives PEFT a configuration, or freezes and releases weights of the model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Partial, Tuning, VirtualTokens
+from finetune_api.status import Plan
+
+from ..job.context import Context
+from ..models.fetch import local_path
+from ..models.load import compute_dtype, load_model
+from ..process.errors import UserError
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """One way to choose what learns."""
+
+    config: Callable[[Tuning, str], Any] | None = None
+    """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS), or None."""
+    set_trainable: Callable[[Tuning, Any], None] = lambda _tuning, _model: None
+    """Set `requires_grad` of the model's own weights."""
+    quantized: bool = False
+    """Whether the frozen base is held in 4 bit."""
+
+    def trainable(self, tuning: Tuning, model: Any) -> int:
+        """Parameters that learn, of a model on the meta device (which is changed)."""
+        if self.config is None:
+            self.set_trainable(tuning, model)
+        else:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, self.config(tuning, task_type(tuning)), autocast_adapter_dtype=False)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def task_type(tuning: Tuning) -> str:
+    """PEFT's name for what the model does."""
+    return "SEQ_CLS" if tuning.objective == "reward" else "CAUSAL_LM"
+
+
+def _lora(**options: Any) -> Callable[[Tuning, str], Any]:
+    def config(tuning: Tuning, task: str) -> Any:
+        from peft import LoraConfig
+
+        lora = tuning.lora or Lora()
+        modules = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
+        return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type=task, **options)
+
+    return config
+
+
+def _ia3(_: Tuning, task: str) -> Any:
+    from peft import IA3Config
+
+    return IA3Config(task_type=task)
+
+
+def _prompt(tuning: Tuning, task: str) -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
+
+
+def _prefix(tuning: Tuning, task: str) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
+
+
+def _p_tuning(tuning: Tuning, task: str) -> Any:
+    from peft import PromptEncoderConfig
+
+    return PromptEncoderConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, encoder_hidden_size=128, task_type=task)
+
+
+def _partial(tuning: Tuning, model: Any) -> None:
+    """Release the last layers with the final norm and the head, and what else is named; freeze the rest."""
+    partial = tuning.partial or Partial()
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    last = {str(index) for index in range(max(0, layers - partial.last_layers), layers)}
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    found = 0
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.", name)
+        learns = (
+            (layer is not None and layer.group(1) in last)
+            or (partial.last_layers > 0 and layer is None and id(parameter) not in embeddings)
+            or (partial.embeddings and id(parameter) in embeddings)
+            or (partial.norms and "norm" in name.lower())
+            or any(module in name for module in partial.modules)
+        )
+        parameter.requires_grad_(learns)
+        found += learns
+    missing = [module for module in partial.modules if not any(module in name for name, _ in model.named_parameters())]
+    if missing or not found:
+        raise UserError("NoSuchModule", f"tuning.partial.modules: no parameter is named like {', '.join(missing) or 'that'}")
+
+
+METHODS: dict[Method, MethodKind] = {
+    "full": MethodKind(),
+    "partial": MethodKind(set_trainable=_partial),
+    "lora": MethodKind(_lora()),
+    "qlora": MethodKind(_lora(), quantized=True),
+    "dora": MethodKind(_lora(use_dora=True)),
+    "rslora": MethodKind(_lora(use_rslora=True)),
+    "ia3": MethodKind(_ia3),
+    "prompt": MethodKind(_prompt),
+    "prefix": MethodKind(_prefix),
+    "p-tuning": MethodKind(_p_tuning),
+}
+
+
+def build_model(context: Context, plan: Plan, folder: str, arguments: Any, *, reward: bool, cuda: bool) -> Any:
+    """The model as it is trained: loaded, frozen where the method says so, with its adapter (or that of `continueFrom`)."""
+    import torch
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    tuning = context.spec.tuning
+    kind, dtype = METHODS[tuning.method], compute_dtype(cuda, tuning.hyperparameters.precision)
+    load = torch.float32 if kind.config is None else dtype  # the optimizer needs full-precision weights
+    device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
+    flat = tuning.objective in ("sft", "pretrain") and tuning.method not in VIRTUAL_TOKEN_METHODS
+    model = load_model(context, folder, dtype=load, quantized=kind.quantized, device=device, reward=reward, cuda=cuda, padding_free=flat)
+    model.config.use_cache = False
+    if kind.quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
+    if kind.config is None:
+        kind.set_trainable(tuning, model)
+        return model
+    sharded = plan.strategy == "deepspeed-zero3"  # gathers parameters of one dtype only
+    if tuning.continue_from is not None:
+        adapter = local_path(context, "adapter")
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=not sharded)
+    return get_peft_model(model, kind.config(tuning, task_type(tuning)), autocast_adapter_dtype=not sharded)
+
+
+def loraplus_optimizer(tuning: Tuning, arguments: Any, model: Any) -> Any:
+    """The optimizer of LoRA+, or None for the one that the arguments name."""
+    if tuning.lora is None or tuning.lora.plus_ratio is None:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    rate = options.pop("lr")
+    return create_loraplus_optimizer(model, kind, lr=rate, loraplus_lr_ratio=tuning.lora.plus_ratio, **options)

@@ -1,0 +1,143 @@
+"""The teacher of objective distill: its vocabulary, its size, the answers it writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..data.formats import FORMATS, BadRow, Shape
+from ..data.pipeline import AnswerWriter
+from ..data.reading import Row
+from ..data.scan import prompt_digest, without_answer
+from ..data.tokens import RowTokenizer
+from ..job.context import Context
+from ..models.fetch import fetch_model, local_path
+from ..models.load import compute_dtype, load_model
+from ..process.errors import UserError
+from ..remote.chat import complete
+
+log = logging.getLogger("finetune.teacher")
+_BATCH = 8
+
+
+def fetch_teacher(context: Context, tokenizer: Any) -> None:
+    """Fetch the teacher. Raises UserError when its logits are not over the student's vocabulary."""
+    settings = context.spec.tuning.distillation
+    if settings is None or settings.teacher is None:
+        return
+    place = fetch_model(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
+    if settings.mode == "logits":
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(place).get_vocab()
+        if theirs != tokenizer.get_vocab():
+            raise UserError(
+                "OtherVocabulary",
+                f"the teacher's vocabulary ({len(theirs)} tokens) is not the student's ({len(tokenizer.get_vocab())}); set tuning.distillation.mode: generate",
+            )
+
+
+def resident_parameters(context: Context) -> int:
+    """Parameters of a teacher that stays in memory while training; 0 when none does."""
+    settings = context.spec.tuning.distillation
+    if settings is None or settings.teacher is None or settings.mode != "logits":
+        return 0
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(local_path(context, "teacher")))
+    return int(sum(p.numel() for p in model.parameters()))
+
+
+def answer_writer(context: Context, row_tokenizer: RowTokenizer) -> AnswerWriter | None:
+    """What writes the answers to learn; None where the rows' own are learned."""
+    settings = context.spec.tuning.distillation
+    if settings is None or settings.mode != "generate":
+        return None
+    return partial(write_answers, context, row_tokenizer)
+
+
+def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[Row], format_: str) -> dict[str, str]:
+    """The teacher's answer to each row's prompt, by digest. What it said already, before a retry, is not asked again."""
+    path = Path(context.layout.teacher_answers)
+    known: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                known[entry["digest"]] = entry["answer"]
+            except (ValueError, KeyError, TypeError):  # the last line of an interrupted run
+                continue
+    ask = _from_endpoint(context) if context.spec.tuning.distillation.endpoint is not None else _from_model(context, row_tokenizer)  # type: ignore[union-attr]
+    missing = _missing(rows, format_, known)
+    with path.open("a") as sink:
+        while batch := list(islice(missing, _BATCH)):
+            for (digest, _), answer in zip(batch, ask([prompt for _, prompt in batch]), strict=True):
+                known[digest] = answer
+                sink.write(json.dumps({"digest": digest, "answer": answer}) + "\n")
+            sink.flush()
+    log.info("the teacher wrote %d answers", len(known))
+    return known
+
+
+def _missing(rows: Iterable[Row], format_: str, known: dict[str, str]) -> Iterator[tuple[str, Shape]]:
+    asked = set(known)
+    for row in rows:
+        value = row.parsed().value
+        if value is None:
+            continue
+        try:
+            shape = FORMATS[format_].normalize(value)
+        except BadRow:
+            continue  # counted when the rows are scanned
+        if "text" in shape:
+            raise UserError(
+                "NoPrompts",
+                "tuning.distillation.mode generate needs prompts, but the rows are plain text; give messages, prompt-completion or prompt-only",
+            )
+        digest = prompt_digest(shape)
+        if digest not in asked:
+            asked.add(digest)
+            yield digest, without_answer(shape)
+
+
+def _from_endpoint(context: Context) -> Any:
+    settings = context.spec.tuning.distillation
+    assert settings is not None and settings.endpoint is not None
+    key, endpoint, limit = context.secret("endpoint"), settings.endpoint, settings.max_new_tokens
+
+    def ask(prompts: list[Shape]) -> list[str]:
+        turns = [p["messages"] if "messages" in p else [{"role": "user", "content": p["prompt"]}] for p in prompts]
+        return [complete(endpoint, messages, key=key, max_tokens=limit) for messages in turns]
+
+    return ask
+
+
+def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..models.generate import generate
+
+    settings = context.spec.tuning.distillation
+    assert settings is not None
+    place = local_path(context, "teacher")
+    cuda = torch.cuda.is_available()
+    model = load_model(context, place, dtype=compute_dtype(cuda), cuda=cuda).to("cuda" if cuda else "cpu").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    theirs = RowTokenizer(tokenizer, max_length=row_tokenizer.max_length, assistant_only=True)
+
+    def ask(prompts: list[Shape]) -> list[str]:
+        texts = [theirs.prompt_and_answer(p)[0] for p in prompts]
+        written: list[str] = generate(model, tokenizer, texts, settings.max_new_tokens)
+        return written
+
+    return ask
