@@ -54,6 +54,7 @@ async def eyes(api: Api) -> AsyncIterator[Eyes]:
     cluster = await connect(kubeconfig=str(api.cluster.kubeconfig))
     target = Eyes(cluster)
     task = asyncio.create_task(target.watch.run())
+    await asyncio.sleep(0)  # it runs
     await target.watch.look()
     yield target
     task.cancel()
@@ -120,15 +121,20 @@ async def test_queues_priorities_and_namespaces(api: Api, eyes: Eyes) -> None:
     assert api.namespace in dict(inventory.namespaces.items.values())
 
 
-async def test_a_version_that_the_server_has_forgotten_lists_again(api: Api, node: str) -> None:
+async def test_what_happened_while_no_watch_ran_is_told_when_it_is_resumed(api: Api, node: str) -> None:
     cluster = await connect(kubeconfig=str(api.cluster.kubeconfig))
     eyes = Eyes(cluster)
     reflector = next(r for r in eyes.watch.reflectors if r.kind == "Node")
-    reflector._version = "1"
-    task = asyncio.create_task(reflector.run())
-    await until("the node is seen", lambda: eyes.node(node) is not None)
-    assert reflector.lists == 1 and reflector.state == "synced"
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    await cluster.close()
+    try:
+        await reflector.list()
+        assert eyes.node(node) is not None
+        api.core.delete_node(node)
+        await asyncio.sleep(1)
+        task = asyncio.create_task(reflector.run())
+        await until("the node is gone", lambda: eyes.node(node) is None)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert reflector.lists == 1 and reflector.state == "synced"
+    finally:
+        await cluster.close()
