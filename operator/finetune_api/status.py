@@ -28,7 +28,10 @@ ConditionType = Literal[
     "Accepted",
     "DataReady",
     "TargetsReady",
+    "QuotaReserved",
     "Admitted",
+    "Evicted",
+    "Preempted",
     "Running",
     "Trained",
     "Evaluated",
@@ -36,7 +39,10 @@ ConditionType = Literal[
     "Suspended",
     "Succeeded",
     "Failed",
+    "Finished",
 ]
+SAID_BY_OTHERS: tuple[ConditionType, ...] = ("Ready", "Stalled", "QuotaReserved", "Evicted", "Preempted", "Finished")
+"""Conditions that say again, in the terms of other tools (kstatus, Kueue), what the rest say"""
 Text = Annotated[str, Field(max_length=32_768)]
 
 

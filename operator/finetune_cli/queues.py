@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.status import read_status
+from finetune_api.status import SAID_BY_OTHERS, read_status
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect
@@ -106,7 +106,7 @@ async def why(reader: Reader, name: str, namespace: str | None, console: Console
     decision = decide(snapshot).jobs.get(raw["metadata"]["uid"])
     console.print(f"{space}/{name}: {status.phase}", style="bold", highlight=False)
     for condition in status.conditions:
-        if condition.type != "Ready" and (condition.status != "True" or condition.type in ("Failed", "Admitted")):
+        if condition.type not in SAID_BY_OTHERS and (condition.status != "True" or condition.type in ("Failed", "Admitted")):
             console.print(f"  {condition.type}={condition.status} {condition.reason}: {condition.message}", markup=False, highlight=False)
     if decision is not None and decision.action == "wait":
         place = f"position {decision.position} in " if decision.position else ""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import SAID_BY_OTHERS, FineTuneJobStatus
 
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
@@ -55,7 +55,7 @@ class JobView:
             self.losses.append(progress.loss)
         news = []
         for condition in status.conditions:
-            if condition.type in ("Ready", "Stalled"):  # the others say it
+            if condition.type in SAID_BY_OTHERS:
                 continue
             state = (condition.status, condition.reason)
             if self._seen.get(condition.type) != state:

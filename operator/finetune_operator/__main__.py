@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import json
 import logging
 import os
 import signal
@@ -39,6 +40,8 @@ from .settings import Settings, from_environment
 
 log = logging.getLogger("finetune")
 _AGAIN_SECONDS = 2.0
+_BROKEN_WATCH = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+"""What kopf ends with when a line of a watch is no object: broken off, or garbled on its way"""
 
 
 async def _serve(app: web.Application, port: int, **kwargs: object) -> web.AppRunner:
@@ -163,13 +166,20 @@ async def run(settings: Settings) -> None:
         await cluster.close()
         await lookups.close()
     for name, error in failed:
-        if name == "kopf" and isinstance(error, ValueError):  # a watch was broken off within an object, or its answer is none
+        if isinstance(error, _BROKEN_WATCH):
             await asyncio.sleep(_AGAIN_SECONDS)
-            raise StartOver(f"a watch brought what is no object: {error}") from error
-        # a watch of what is not served any more ends with 404
-        if isinstance(error, StartOver) or (name == "kopf" and getattr(error, "status", None) == 404):
-            raise StartOver(str(error) if isinstance(error, StartOver) else f"a kind that is watched is gone: {error}") from error
-        raise RuntimeError(f"{name} ended: {error}") from error
+        raise _ended(name, error) from error
+
+
+def _ended(name: str, error: BaseException) -> Exception:
+    """What the end of a part means: a fresh start within this process, or its end."""
+    if isinstance(error, StartOver):
+        return error
+    if name == "kopf" and getattr(error, "status", None) == 404:
+        return StartOver(f"a kind that is watched is gone: {error}")
+    if name == "kopf" and isinstance(error, _BROKEN_WATCH):
+        return StartOver(f"a watch brought what cannot be read: {error}")
+    return RuntimeError(f"{name} ended: {error}")
 
 
 async def _work(

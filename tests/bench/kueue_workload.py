@@ -252,7 +252,7 @@ def bench(share: float = 1.0) -> dict[str, Any]:
         tokens, token = state / "tokens.csv", uuid.uuid4().hex  # as pods have: the server verifies a certificate at each request
         tokens.write_text(f'{token},bench,bench,"system:masters"\n')
         flags.append(f"--token-auth-file={tokens}")
-        _, admin = control_plane.start(NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags, controllers="")
+        _, admin = control_plane.start(NAME, state, binaries.ensure(binaries.NEWEST), "127.0.0.1", extra_apiserver=flags, controllers="")
         known = yaml.safe_load(admin.read_text())
         known["users"][0]["user"] = {"token": token}
         admin.write_text(yaml.safe_dump(known))

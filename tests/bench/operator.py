@@ -52,7 +52,7 @@ def bench() -> dict[str, Any]:
     operator: subprocess.Popen[bytes] | None = None
     try:
         authority, admin = control_plane.start(
-            NAME, state, binaries.ensure(), "127.0.0.1", extra_apiserver=flags, controllers=control_plane.WITHOUT_NODES
+            NAME, state, binaries.ensure(binaries.NEWEST), "127.0.0.1", extra_apiserver=flags, controllers=control_plane.WITHOUT_NODES
         )
         server = yaml.safe_load(admin.read_text())["clusters"][0]["cluster"]["server"]
         own = authority.kubeconfig("operator", server, OPERATOR, "system:masters")

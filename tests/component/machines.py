@@ -62,6 +62,8 @@ class Leaving:
 
     def __init__(self, api: Api) -> None:
         self.api = api
+        self.saving = False
+        """They do not come to an end with it"""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -73,6 +75,8 @@ class Leaving:
                     if pod.metadata.deletion_timestamp is None:
                         if pod.spec.node_name is None and pod.status.phase == "Running":
                             self.bind_to(self.api, pod.metadata.name)
+                    elif self.saving:
+                        continue
                     elif pod.status.phase == "Running":
                         self.api.set_pod(pod.metadata.name, SAVED)
                     else:

@@ -50,7 +50,8 @@ def test_a_whole_job(api: Api, kubelet: Kubelet, operator: Operator) -> None:
         "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
     ]  # fmt: skip
     assert status["attempt"] == 0 and "restarts" not in status
-    assert api.events()[-1] == "Succeeded" and len(api.events()) == len(set(api.events()))
+    until("its end is told", lambda: api.events()[-1] == "Succeeded")
+    assert len(api.events()) == len(set(api.events()))
     job = api.job()
     assert "finalizers" not in job["metadata"] and "annotations" not in job["metadata"], "kopf keeps its hands off the object"
     assert status["observedGeneration"] == job["metadata"]["generation"]
@@ -87,7 +88,7 @@ def test_f8_one_failing_worker(api: Api, kubelet: Kubelet, operator: Operator) -
     assert restart["pod"] == "support-worker-1" and "NCCL error" in restart["message"]
     kubelet.hold = set()
     assert phase(api, "Succeeded")["attempt"] == 1
-    assert "GangRestarted" in api.events()
+    until("it is told", lambda: "GangRestarted" in api.events())
 
 
 def test_f14_an_image_that_cannot_be_pulled(api: Api, kubelet: Kubelet, operator: Operator) -> None:
@@ -205,7 +206,7 @@ def test_f35_a_refusal_of_quota_is_said_and_tried_again(api: Api, kubelet: Kubel
     until("the quota is in force", lambda: api.core.read_namespaced_resource_quota("none", api.namespace).status.hard)
     api.create_job(MINIMAL)
     until("the refusal is said", lambda: "exceeded quota" in api.condition("Accepted").get("message", ""))
-    assert "APIRefused" in api.events()
+    until("it is told", lambda: "APIRefused" in api.events())
     api.core.delete_namespaced_resource_quota("none", api.namespace)
     phase(api, "Succeeded", 90)
 
@@ -262,7 +263,7 @@ def test_f24_what_may_change_while_a_job_runs(api: Api, kubelet: Kubelet, operat
     until("it is said", lambda: api.condition("Accepted").get("reason") == "ChangeIgnored")
     message = api.condition("Accepted")["message"]
     assert message.startswith("spec.distribution, spec.model cannot change once the job has begun: ignored"), message
-    assert "ChangeIgnored" in api.events()
+    until("it is told", lambda: "ChangeIgnored" in api.events())
     assert api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"] == before
     api.set_pod("support-worker-1", ended(1))
     until("the gang restarts as it was", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")])
@@ -293,7 +294,7 @@ def test_f10_a_pod_on_a_dead_node_is_replaced(api: Api, kubelet: Kubelet, operat
     assert api.status()["attempt"] == 0 and ("support-worker-1", "0") in api.workers(), "while the node answers, its pod is waited for"
     api.core.patch_node_status(node, {"status": {"conditions": [{**ready, "status": "Unknown", "reason": "NodeStatusUnknown"}]}})
     until("the new gang", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")], 40)
-    assert "PodForceDeleted" in api.events()
+    until("it is told", lambda: "PodForceDeleted" in api.events())
     restart = api.status()["restarts"][0]
     assert restart["cause"] == "Disruption" and restart["node"] == node and restart["counted"] is False
     api.core.delete_node(node)

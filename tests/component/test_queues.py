@@ -21,7 +21,7 @@ from tests.component.machines import GPU, Leaving, Machines, gpu_job
 
 SCARCE = "example.com/scarce-gpu"
 """Of GPU there are many, for what quotas decide; of this one as many as a test says"""
-pytestmark = pytest.mark.operator(FINETUNE_SNAPSHOT_SECONDS="0.5")
+pytestmark = pytest.mark.operator(FINETUNE_SNAPSHOT_SECONDS="0.5", FINETUNE_SEAL_KEY="of every start")
 MakeQueue = Callable[..., str]
 
 
@@ -121,6 +121,35 @@ def test_f12_urgent_work_displaces_and_the_displaced_goes_on_from_its_checkpoint
     assert api.status("long")["attempt"] == 1 and api.status("long")["restartsCounted"] == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_f22_what_a_deleted_job_holds_is_free_when_its_pods_have_ended(
+    api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue, restarted: bool
+) -> None:
+    """Also by an operator that did not run when it was deleted."""
+    queue = make_queue(2)
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(queue, nodes=2), name="first")
+    until("first trains", lambda: phase_of(api, "first") == "Training")
+    until("its pods have nodes", lambda: all(p.spec.node_name for p in api.pods() if p.status.phase == "Running"))
+    api.create_job(gpu_job(queue, nodes=2), name="second")
+    until("second waits", lambda: api.condition("Admitted", "second").get("reason") == "WaitingForQuota")
+    leaving.saving = True
+    if restarted:
+        operator.kill()
+    api.delete_job("first")
+    workers = [name for name, _ in api.workers()]
+    until("its pods are told to end", lambda: all(p.metadata.deletion_timestamp for p in api.pods() if p.metadata.name in workers))
+    with pytest.raises(client.ApiException, match="404"):
+        api.job("first")
+    if restarted:
+        operator.start()
+    with pytest.raises(AssertionError):
+        until("second starts too soon", lambda: phase_of(api, "second") != "Queued", 6)
+    assert queue_status(api, queue)["used"] == 2 and [name for name, _ in api.workers()] == workers
+    leaving.saving = False
+    until("second trains", lambda: phase_of(api, "second") == "Training")
+
+
 def test_a14_another_teams_queue(api: Api, operator: Operator, kubelet: Kubelet, make_queue: MakeQueue) -> None:
     closed = make_queue(8, namespaceSelector={"matchLabels": {"team": "somebody-else"}})
     api.create_job(gpu_job(closed))
@@ -210,7 +239,7 @@ def test_f16_nodes_decide_without_any_queue(api: Api, kubelet: Kubelet, operator
 def test_f20_an_elastic_gang_starts_small_and_grows_at_a_checkpoint(
     api: Api, kubelet: Kubelet, leaving: Leaving, operator: Operator, make_queue: MakeQueue
 ) -> None:
-    """By an operator of some namespaces, which sees quotas but no nodes."""
+    """By an operator of some namespaces, which sees quotas, nodes, and of pods those of its own."""
     operator.kill()
     operator.start(FINETUNE_WATCH_NAMESPACES=api.namespace)
     queue = make_queue(1, preemption={"minimumRunTime": "1s"})
@@ -288,3 +317,29 @@ def test_a_changed_quota_acts_at_once(api: Api, kubelet: Kubelet, operator: Oper
     until("it waits", lambda: api.condition("Admitted").get("reason") == "NeverAdmitted")
     set_quota(api, queue, 1)
     until("it ends", lambda: phase_of(api, "support") == "Succeeded", 30)
+
+
+def test_what_ran_waits_for_its_nodes_by_name(api: Api, kubelet: Kubelet, operator: Operator, machines: None) -> None:
+    """Those that could hold it are away for repair: it is not refused, also by an operator that has just started."""
+    first, second = (f"{api.namespace}-{n}" for n in range(2))
+    kubelet.hold = {"train"}
+    api.create_job(gpu_job(None, gpus=4, resource=SCARCE))
+    until("it trains", lambda: phase_of(api, "support") == "Training")
+    api.patch_job({"spec": {"runPolicy": {"suspend": True}}})
+    until("it is suspended", lambda: phase_of(api, "support") == "Suspended" and not api.workers())
+    api.core.patch_node(first, {"spec": {"unschedulable": True}})
+    api.core.patch_node(second, {"spec": {"taints": [{"key": "repair", "effect": "NoSchedule"}]}})
+    operator.kill()
+    operator.start()
+    api.patch_job({"spec": {"runPolicy": {"suspend": False}}})
+    until("it waits", lambda: api.condition("Admitted").get("reason") == "WaitingForNodes")
+    message = api.condition("Admitted")["message"]
+    assert f"nodes that could hold its pods are away: {first} (cordoned), {second} (taint repair:NoSchedule)" in message
+    small = {"status": {"capacity": {SCARCE: "2"}, "allocatable": {SCARCE: "2"}}}
+    for name in (first, second):
+        api.core.patch_node_status(name, small)
+    until("its nodes are known for what they had", lambda: "has 2 of 4" in api.condition("Admitted")["message"])
+    assert phase_of(api, "support") == "Queued"
+    api.core.patch_node_status(second, {"status": {"capacity": {SCARCE: "4"}, "allocatable": {SCARCE: "4"}}})
+    api.core.patch_node(second, {"spec": {"taints": []}})
+    until("it goes on", lambda: phase_of(api, "support") == "Training")

@@ -43,6 +43,7 @@ def test_a_hub_that_is_down_is_waited_for_across_restarts_of_pod_and_operator(ap
     since = first["waiting"]["since"]
     assert f"prepare waits for {HUB} since {since}; next try at {api.status()['retryAfter']}, until " in condition["message"]
     assert f"{HUB} answers 429 Too Many Requests" in condition["message"]
+    until("it is told", lambda: "WaitingForSource" in api.events())
     operator.kill()
     operator.start(**operator.usual)
     later = until("it goes on waiting", lambda: waits(3))

@@ -52,6 +52,7 @@ async def test_one_key_from_the_watch_to_its_write() -> None:
     cluster = Cluster()
     operator = Manager(cluster, Store(), ProgressBoard(), SETTINGS)  # type: ignore[arg-type]
     await operator.resync.once()
+    operator.acting = True
     registry = kopf.OperatorRegistry()
     handlers.register(registry, operator, Settings(), SimpleNamespace(serves=lambda kind: False))  # type: ignore[arg-type]
     on_job = next(h.fn for h in registry._watching._handlers if h.fn.__name__ == "on_job")

@@ -35,7 +35,7 @@ from finetune_operator.model.seal import seal
 from finetune_operator.model.workload import request_of, workload_of
 from finetune_operator.reconcile.plan import Event, Plan
 from finetune_operator.settings import Settings
-from tests.factory import MINIMAL, NOW, UID, job, merged, stamp
+from tests.factory import MINIMAL, NOW, UID, after, job, merged, stamp
 from tests.unit.test_machine import Server
 
 KEY = ("team-a", "support")
@@ -442,3 +442,26 @@ def test_a18_a_wiped_status_counts_towards_quota_by_what_is_sealed() -> None:
         forged = seen(other)
         assert not forged.recovers and forged.allocation is not None and forged.allocation.stopping
     assert not seen(pod, {"finishedAt": stamp(NOW), "conditions": [{"type": "Failed", "status": "True"}]}).recovers
+
+
+async def test_jobs_that_are_there_at_the_start_are_served_oldest_first() -> None:
+    """What watches told of them before counts for nothing: kopf handles first events in any order."""
+    cluster = Cluster()
+    for number in range(40):
+        raw = job(name=f"job-{(number * 7) % 40:02}", uid=f"uid-{number}")
+        raw["metadata"]["creationTimestamp"] = stamp(after((number * 7) % 40))
+        cluster.put("FineTuneJob", raw)
+    operator, order = manager(cluster), []
+
+    async def process(key: Key) -> None:
+        order.append(key[1])
+
+    operator.jobs.process = process  # type: ignore[method-assign]
+    for raw in reversed(cluster.of("FineTuneJob")):
+        operator.job_event(copy.deepcopy(raw), deleted=False)
+    running = asyncio.create_task(operator.run())
+    async with asyncio.timeout(5):
+        while len(order) < 40:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert order[:40] == [f"job-{number:02}" for number in range(40)]

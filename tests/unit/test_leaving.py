@@ -236,6 +236,18 @@ async def test_a18_nobody_elses_word_counts_towards_a_queue(forged: dict[str, st
     assert found.queues["default"].used == {} and found.jobs["uid-second"].reason == "WaitingForNodes"
 
 
+async def test_a_job_that_goes_while_others_are_looked_at_is_counted_once() -> None:
+    pods, first = (sealed(0), sealed(1)), holder()
+    scene = started_after_it_was_gone(*pods)
+    scene.store.put_job(first)
+    await scene.waits()
+    scene.store.drop_job(first)
+    await scene.admission.watch.look()  # its pods are listed as somebody's
+    snapshot = scene.admission._snapshot(NOW)
+    assert [w.uid for w in snapshot.workloads] == ["uid-first", "uid-second"]
+    await scene.waits()
+
+
 async def test_a_job_that_is_seen_after_its_pods_is_counted_as_it_is() -> None:
     pods = sealed(0), sealed(1)
     scene = started_after_it_was_gone(*pods)

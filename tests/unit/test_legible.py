@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+import kopf
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 from prometheus_client import REGISTRY
 
-from finetune_api import names
+from finetune_api import GROUP, KIND, PLURAL, VERSION, names
 from finetune_api.status import read_status
+from finetune_operator import __main__ as main
 from finetune_operator import handlers
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import transport
+from finetune_operator.cluster.kinds import StartOver
 from finetune_operator.cluster.transport import APIError, KubernetesCluster
 from finetune_operator.controllers import jobs as jobs_module
 from finetune_operator.controllers.manager import Manager
@@ -229,6 +233,46 @@ async def test_an_object_that_cannot_be_read_is_passed_by_in_a_list_and_in_a_wat
     assert unreadable("FineTuneJob") == before + 4
     assert handlers._seen("FineTuneJob", {"type": "MODIFIED", "object": {"metadata": {"name": 5}}}) is None  # type: ignore[typeddict-item]
     assert unreadable("FineTuneJob") == before + 5
+
+
+@pytest.mark.parametrize("line", [b'{"type": "ADDED", "object": {"metada', b'{"type": "ADDED"\xff}', b"<html>"])
+async def test_a_watch_that_is_broken_off_starts_over_and_ends_no_process(line: bytes) -> None:
+    """kopf itself, on a server whose watch brings half an object."""
+    verbs = ["list", "watch", "get", "patch"]
+    resources = {
+        "/api/v1": [
+            {"name": "namespaces", "kind": "Namespace", "namespaced": False},
+            {"name": "events", "kind": "Event", "namespaced": True},
+        ],
+        f"/apis/{GROUP}/{VERSION}": [{"name": PLURAL, "kind": KIND, "namespaced": True}],
+    }
+    group = {"name": GROUP, "versions": [{"version": VERSION}], "preferredVersion": {"version": VERSION}}
+    answers: dict[str, Any] = {"/api": {"versions": ["v1"]}, "/apis": {"groups": [group]}} | {
+        path: {"resources": [{**found, "singularName": "", "verbs": verbs} for found in some]} for path, some in resources.items()
+    }
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        if "watch" in request.query:
+            return web.Response(body=line + b"\n")
+        return web.json_response(answers.get(request.path, {"items": [], "metadata": {"resourceVersion": "1"}}))
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", serve)
+    registry = kopf.OperatorRegistry()
+    async with TestServer(app) as server:
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: Any) -> kopf.ConnectionInfo:
+            return kopf.ConnectionInfo(server=str(server.make_url("")).rstrip("/"))
+
+        @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+        async def event(**_: Any) -> None: ...
+
+        with pytest.raises(main._BROKEN_WATCH) as end:
+            async with asyncio.timeout(20):
+                await kopf.operator(registry=registry, settings=handlers.kopf_settings(), standalone=True, clusterwide=True)
+    assert isinstance(main._ended("kopf", end.value), StartOver)
+    assert not isinstance(main._ended("controller", end.value), StartOver), "what is broken here is no watch"
 
 
 async def test_a_job_that_cannot_be_worked_on_says_so_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

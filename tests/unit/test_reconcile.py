@@ -208,7 +208,8 @@ def test_the_undisturbed_story() -> None:
     assert status.evaluation is not None and status.evaluation.gate == "Passed"
     assert status.progress is not None and status.progress.percent == 100
     assert [c.type for c in status.conditions if c.status == "True"] == [
-        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "QuotaReserved", "Trained", "Evaluated", "Published", "Succeeded",
+        "Finished",
     ]  # fmt: skip
     assert world.events == [
         "PrepareStarted", "DataReady", "Admitted", "GangCreated", "GangRunning", "Trained", "EvaluateStarted", "Evaluated", "PublishStarted",
@@ -454,6 +455,16 @@ def test_restarts_are_limited() -> None:
     status = world.status
     assert status.condition("Failed").reason == "TooManyRestarts"  # type: ignore[union-attr]
     assert status.restarts_counted == 2
+
+
+def test_a_plan_that_somebody_took_away_is_read_again_from_prepare() -> None:
+    """And the gang goes on: nothing is prepared or started anew."""
+    world = World(TWO).to_training()
+    pods, jobs, plan = dict(world.pods), set(world.jobs), world.status.plan
+    del world.job["status"]["plan"]
+    world.settle()
+    assert world.status.plan == plan and world.status.phase == "Training" and world.status.is_true("DataReady")
+    assert (world.pods, set(world.jobs)) == (pods, jobs)
 
 
 def test_disruptions_do_not_count() -> None:
@@ -815,6 +826,27 @@ def test_a18_a_gang_whose_record_was_wiped_runs_on_until_quota_was_looked_at() -
     world.settle()
     assert world.status.condition("Admitted").reason == "Recovered" and world.status.phase == "Training"  # type: ignore[union-attr]
     assert len(workers(world)) == 2 and world.count == made, "nothing was made anew"
+
+
+def test_a_dashboard_for_kueues_workloads_reads_ours() -> None:
+    world = World(TWO).to_training()
+
+    def told(type_: Any) -> tuple[str, str] | None:
+        return (c.status, c.reason) if (c := world.status.condition(type_)) is not None else None
+
+    assert told("QuotaReserved") == ("True", "QuotaReserved") and told("Evicted") is None and told("Finished") is None
+    world.decision = Decision(action="preempt", reason="Preempted", message="for team-b/urgent")
+    world.settle()
+    world.decision = Decision(action="wait", reason="WaitingForQuota", message="4 GPUs are free")
+    world.settle()
+    assert told("QuotaReserved") == ("False", "Pending") and world.status.condition("QuotaReserved").message == "4 GPUs are free"  # type: ignore[union-attr]
+    assert told("Evicted") == ("True", "Preempted") and told("Preempted") == ("True", "InClusterQueue")
+    world.decision = granted(2)
+    world.settle()
+    assert told("Evicted") == told("Preempted") == ("False", "QuotaReserved")
+    world.job["spec"]["runPolicy"] = {"cancel": True}
+    world.settle()
+    assert told("Finished") == ("True", "Failed")
 
 
 def test_suspend_and_resume() -> None:

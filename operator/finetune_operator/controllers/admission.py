@@ -284,14 +284,16 @@ class AdmissionLoop:
     def _left(self, now: datetime) -> list[Workload]:
         """Jobs that are gone while pods of theirs still save: what those hold is free when they have ended, and not before."""
         unseen = {uid: pods for uid, pods in self._store.left_behind().items() if uid not in self._leaving}
-        if unseen:  # it was deleted while no operator ran
+        if unseen:  # they were deleted while no operator ran, or since jobs were looked at
+            for workload in self._seen.values():
+                unseen.pop(workload.uid, None)
             requests = self._inventory.requests_of(pod["metadata"]["uid"] for pods in unseen.values() for pod in pods)
             flavors = {
                 (queue.name, flavor.name): flavor for queue in self._inventory.queues.parsed.values() for flavor in queue.spec.flavors
             }
             for uid, pods in unseen.items():
-                if (workload := left_behind(uid, pods, requests, flavors, self._settings, now)) is not None:
-                    self._leaving[uid] = workload
+                if (found_by_pods := left_behind(uid, pods, requests, flavors, self._settings, now)) is not None:
+                    self._leaving[uid] = found_by_pods
         found = {uid: left for uid, gone in self._leaving.items() if (left := leaving(gone, self._holding(uid))) is not None}
         self._leaving = found
         return list(found.values())

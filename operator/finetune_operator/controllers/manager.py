@@ -80,6 +80,8 @@ class Manager:
                 await self.resync.until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
+            for key in sorted(self.store.job_keys(), key=self._created):  # watches tell of those that are there in any order
+                self.wake(key)
             group.create_task(self.events.run())
             if self.settings.queueing_backend == "kueue":
                 group.create_task(self.external_queue.run())
@@ -89,8 +91,9 @@ class Manager:
                 group.create_task(controller.run(self.settings.workers))
 
     def wake(self, key: Key) -> None:
-        """A job is to be looked at."""
-        self.jobs.queue.add(key)
+        """A job is to be looked at. Before this operator acts nothing is: then all of them are, the oldest first."""
+        if self.acting:
+            self.jobs.queue.add(key)
 
     def trust(self, ca_bundle: str, authorities: str = "") -> None:
         """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
@@ -104,6 +107,9 @@ class Manager:
             self.admission.configure(new)
             for key in self.store.job_keys():
                 self.wake(key)
+
+    def _created(self, key: Key) -> tuple[str, Key]:
+        return str((self.store.job(key) or {}).get("metadata", {}).get("creationTimestamp", "")), key
 
     # events in
 

@@ -55,7 +55,7 @@ def _is_recovered(draft: Draft) -> bool:
 
 def _admit(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: str) -> None:
     status = draft.status
-    if not _fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
+    if not fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
         return
     end_wait(draft)
     status.admission = _on_record(draft, admission)
@@ -90,7 +90,7 @@ def _on_record(draft: Draft, admission: Admission) -> AdmissionStatus:
     )
 
 
-def _fit_plan(draft: Draft, world_size: int) -> bool:
+def fit_plan(draft: Draft, world_size: int) -> bool:
     """The plan for so many processes: the same global batch."""
     plan = draft.status.plan
     if plan is None or plan.world_size == world_size:
@@ -131,5 +131,5 @@ def _resize(draft: Draft, spec: FineTuneJobSpec, admission: Admission, message: 
     if workers(draft):
         next_attempt(draft, spec, Failure("Stopped", "Resized", message, ""), message)
         draft.status.retry_after = None
-    if _fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
+    if fit_plan(draft, admission.pods * max(1, spec.distribution.gpus_per_node)):
         draft.status.admission = _on_record(draft, admission)

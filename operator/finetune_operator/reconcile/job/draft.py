@@ -112,12 +112,32 @@ class Draft:
 
     def _same_reason(self, before: Condition) -> Condition:
         now = next((c for c in self.status.conditions if c.type == before.type), before)
-        return now if before.type == "Admitted" and (now.status, now.reason) == (before.status, before.reason) else before
+        return (
+            now if before.type in ("Admitted", "QuotaReserved") and (now.status, now.reason) == (before.status, before.reason) else before
+        )
+
+    def _as_kueue_says(self) -> None:
+        """What Admitted says, in the terms of Kueue's Workload (KEP-77): what reads those reads these."""
+        now, before = self.status.condition("Admitted"), self.before.condition("Admitted")
+        if now is None:
+            return
+        if now.status == "True":
+            self.set("QuotaReserved", "True", "QuotaReserved", now.message)
+            for type_ in ("Evicted", "Preempted"):
+                if self.status.is_true(type_):
+                    self.set(type_, "False", "QuotaReserved", "it was admitted again")
+            return
+        self.set("QuotaReserved", "False", "Pending", now.message)
+        if before is not None and before.status == "True" and not self.status.is_true("Trained"):
+            self.set("Evicted", "True", now.reason, now.message)
+            if now.reason == "Preempted":
+                self.set("Preempted", "True", "InClusterQueue", now.message)
 
     def _summarise(self) -> None:
         """Ready and Stalled, by which Flux and `kubectl wait` know an end (kstatus); they stand first and follow from the rest."""
         ended = self.status.condition("Succeeded" if self.status.phase == "Succeeded" else "Failed")
         if self.status.phase in ("Succeeded", "Failed") and ended is not None:
+            self.set("Finished", "True", self.status.phase, ended.message)
             self.set("Ready", "True" if self.status.phase == "Succeeded" else "False", ended.reason, ended.message)
             if self.status.phase == "Failed":
                 self.set("Stalled", "True", ended.reason, ended.message)
@@ -137,6 +157,7 @@ class Draft:
 
     def plan(self) -> Plan:
         """The finished plan; without a status when nothing changed."""
+        self._as_kueue_says()
         self._summarise()
         self.status.observed_generation = self.generation
         changed = self.status != self.before

@@ -21,7 +21,7 @@ from ...model.times import parse_time, rfc3339
 from ...resources.shared import digests, shared
 from ...settings import Settings
 from ..plan import Apply, Delete, Plan
-from .admission import admitted
+from .admission import admitted, fit_plan
 from .draft import Draft
 from .external_queue import admitted_externally
 from .failures import Failure
@@ -131,6 +131,8 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
         if status.plan is None:
             draft.set("DataReady", "Unknown", "PlanLost", "the plan is not on record any more: prepare says it again")
+            return
+        if not fit_plan(draft, draft.nodes(spec) * max(1, spec.distribution.gpus_per_node)):
             return
         result = run_gang(draft, spec)
         if result is None:
