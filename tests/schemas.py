@@ -47,7 +47,9 @@ def filled(node: dict[str, Any], value: Any) -> Any:
         kept = {name: item for name, item in value.items() if item is not None or (name not in fields and not others)}
         kept = {**{name: copy.deepcopy(child["default"]) for name, child in fields.items() if "default" in child}, **kept}
         return {name: filled(fields.get(name, others or {}), item) for name, item in kept.items()}
-    return [filled(node.get("items", {}), item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [filled(node.get("items", {}), item) for item in value]
+    return float(value) if node.get("type") == "number" and type(value) is int else value
 
 
 def _as_json_schema(node: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +88,16 @@ def _program(expression: str) -> Any:
 
 
 @functools.cache
-def _evaluate(expression: str, value: str) -> Any:
-    return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value))})
+def _evaluate(expression: str, value: str, old: str = "null") -> Any:
+    return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value)), "oldSelf": celpy.json_to_cel(json.loads(old))})
+
+
+def refused_changes(kind: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """What an API server's transition rules have against a write of a whole object: message by field."""
+    root = CRDS[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    before, after = (json.dumps({**raw, "spec": filled(schema(kind)["spec"], raw["spec"])}, sort_keys=True) for raw in (old, new))
+    rules = root["x-kubernetes-validations"]
+    return {rule["fieldPath"]: rule["message"] for rule in rules if not _evaluate(rule["rule"], after, before)}
 
 
 def refusals(node: dict[str, Any], value: Any, path: str = "spec") -> Iterator[tuple[str, str]]:
@@ -149,7 +159,8 @@ QUEUE: dict[str, Any] = {
             "lendingLimit": 8,
             "nodeLabels": {"gpu": "h100"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
-            "pricePerHour": 2.5,
+            "pricePerHour": "2.5",
+            "teraflops": 989,
         }
     ],
     "namespaceSelector": {

@@ -118,6 +118,24 @@ class Format:
         return {**schema, "x-kubernetes-validations": [self.to_cel()]}
 
 
+@dataclass(frozen=True)
+class Unique:
+    """A list as a set: an API server refuses what stands in it twice, and merges what several appliers put into it."""
+
+    def check(self, items: list[Any]) -> list[Any]:
+        """The list. Raises PydanticCustomError when something is in it twice."""
+        twice = next((item for index, item in enumerate(items) if item in items[:index]), None)
+        if twice is not None:
+            raise refused(f"lists {twice!r} twice; remove one")
+        return items
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(core_schema), "x-kubernetes-list-type": "set"}
+
+
 def _integer_as_text(value: Any) -> Any:
     if isinstance(value, float):
         raise refused(f'{value:g} is a fraction: quote it ("{value:g}")')

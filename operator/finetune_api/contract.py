@@ -7,6 +7,7 @@ this module, so neither can drift from the other.
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -105,6 +106,21 @@ class JobFile(APIModel):
         return json.dumps(self.to_wire(), sort_keys=True, indent=1)
 
 
+RESTORED = "Restored"
+"""Reason of `check` where every target holds this job's result already, and of the job's success then: its status was lost,
+or it was made again from a backup or from Git."""
+
+
+def result_digest(spec: FineTuneJobSpec) -> str:
+    """What makes a job's result what it is: stands in the record that is published with it (`finetune.json`).
+
+    Two jobs of one name and namespace that agree in it are one job that was restored. Where and how long it runs does not count.
+    """
+    wire = spec.to_wire()
+    made_of = {block: wire.get(block) for block in ("model", "dataset", "tuning", "evaluation", "output")}
+    return "sha256:" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
 class StageResult(APIModel):
     """A stage's last words, its termination message: short JSON that reaches the job's conditions."""
 
@@ -147,7 +163,7 @@ class Prepared(APIModel):
 class Published(APIModel):
     """What publish's StageResult holds."""
 
-    artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
+    artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
 
 
 class Unavailable(APIModel):

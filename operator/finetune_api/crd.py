@@ -16,6 +16,7 @@ from . import GROUP, KIND, PLURAL, VERSION
 from .base import APIModel
 from .queue import QUEUE_KIND, QUEUE_PLURAL, FineTuneQueueSpec, FineTuneQueueStatus
 from .spec import FineTuneJobSpec
+from .spec.transitions import FROZEN
 from .status import FineTuneJobStatus
 
 HEADER = "# Generated from operator/finetune_api by `make crds`. Do not edit.\n"
@@ -70,6 +71,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], seen: tuple[str,
         node.pop("additionalProperties", None)
         node["x-kubernetes-preserve-unknown-fields"] = True
     if "items" in node:
+        node.setdefault("x-kubernetes-list-type", "atomic")
         node["items"] = _convert(node["items"], definitions, seen)
     if node.get("default") == "":  # says nothing
         del node["default"]
@@ -101,7 +103,7 @@ def printer_columns() -> list[dict[str, Any]]:
     return [
         column("Phase", ".status.phase"),
         column("Progress", ".status.progress.percent", "integer", description="Percent of the training steps"),
-        column("Loss", ".status.progress.loss", "number", description="Training loss"),
+        column("Loss", ".status.progress.loss", description="Training loss"),
         column("Queue", ".spec.scheduling.queue"),
         column("GPUs", ".status.totalGpus", "integer"),
         column("Restarts", ".status.attempt", "integer"),
@@ -128,7 +130,7 @@ def queue_columns() -> list[dict[str, Any]]:
         column("Pending", ".status.pending", description="Jobs that wait"),
         column("Oldest", ".status.oldestWaiting.since", "date", description="Since when the oldest of them has waited"),
         column("Active", ".status.conditions[?(@.type=='Active')].status", "string"),
-        column("Share", ".status.share", "number", priority=1),
+        column("Share", ".status.share", "string", priority=1),
         column("Waiting", ".status.oldestWaiting.job", "string", priority=1),
         column("Age", ".metadata.creationTimestamp", "date"),
     ]
@@ -137,9 +139,12 @@ def queue_columns() -> list[dict[str, Any]]:
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
     text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
-    return _definition(
+    definition = _definition(
         KIND, PLURAL, ["ftj"], "Namespaced", text, FineTuneJobSpec, FineTuneJobStatus, printer_columns(), ["all", "finetune"]
     )
+    root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    root["x-kubernetes-validations"] = [field.to_cel() for field in FROZEN]
+    return definition
 
 
 def queue_crd() -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 
+from . import GROUP
 from .contract import Stage
 
 MANAGER = "finetune-operator"
+MANAGED_BY = f"{GROUP}/{MANAGER}"
+"""`spec.managedBy` of the jobs that are this operator's, as are those without"""
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_JOB = "finetune.dev/job"
 LABEL_JOB_UID = "finetune.dev/job-uid"

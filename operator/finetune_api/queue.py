@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel, Rule
-from .scalars import DNSLabel, Duration, LabelMap, QualifiedName
+from .scalars import DecimalText, DNSLabel, Duration, LabelMap, QualifiedName, Quantity, quantity
 from .spec.run import Toleration
 from .status import Condition
 
@@ -17,6 +17,11 @@ DEFAULT_QUEUE = "default"
 ANNOTATION_QUEUE = "finetune.dev/queue"
 """On a namespace: the queue of its jobs that name none."""
 Amount = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+def _more_than_none(field: str) -> str:
+    """CEL: a quantity has no minus sign, and is more than 0 where a digit before its suffix is."""
+    return f"string({field}).matches('^[+]?[0-9.]*[1-9]')"
 
 
 class Flavor(APIModel):
@@ -38,10 +43,18 @@ class Flavor(APIModel):
     """How many of its own it lends. Unset: all of them."""
     nodes: Literal["Existing", "Autoscaled"] = "Existing"
     """`Existing`: a gang is admitted when it fits on the nodes that are there. `Autoscaled`: within quota at once, nodes come when pods wait."""
-    price_per_hour: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
-    """Price of one for an hour, in any currency; gives `status.usage.cost` of the jobs."""
-    teraflops: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    price_per_hour: Quantity | None = None
+    """Price of one for an hour, in any currency, for example "2.50"; gives `status.usage.cost` of the jobs."""
+    teraflops: Quantity | None = None
     """Dense 16-bit TFLOP/s of one by its data sheet (989 for an H100, 312 for an A100); gives an estimate of time and cost at admission, at 35 % of it."""
+
+    RULES = (
+        Rule(
+            cel=f"!has(self.teraflops) || {_more_than_none('self.teraflops')}",
+            message="flavors[].teraflops must be more than 0; remove it where it is not known",
+            holds=lambda m: m.teraflops is None or quantity(m.teraflops) > 0,
+        ),
+    )
 
 
 class LabelRequirement(APIModel):
@@ -113,8 +126,8 @@ class FineTuneQueueSpec(APIModel):
 
     cohort: DNSLabel | None = None
     """Queues of one cohort lend each other what they do not use. Unset: nothing is lent or borrowed."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Share of the cohort's idle GPUs that this queue gets, relative to the others."""
+    weight: Quantity = "1"
+    """Share of the cohort's idle GPUs that this queue gets, relative to the others, for example 2 or "0.5"."""
     flavors: Annotated[
         list[Flavor],
         Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
@@ -136,6 +149,11 @@ class FineTuneQueueSpec(APIModel):
     """`Hold` admits nothing more, `HoldAndDrain` also lets running jobs save and wait."""
 
     RULES = (
+        Rule(
+            cel=_more_than_none("self.weight"),
+            message="weight must be more than 0; set stopPolicy to Hold for a queue that is to get nothing",
+            holds=lambda m: quantity(m.weight) > 0,
+        ),
         Rule(
             cel="self.flavors.all(f, !has(f.borrowingLimit) || has(self.cohort))",
             message="flavors[].borrowingLimit needs a cohort to borrow from: set cohort, or remove borrowingLimit",
@@ -167,14 +185,14 @@ class NamespaceUsage(APIModel):
 
     name: str
     """Namespace."""
-    gpu_seconds: float = 0
+    gpu_seconds: DecimalText = 0
     """GPU-seconds, those long ago counting less."""
 
 
 class UsageHistory(APIModel):
     """Past use, by which shares are compared. Decays by half in every `usageHalfLife`."""
 
-    gpu_seconds: float = 0
+    gpu_seconds: DecimalText = 0
     """GPU-seconds of the queue, those long ago counting less."""
     namespaces: Annotated[list[NamespaceUsage], Field(max_length=256)] = []
     """By namespace, the largest first."""
@@ -211,7 +229,7 @@ class FineTuneQueueStatus(APIModel):
     """Units of all flavors that belong to the queue."""
     borrowed: int = 0
     """Units borrowed from others of the cohort."""
-    share: float = 0
+    share: DecimalText = 0
     """Weighted dominant share of the cohort, past use included; who has less goes first."""
     oldest_waiting: Oldest | None = None
     """The job that waits longest."""

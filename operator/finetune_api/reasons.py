@@ -14,7 +14,8 @@ OTHER = "Other"
 
 _OF_THE_OPERATOR = """
     Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
-    PlanMismatch PodDeleted PodFailed Preempted RemoteCodeNotAllowed Resized Restored SourceUnavailable StageTimeout Suspended TooManyRestarts
+    PlanMismatch PodDeleted PodFailed Preempted RemoteCodeNotAllowed Resized Restored SourceUnavailable SpecChanged StageTimeout Suspended
+    TooManyRestarts
 """
 _OF_THE_TRAINER = """
     AdapterNotReadable AddressNotAllowed BadJSONSchema BadRegex ChatTemplateFailed ChatTemplateTooLarge ChatTemplateTooSlow

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_UP, Context, Decimal
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function, plain_serializer_function_ser_schema
 
 from .base import SHOWN, Format, without_nulls
 
@@ -32,6 +36,12 @@ QUALIFIED_NAME = Format(
     name="a qualified name",
     write="for example nvidia.com/gpu",
 )
+#: as a batch/v1 Job's managedBy; without "'", which could not stand in a rule
+DOMAIN_PREFIXED_PATH = Format(
+    pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9/._~%!$&()*+,;=:-]+$",
+    name="a domain-prefixed path",
+    write="for example example.com/controller",
+)
 LABEL_VALUE = Format(
     pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", name="a label's value", write=f"letters, digits, '-', '_' and '.', {_ENDS}"
 )
@@ -45,6 +55,7 @@ Quantity = Annotated[str, Field(max_length=24), QUANTITY]
 DNSLabel = Annotated[str, Field(max_length=63), DNS_LABEL]
 DNSSubdomain = Annotated[str, Field(max_length=253), DNS_SUBDOMAIN]
 QualifiedName = Annotated[str, Field(max_length=253), QUALIFIED_NAME]
+DomainPrefixedPath = Annotated[str, Field(max_length=63), DOMAIN_PREFIXED_PATH]
 PlainName = Annotated[str, Field(min_length=1, max_length=128), PLAIN_NAME]
 LabelMap = Annotated[dict[str, Annotated[str, Field(max_length=63), LABEL_VALUE]], Field(max_length=32), BeforeValidator(without_nulls)]
 
@@ -83,6 +94,27 @@ def quantity(text: str) -> Decimal:
     return _ROUNDED_UP.quantize(max(-_MOST, min(_MOST, value)), _NANO)
 
 
+@dataclass(frozen=True)
+class _AsText:
+    """A float in Python, text on the wire, as Kubernetes' API conventions ask for: "0.5123", "2e-05".
+
+    A number is read, too: status of earlier versions, and what a stage's last words hold.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        to_text = plain_serializer_function_ser_schema(lambda value: f"{value:.12g}", when_used="json")
+        return no_info_before_validator_function(_number, handler(source), serialization=to_text)
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "maxLength": 32}
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9.]{1,24}(e[-+]?[0-9]{1,3})?", value) else value
+
+
+DecimalText = Annotated[float, _AsText()]
+"""A fraction in a status: text, since there are no floats there"""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number that JSON carries exactly."""
 

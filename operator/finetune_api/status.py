@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import REASON_PATTERN, Count
+from .scalars import REASON_PATTERN, Count, DecimalText
 from .spec.run import Toleration
 
 Phase = Literal[
@@ -70,17 +70,17 @@ class Progress(APIModel):
     """Optimizer steps done."""
     total_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps in all."""
-    epoch: float = 0
+    epoch: DecimalText = 0
     """Passes over the training rows done."""
     percent: Annotated[int, Field(ge=0, le=100)] = 0
     """Share of the steps done."""
-    loss: float | None = None
+    loss: DecimalText | None = None
     """Training loss of the last logged step."""
-    eval_loss: float | None = None
+    eval_loss: DecimalText | None = None
     """Loss on the held-out rows at the last evaluation during training."""
-    learning_rate: float | None = None
+    learning_rate: DecimalText | None = None
     """Learning rate of the last logged step."""
-    tokens_per_second: float | None = None
+    tokens_per_second: DecimalText | None = None
     """Non-padding tokens per second over all workers, since the start of this attempt."""
     eta: str | None = None
     """Estimated time left in training."""
@@ -99,9 +99,9 @@ class DatasetStatus(APIModel):
     """Tokens in the training rows, after truncation."""
     format: str = ""
     """Format of the rows."""
-    dropped: dict[str, Count] = Field(default_factory=dict)
+    dropped: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows left out, by cause."""
-    warnings: dict[str, Count] = Field(default_factory=dict)
+    warnings: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
     digest: str = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
@@ -126,7 +126,7 @@ class Plan(APIModel):
     """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
     total_steps: Count = 0
     """Optimizer steps in all."""
-    estimated_petaflops: Annotated[float, Field(ge=0)] = 0.0
+    estimated_petaflops: Annotated[DecimalText, Field(ge=0)] = 0.0
     """Estimated floating-point operations of the whole training, times 10^15; 0 where nothing is estimated."""
     reason: str = ""
     """Why this strategy and batch size were chosen."""
@@ -171,15 +171,15 @@ class CheckpointStatus(APIModel):
 class EvaluationStatus(APIModel):
     """Base against tuned on the held-out rows."""
 
-    base: dict[str, float] = Field(default_factory=dict)
+    base: Annotated[dict[str, DecimalText], Field(max_length=128)] = Field(default_factory=dict)
     """Metrics of the base model."""
-    tuned: dict[str, float] = Field(default_factory=dict)
+    tuned: Annotated[dict[str, DecimalText], Field(max_length=128)] = Field(default_factory=dict)
     """Metrics of the tuned model."""
     examples: Count = 0
     """Held-out rows compared on."""
-    improvement: float | None = None
+    improvement: DecimalText | None = None
     """Improvement of the gate's metric (of the first metric without a gate): relative for loss and perplexity, absolute for the others."""
-    interval: Annotated[list[float], Field(max_length=2)] = Field(default_factory=list)
+    interval: Annotated[list[DecimalText], Field(max_length=2)] = Field(default_factory=list)
     """Bootstrap confidence interval of that improvement."""
     gate: Literal["Passed", "NotPassed", "None"] = "None"
     """Whether the gate held."""
@@ -252,17 +252,17 @@ class AdmissionStatus(APIModel):
     """Its flavor."""
     nodes: int
     """Worker pods: fewer than asked for where minNodes allows it."""
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
     """Labels of the flavor's nodes."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints of the flavor's nodes."""
     topology: TopologyDomain | None = None
     """Where scheduling.topologyKey keeps the gang together."""
-    price_per_hour: float | None = None
+    price_per_hour: DecimalText | None = None
     """Price of one unit for an hour."""
     estimated_duration: str | None = None
     """Estimated time of the whole training, where the flavor says how fast it is; while it runs status.progress.eta is better."""
-    estimated_cost: float | None = None
+    estimated_cost: DecimalText | None = None
     """Its price."""
     planned_nodes: Annotated[list[str], Field(max_length=512)] = []
     """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
@@ -300,7 +300,7 @@ class StageRetry(APIModel):
     retries: int = 0
     """Retries after failures of the infrastructure."""
     waits: int = 0
-    """Tries that ended because a hub or server did not answer: not counted as retries."""
+    """Tries that are not counted as retries: a hub or server did not answer, or the job's shape was changed."""
     waiting: SourceWait | None = None
     """What the stage waits for."""
     started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
@@ -319,7 +319,7 @@ class Usage(APIModel):
     """GPU-seconds held by ended attempts."""
     queued_seconds: int = 0
     """Seconds that the job waited for its GPUs."""
-    cost: float | None = None
+    cost: DecimalText | None = None
     """GPU-seconds at the price of their flavor, where it has one."""
     lost_seconds: int = 0
     """Seconds of training that ended attempts had done since their last checkpoint."""
@@ -351,7 +351,7 @@ class FineTuneJobStatus(APIModel):
     """The job's place while it waits."""
     gang: Gang | None = None
     """The worker pods of the current attempt."""
-    stages: dict[str, StageRetry] = Field(default_factory=dict)
+    stages: Annotated[dict[str, StageRetry], Field(max_length=8)] = Field(default_factory=dict)
     """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""

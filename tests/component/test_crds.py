@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +14,16 @@ from kubernetes import client, config
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_api.crd import crd
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from finetune_api.spec.transitions import HOLDS
+from finetune_api.status import read_status
 from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
-from tests.component.conftest import control_plane
+from tests.component.conftest import control_plane, until
 from tests.factory import MINIMAL, merged
 from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
+from tests.unit.test_transitions import ALWAYS, EVALUATED, FREE, WHILE_HELD
 from tests.unit.test_validation import BAD
 
 KINDS = list(SPECS)
@@ -33,6 +37,8 @@ OWN_WORDS = {
     "NaN": "invalid character 'N'",
     "infinity": "invalid character 'I'",
     "bool as a number": "spec.distribution.nodes in body must be of type integer",
+    "metric twice": 'spec.evaluation.metrics[1]: Duplicate value: "loss"',
+    "gguf type twice": 'spec.output.gguf[1]: Duplicate value: "f16"',
     "missing": "spec.model.uri: Required value",
     "secret of another namespace": 'unknown field "spec.model.secretRef.namespace"',
 }
@@ -164,3 +170,96 @@ def test_what_is_applied_again_changes_nothing(server: Server, flags: tuple[str,
             assert PARSERS[item["kind"]](item["spec"]) == PARSERS[item["kind"]](original["spec"])
     finally:
         server.cluster.kubectl("delete", "-f", "-", input=manifest)
+
+
+@pytest.fixture
+def stored(server: Server) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Writes a job, whole, with its status where one is given, and gives back what is stored. Raises ApiException."""
+    where = (GROUP, VERSION, "default", PLURAL)
+
+    def write(spec: dict[str, Any], status: dict[str, Any] | None = None) -> dict[str, Any]:
+        body = document("FineTuneJob", "changing", spec)
+        try:
+            meta = server.custom.get_namespaced_custom_object(*where, "changing")["metadata"]
+            body["metadata"]["resourceVersion"] = meta["resourceVersion"]
+            found = dict(server.custom.replace_namespaced_custom_object(*where, "changing", body))
+        except client.ApiException as failure:
+            if failure.status != 404:
+                raise
+            found = dict(server.custom.create_namespaced_custom_object(*where, body))
+        if status is not None:
+            found = dict(server.custom.replace_namespaced_custom_object_status(*where, "changing", {**found, "status": status}))
+        return found
+
+    yield write
+    with contextlib.suppress(client.ApiException):
+        server.custom.delete_namespaced_custom_object(*where, "changing")
+
+
+def holding(*types: str) -> dict[str, Any]:
+    """A status in which these conditions are True."""
+    rest = {"status": "True", "reason": "Test", "message": "", "lastTransitionTime": "2026-11-21T12:00:00Z"}
+    return {"conditions": [{"type": type_, **rest} for type_ in types]}
+
+
+def test_f24_what_may_change_is_said_by_the_definition(stored: Callable[..., dict[str, Any]]) -> None:
+    """Each refusal names the field and what to do; what was applied before passes again, defaults or not."""
+
+    def refusal(spec: dict[str, Any]) -> str:
+        with pytest.raises(client.ApiException) as refused:
+            stored(spec)
+        assert refused.value.status == 422
+        return str(json.loads(refused.value.body)["message"])
+
+    first = stored(EVALUATED)
+    for field, change in ALWAYS:
+        told = refusal(merged(EVALUATED, **change))
+        assert f"spec.{field}: Invalid value" in told and f"spec.{field} cannot change: undo the change, or create another job" in told
+    stored(merged(EVALUATED, **dict(WHILE_HELD)["distribution"]))
+    stored(EVALUATED, holding("DataReady"))
+    for _, change in WHILE_HELD:
+        stored(merged(EVALUATED, **change))
+        stored(EVALUATED)
+    for type_ in HOLDS:
+        stored(EVALUATED, holding(type_))
+        for field, change in WHILE_HELD:
+            assert f"spec.{field} can change only while the job holds no GPUs" in refusal(merged(EVALUATED, **change))
+        for change in FREE:
+            stored(merged(EVALUATED, **change))
+        stored(EVALUATED)
+        assert stored(first["spec"])["spec"] == first["spec"]
+    stored(EVALUATED, {})
+    stored(merged(EVALUATED, **dict(WHILE_HELD)["resources"]))
+
+
+def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written() -> None:
+    """A status with numbers where text is now, and the definition renewed under it: its owner goes on, and so does the operator."""
+    earlier = crd()
+    root = earlier["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    del root["x-kubernetes-validations"]
+    progress = root["properties"]["status"]["properties"]["progress"]["properties"]
+    progress["loss"] = {"type": "number"}
+    with control_plane("earlier", binaries.OLDEST, definitions=[]) as cluster:
+        cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(earlier))
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
+        server = Server(cluster)
+        where = (GROUP, VERSION, "default", PLURAL)
+        made = server.custom.create_namespaced_custom_object(*where, document("FineTuneJob", "old", MINIMAL))
+        status = {**holding("Admitted"), "phase": "Training", "progress": {"loss": 1.5}}
+        server.custom.replace_namespaced_custom_object_status(*where, "old", {**made, "status": status})
+        cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(crd()))
+
+        def message(spec: dict[str, Any]) -> str:
+            try:
+                server.custom.patch_namespaced_custom_object(*where, "old", {"spec": spec})
+            except client.ApiException as failure:
+                return str(json.loads(failure.body)["message"])
+            return ""
+
+        until("the rules are there", lambda: "cannot change" in message({"model": {"uri": "pvc://models/another"}}))
+        assert message({"runPolicy": {"maxRestarts": 7}}) == "", "what it does not touch is not held against it"
+        found = server.custom.get_namespaced_custom_object(*where, "old")
+        read = read_status(found["status"])
+        assert read.progress is not None and read.progress.loss == 1.5 and read.is_true("Admitted")
+        written = server.custom.replace_namespaced_custom_object_status(*where, "old", {**found, "status": read.to_wire()})
+        assert written["status"]["progress"]["loss"] == "1.5"

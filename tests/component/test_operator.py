@@ -10,6 +10,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+from kubernetes import client
 
 from finetune_api import GROUP, PLURAL, VERSION, names
 from finetune_api.contract import ExitCode, StageResult
@@ -256,20 +257,32 @@ def test_manifests_are_valid_for_this_server(api: Api) -> None:
 
 
 def test_f24_what_may_change_while_a_job_runs(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    """The API server refuses the rest. What gets past it, because the status that it goes by was wiped, is ignored and said so."""
     kubelet.hold = {"train"}
     api.create_job(TWO)
     phase(api, "Training")
-    before = api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"]
-    api.patch_job({"spec": {"distribution": {"nodes": 4}, "model": {"uri": "pvc://models/other"}, "runPolicy": {"maxRestarts": 7}}})
+
+    def shape() -> dict[str, Any]:
+        told = api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"]
+        return dict(json.loads(told)["spec"]["distribution"])
+
+    before = shape()
+    api.patch_job({"spec": {"runPolicy": {"maxRestarts": 7}}})
+    for change in ({"distribution": {"nodes": 4}}, {"model": {"uri": "pvc://models/other"}}):
+        with pytest.raises(client.ApiException) as refused:
+            api.patch_job({"spec": change})
+        assert refused.value.status == 422 and f"spec.{next(iter(change))} can" in refused.value.body
+    operator.kill()
+    api.custom.replace_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, "support", {**api.job(), "status": {}})
+    api.patch_job({"spec": {"distribution": {"nodes": 4}}})
+    operator.start()
     until("it is said", lambda: api.condition("Accepted").get("reason") == "ChangeIgnored")
     message = api.condition("Accepted")["message"]
-    assert message.startswith("spec.distribution, spec.model cannot change once the job has begun: ignored"), message
+    assert message.startswith("spec.distribution cannot change any more: ignored"), message
     until("it is told", lambda: "ChangeIgnored" in api.events())
-    assert api.core.read_namespaced_config_map("support-job", api.namespace).data["job.json"] == before
+    assert shape() == before
     api.set_pod("support-worker-1", ended(1))
     until("the gang restarts as it was", lambda: api.workers() == [("support-worker-0", "1"), ("support-worker-1", "1")])
-    api.patch_job({"spec": {"distribution": {"nodes": 2}, "model": {"uri": "pvc://models/tiny"}}})
-    until("it is well again", lambda: api.condition("Accepted").get("reason") == "Valid")
     kubelet.hold = set()
     status = phase(api, "Succeeded")
     assert status["attempt"] == 1
@@ -323,3 +336,29 @@ def test_several_namespaces_and_no_others(api: Api, kubelet: Kubelet, operator: 
     finally:
         for name in (second, third):
             api.core.delete_namespace(name)
+
+
+def test_another_controllers_job_is_left_alone(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    api.create_job(merged(MINIMAL, managedBy="example.com/another"), name="theirs")
+    api.create_job(merged(MINIMAL, managedBy=names.MANAGED_BY), name="ours")
+    until("ours ends", lambda: api.status("ours").get("phase") == "Succeeded")
+    assert "status" not in api.job("theirs") and not [name for name in api.owned() if "theirs" in name]
+    with pytest.raises(client.ApiException) as refused:
+        api.patch_job({"spec": {"managedBy": names.MANAGED_BY}}, name="theirs")
+    assert "spec.managedBy cannot change" in refused.value.body
+
+
+def test_a_job_that_is_made_again_from_a_backup_is_not_trained_again(api: Api, kubelet: Kubelet, operator: Operator) -> None:
+    """Its status was not in the backup; its target tells."""
+    spec = merged(MINIMAL, publish=[{"uri": "pvc://published/support"}])
+    api.create_job(spec)
+    first = phase(api, "Succeeded")
+    api.delete_job()
+    until("its pods are gone", lambda: not [o for o in api.owned() if not o.startswith("PersistentVolumeClaim")], 120)
+    kubelet.results["check"] = StageResult(reason="Restored", message="there already", result={"artifacts": first["artifacts"]})
+    kubelet.hold = {"prepare"}
+    api.create_job(spec)
+    status = phase(api, "Succeeded")
+    assert status["artifacts"] == first["artifacts"] and api.condition("Succeeded")["reason"] == "Restored"
+    assert not api.workers() and "attempt" in status
+    until("prepare is stopped", lambda: not [name for name in api.owned() if "prepare" in name])

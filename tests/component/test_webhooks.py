@@ -88,7 +88,7 @@ def test_a_user_applies(api: Api, webhooks: Start) -> None:
     assert api.job("good")["metadata"]["annotations"][stamp] == creator
     until("it runs", lambda: api.status("good").get("phase") == "Preparing")
     changed = apply(api, "good", merged(MINIMAL, tuning={"method": "dora"}))
-    assert changed.returncode == 0 and "Warning: spec.tuning cannot change once the job has begun" in changed.stderr
+    assert changed.returncode == 1 and "spec.tuning cannot change: undo the change, or create another job" in changed.stderr
 
 
 @pytest.mark.parametrize("propagation", ["Background", "Foreground"])

@@ -106,7 +106,7 @@ def test_f12_kueue_preempts_and_the_job_goes_on_where_it_was(team: User) -> None
 
 
 def test_a_target_that_is_taken_is_said_before_any_gpu_is_asked_for(team: User) -> None:
-    """A job that is made again under its name."""
+    """A job that is made again under its name: the same one has its result already, another one may not replace it."""
     document = manifest("again")
     document["spec"]["scheduling"] = {"queue": QUEUE}
     team.apply(document)
@@ -114,6 +114,12 @@ def test_a_target_that_is_taken_is_said_before_any_gpu_is_asked_for(team: User) 
     team.kubectl("delete", "finetunejob", "again", "--wait=true", "--timeout=60s")
     team.until("it is gone", lambda: not team.pods("again"), 60)
     document["spec"]["distribution"] = {"gpusPerNode": 1}
+    team.apply(document)
+    restored = team.ended("again")
+    ended = next(c for c in restored["conditions"] if c["type"] == "Succeeded")
+    assert (restored["phase"], ended["reason"]) == ("Succeeded", "Restored") and restored["artifacts"], team.story()
+    team.kubectl("delete", "finetunejob", "again", "--wait=true", "--timeout=60s")
+    document["spec"]["tuning"]["hyperparameters"]["seed"] = 7
     team.apply(document)
     status = team.ended("again")
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")

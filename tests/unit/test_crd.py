@@ -17,6 +17,7 @@ from finetune_api.crd import generated, structural_schema
 from finetune_api.queue import FineTuneQueueSpec
 from finetune_api.reference import reference
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Progress
 from finetune_api.uris import MODEL
 from finetune_api.validation import InvalidDocument
 from tests.factory import MINIMAL, merged
@@ -73,7 +74,7 @@ def test_defaults_that_are_not_written_out_are_found() -> None:
     for _, node in walk(spec):
         if isinstance(node.get("default"), dict):
             node["default"] = {}
-    assert {path for path, _ in bad_defaults(spec)} >= {"tuning", "distribution", "output"}
+    assert {path for path, _ in bad_defaults(spec)} >= {"tuning", "distribution"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,6 +96,38 @@ def test_strings_and_lists_are_bounded(kind: str) -> None:
         or (node.get("type") == "array" and "maxItems" not in node)
     ]
     assert not unbounded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_and_lists_are_bounded_and_say_how_they_merge(kind: str) -> None:
+    """In spec and status: no object grows without end, and server-side apply knows what is whose."""
+    for root in ("spec", "status"):
+        for path, node in walk(schema(kind)[root]):
+            if node.get("type") == "array":
+                assert "maxItems" in node and node["x-kubernetes-list-type"] in ("atomic", "set", "map"), (root, path)
+                assert ("x-kubernetes-list-map-keys" in node) == (node["x-kubernetes-list-type"] == "map"), (root, path)
+            if node.get("type") == "object" and "properties" not in node:
+                assert "maxProperties" in node, (root, path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_floats_are_what_goes_into_the_mathematics_alone(kind: str) -> None:
+    """docs/architecture.md says why these: a learning rate is a double to whoever reads and to whoever uses it."""
+    floats = {(root, *path[:1]) for root in ("spec", "status") for path, node in walk(schema(kind)[root]) if node.get("type") == "number"}
+    assert floats == ({("spec", "dataset"), ("spec", "tuning"), ("spec", "evaluation")} if kind == "FineTuneJob" else set())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "0.5"), (2, "2"), (2e-5, "2e-05"), (0, "0"), (-1.25, "-1.25"), (123456.789, "123456.789"), (1e300, "1e+300")]
+)
+def test_a_fraction_in_a_status_is_text(value: float, text: str) -> None:
+    """And read back, from text and from the number that earlier versions wrote."""
+    wire = Progress(loss=value).to_wire()
+    assert wire["loss"] == text
+    assert Progress.model_validate(wire).loss == value == Progress.model_validate({"loss": value}).loss
+    for bad in ("nan", "inf", "1.2.3", "", "0x1", [], True):
+        with pytest.raises(ValueError):
+            Progress.model_validate({"loss": bad})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,6 +305,10 @@ def test_rules_of_queues() -> None:
         alone = {"flavors": [{"name": "any", "nominalQuota": 8, limit: 2}]}
         assert f"flavors[].{limit} needs a cohort" in server_refusals("FineTuneQueue", alone)[0][1]
         assert not model_accepts("FineTuneQueue", alone)
+    for value in ("0", 0, "0.0", "+.0Ki", "0e5", "1", ".5", "10", "500m", "0.05", "1e3"):
+        spec = {"flavors": [{"name": "any", "nominalQuota": 8, "teraflops": value}], "weight": value}
+        good = value in ("1", ".5", "10", "500m", "0.05", "1e3")
+        assert model_accepts("FineTuneQueue", spec) == (not server_refusals("FineTuneQueue", spec)) == good, value
     assert server_refusals("FineTuneQueue", {"flavors": []}) and not model_accepts("FineTuneQueue", {"flavors": []})
 
 

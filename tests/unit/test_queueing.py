@@ -249,7 +249,7 @@ def test_flavors_are_tried_in_order_and_the_job_goes_to_its_nodes() -> None:
                     "nominalQuota": 8,
                     "nodeLabels": {"pool": "spot"},
                     "tolerations": [{"key": "spot", "operator": "Exists"}],
-                    "pricePerHour": 1.5,
+                    "pricePerHour": "1.5",
                 },
                 {"name": "reserved", "nominalQuota": 8, "nodeLabels": {"pool": "reserved"}},
             ]
@@ -371,7 +371,7 @@ def test_usage_is_counted_and_decays() -> None:
 
 
 def test_queues_take_turns_by_their_weighted_share() -> None:
-    cohort = (queue("q", 4, "c", weight=3.0), queue("r", 4, "c", weight=1.0), queue("idle", 8, "c"))
+    cohort = (queue("q", 4, "c", weight="3"), queue("r", 4, "c", weight="1"), queue("idle", 8, "c"))
     jobs = [waiting(f"{q}{n}", request(1, 1), q) for q in ("q", "r") for n in range(20)]
     found = admitted(decided(*jobs, queues=cohort))
     mine = sum(1 for uid in found if uid.startswith("q"))
@@ -523,7 +523,7 @@ def clusters(draw: st.DrawFn) -> Snapshot:
             name,
             draw(st.integers(0, 12)),
             draw(st.sampled_from(["c", "c", None])),
-            weight=draw(st.sampled_from([1.0, 2.0])),
+            weight=draw(st.sampled_from(["1", "500m"])),
             ordering=draw(st.sampled_from(["StrictFIFO", "BestEffortFIFO"])),
         )
         for name in names

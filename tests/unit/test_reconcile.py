@@ -261,6 +261,32 @@ def test_a_target_that_is_taken_is_said_before_any_gpu() -> None:
     assert not workers(world) and not world.jobs.keys() & {"support-prepare-0"}, "prepare is stopped, too"
 
 
+def test_a_job_that_had_ended_before_its_status_was_lost_is_not_trained_again() -> None:
+    """Its targets hold its result: a backup was restored, or the status was wiped and its pods are gone."""
+    world = World(EVALUATED)
+    world.settle()
+    found = StageResult(reason="Restored", message="pvc://published/support: there already", result=PUBLISHED.result)
+    world.succeed("check", found)
+    world.settle()
+    status = world.status
+    assert (status.phase, status.finished_at is not None) == ("Succeeded", True) and "Restored" in world.events
+    assert [(c.type, c.reason) for c in status.conditions if c.status == "True" and c.type in ("Succeeded", "Published", "Ready")] == [
+        ("Ready", "Restored"),
+        ("Published", "Restored"),
+        ("Succeeded", "Restored"),
+    ]
+    assert [a.uri for a in status.artifacts] == ["pvc://published/support"]
+    assert not workers(world) and "support-prepare-0" not in world.jobs, "prepare is stopped"
+
+
+def test_words_of_a_check_that_cannot_be_read_restore_nothing() -> None:
+    world = World(EVALUATED)
+    world.settle()
+    world.succeed("check", StageResult(reason="Restored", message="", result={"artifacts": [{"uri": 3}]}))
+    world.settle()
+    assert world.status.condition("Failed").reason == "CheckFailed"  # type: ignore[union-attr]
+
+
 def test_a_gang_that_runs_is_not_held_up_by_a_check_that_is_new_to_it() -> None:
     """Begun under a release that did not check."""
     world = World(EVALUATED).to_training()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -14,7 +16,10 @@ from huggingface_hub import HfApi
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
 from finetune_trainer.checkpointing import checkpoints
+from finetune_trainer.checkpointing.adoption import adopt_checkpoints
 from finetune_trainer.checkpointing.checkpoint_schedule import CheckpointCallback, best_interval
+from finetune_trainer.checkpointing.checkpoints import Fence, find_latest
+from finetune_trainer.export.bundle import make_bundle
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import InfrastructureError, Stopped, UserError
 from finetune_trainer.stages.check import check
@@ -128,9 +133,9 @@ class Shelf:
         self.folder = folder
         (folder / "published").mkdir()
 
-    def context(self, uid: str = "11111111-a", path: str = "team/model") -> Context:
-        spec = parse_spec(merged(MINIMAL, publish=[{"uri": f"pvc://published/{path}"}]))
-        job = JobFile(name="j", namespace="n", uid=uid, spec=spec, targets={"pvc://published": str(self.folder / "published")})
+    def context(self, uid: str = "11111111-a", path: str = "team/model", name: str = "j", **blocks: Any) -> Context:
+        spec = parse_spec(merged(MINIMAL, **{"publish": [{"uri": f"pvc://published/{path}"}], **blocks}))
+        job = JobFile(name=name, namespace="n", uid=uid, spec=spec, targets={"pvc://published": str(self.folder / "published")})
         context = Context(job, str(self.folder / "workspace"))
         output = Path(context.layout.output)
         (output / "adapter_model.safetensors").write_bytes(b"weights")
@@ -175,8 +180,9 @@ def test_publishing_twice_is_publishing_once(shelf: Shelf) -> None:
 
 def test_a21_the_result_of_others_is_never_overwritten(shelf: Shelf) -> None:
     publish(shelf.context())
-    with pytest.raises(UserError, match=r"holds the result of job n/j \(11111111-a\)"):
-        publish(shelf.context(uid="22222222-b"))
+    for another in ({"name": "k"}, {"tuning": {"method": "dora"}}):
+        with pytest.raises(UserError, match=r"holds the result of job n/j \(11111111-a\)"):
+            publish(shelf.context(uid="22222222-b", **another))
     foreign = shelf.folder / "published" / "data"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
@@ -190,14 +196,62 @@ def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -
     assert check(shelf.context()).reason == "TargetsReady"
     assert not list(published.iterdir()), "asking leaves nothing behind"
     publish(shelf.context())
-    assert check(shelf.context()).reason == "TargetsReady", "its own result it may replace"
     with pytest.raises(UserError, match=r"team/model: the target holds the result of job n/j .* no GPU was taken") as taken:
-        check(shelf.context(uid="22222222-b"))
+        check(shelf.context(uid="22222222-b", tuning={"method": "dora"}))
     assert taken.value.reason == "TargetTaken"
     (published / "file").write_text("x")
     with pytest.raises(InfrastructureError, match=r"file in claim published cannot be written by uid") as refused:
         check(shelf.context(path="file/model"))
     assert refused.value.reason == "TargetNotWritable"
+
+
+def test_checkpoints_of_the_job_that_it_was_restored_from_are_taken_over(shelf: Shelf) -> None:
+    old = shelf.context()
+    assert adopt_checkpoints(old, "sha256:rows") is None
+    for step in (10, 20):
+        checkpoint(Path(old.layout.checkpoints), step)
+    Fence(old.layout.checkpoints, 3).claim()
+    assert adopt_checkpoints(old, "sha256:rows") is None, "its own"
+    for other in (
+        (shelf.context(uid="22222222-b", name="k"), "sha256:rows"),
+        (shelf.context(uid="22222222-b", tuning={"method": "dora"}), "sha256:rows"),
+        (shelf.context(uid="22222222-b"), "sha256:others"),
+    ):
+        assert adopt_checkpoints(*other) is None
+    new = shelf.context(uid="33333333-c", resources={"requests": {"cpu": "4"}})
+    assert adopt_checkpoints(new, "sha256:rows") == 20 and find_latest(new.layout.checkpoints).step == 20
+    Fence(new.layout.checkpoints, 0).claim()
+    assert not Path(old.layout.checkpoints).exists(), "who still runs of it writes nothing into the new one's"
+    assert adopt_checkpoints(new, "sha256:rows") is None, "once"
+
+
+@pytest.mark.parametrize("uid", ["11111111-a", "22222222-b"], ids=["its status was wiped", "made again from a backup"])
+def test_a_result_that_is_there_already_is_found(shelf: Shelf, uid: str) -> None:
+    """Where every target has it, for the same to make; where and how long it runs does not count."""
+    first = publish(shelf.context())
+    again = shelf.context(uid=uid, runPolicy={"maxRestarts": 9}, resources={"requests": {"cpu": "4"}})
+    found = check(again)
+    assert (found.reason, found.result) == ("Restored", first.result)
+    both = [{"uri": "pvc://published/team/model"}, {"uri": "pvc://published/team/copy"}]
+    half = shelf.context(uid=uid, publish=both)
+    assert check(half).reason == "TargetsReady", "it is made again, and may replace what is there"
+    assert {a["uri"] for a in publish(half).result["artifacts"]} == {target["uri"] for target in both}
+    assert check(half).reason == "Restored"
+    (shelf.folder / "published" / "team" / "model" / "SHA256SUMS").unlink()
+    assert check(again).reason == "TargetsReady", "what is not whole does not count"
+
+
+def test_a_result_that_is_on_the_hub_already_is_found(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = create_autospec(HfApi, instance=True)
+    monkeypatch.setattr("finetune_trainer.export.hub.HfApi", lambda token: hub)
+    context = shelf.context(publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}])
+    bundle = make_bundle(context)
+    hub.file_exists.return_value = True
+    hub.hf_hub_download.side_effect = lambda name, file, cache_dir: str(bundle / file)
+    hub.model_info.return_value.siblings = [SimpleNamespace(size=7), SimpleNamespace(size=None)]
+    found = check(context)
+    digest = f"sha256:{hashlib.sha256((bundle / 'SHA256SUMS').read_bytes()).hexdigest()}"
+    assert found.reason == "Restored" and found.result["artifacts"] == [{"uri": "hf://org/m", "digest": digest, "bytes": 7}]
 
 
 def test_a_result_on_the_hub_is_one_commit_that_is_read_back(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from finetune_operator.cache.store import Store
 from finetune_operator.controllers.workqueue import WorkQueue
 from finetune_operator.model.children import pod_view
 from finetune_operator.reconcile.job.failures import classify
-from tests.factory import NOW, UID, container_status, ended, job, stamp
+from tests.factory import MINIMAL, NOW, UID, container_status, ended, job, stamp
 
 KEY = ("team-a", "support")
 
@@ -250,3 +250,15 @@ def test_an_evicted_pod_is_told_by_its_own_reason_not_by_its_containers() -> Non
     assert classify(seen).cause == "Disruption"
     raw["status"] = ended(137, reason="OOMKilled")
     assert pod_view(raw).reason == "OOMKilled"
+
+
+def test_another_controllers_job_is_not_there() -> None:
+    """Neither for reconciliation nor for queues nor for metrics: all of them ask the store."""
+    store = Store()
+    theirs = job({**MINIMAL, "managedBy": "kueue.x-k8s.io/multikueue"})
+    assert store.put_job(theirs) == KEY
+    assert store.job(KEY) is None and not store.job_keys() and not store.changes()
+    store.put_job(job({**MINIMAL, "managedBy": names.MANAGED_BY}))
+    assert set(store.job_keys()) == {KEY}
+    store.put_job({**theirs, "metadata": {**theirs["metadata"], "uid": "another", "resourceVersion": "2"}})
+    assert store.job(KEY) is None, "made anew for another controller while nobody looked"

@@ -17,6 +17,7 @@ EVAL = {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFractio
 HUGE = 10**12
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("manager without a domain", {"managedBy": "multikueue"}, '"multikueue" is not a domain-prefixed path; write for example'),
     ("unknown field", {"tunning": {}}, "spec.tunning: unknown field; did you mean 'tuning'?"),
     ("snake case", {"tuning": {"hyperparameters": {"learning_rate": 1e-4}}}, "did you mean 'learningRate'?"),
     ("wrong type", {"distribution": {"nodes": "two"}}, "spec.distribution.nodes: 'two'"),
@@ -75,7 +76,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "namespace: unknown field",
     ),
     ("all-linear beside names", {"tuning": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, "'all-linear' stands alone"),
-    ("metric twice", {"dataset": EVAL, "evaluation": {"metrics": ["loss", "loss"]}}, "lists a metric twice"),
+    (
+        "metric twice",
+        {"dataset": EVAL, "evaluation": {"metrics": ["loss", "loss"]}},
+        "spec.evaluation.metrics: lists 'loss' twice; remove one",
+    ),
     ("both workspaces", {"workspace": {"persistentVolumeClaim": {"claimName": "w"}, "template": {}}}, "not both; remove one"),
     (
         "one-node volume for two nodes",
@@ -140,7 +145,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("merged prompts", {"tuning": {"method": "prompt"}, "output": {"merged": True}}, "learned vectors cannot be merged"),
     ("gguf of a reward model", {"tuning": {"objective": "reward"}, "output": {"gguf": ["f16"]}}, "no place for a reward model's head"),
     ("gguf adapter of dora", {"tuning": {"method": "dora"}, "output": {"ggufAdapter": True}}, "llama.cpp loads lora, qlora and rslora"),
-    ("gguf type twice", {"output": {"gguf": ["f16", "f16"]}}, "output.gguf lists a type twice"),
+    ("gguf type twice", {"output": {"gguf": ["f16", "f16"]}}, "spec.output.gguf: lists 'f16' twice; remove one"),
     ("secret for a volume", {"dataset": {"train": {"uri": "pvc://a/b", "secretRef": {"name": "s"}}}}, "secretRef is not used with pvc://"),
     ("endpoint without s3", {"dataset": {"train": {"uri": "pvc://a/b", "s3Endpoint": "https://m"}}}, "s3Endpoint is only used with"),
     ("http source", {"dataset": {"train": {"uri": "http://169.254.169.254/latest"}}}, "https://HOST/PATH"),

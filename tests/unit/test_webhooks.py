@@ -36,10 +36,6 @@ def request(new: dict[str, Any] | None, old: dict[str, Any] | None = None, kind:
     return {**base, "object": new, "oldObject": old, **more}
 
 
-def begun(spec: dict[str, Any]) -> dict[str, Any]:
-    return job(spec, {"observedGeneration": 1, "phase": "Training"})
-
-
 def test_a_bad_spec_is_refused_with_the_field_the_value_and_the_fix() -> None:
     answer = validate(request(job(merged(MINIMAL, tuning={"method": "lorra"}))), Rights())
     assert "spec.tuning.method: 'lorra' is not one of" in answer.errors[0] and "lora" in answer.errors[0]
@@ -64,15 +60,6 @@ def test_remote_code_needs_an_administrator() -> None:
     spec = merged(MINIMAL, model={"uri": "hf://org/model@1a2b3c4", "trustRemoteCode": True})
     assert "spec.model.trustRemoteCode" in validate(request(job(spec)), Rights()).errors[0]
     assert validate(request(job(spec)), Rights(remote_code=True)).errors == []
-
-
-def test_a_change_that_comes_too_late_is_warned_of_and_not_refused() -> None:
-    """GitOps would otherwise never come to rest."""
-    late = merged(MINIMAL, tuning={"method": "dora"})
-    answer = validate(request(job(late), begun(MINIMAL)), Rights())
-    assert answer.errors == [] and answer.warnings[0].startswith("spec.tuning cannot change once the job has begun: ignored")
-    assert validate(request(job(merged(MINIMAL, runPolicy={"suspend": True})), begun(MINIMAL)), Rights()).warnings == []
-    assert validate(request(job(late), job(MINIMAL)), Rights()).warnings == [], "it has not begun"
 
 
 def test_a_bad_queue_is_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..base import APIModel, Rule
+from ..base import APIModel, Rule, Unique
 from ..scalars import PlainName
 from ..uris import DatasetURI, PublishURI
 from .common import SecretReference
@@ -60,7 +60,7 @@ class Forgetting(APIModel):
 class Evaluation(APIModel):
     """Comparison of base and tuned model on the held-out rows, with the same prompts and greedy decoding."""
 
-    metrics: Annotated[list[Metric], Field(min_length=1, max_length=16, json_schema_extra={"x-kubernetes-list-type": "set"})] = ["loss"]
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=16), Unique()] = ["loss"]
     """Metrics to compute; docs/evaluation.md defines each."""
     gate: Gate | None = None
     """Publish only if this holds. Unset: publish always."""
@@ -76,17 +76,12 @@ class Evaluation(APIModel):
     """Model that compares the two answers, in both orders, for metric judge-win-rate."""
     forgetting: Forgetting | None = None
     """Check the loss on a general text before and after."""
-    harness_tasks: Annotated[list[PlainName], Field(max_length=16)] = []
+    harness_tasks: Annotated[list[PlainName], Field(max_length=16), Unique()] = []
     """Tasks of lm-evaluation-harness to run on both models, by name, for example `arc_easy`; their data comes from the Hugging Face hub."""
     harness_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Most examples per harness task. Unset: all."""
 
     RULES = (
-        Rule(
-            cel="self.metrics.all(m, self.metrics.exists_one(n, n == m))",
-            message="evaluation.metrics lists a metric twice; remove one",
-            holds=lambda m: len(set(m.metrics)) == len(m.metrics),
-        ),
         Rule(
             cel="!has(self.gate) || self.gate.metric in self.metrics",
             message="evaluation.gate.metric is not among evaluation.metrics; add it there or gate on another metric",
@@ -115,18 +110,10 @@ class Output(APIModel):
 
     merged: bool = False
     """Also publish the base with the adapter merged into it, in folder `merged`, in 16 bit."""
-    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"})] = []
+    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2), Unique()] = []
     """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile."""
     gguf_adapter: bool = False
     """Also publish the LoRA adapter as GGUF, for llama.cpp's --lora and Ollama's ADAPTER."""
-
-    RULES = (
-        Rule(
-            cel="self.gguf.all(m, self.gguf.exists_one(n, n == m))",
-            message="output.gguf lists a type twice; remove one",
-            holds=lambda m: len(set(m.gguf)) == len(m.gguf),
-        ),
-    )
 
 
 class PublishTarget(APIModel):

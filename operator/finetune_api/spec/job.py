@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ..base import APIModel, Rule
+from ..scalars import DomainPrefixedPath
 from .data import Dataset
 from .evaluation import ANSWER_METRICS, Evaluation, Output, PublishTarget
 from .model import Model
@@ -64,6 +65,8 @@ class FineTuneJobSpec(APIModel):
         Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uri"]}),
     ] = Field(default_factory=list)
     """Where the result goes, in order. Empty: it stays in the workspace."""
+    managed_by: DomainPrefixedPath | None = None
+    """Controller that the job is for, as in a batch/v1 Job: this operator leaves those of another one alone. Unset, or `finetune.dev/finetune-operator`: this one."""
 
     RULES = (
         Rule(

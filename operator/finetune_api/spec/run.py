@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..base import APIModel, Rule
+from ..base import APIModel, Rule, Unique
 from ..scalars import DNSLabel, DNSSubdomain, Duration, LabelMap, QualifiedName, Quantity
 
 Strategy = Literal["auto", "ddp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3", "fsdp"]
@@ -119,7 +119,7 @@ class ExitCodes(APIModel):
 
     operator: Literal["In", "NotIn"] = "In"
     """`In` or `NotIn`."""
-    values: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1, max_length=255)]
+    values: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1, max_length=255), Unique()]
     """The codes."""
 
 
@@ -128,9 +128,9 @@ class FailureRule(APIModel):
 
     action: FailureAction
     """Fail the job, restart the gang from its last checkpoint, or restart it without counting towards maxRestarts."""
-    on_causes: Annotated[list[FailureCause], Field(max_length=5)] = []
+    on_causes: Annotated[list[FailureCause], Field(max_length=5), Unique()] = []
     """Causes as in `status.restarts[].cause`."""
-    on_reasons: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=32)] = []
+    on_reasons: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=32), Unique()] = []
     """Reasons as in docs/errors.md, for example NonFiniteLoss."""
     on_exit_codes: ExitCodes | None = None
     """Exit codes of the pod that failed first."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..base import APIModel, Rule
+from ..base import APIModel, Rule, Unique
 from ..scalars import PlainName
 from ..uris import AdapterURI, EndpointURL
 from .common import SecretReference
@@ -32,7 +32,7 @@ class Lora(APIModel):
     """Scaling numerator; the update is scaled by alpha / rank (alpha / sqrt(rank) for rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the input of the adapter."""
-    target_modules: Annotated[list[PlainName], Field(min_length=1, max_length=64)] = ["all-linear"]
+    target_modules: Annotated[list[PlainName], Field(min_length=1, max_length=64), Unique()] = ["all-linear"]
     """Module names that get an adapter; `all-linear` means every linear layer except the output head."""
     plus_ratio: Annotated[float, Field(ge=1, le=256)] | None = None
     """LoRA+ (https://arxiv.org/abs/2402.12354): learning rate of the B matrices as a multiple of learningRate, for example 16."""
@@ -51,7 +51,7 @@ class Partial(APIModel):
 
     last_layers: Annotated[int, Field(ge=0, le=1024)] = 2
     """So many of the last transformer layers, with the final norm and the output head."""
-    modules: Annotated[list[PlainName], Field(max_length=64)] = []
+    modules: Annotated[list[PlainName], Field(max_length=64), Unique()] = []
     """Also every parameter whose name contains one of these, for example `mlp.down_proj`."""
     embeddings: bool = False
     """Also the token embeddings."""

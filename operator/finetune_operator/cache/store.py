@@ -46,6 +46,12 @@ def _version(raw: Object) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def _is_ours(raw: Object) -> bool:
+    spec = raw.get("spec")
+    manager = spec.get("managedBy") if isinstance(spec, dict) else None
+    return manager is None or manager == names.MANAGED_BY
+
+
 class Store:
     """Jobs and their children, as last seen or written."""
 
@@ -79,6 +85,8 @@ class Store:
     def put_job(self, raw: Object, asked_at: float | None = None) -> Key:
         """Remember a job, unless a newer state of the same object is known. What cannot be read of it is left out.
 
+        Another controller's (`spec.managedBy`) is not taken up: neither reconciled, nor counted by queues and metrics, nor heard.
+
         `asked_at` (monotonic): when the server was asked for it. Whatever was heard before that is older, or of a history that a
         restored etcd does not know: then the answer counts, whatever its resourceVersion.
         """
@@ -86,6 +94,10 @@ class Store:
         key = (meta["namespace"], meta["name"])
         known = self._jobs.get(key)
         if self._is_gone(meta["uid"], asked_at):
+            return key
+        if not _is_ours(raw):
+            if known is not None and known["metadata"]["uid"] != meta["uid"]:
+                self.drop_job(known)
             return key
         if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:

@@ -26,7 +26,7 @@ from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload
 from ..model.workload import has_ended, is_still, leaving, left_behind, request_of, workload_of
 from ..queueing import decide
-from ..reconcile.job.immutability import may_have_changed, with_changes
+from ..reconcile.job.immutability import holds, may_have_changed, with_changes
 from ..settings import Settings
 from .queue_status import QueueStatusWriter
 
@@ -318,7 +318,8 @@ class AdmissionLoop:
             spec = self._store.spec(raw) or kept
             if spec is None:
                 return known[2:] if known is not None else None
-            spec = with_changes(kept, spec) if kept is not None else spec
+            if kept is not None:
+                spec = with_changes(kept, spec, held=holds(raw.get("status") or {}, self._store.gpu_pods(uid)))
             request = request_of(spec)
             if len(self._requests) > _REQUESTS:
                 self._requests.clear()

@@ -12,7 +12,7 @@ import heapq
 from collections import Counter, defaultdict
 
 from finetune_api.queue import Flavor
-from finetune_api.scalars import human_duration, seconds
+from finetune_api.scalars import human_duration, quantity, seconds
 
 from ..model.queueing import (
     IMPLICIT,
@@ -294,8 +294,8 @@ class _Pass:
             pods=pods,
             node_labels=tuple(sorted(flavor.node_labels.items())),
             tolerations=tuple(flavor.tolerations),
-            price_per_hour=flavor.price_per_hour,
-            teraflops=flavor.teraflops,
+            price_per_hour=_number(flavor.price_per_hour),
+            teraflops=_number(flavor.teraflops),
             topology=self.fleet.domain(workload.request, place) if self.fleet is not None else None,
             place=place,
         )
@@ -396,3 +396,7 @@ class _Pass:
             share=round(self.ledger.share(name), 4),
             oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
         )
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(quantity(text))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from finetune_api.queue import FineTuneQueueSpec, Flavor, UsageHistory
-from finetune_api.scalars import seconds
+from finetune_api.scalars import quantity, seconds
 
 from ..model.queueing import IMPLICIT, Allocation, Queue, Snapshot
 
@@ -109,7 +109,7 @@ class Ledger:
         ]
         total = sum(f.nominal_quota for flavor in own.spec.flavors for _, f in self._cohorts[_cohort(own), flavor.name])
         past = self._past[queue] / total if total else 0.0
-        found = self._shares[queue] = (max(shares, default=0.0) + past) / own.spec.weight
+        found = self._shares[queue] = (max(shares, default=0.0) + past) / float(quantity(own.spec.weight))
         return found
 
 

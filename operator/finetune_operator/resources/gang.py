@@ -74,7 +74,8 @@ def worker(
     labels = {names.LABEL_STAGE: "train", names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: str(attempt)}
     meta = metadata(job, name, **labels)
     if admission is not None:
-        text = json.dumps(admission.to_wire(), sort_keys=True)
+        kept = admission.model_copy(update={"planned_nodes": []})  # of a large gang they would be on each pod, of all pods
+        text = json.dumps(kept.to_wire(), sort_keys=True)
         meta["annotations"] = {names.ANNOTATION_ADMISSION: text, names.ANNOTATION_SEAL: seal(settings.seal_key, job.uid, text)}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
     hand_over(pod, job, settings, attempt)

@@ -14,7 +14,7 @@ from finetune_api.queue import QUEUE_KIND
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import InvalidDocument, parse_queue, parse_spec
 
-from ..reconcile.job.immutability import REMOTE_CODE_REFUSED, ignored_changes
+from ..reconcile.job.immutability import REMOTE_CODE_REFUSED
 
 _WARNING_LIMIT, _WARNINGS = 250, 8
 _USER_LIMIT = 253
@@ -85,21 +85,12 @@ def validate(request: Mapping[str, Any], rights: Rights) -> Answer:
     if errors:
         return Answer(errors=errors)
     unknown = [f"spec.scheduling.queue: {rights.queue_unknown}; the job's condition Admitted will tell"] if rights.queue_unknown else []
-    return Answer(warnings=unknown + (advice(spec) if request["operation"] == "CREATE" else _ignored(spec, old)))
+    return Answer(warnings=unknown + (advice(spec) if request["operation"] == "CREATE" else []))
 
 
 def _queue(raw: Mapping[str, Any]) -> str | None:
     spec = parsed(raw)
     return spec.scheduling.queue if spec is not None else None
-
-
-def _ignored(spec: FineTuneJobSpec, old: Mapping[str, Any]) -> list[str]:
-    """What of a change comes too late: the job goes on with what it began with."""
-    before, status = parsed(old), old.get("status")
-    if before is None or not isinstance(status, Mapping) or not status.get("observedGeneration"):
-        return []
-    message = ignored_changes(before, spec)
-    return [message] if message else []
 
 
 def mutate(request: Mapping[str, Any]) -> Answer:

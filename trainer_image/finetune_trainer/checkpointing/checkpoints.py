@@ -21,6 +21,8 @@ from ..process.errors import Stopped
 
 log = logging.getLogger("finetune.checkpoints")
 MANIFEST = "finetune-manifest.json"
+FENCE = "attempt"
+"""File beside the checkpoints: the newest attempt's number"""
 
 
 def _digest(path: Path) -> str:
@@ -101,7 +103,7 @@ class Fence:
     """Keeps an attempt that was replaced from writing: two gangs may run for a while when a node is out of reach."""
 
     def __init__(self, root: str, attempt: int) -> None:
-        self._path, self._attempt = Path(root, "attempt"), attempt
+        self._path, self._attempt = Path(root, FENCE), attempt
 
     def claim(self) -> None:
         """Put this attempt on record. Raises Stopped when a later one is."""

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune_api.contract import result_digest
 from finetune_api.spec import Output
 from finetune_api.status import Artifact
 
@@ -47,7 +48,7 @@ def make_bundle(context: Context) -> Path:
     facts = CardFacts(context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan))
     (bundle / "README.md").write_text(model_card(facts))
     lineage = {
-        "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid},
+        "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid, "spec": result_digest(context.spec)},
         "base": {"uri": base["uri"], "fingerprint": base["fingerprint"]},
         "dataset": {"digest": dataset["digest"], "train": dataset["train"], "eval": dataset["eval"]},
         "evaluation": {k: v for k, v in evaluation.items() if k != "samples"} if evaluation else None,
@@ -85,6 +86,15 @@ def _name_base(context: Context, bundle: Path) -> None:
 
 def _optional(context: Context, path: str) -> dict[str, Any] | None:
     return context.read_json(path) if Path(path).exists() else None
+
+
+def is_own(owner: Any, context: Context) -> bool:
+    """Whether a record's `job` is this one, or the one that it was restored from: of its name, with the same to make."""
+    if not isinstance(owner, dict):
+        return False
+    job = context.job
+    same = (owner.get("namespace"), owner.get("name"), owner.get("spec")) == (job.namespace, job.name, result_digest(context.spec))
+    return same or owner.get("uid") == job.uid
 
 
 def digests(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,30 @@ from finetune_api.uris import URI
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
 from ..remote.retry import hub_host, with_retries
-from .bundle import LINEAGE, artifact, files
+from .bundle import LINEAGE, SUMS, artifact, files, is_own
 
 
-def check_hub(context: Context, uri: URI, token: str | None) -> None:
-    """Raise UserError or SourceUnavailable when `publish_to_hub` would fail; writes nothing."""
+def check_hub(context: Context, uri: URI, token: str | None, shown: str) -> Artifact | None:
+    """This job's result where the repository holds it already. Writes nothing.
+
+    Raises UserError or SourceUnavailable when `publish_to_hub` would fail.
+    """
     api = HfApi(token=token)
-    with_retries(lambda: _refuse_foreign(api, uri.name, context), hub_host(), _refused(uri))
+    found = with_retries(lambda: _held(api, uri.name, context, shown), hub_host(), _refused(uri))
+    if found is not None:
+        return found
     if (_account(api, uri).get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise UserError("PublishRefused", "the token may only read: make one that may write")
+    return None
+
+
+def _held(api: HfApi, name: str, context: Context, shown: str) -> Artifact | None:
+    """This job's result, which came there whole, in one commit. Raises UserError when it is another's."""
+    if not _refuse_foreign(api, name, context) or not api.file_exists(name, SUMS):
+        return None
+    sums = Path(api.hf_hub_download(name, SUMS, cache_dir=f"{context.layout.cache}/hub")).read_bytes()
+    size = sum(file.size or 0 for file in api.model_info(name, files_metadata=True).siblings or ())
+    return Artifact(uri=shown, digest=f"sha256:{hashlib.sha256(sums).hexdigest()}", bytes=size)
 
 
 def _account(api: HfApi, uri: URI) -> dict[str, Any]:
@@ -65,19 +81,20 @@ def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[
     return set(api.list_repo_files(uri.name))
 
 
-def _refuse_foreign(api: HfApi, name: str, context: Context) -> None:
-    """Raise UserError when a repository of the hub holds another job's result."""
+def _refuse_foreign(api: HfApi, name: str, context: Context) -> bool:
+    """Whether a repository of the hub holds this job's result. Raises UserError when it holds another job's."""
     try:
         if not api.file_exists(name, LINEAGE):
-            return
+            return False
     except HfHubHTTPError as failure:  # a mirror need not say what it is that it does not have
         if failure.response.status_code != 404:
             raise
-        return
+        return False
     owner = json.loads(Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
-    if owner.get("uid") != context.job.uid:
+    if not is_own(owner, context):
         told = f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name"
         raise UserError("TargetTaken", told)
+    return True
 
 
 def _refused(uri: URI) -> Callable[[str], UserError]:

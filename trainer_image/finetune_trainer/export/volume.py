@@ -12,17 +12,23 @@ from finetune_api.uris import URI
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
-from .bundle import LINEAGE, SUMS, artifact, digests
+from .bundle import LINEAGE, SUMS, artifact, digests, is_own
 
 
-def check_volume(context: Context, uri: URI) -> None:
-    """Raise UserError or InfrastructureError when `publish_to_volume` would fail; writes nothing."""
+def check_volume(context: Context, uri: URI, shown: str) -> Artifact | None:
+    """This job's result where the target holds it already. Writes nothing.
+
+    Raises UserError or InfrastructureError when `publish_to_volume` would fail.
+    """
     target = context.target(uri)
     _refuse_foreign(target, context)
+    if (target / LINEAGE).exists() and (target / SUMS).exists():  # it came there whole, by a rename
+        return artifact(target, shown)
     folder = next(p for p in target.parents if p.exists())
     if not _writable(folder):
         message = f"{folder.name or folder} in claim {uri.name} cannot be written by uid {os.getuid()}: give it to this user or group"
         raise InfrastructureError("TargetNotWritable", message)
+    return None
 
 
 def _writable(folder: Path) -> bool:
@@ -64,8 +70,10 @@ def _refuse_foreign(target: Path, context: Context) -> None:
         owner = json.loads((target / LINEAGE).read_text())["job"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another path") from None
-    if owner.get("uid") != context.job.uid:
+    if not is_own(owner, context):
+        told = owner if isinstance(owner, dict) else {}
         raise UserError(
             "TargetTaken",
-            f"the target holds the result of job {owner.get('namespace')}/{owner.get('name')} ({owner.get('uid')}); choose another path",
+            f"the target holds the result of job {told.get('namespace')}/{told.get('name')} ({told.get('uid')}), "
+            "which was to make another; choose another path",
         )

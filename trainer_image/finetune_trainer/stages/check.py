@@ -7,7 +7,8 @@ Runs beside prepare and sees neither the workspace nor the sources.
 
 from __future__ import annotations
 
-from finetune_api.contract import StageResult
+from finetune_api.contract import RESTORED, StageResult
+from finetune_api.status import Artifact
 from finetune_api.uris import parse_uri
 
 from ..export.hub import check_hub
@@ -18,16 +19,22 @@ from ..process.errors import InfrastructureError, StageError, UserError, combine
 
 def check(context: Context) -> StageResult:
     """Run the stage. Every target is asked; nothing is written. What only writing shows is left to publish."""
+    held: list[Artifact] = []
     failed: list[tuple[str, StageError]] = []
     for index, target in enumerate(context.spec.publish):
         uri = parse_uri(target.uri)
         try:
             if uri.scheme == "pvc":
-                check_volume(context, uri)
+                found = check_volume(context, uri, target.uri)
             else:
-                check_hub(context, uri, context.secret(f"publish-{index}"))
+                found = check_hub(context, uri, context.secret(f"publish-{index}"), target.uri)
+            held += [found] if found is not None else []
         except (UserError, InfrastructureError) as failure:
             failed.append((target.uri, failure))
     if failed:
         raise combine(failed, "; no GPU was taken")
-    return StageResult(reason="TargetsReady", message=", ".join(target.uri for target in context.spec.publish))
+    targets = ", ".join(target.uri for target in context.spec.publish)
+    if held and len(held) == len(context.spec.publish):
+        message = f"{targets}: this job's result is there already, from before its status was lost"
+        return StageResult(reason=RESTORED, message=message, result={"artifacts": [a.to_wire() for a in held]})
+    return StageResult(reason="TargetsReady", message=targets)

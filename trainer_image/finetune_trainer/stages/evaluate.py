@@ -15,7 +15,6 @@ import torch
 
 from finetune_api.contract import StageResult
 from finetune_api.spec import ANSWER_METRICS, WHOLE_MODEL_METHODS
-from finetune_api.status import EvaluationStatus
 
 from ..data.store import read_rows
 from ..data.tokens import RowTokenizer
@@ -67,8 +66,9 @@ def evaluate(context: Context) -> StageResult:
 
     # 3. Whether that is enough
     status, message = gate.decide(spec, seed, base, tuned, base_scores, tuned_scores)
-    _report(context, status, message, prompts, base, tuned)
-    return StageResult(reason="Compared", message=message, result=status.to_wire())
+    told = status.model_dump(by_alias=True, exclude_none=True)  # numbers: text they are in the Kubernetes API alone
+    _report(context, told, message, prompts, base, tuned)
+    return StageResult(reason="Compared", message=message, result=told)
 
 
 def _prompts(context: Context, tokenizer: Any, rows: Rows) -> Prompts:
@@ -115,11 +115,11 @@ def _measure(context: Context, model: Any, tokenizer: Any, rows: Rows, prompts: 
     return found, scores
 
 
-def _report(context: Context, status: EvaluationStatus, message: str, prompts: Prompts, base: Measured, tuned: Measured) -> None:
+def _report(context: Context, told: dict[str, Any], message: str, prompts: Prompts, base: Measured, tuned: Measured) -> None:
     samples = [
         {"prompt": prompt, "expected": wanted, "base": old, "tuned": new}
         for (prompt, wanted), old, new in list(zip(prompts, base.answers, tuned.answers, strict=True))[:_SHOWN]
     ]
-    context.write_json(context.layout.evaluation_report, {**status.to_wire(), "message": message, "samples": samples})
-    page = render_page("evaluation.html.j2", job=context.job.name, status=status.to_wire(), message=message, samples=samples)
+    context.write_json(context.layout.evaluation_report, {**told, "message": message, "samples": samples})
+    page = render_page("evaluation.html.j2", job=context.job.name, status=told, message=message, samples=samples)
     write_text(context.layout.evaluation_page, page)

@@ -15,6 +15,7 @@ import re
 from finetune_api.contract import StageResult
 from finetune_api.status import DatasetStatus
 
+from ..checkpointing.adoption import adopt_checkpoints
 from ..data.fetch import remove_downloads
 from ..data.pipeline import Pipeline
 from ..data.report import samples, write_report
@@ -73,7 +74,11 @@ def prepare(context: Context) -> StageResult:
     finally:
         store.close()
     remove_downloads(context)
-    return StageResult(reason="DataReady", message=_message(status), result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+
+    # 5. What the job had saved that this one was restored from
+    adopted = adopt_checkpoints(context, status.digest)
+    message = _message(status) + (f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else "")
+    return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
 def _check_settings(context: Context) -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
-from finetune_api.contract import Prepared, Published, Stage, StageResult, TrainingResult
+from finetune_api.contract import RESTORED, Prepared, Published, Stage, StageResult, TrainingResult
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
@@ -25,7 +25,7 @@ from .admission import admitted, fit_plan
 from .draft import Draft
 from .external_queue import admitted_externally
 from .failures import Failure
-from .gang import next_attempt, note_checkpoints, release, run_gang
+from .gang import drop_stale, next_attempt, note_checkpoints, release, run_gang
 from .immutability import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .kueue import DEACTIVATED, keep_place
 from .stages import run_stage
@@ -67,7 +67,9 @@ def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocumen
     return _go_on(draft, kept)
 
 
-def _go_on(draft: Draft, spec: FineTuneJobSpec) -> Plan:
+def _go_on(draft: Draft, spec: FineTuneJobSpec | None) -> Plan:
+    if spec is None:
+        return draft.plan()
     note_checkpoints(draft)
     keep_place(draft, spec)
     draft.status.total_gpus = draft.nodes(spec) * spec.distribution.gpus_per_node
@@ -114,6 +116,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     if status.finished:
         return
     if not status.is_true("DataReady"):
+        drop_stale(draft, spec)  # planned anew: pods of the old shape would keep a place in another scheduler's line
         draft.phase("Preparing")
         result = run_stage(draft, spec, "prepare", "DataReady")
         if result is None:
@@ -182,7 +185,23 @@ def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
     if result is not None:
         draft.more_follows = True
         draft.set("TargetsReady", "True", result.reason, result.message)
+        if result.reason == RESTORED:
+            _restored(draft, result)
     return result is not None
+
+
+def _restored(draft: Draft, result: StageResult) -> None:
+    """The job has ended before: its targets hold its result, whatever became of its status. It is not trained again."""
+    published = _found(draft, "check", Published, result.result)
+    if published is None:
+        return
+    draft.status.artifacts = published.artifacts
+    draft.set("Published", "True", RESTORED, result.message)
+    draft.set("Succeeded", "True", RESTORED, result.message)
+    draft.event("Normal", RESTORED, result.message)
+    draft.status.finished_at = rfc3339(draft.now)
+    draft.phase("Succeeded")
+    _stop_jobs(draft)
 
 
 def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:

@@ -1,0 +1,96 @@
+"""What of a FineTuneJob may change, and when. Said once: API servers refuse the rest by these rules, and an operator ignores
+what got past them (a status that was wiped, a definition of another version).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..status import ConditionType
+
+HOLDS: tuple[ConditionType, ...] = ("Admitted", "Trained", "Succeeded", "Failed")
+"""While one of these is True the gang's shape is what its GPUs were given for, or what its result was made with."""
+_ANOTHER = "undo the change, or create another job; its tuning.continueFrom can go on from this one's result"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A field of the spec that may not change: never, or not while the job holds GPUs."""
+
+    field: str
+    """Its name below `spec`."""
+    but: tuple[str, ...] = ()
+    """Fields of it that may change at any time."""
+    parts: tuple[str, ...] = ()
+    """All its other fields, where some may change."""
+    required: bool = False
+    """It is always there; others may be absent."""
+    while_held: bool = False
+    """It may change as long as the job holds no GPUs."""
+
+    @property
+    def path(self) -> str:
+        """For people."""
+        return f"spec.{self.field}"
+
+    @property
+    def message(self) -> str:
+        """Which field, and what to do."""
+        if not self.while_held:
+            return f"{self.path} cannot change: {_ANOTHER}"
+        freely = f" ({' and '.join(self.but)} may at any time)" if self.but else ""
+        return (
+            f"{self.path} can change only while the job holds no GPUs{freely}: set runPolicy.suspend to true, wait until the "
+            f"condition Admitted is False, then change it; or {_ANOTHER}"
+        )
+
+    def to_cel(self) -> dict[str, str]:
+        """The transition rule at the root of the resource, where the status can be seen."""
+        if self.parts:
+            same = " && ".join(_same(f"spec.{self.field}.{part}") for part in self.parts)
+        else:
+            same = f"self.spec.{self.field} == oldSelf.spec.{self.field}" if self.required else _same(f"spec.{self.field}")
+        rule = f"{_FREE} || ({same})" if self.while_held else same
+        return {"rule": rule, "message": self.message, "fieldPath": f".spec.{self.field}"}
+
+    def changed(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether the field differs between two specs on the wire, besides what may change at any time."""
+
+        def kept(spec: Mapping[str, Any]) -> Any:
+            value = spec.get(self.field)
+            return {k: v for k, v in value.items() if k not in self.but} if self.but and isinstance(value, Mapping) else value
+
+        return bool(kept(old) != kept(new))
+
+
+def _same(path: str) -> str:
+    return f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path})"
+
+
+_FREE = (
+    "!has(oldSelf.status) || !has(oldSelf.status.conditions) || "
+    f"!oldSelf.status.conditions.exists(c, c.status == 'True' && c.type in [{', '.join(repr(t) for t in HOLDS)}])"
+)
+
+FROZEN = (
+    Frozen(field="model", required=True),
+    Frozen(field="dataset", required=True),
+    Frozen(field="tuning"),
+    Frozen(field="checkpoint"),
+    Frozen(field="workspace"),
+    Frozen(field="evaluation"),
+    Frozen(field="output"),
+    Frozen(field="publish"),
+    Frozen(field="managedBy"),
+    Frozen(field="distribution", while_held=True),
+    Frozen(field="resources", while_held=True),
+    Frozen(
+        field="scheduling",
+        but=("queue", "priorityClassName"),
+        parts=("nodeSelector", "tolerations", "topologyKey"),
+        while_held=True,
+    ),
+)
+"""What may change at any time is left: `runPolicy`, and with it queue and priority."""
