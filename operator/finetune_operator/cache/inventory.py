@@ -17,6 +17,7 @@ from ..model.queueing import Amounts, Namespace, Node, Queue, Taint
 
 T = TypeVar("T")
 _NOTHING: Amounts = {}
+_READABLE: Mapping[str, str] = {}
 _KEPT = 1024
 """Shapes that are kept once for all who have them"""
 
@@ -96,6 +97,7 @@ def read_node(raw: Object) -> Node:
         labels=Labels(node.labels),
         taints=_taints(node.taints),
         allocatable=_amounts(tuple(sorted(node.allocatable.items()))),
+        unreadable=node.unreadable or _READABLE,
     )
 
 
