@@ -13,7 +13,6 @@ import kopf
 from kopf._cogs.structs.references import Insights as Insights  # what kopf.operator takes as `insights`; kopf 1.45 does not export it
 
 from finetune_api import GROUP, PLURAL, VERSION, names
-from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 
 from . import metrics
 from .cluster.kinds import Kinds
@@ -114,11 +113,3 @@ def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settin
 
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)
-
-    # kopf would complain of a kind that is not there, and end where it may not look
-    if kinds.serves(QUEUE_KIND):
-
-        @kopf.on.event(GROUP, VERSION, QUEUE_PLURAL, registry=registry)
-        async def on_queue(event: kopf.RawEvent, **_: Any) -> None:
-            if (raw := _seen(QUEUE_KIND, event)) is not None:
-                manager.admission.queue_event(raw, deleted=event["type"] == "DELETED")

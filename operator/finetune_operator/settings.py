@@ -74,7 +74,7 @@ class Settings:
     autoscaled: bool = False
     """Without any FineTuneQueue: nodes come when pods wait, so gangs are not held back until they fit on those that are there."""
     snapshot_seconds: float = 5.0
-    """Time between two looks at nodes, foreign pods and queues while jobs wait."""
+    """Time between two passes of the admission loop while jobs wait and nothing else changes than pods of others."""
     soon_seconds: float = 1.0
     """How long a status may wait for the next one, where nothing needs it on record: one write tells both."""
     status_interval_seconds: float = 5.0

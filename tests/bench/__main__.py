@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import faults, kueue_workload, loop, operator, prepare, queueing, trainer
+from . import faults, inventory, kueue_workload, loop, operator, prepare, queueing, trainer
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
     parser.add_argument(
-        "which", nargs="*", choices=["operator", "loop", "queueing", "kueue", "prepare", "trainer", "faults", []], default=[]
+        "which", nargs="*", choices=["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults", []], default=[]
     )
-    which = parser.parse_args().which or ["operator", "loop", "queueing", "kueue", "prepare", "trainer", "faults"]
+    which = parser.parse_args().which or ["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults"]
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
@@ -22,6 +22,8 @@ def main() -> None:
         results["loop"] = loop.bench()
     if "queueing" in which:
         results["queueing"] = queueing.bench()
+    if "inventory" in which:
+        results["inventory"] = inventory.bench()
     if "kueue" in which:  # a tenth: all of it takes a quarter of an hour on two cores (python -m tests.bench.kueue_workload)
         results["kueue"] = kueue_workload.bench(0.1)
     if "prepare" in which:

@@ -23,12 +23,13 @@ from finetune_operator.controllers import admission
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
+from tests.listing import InMemory
 
 GPU = "nvidia.com/gpu"
 _BEAT = 0.002
 
 
-class Cluster:
+class Cluster(InMemory):
     """An API server with some queues, nodes and a few thousand pods of others; it takes every status."""
 
     def __init__(self, nodes: int, queues: int) -> None:
@@ -88,6 +89,8 @@ async def stretches(count: int, nodes: int, queues: int, passes: int = 3) -> dic
             await asyncio.sleep(_BEAT)
             late.append(time.perf_counter() - began - _BEAT)
 
+    watch = asyncio.create_task(loop.watch.run())
+    await asyncio.sleep(0)
     heart = asyncio.create_task(beat())
     await asyncio.sleep(0.05)
     took = []
@@ -98,6 +101,7 @@ async def stretches(count: int, nodes: int, queues: int, passes: int = 3) -> dic
         for key in store.job_keys()[:500]:
             store.touch(store.job(key)["metadata"]["uid"])  # type: ignore[index]
     heart.cancel()
+    watch.cancel()
     late.sort()
     return {
         "longest": round(late[-1], 3),

@@ -48,7 +48,8 @@ def test_a_whole_job(api: Api, kubelet: Kubelet, operator: Operator) -> None:
     api.create_job(WHOLE)
     status = phase(api, "Succeeded")
     assert [c["type"] for c in status["conditions"] if c["status"] == "True"] == [
-        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "Trained", "Evaluated", "Published", "Succeeded",
+        "Ready", "Accepted", "TargetsReady", "DataReady", "Admitted", "QuotaReserved", "Trained", "Evaluated", "Published", "Succeeded",
+        "Finished",
     ]  # fmt: skip
     assert status["attempt"] == 0 and "restarts" not in status
     until("its end is told", lambda: api.events()[-1] == "Succeeded")
@@ -173,7 +174,7 @@ def test_a18_a_user_edits_status_labels_and_owners(api: Api, kubelet: Kubelet, o
     forged = {"status": {"phase": "Succeeded", "conditions": [done], "gang": None, "dataset": None, "plan": None, "attempt": 0}}
     api.custom.patch_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, "support", forged)
     status = until("derived again", lambda: (s := api.status()).get("dataset") and s["phase"] == "Training" and s)
-    assert status["attempt"] == 0 and status["plan"]["worldSize"] == 1
+    assert status["attempt"] == 0 and status["plan"]["worldSize"] == 2
     uid = api.job()["metadata"]["uid"]
     labels = {
         names.LABEL_MANAGED_BY: names.MANAGER, names.LABEL_JOB_UID: uid, names.LABEL_STAGE: "train",

@@ -249,7 +249,7 @@ async def test_a_decision_that_never_comes_on_record_is_given_up_told_and_taken_
     # the queue has room again, and the API server takes the status: it is decided about again after the back-off
     del cluster.refuses["status job-0"]
     cluster.reads["FineTuneQueue"][0]["spec"]["flavors"][0]["nominalQuota"] = 2
-    operator.admission._changes += 1
+    cluster.reads["FineTuneQueue"][0]["metadata"]["resourceVersion"] = "2"
     await settle()
     assert operator.assumptions.decision("uid-0") is None, "not yet"
     now[0] += 61

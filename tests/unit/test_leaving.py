@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from finetune_api import names
 from finetune_operator.cache.assumptions import Assumptions
+from finetune_operator.cache.inventory import read_pod
 from finetune_operator.cache.store import Store
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decisions
 from finetune_operator.model.seal import seal
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, after, job, merged, stamp
+from tests.listing import InMemory
 
 GPU = "nvidia.com/gpu"
 HELD, QUOTA = 4, 4
@@ -26,7 +30,7 @@ EVALUATED = merged(
 SPEC = merged(EVALUATED, distribution={"nodes": 2, "gpusPerNode": 2})
 
 
-class Server:
+class Server(InMemory):
     """One queue over two nodes, and the pods that a LIST would show."""
 
     def __init__(self) -> None:
@@ -106,9 +110,8 @@ class Scene:
         self.admission = AdmissionLoop(self.server, self.store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
 
     async def decide(self, *, heads: bool = False, anew: bool = True) -> Decisions:
-        if anew:
-            self.admission.queue_event({"metadata": {"name": "x"}}, deleted=True)  # it lists again
-        return await self.admission.once(heads=heads)
+        with contextlib.nullcontext() if anew else mock.patch.object(self.admission.watch, "look", mock.AsyncMock()):
+            return await self.admission.once(heads=heads)
 
     async def waits(self, held: int = HELD, **how: bool) -> None:
         """The other job waits, and the queue says how much is in use."""
@@ -124,6 +127,7 @@ class Scene:
     def ends(self, raw: dict[str, Any]) -> None:
         self.server.pods.remove(raw)
         self.store.drop_child("Pod", raw)
+        self.admission.watch.inventory.pods().drop(read_pod(raw))
 
 
 def deleted(scene: Scene, first: dict[str, Any]) -> None:
@@ -238,8 +242,7 @@ async def test_a_job_that_goes_while_others_are_looked_at_is_counted_once() -> N
     scene.store.put_job(first)
     await scene.waits()
     scene.store.drop_job(first)
-    scene.admission.queue_event({"metadata": {"name": "x"}}, deleted=True)
-    await scene.admission._refresh()  # its pods are listed as somebody's
+    await scene.admission.watch.look()  # its pods are listed as somebody's
     snapshot = scene.admission._snapshot(NOW)
     assert [w.uid for w in snapshot.workloads] == ["uid-first", "uid-second"]
     await scene.waits()
@@ -264,7 +267,6 @@ async def test_what_a_gone_jobs_pods_hold_of_nodes_is_counted_once() -> None:
     scene.ends(pods[0])
     await scene.admission._look(NOW)
     snapshots = [scene.admission._snapshot(NOW)]
-    scene.admission.queue_event({"metadata": {"name": "x"}}, deleted=True)
     snapshots.append(await scene.admission.look())
     for snapshot in snapshots:
         [gone] = [w for w in snapshot.workloads if w.uid == "uid-first"]

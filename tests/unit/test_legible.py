@@ -32,6 +32,7 @@ from finetune_operator.reconcile.job import reconcile
 from finetune_operator.reconcile.job.immutability import may_have_changed
 from finetune_operator.settings import Settings
 from tests.factory import FULL, NOW, PLAN, UID, container_status, job, merged, stamp
+from tests.listing import InMemory
 
 WRONG: tuple[Any, ...] = (None, 3, -1.5, "text", [], {}, [3], ["text"], [[]], {"a": 3}, {"a": {"b": []}}, True)
 
@@ -82,7 +83,7 @@ def mangled(raw: dict[str, Any], *roots: str) -> Iterator[dict[str, Any]]:
             yield changed
 
 
-class Server:
+class Server(InMemory):
     """A queue with room for one job; takes every write."""
 
     async def list(self, kind: str, *_: str) -> Any:

@@ -30,7 +30,7 @@ from finetune_api.status import read_status
 from finetune_operator.cache import store
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
-from finetune_operator.cluster import inventory
+from finetune_operator.cluster import reflector
 from finetune_operator.cluster.transport import APIError
 from finetune_operator.controllers import admission, controller, jobs, queue_status, resync, writer
 from finetune_operator.controllers.manager import Manager
@@ -38,6 +38,7 @@ from finetune_operator.model.objects import Object
 from finetune_operator.model.queueing import Decision
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, RESULTS, after, container_status, ended, job, merged, stamp
+from tests.listing import InMemory
 
 KEY = ("team-a", "support")
 LATER = NOW + timedelta(days=7)
@@ -57,7 +58,7 @@ class Died(BaseException):
     """The operator's process is gone."""
 
 
-class Server:
+class Server(InMemory):
     """Objects by (kind, name) with versions; what happens is noted for the watch. Requests fail when told to."""
 
     def __init__(self) -> None:
@@ -199,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         ticks = itertools.count()  # not this machine's clock, which makes a busy machine's runs differ
         clock = SimpleNamespace(monotonic=lambda: next(ticks) / 1000)
         self.clocks = contextlib.ExitStack()
-        for module in (admission, controller, jobs, queue_status, resync, writer, inventory, store):
+        for module in (admission, controller, jobs, queue_status, resync, writer, reflector, store):
             self.clocks.enter_context(mock.patch.object(module, "time", clock))
 
     @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())

@@ -15,6 +15,7 @@ from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.queueing import Decision, Node, Taint
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
+from tests.listing import InMemory
 from tests.unit.test_queueing import GPU, admitted, decided, nodes, queue, request, running, waiting, why
 
 BIG = Node(name="big", labels={"gpu": "h100"}, allocatable={GPU: 8, "cpu": 64_000})
@@ -135,7 +136,7 @@ def test_nodes_that_come_and_go_do_not_make_it_forget_the_large_one() -> None:
     assert len(missing) <= _SHAPES * _NODES_EACH and len({tuple(n.allocatable.items()) for n in missing}) == _SHAPES
 
 
-class Nodes:
+class Nodes(InMemory):
     """An API server with nodes and nothing else."""
 
     def __init__(self, *gpus: int) -> None:
@@ -173,7 +174,6 @@ async def test_a_preempted_job_while_nodes_are_away(
     scheduler = AdmissionLoop(server, store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
     await scheduler.once()
     server.gpus = now
-    scheduler.queue_event({"metadata": {"name": "other"}}, deleted=True)  # it lists again
     store.put_job(ready(status))
     decision = (await scheduler.once()).jobs["uid"]
     assert decision.action == action, decision

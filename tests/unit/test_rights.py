@@ -20,12 +20,13 @@ from finetune_operator.model.queueing import Decision
 from finetune_operator.reconcile.job import reconcile
 from finetune_operator.settings import Settings, from_environment
 from tests.factory import FULL, NOW, PLAN, job, merged, stamp
+from tests.listing import InMemory
 
 GPU = "nvidia.com/gpu"
 SOME = ("team-a",)
 
 
-class Server:
+class Server(InMemory):
     """One queue of 2 GPUs, one node with 2, a priority; some LISTs are refused."""
 
     def __init__(self, *forbidden: str) -> None:
@@ -139,7 +140,7 @@ async def test_backend_none_starts_everything_at_once_and_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "forbidden", "watched", "missing"),
+    ("settings", "forbidden", "needed", "missing"),
     [
         ({}, (), {"FineTuneJob", "FineTuneQueue"}, ()),
         ({"watch_namespaces": SOME}, (), {"FineTuneJob", "FineTuneQueue"}, ()),
@@ -161,8 +162,8 @@ async def test_backend_none_starts_everything_at_once_and_asks_nobody() -> None:
         ({"watch_namespaces": SOME, "queueing_backend": "kueue"}, ("FineTuneQueue",), {"FineTuneJob"}, ()),
     ],
 )
-async def test_start_up_names_the_rights_that_are_missing_and_watches_what_it_may(
-    settings: dict[str, Any], forbidden: tuple[str, ...], watched: set[str], missing: tuple[str, ...], caplog: Any
+async def test_start_up_names_the_rights_that_are_missing(
+    settings: dict[str, Any], forbidden: tuple[str, ...], needed: set[str], missing: tuple[str, ...], caplog: Any
 ) -> None:
     server = Server(*forbidden)
     kinds = Kinds(server, Settings(**settings))  # type: ignore[arg-type]
@@ -170,7 +171,7 @@ async def test_start_up_names_the_rights_that_are_missing_and_watches_what_it_ma
         await kinds.look()
         await kinds.look()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert {resource.kind for resource in kinds.watched} == watched
+    assert {resource.kind for resource in kinds.needed} == needed
     assert len(warnings) == bool(missing), "said once"
     assert all(right in warnings[0] for right in missing) and sum(
         f"{verb} {plural_of(kind)}" in "".join(warnings) for verb, kind in RIGHTS

@@ -21,12 +21,13 @@ from finetune_operator.model.objects import Key
 from finetune_operator.model.queueing import Decision, Decisions, Snapshot
 from finetune_operator.settings import Settings
 from tests.factory import MINIMAL, NOW, job, merged, stamp
+from tests.listing import InMemory
 
 GPU = "nvidia.com/gpu"
 QUOTA, JOBS = 2, _HEADS + 40
 
 
-class Lists:
+class Lists(InMemory):
     """An API server that has one queue, and takes every status."""
 
     def __init__(self) -> None:

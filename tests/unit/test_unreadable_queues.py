@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.cache.store import Store
-from finetune_operator.cluster.inventory import look_around
+from finetune_operator.cluster.inventory import InventoryWatch
 from finetune_operator.cluster.transport import APIError
 from finetune_operator.model.nodes import queue_of
 from finetune_operator.model.queueing import Namespace, Queue, Snapshot
@@ -16,6 +15,7 @@ from finetune_operator.queueing import decide
 from finetune_operator.queueing.report import queue_status
 from finetune_operator.settings import Settings
 from tests.factory import NOW
+from tests.listing import InMemory
 from tests.unit.test_queueing import admitted, decided, nodes, queue, request, running, waiting, why
 
 GOOD: dict[str, Any] = {"flavors": [{"name": "any", "nominalQuota": 8}]}
@@ -112,7 +112,7 @@ def test_other_queues_are_served_as_ever() -> None:
     assert why(decided(waiting("a"), queues=(broken(),), namespaces=home), "a").reason == "QueueUnreadable", "by its namespace's default"
 
 
-class Refusing:
+class Refusing(InMemory):
     """An API server that answers one LIST with an error."""
 
     def __init__(self, kind: str, status: int) -> None:
@@ -126,16 +126,16 @@ class Refusing:
 
 
 async def test_a_cluster_without_the_kind_has_no_queues() -> None:
-    seen = await look_around(Refusing("FineTuneQueue", 404), Store(), Settings())  # type: ignore[arg-type]
-    assert not seen.parsed
+    seen = await InventoryWatch(Refusing("FineTuneQueue", 404), Settings()).look()  # type: ignore[arg-type]
+    assert not seen.queues.parsed
     assert admitted(decided(waiting("a"), on=nodes(1))) == {"a"}
 
 
 async def test_a_server_that_does_not_answer_is_asked_again() -> None:
     with pytest.raises(APIError):
-        await look_around(Refusing("FineTuneQueue", 503), Store(), Settings())  # type: ignore[arg-type]
+        await InventoryWatch(Refusing("FineTuneQueue", 503), Settings()).look()  # type: ignore[arg-type]
 
 
 async def test_one_broken_queue_does_not_hide_the_others() -> None:
-    seen = await look_around(Refusing("Node", 403), Store(), Settings())  # type: ignore[arg-type]
-    assert not seen.parsed["team"].unreadable and seen.parsed["broken"].unreadable
+    seen = await InventoryWatch(Refusing("Node", 403), Settings()).look()  # type: ignore[arg-type]
+    assert not seen.queues.parsed["team"].unreadable and seen.queues.parsed["broken"].unreadable

@@ -356,11 +356,6 @@ class Store:
                 self._unowned.discard(owner)
         return found
 
-    def is_worker(self, uid: str) -> bool:
-        """Whether it is a pod that a known job owns itself."""
-        entry = self._children["Pod"].get(uid)
-        return entry is not None and entry.owner in self._keys
-
     def pod(self, uid: str) -> Object | None:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)

@@ -37,11 +37,13 @@ class Kinds:
 
     def __init__(self, cluster: KubernetesCluster, settings: Settings) -> None:
         self._cluster, self._settings = cluster, settings
+        self.watched = (RESOURCES["FineTuneJob"],)
+        """What kopf watches, which resolves its kinds once; queues come through a watch that waits for theirs (inventory.py)"""
         self.forbidden: frozenset[tuple[str, str]] | None = None
         """(verb, kind) of what queues need and this operator may not do; None before it was asked."""
         self.asked = tuple(RESOURCES[kind] for kind in GROUP_KINDS.get(settings.queueing_backend, ()))
         """Of these one is enough: a back-end's kind in its versions."""
-        self.missing: tuple[str, ...] = tuple(map(_shown, self.watched))
+        self.missing: tuple[str, ...] = tuple(map(_shown, self.needed))
         self._told: tuple[str, ...] | None = None
         self.differences: tuple[str, ...] = ()
         """Between the definitions that are served and those of this release"""
@@ -49,8 +51,8 @@ class Kinds:
         self._served: frozenset[Resource] = frozenset()
 
     @property
-    def watched(self) -> tuple[Resource, ...]:
-        """What is watched where it is served."""
+    def needed(self) -> tuple[Resource, ...]:
+        """What the operator is not ready without."""
         backend = self._settings.queueing_backend
         queues = backend == "builtin" or (backend != "none" and not self._settings.watch_namespaces)
         kinds = ["FineTuneJob", *([QUEUE_KIND] if queues and ("watch", QUEUE_KIND) not in (self.forbidden or ()) else [])]
@@ -64,11 +66,11 @@ class Kinds:
         """Ask what is served, and what may be looked at. Raises APIError when the API server does not say."""
         if self._settings.queueing_backend == "builtin" and (self.forbidden is None or self.forbidden):
             await self._look_at_rights()
-        wanted = (*self.watched, *self.asked)
+        wanted = (*self.needed, *self.asked)
         versions = sorted({(resource.group, resource.version) for resource in wanted})
         plurals = {version: await self._cluster.plurals(*version) for version in versions}
         self._served = frozenset(r for r in wanted if r.plural in plurals[r.group, r.version])
-        missing = [_shown(r) for r in self.watched if r not in self._served]
+        missing = [_shown(r) for r in self.needed if r not in self._served]
         if self.asked and not self._served.intersection(self.asked):
             missing.append(" or ".join(map(_shown, self.asked)))
         self.missing = tuple(missing)

@@ -1,4 +1,4 @@
-"""The API server behind six verbs. One connection pool, explicit time-outs, Retry-After honoured."""
+"""The API server behind a few verbs. One connection pool, explicit time-outs, Retry-After honoured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -30,7 +30,12 @@ _Shape = TypeVar("_Shape", dict[str, Any], list[Any])
 REQUEST_TIMEOUT = 30.0
 LIST_CHUNK = 500
 _TRANSIENT_TRIES = 4
+_LONGEST_LINE = 32 * 2**20
+"""Bytes. etcd takes objects of 1.5 MiB."""
+_SILENT_SECONDS = 150.0
+"""A watch that brings nothing for so long, no bookmark either, is taken for dead: the server sends one about every minute."""
 DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
+T = TypeVar("T")
 
 
 class APIError(Exception):
@@ -86,6 +91,12 @@ class Cluster(Protocol):
     def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
         """All objects of a kind, in chunks."""
 
+    async def list_page(self, kind: str, namespace: str, query: Mapping[str, str]) -> bytes:
+        """One page of a LIST, as it came; APIError 410 when its `continue` is too old."""
+
+    def watch(self, kind: str, namespace: str, query: Mapping[str, str]) -> AsyncIterator[bytes]:
+        """The events of a WATCH, one line each, until the server ends it; APIError when it refuses or the connection breaks."""
+
     async def review_token(self, token: str, audience: str) -> Object:
         """The status of a TokenReview."""
 
@@ -116,12 +127,15 @@ class KubernetesCluster:
         priority: Priority = Priority.LOOK,
     ) -> Object:
         """One request; transient failures are retried with jitter. Raises APIError."""
+        return await self._retried(lambda: self._once(method, path, kind, verb, body, query, content_type), kind, verb, priority)
+
+    async def _retried(self, once: Callable[[], Awaitable[T]], kind: str, verb: str, priority: Priority) -> T:
         for attempt in range(_TRANSIENT_TRIES):
             if kind != "Lease":  # late, it would be lost
                 await self._limit.acquire(priority)
             try:
                 with tracing.span(f"{verb} {kind}"):
-                    return await self._once(method, path, kind, verb, body, query, content_type)
+                    return await once()
             except APIError as failure:
                 # a POST that may have been carried out is safe to repeat: its name is fixed, the second gets a 409
                 if not failure.transient or attempt == _TRANSIENT_TRIES - 1:
@@ -139,21 +153,63 @@ class KubernetesCluster:
         query: dict[str, str] | None,
         content_type: str,
     ) -> Object:
+        data = await self._answer(method, path, kind, verb, body, query, content_type)
+        return _decoded(data)
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        kind: str,
+        verb: str,
+        body: Object | None,
+        query: Mapping[str, str] | None,
+        content_type: str,
+    ) -> bytes:
         self.calls[verb, kind] += 1
         try:
-            # not param_serialize: it walks and copies every part of a request, and finds nothing to change
-            headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
-            if token := await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
-                headers["Authorization"] = token
-            url = f"{self._api.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
-            response = await self._api.call_api(method, url, headers, body, _request_timeout=REQUEST_TIMEOUT)
-            data = await response.read()
+            response = await self._send(method, path, body, query, content_type, REQUEST_TIMEOUT)
+            data: bytes = await response.read()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
-            raise APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}") from failure
+            raise _unreachable(failure) from failure
         self._clock.heard(response.headers.get("Date"))
         if response.status >= 400:
             raise _api_error(response.status, data, response.headers)
-        return _decoded(data)
+        return data
+
+    async def _send(
+        self, method: str, path: str, body: Object | None, query: Mapping[str, str] | None, content_type: str, patience: Any
+    ) -> Any:
+        # not param_serialize: it walks and copies every part of a request, and finds nothing to change
+        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
+        if token := await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
+            headers["Authorization"] = token
+        url = f"{self._api.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        return await self._api.call_api(method, url, headers, body, _request_timeout=patience)
+
+    async def list_page(self, kind: str, namespace: str, query: Mapping[str, str]) -> bytes:
+        path = RESOURCES[kind].path(namespace)
+        once = lambda: self._answer("GET", path, kind, "list", None, query, "application/json")  # noqa: E731
+        return await self._retried(once, kind, "list", Priority.LOOK)
+
+    async def watch(self, kind: str, namespace: str, query: Mapping[str, str]) -> AsyncIterator[bytes]:
+        await self._limit.acquire(Priority.LOOK)
+        self.calls["watch", kind] += 1
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=_SILENT_SECONDS)
+        try:
+            response = await self._send(
+                "GET", RESOURCES[kind].path(namespace), None, {**query, "watch": "true"}, "application/json", patience
+            )
+            try:
+                self._clock.heard(response.headers.get("Date"))
+                if response.status >= 400:
+                    raise _api_error(response.status, await response.read(), response.headers)
+                async for line in _lines(response.response.content):
+                    yield line
+            finally:
+                response.response.close()
+        except (TimeoutError, OSError, aiohttp.ClientError) as failure:
+            raise _unreachable(failure) from failure
 
     async def apply(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -302,6 +358,25 @@ class KubernetesCluster:
     async def close(self) -> None:
         """Close the connection pool."""
         await self._api.close()
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Whole lines, however long: a reader of lines gives up at its buffer's size. What comes after the last one is half an event."""
+    rest = bytearray()
+    async for chunk in content.iter_any():
+        start = len(rest)
+        rest += chunk
+        begin = 0
+        while (end := rest.find(b"\n", max(start, begin))) >= 0:
+            yield bytes(rest[begin:end])
+            begin = end + 1
+        del rest[:begin]
+        if len(rest) > _LONGEST_LINE:
+            raise aiohttp.ClientPayloadError(f"an event of more than {_LONGEST_LINE} bytes")
+
+
+def _unreachable(failure: Exception) -> APIError:
+    return APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}")
 
 
 def _decoded(data: bytes) -> Object:

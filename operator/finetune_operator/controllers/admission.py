@@ -10,22 +10,18 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 
 from .. import metrics, tracing
 from ..cache.assumptions import Assumptions, Expired
-from ..cache.inventory import Inventory
 from ..cache.node_history import NodeHistory
 from ..cache.store import Store
-from ..cluster.inventory import look_around
+from ..cluster.inventory import InventoryWatch
 from ..cluster.transport import APIError, Cluster
 from ..model.job import PodView
-from ..model.nodes import namespace_of, node_of
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload
 from ..model.workload import has_ended, is_still, leaving, left_behind, request_of, workload_of
@@ -71,7 +67,8 @@ class AdmissionLoop:
         self._cluster, self._store, self._assumptions, self._settings = cluster, store, assumptions, settings
         self._wake, self._busy, self._expired = wake, busy, expired
         self._queue_status = QueueStatusWriter(cluster)
-        self._inventory, self._history = Inventory(), NodeHistory()
+        self.watch = InventoryWatch(cluster, settings, self.poke)
+        self._inventory, self._history = self.watch.inventory, NodeHistory()
         self._specs: dict[str, tuple[int, FineTuneJobSpec | None, FineTuneJobSpec, Request]] = {}
         """By UID: generation, what it began with if that is another, what holds, what it requests"""
         self._requests: dict[Request, Request] = {}
@@ -89,32 +86,18 @@ class AdmissionLoop:
         self._doubtful: dict[str, float] = {}
         """Jobs that hold something by a spec that may have been changed since; and since when their own passes are waited for"""
         self._told: dict[str, float] = {}
-        self._generations: dict[str, Any] = {}
         self._looked_at = float("-inf")
-        self._looked_with: tuple[dict[str, int], int] | None = None
+        self._looked_with: tuple[Mapping[str, int], int] | None = None
         """When all jobs were looked at, and with which priorities"""
-        self._changes, self._listed = 0, 0
-        """Changes of queues that were seen, and those that the last LIST came after"""
         self._dirty, self._recorded = asyncio.Event(), asyncio.Event()
         self._took = 0.0
         self._all_due = float("-inf")
         """When all jobs are to be looked at again, not the heads of the lines alone"""
 
     def priority(self, name: str | None) -> int:
-        """The value of a PriorityClass, or of the default one, as of the last LIST."""
-        return self._inventory.priorities.get(name, 0) if name is not None else self._inventory.default_priority
-
-    def queue_event(self, raw: Object, *, deleted: bool) -> None:
-        """A FineTuneQueue was seen, or is gone. Its spec decides; its status is this operator's own."""
-        name, generation = raw["metadata"]["name"], raw["metadata"].get("generation")
-        if deleted:
-            self._generations.pop(name, None)
-        elif self._generations.get(name) == generation:
-            return
-        else:
-            self._generations[name] = generation
-        self._changes += 1
-        self.poke()
+        """The value of a PriorityClass, or of the default one."""
+        known = self._inventory.priorities
+        return known.values.get(name, 0) if name is not None else known.default
 
     def configure(self, settings: Settings) -> None:
         """Settings that are found after the start."""
@@ -133,6 +116,11 @@ class AdmissionLoop:
 
     async def run(self) -> None:
         """Decide again whenever something changed, and every few seconds while somebody waits. Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.watch.run())
+            group.create_task(self._run())
+
+    async def _run(self) -> None:
         while True:
             heads = self._busy() and time.monotonic() < self._all_due
             try:
@@ -168,7 +156,7 @@ class AdmissionLoop:
         # 1. what did not come on record is given up
         self._give_up()
         # 2. a snapshot of what was seen, with what is assumed
-        await self._refresh()
+        await self.watch.look()
         began = time.monotonic()
         await self._look(self._cluster.now())
         snapshot = self._snapshot(self._cluster.now(), heads=heads)
@@ -187,8 +175,7 @@ class AdmissionLoop:
         if not heads:
             self._all_due = time.monotonic() + _HEADS_FIRST * self._took
             self._front = {key for key, workload in self._seen.items() if self._is_head(workload)}
-            if await self._queue_status.write(self._inventory, snapshot, decisions):
-                self._changes += 1
+            await self._queue_status.write(self._inventory.queues, snapshot, decisions)
         return decisions
 
     def _give_up(self) -> None:
@@ -207,7 +194,7 @@ class AdmissionLoop:
 
     async def look(self) -> Snapshot:
         """The cluster as it is now; nothing is decided."""
-        await self._refresh()
+        await self.watch.look()
         await self._look(self._cluster.now())
         return self._snapshot(self._cluster.now())
 
@@ -217,14 +204,6 @@ class AdmissionLoop:
             return True
         decision = self._assumptions.decision(workload.uid)
         return workload.waits and (decision is None or decision.action != "wait" or decision.position <= _HEADS)
-
-    async def _refresh(self) -> None:
-        """LIST what others hold. Large clusters are listed less often: at most a twentieth of the time goes into it."""
-        inventory, began = self._inventory, time.monotonic()
-        changes = self._changes
-        if changes == self._listed and began - inventory.at < max(self._settings.snapshot_seconds, 20 * inventory.took):
-            return
-        self._inventory, self._listed = await look_around(self._cluster, self._store, self._settings), changes
 
     def _snapshot(self, now: datetime, *, heads: bool = False) -> Snapshot:
         inventory = self._inventory
@@ -237,26 +216,22 @@ class AdmissionLoop:
         workloads += left
         ours = {uid for uids in self._pods_of.values() for uid in uids}
         ours |= {pod.uid for workload in left for pod in self._store.gpu_pods(workload.uid)}
-        used: dict[str, Counter[str]] = defaultdict(Counter)
-        for uid, node, amounts in inventory.pods:
-            if uid not in ours:  # those are counted with their job, as they are now
-                used[node].update(amounts)
-        nodes = tuple(node_of(raw, used[raw["metadata"]["name"]]) for raw in inventory.nodes) if inventory.nodes is not None else None
+        nodes = inventory.nodes_but_for(ours)  # those are counted with their job, as they are now
         return Snapshot(
             now=now,
             workloads=tuple(sorted(workloads, key=lambda w: w.uid)),
-            queues=tuple(inventory.parsed.values()),
+            queues=tuple(inventory.queues.parsed.values()),
             nodes=nodes,
             missing=self._history.look(nodes) if nodes is not None else (),
-            namespaces={name: namespace_of(raw) for name, raw in inventory.namespaces.items()},
-            forbidden=inventory.forbidden,
+            namespaces=dict(inventory.namespaces.items.values()),
+            forbidden=self.watch.forbidden,
             unlimited=self._settings.queueing_backend == "none",
             autoscaled=self._settings.autoscaled,
         )
 
     async def _look(self, now: datetime) -> None:
         """At the jobs that changed; at all of them once a minute, some at a time."""
-        changed, priorities = self._store.changes(), (self._inventory.priorities, self._inventory.default_priority)
+        changed, priorities = self._store.changes(), (self._inventory.priorities.values, self._inventory.priorities.default)
         everything = priorities != self._looked_with or time.monotonic() - self._looked_at >= _EVERYTHING_SECONDS
         if everything:
             self._looked_at, self._looked_with, changed = time.monotonic(), priorities, {*self._store.job_keys(), *self._seen}
@@ -312,8 +287,10 @@ class AdmissionLoop:
         if unseen:  # they were deleted while no operator ran, or since jobs were looked at
             for workload in self._seen.values():
                 unseen.pop(workload.uid, None)
-            requests = {uid: amounts for uid, _, amounts in self._inventory.pods}
-            flavors = {(queue.name, flavor.name): flavor for queue in self._inventory.parsed.values() for flavor in queue.spec.flavors}
+            requests = self._inventory.requests_of(pod["metadata"]["uid"] for pods in unseen.values() for pod in pods)
+            flavors = {
+                (queue.name, flavor.name): flavor for queue in self._inventory.queues.parsed.values() for flavor in queue.spec.flavors
+            }
             for uid, pods in unseen.items():
                 if (found_by_pods := left_behind(uid, pods, requests, flavors, self._settings, now)) is not None:
                     self._leaving[uid] = found_by_pods

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from typing import Any
 
 from .. import metrics
-from ..cache.inventory import Inventory
+from ..cache.inventory import Queues
 from ..cluster.transport import APIError, Cluster
 from ..model.queueing import Decisions, Queue, Snapshot
 from ..queueing.report import queue_status
@@ -28,8 +27,8 @@ class QueueStatusWriter:
         self.owed = False
         """A queue's status is to be written, but not so soon after the last."""
 
-    async def write(self, inventory: Inventory, snapshot: Snapshot, decisions: Decisions) -> bool:
-        """Say what changed. Whether a queue is another than it was taken for. Raises APIError when the server does not answer."""
+    async def write(self, queues: Queues, snapshot: Snapshot, decisions: Decisions) -> None:
+        """Say what changed. Raises APIError when the server does not answer."""
         self.owed = False
         metrics.PENDING.clear()
         metrics.QUEUE_USED.clear()
@@ -37,30 +36,30 @@ class QueueStatusWriter:
             metrics.PENDING.labels(queue=name).set(report.pending)
             for flavor, units in report.used.items():
                 metrics.QUEUE_USED.labels(queue=name, flavor=flavor).set(units)
-        return any(
-            await asyncio.gather(
-                *(self._write(inventory, queue, snapshot, decisions) for queue in snapshot.queues if queue.name in decisions.queues)
-            )
+        await asyncio.gather(
+            *(self._write(queues, queue, snapshot, decisions) for queue in snapshot.queues if queue.name in decisions.queues)
         )
 
-    async def _write(self, inventory: Inventory, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> bool:
-        raw, since = inventory.queues[queue.name], time.monotonic() - self._written.get(queue.name, float("-inf"))
+    async def _write(self, queues: Queues, queue: Queue, snapshot: Snapshot, decisions: Decisions) -> None:
+        raw = queues.items.get(queue.name)
+        if raw is None:  # gone meanwhile
+            return
+        since = time.monotonic() - self._written.get(queue.name, float("-inf"))
         status = queue_status(queue, raw, snapshot, decisions)
         old = dict(raw.get("status") or {})
         new: dict[str, Any] = status.to_wire()
         if {**old, "history": None} == {**new, "history": None} and (since < _HISTORY_SECONDS or status.history.gpu_seconds < 1):
-            return False
+            return
         if since < _STATUS_SECONDS:
             self.owed = True
-            return False
+            return
         try:
             answer = await self._cluster.replace_status({**raw, "status": new}, urgent=False)
         except APIError as failure:
             if failure.transient:
                 raise
             log.info("queue %s: status refused: %s", queue.name, failure)
-            return True  # it changed, or is gone
+            self.owed = True  # it changed, or is gone: the watch tells
+            return
         self._written[queue.name] = time.monotonic()
-        inventory.queues[queue.name] = answer
-        inventory.parsed[queue.name] = dataclasses.replace(queue, history=status.history)
-        return False
+        queues.put(answer)

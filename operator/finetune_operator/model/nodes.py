@@ -17,6 +17,7 @@ from .queueing import Namespace, Node, Queue, Taint
 
 MORE_THAN_ANY = 2**63 - 1
 """What a pod counts for whose request cannot be read: nobody knows what it holds, so it holds all that its node has of it."""
+NOT_READY = "not ready"
 _MESSAGE = 1000
 """Characters of what is wrong with a queue."""
 
@@ -80,7 +81,7 @@ def node_of(raw: Object, used: Mapping[str, int]) -> Node:
         allocatable=allocatable,
         unreadable=unreadable,
         used=used,
-        away="not ready" if not is_ready(raw) else "cordoned" if spec.get("unschedulable") else "",
+        away=NOT_READY if not is_ready(raw) else "cordoned" if spec.get("unschedulable") else "",
     )
 
 

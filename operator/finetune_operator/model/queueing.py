@@ -28,7 +28,7 @@ class Taint:
     effect: str = "NoSchedule"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
     """A node, and what pods that are not workers of a job hold of it."""
 
