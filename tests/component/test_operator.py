@@ -256,6 +256,7 @@ def test_manifests_are_valid_for_this_server(api: Api) -> None:
             assert "created" in said
 
 
+@pytest.mark.operator(FINETUNE_SEAL_KEY="of both of its operators")
 def test_f24_what_may_change_while_a_job_runs(api: Api, kubelet: Kubelet, operator: Operator) -> None:
     """The API server refuses the rest. What gets past it, because the status that it goes by was wiped, is ignored and said so."""
     kubelet.hold = {"train"}
