@@ -1,4 +1,4 @@
-"""LIST and WATCH of servers in memory: what they have as one page, and a watch in which nothing happens."""
+"""LIST and WATCH of servers in memory: what they have in pages, and a watch in which nothing happens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class InMemory:
         if kind == "Pod":  # the field selector's part
             ended = ("Succeeded", "Failed")
             found = [p for p in found if p.get("spec", {}).get("nodeName") and p.get("status", {}).get("phase") not in ended]
-        return json.dumps({"metadata": {"resourceVersion": "1"}, "items": found}).encode()
+        begin = int(query.get("continue") or 0)
+        end = begin + int(query.get("limit") or len(found))
+        more = {"continue": str(end)} if end < len(found) else {}
+        return json.dumps({"metadata": {"resourceVersion": "1", **more}, "items": found[begin:end]}).encode()
 
     async def watch(self, kind: str, namespace: str, query: Mapping[str, str]) -> AsyncIterator[bytes]:
         await asyncio.Event().wait()

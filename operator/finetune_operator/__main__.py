@@ -220,9 +220,10 @@ async def _work(
 def spare_the_collector() -> None:
     """What is remembered of ten thousand jobs is walked through by Python's cyclic collector again and again: a quarter of the time.
 
-    Nearly all garbage goes by reference counts; the youngest generation is looked at every 20,000 objects instead of 700.
+    Nearly all garbage goes by reference counts; the youngest generation is looked at every 20,000 objects instead of 700, and
+    the next with five of it: with twenty, one look took 0.16 s.
     """
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(20_000, 5, 200)
 
 
 def share_the_processor() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -81,6 +82,8 @@ async def stretches(count: int, nodes: int, queues: int, passes: int = 3) -> dic
     """Seconds: the longest waits of a heartbeat during some passes over all jobs, and how long a pass takes."""
     store = jobs(count, queues)
     loop = AdmissionLoop(Cluster(nodes, queues), store, Assumptions(), Settings(), lambda key: None)  # type: ignore[arg-type]
+    gc.collect()
+    gc.freeze()  # as the operator does once it is in sync
     late: list[float] = []
 
     async def beat() -> None:

@@ -40,8 +40,8 @@ _HEADS = 20
 """Places in a queue that may be admitted before the next pass over all"""
 _HEADS_FIRST = 19
 """Passes over all take at most a twentieth of the time"""
-_SLICE = 128
-"""Jobs that are looked at before others have their turn"""
+_SLICE_SECONDS = 0.01
+"""How long jobs are looked at before others have their turn"""
 _BACKLOG, _BACKLOG_SECONDS = 64, 1.0
 """Decisions that are not on record yet, and how long a pass waits for them"""
 _EVERYTHING_SECONDS = 60.0
@@ -236,9 +236,11 @@ class AdmissionLoop:
         if everything:
             self._looked_at, self._looked_with, changed = time.monotonic(), priorities, {*self._store.job_keys(), *self._seen}
         self._front |= changed
-        for number, key in enumerate(changed | self._moving, 1):
-            if number % _SLICE == 0:
+        began = time.monotonic()
+        for key in changed | self._moving:
+            if time.monotonic() - began > _SLICE_SECONDS:
                 await asyncio.sleep(0)
+                began = time.monotonic()
             before, workload = self._seen.get(key), self._workload(key, now)
             if before is not None and (workload is None or workload.uid != before.uid):
                 self._leaving[before.uid] = before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 
@@ -71,6 +72,8 @@ class Manager:
     async def run(self) -> None:
         """List everything once, wait for the lease, then work until cancelled. Raises LeaseLost."""
         await self.resync.until_done()
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not walk through ten thousand jobs at each full look, for 0.6 s
         self.synced.set()
         log.info("in sync: %d jobs", len(self.store.job_keys()))
         async with asyncio.TaskGroup() as group:
