@@ -65,9 +65,9 @@ def _probes(
         return f"not watched yet: {', '.join(sorted(r.plural for r in unwatched))}" if unwatched else ""
 
     async def healthz(_: web.Request) -> web.Response:
-        silent = time.monotonic() - manager.resync.last
-        if manager.synced.is_set() and silent > 4 * settings.resync_seconds:
-            return web.Response(status=503, text=f"no resync for {silent:.0f} s")
+        for what, silent in (("resync", time.monotonic() - manager.resync.last), ("word of nodes and queues", manager.silent_seconds)):
+            if manager.synced.is_set() and silent > 4 * settings.resync_seconds:
+                return web.Response(status=503, text=f"no {what} for {silent:.0f} s")
         return web.Response(text="ok")
 
     async def readyz(_: web.Request) -> web.Response:

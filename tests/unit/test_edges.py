@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestClient, TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_api import names
 from finetune_api.crd import crd
+from finetune_operator.__main__ import _probes
 from finetune_operator.cluster.clock import ServerClock
 from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.limits import Priority, RateLimit
@@ -149,3 +152,14 @@ async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.Log
     cluster.found = None
     await kinds.compare()
     assert kinds.differences == (), "where it may not be read, nothing is said"
+
+
+@pytest.mark.parametrize(("silent", "code", "says"), [(0.0, 200, "ok"), (1300.0, 503, "no word of nodes and queues for 1300 s")])
+async def test_an_operator_that_hears_nothing_of_nodes_is_not_healthy(silent: float, code: int, says: str) -> None:
+    synced = asyncio.Event()
+    synced.set()
+    manager = SimpleNamespace(resync=SimpleNamespace(last=time.monotonic()), silent_seconds=silent, synced=synced)
+    app = _probes(manager, None, None, Settings(resync_seconds=300), None, None)  # type: ignore[arg-type]
+    async with TestServer(app) as server, TestClient(server) as client:
+        answer = await client.get("/healthz")
+        assert (answer.status, await answer.text()) == (code, says)

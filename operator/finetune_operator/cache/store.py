@@ -205,6 +205,12 @@ class Store:
         key = self._keys.get(uid)
         return self._jobs.get(key) if key is not None else None
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __bool__(self) -> bool:
+        return True
+
     def job_keys(self) -> list[Key]:
         """Keys of all jobs."""
         return list(self._jobs)

@@ -364,7 +364,7 @@ class AdmissionLoop:
 
 def place_seconds(store: Store) -> float:
     """How often a job tells its place in the line, at most: of ten thousand that wait, each does so less often."""
-    return len(store.job_keys()) / 20
+    return len(store) / 20
 
 
 def _assumed(admission: Admission, request: Request, now: datetime) -> Allocation:

@@ -93,6 +93,11 @@ class Manager:
             for controller in self.controllers:
                 group.create_task(controller.run(self.settings.workers))
 
+    @property
+    def silent_seconds(self) -> float:
+        """For how long nothing was heard of nodes, queues and what else the admission loop watches; 0 while it does not."""
+        return self.admission.watch.silent_seconds if self.acting and self.settings.admits_itself else 0.0
+
     def wake(self, key: Key) -> None:
         """A job is to be looked at. Before this operator acts nothing is: then all of them are, the oldest first."""
         if self.acting:
