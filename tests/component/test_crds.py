@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -256,7 +257,8 @@ def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written() -> None:
                 return str(json.loads(failure.body)["message"])
             return ""
 
-        until("the rules are there", lambda: "cannot change" in message({"model": {"uri": "pvc://models/another"}}))
+        tries = itertools.count()  # one that came before the rules was taken, and is no change any more
+        until("the rules are there", lambda: "cannot change" in message({"model": {"uri": f"pvc://models/another-{next(tries)}"}}))
         assert message({"runPolicy": {"maxRestarts": 7}}) == "", "what it does not touch is not held against it"
         found = server.custom.get_namespaced_custom_object(*where, "old")
         read = read_status(found["status"])
