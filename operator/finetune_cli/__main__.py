@@ -16,7 +16,7 @@ from .app import app
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the job failed, 2 wrong input or not there, 130 interrupted."""
-    from finetune_operator.cluster.transport import APIError
+    from finetune_operator.cluster.errors import APIError
 
     from .cluster import Refused
     from .local import MissingVolume

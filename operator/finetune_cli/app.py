@@ -296,7 +296,7 @@ def download(
     context: Context = None,
 ) -> None:
     """Copy the published result of a job onto this machine."""
-    from finetune_api.status import read_status
+    from finetune_api.lenient import read_status
 
     from .download import NotHere
     from .download import download as fetch
@@ -339,7 +339,7 @@ def estimate(
     context: Context = None,
 ) -> None:
     """Memory, time and cost of a job, from what prepare found."""
-    from finetune_api.status import read_status
+    from finetune_api.lenient import read_status
 
     from . import estimate as estimates
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from urllib3.exceptions import HTTPError
 
 from finetune_api import names
-from finetune_api.status import read_status
+from finetune_api.lenient import read_status
 
 from .cluster import Jobs, Object
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.status import SAID_BY_OTHERS, read_status
+from finetune_api.lenient import read_status
+from finetune_api.status import SAID_BY_OTHERS
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect

@@ -12,8 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.lenient import read_status
 from finetune_api.scalars import human_duration, printable
-from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_api.status import FineTuneJobStatus
 
 from .cluster import Object
 from .view import JobView, sparkline

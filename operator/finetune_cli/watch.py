@@ -8,7 +8,8 @@ from kubernetes import client, config
 from rich.console import Console
 
 from finetune_api import GROUP, PLURAL, VERSION
-from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_api.lenient import read_status
+from finetune_api.status import FineTuneJobStatus
 
 from .cluster import namespace_of
 from .view import JobView

@@ -25,10 +25,11 @@ from . import handlers, logs, metrics, tracing
 from .cache.progress import ProgressBoard
 from .cache.store import Store
 from .cluster.connect import connect
+from .cluster.errors import APIError
 from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
 from .cluster.seal_key import ensure_seal_key
-from .cluster.transport import APIError, KubernetesCluster
+from .cluster.transport import KubernetesCluster
 from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate

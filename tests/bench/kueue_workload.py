@@ -42,9 +42,10 @@ from finetune_operator.__main__ import spare_the_collector
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.resources import RESOURCES
-from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import CHILD_KINDS, Object
 from finetune_operator.settings import Settings

@@ -14,9 +14,9 @@ from kubernetes import client, config
 
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_api.crd import crd
+from finetune_api.lenient import read_status
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from finetune_api.spec.transitions import HOLDS
-from finetune_api.status import read_status
 from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
 from tests.cluster.local import LocalCluster

@@ -21,9 +21,9 @@ from finetune_operator.cache import assumptions as assumptions_module
 from finetune_operator.cache.assumptions import EXPIRES_SECONDS, Assumptions
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.limits import AGEING_SECONDS, Priority, RateLimit
 from finetune_operator.cluster.seal_key import ensure_seal_key
-from finetune_operator.cluster.transport import APIError
 from finetune_operator.controllers.controller import Controller, Kind
 from finetune_operator.controllers.events import Events
 from finetune_operator.controllers.manager import Manager

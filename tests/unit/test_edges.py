@@ -17,10 +17,11 @@ from finetune_api import names
 from finetune_api.crd import crd
 from finetune_operator.__main__ import _probes
 from finetune_operator.cluster.clock import ServerClock
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.limits import Priority, RateLimit
 from finetune_operator.cluster.resources import Resource
-from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.settings import Settings
 from tests.factory import NOW
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.cache.inventory import Inventory
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.inventory import NAMESPACE, NODE, POD, PRIORITY, QUEUE, InventoryWatch
-from finetune_operator.cluster.transport import APIError
 from finetune_operator.model.queueing import Namespace, Node
 from finetune_operator.settings import Settings
 from tests.bench.inventory import GPU, allocated, node, pod

@@ -13,7 +13,7 @@ from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
 from finetune_api.validation import parse_spec
 from finetune_operator.cache.store import Store
-from finetune_operator.cluster.transport import APIError
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.controllers.external_queue import ExternalQueue
 from finetune_operator.model.children import pod_view
 from finetune_operator.model.job import Observed

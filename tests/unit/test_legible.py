@@ -17,14 +17,15 @@ from kubernetes.aio.client import ApiClient, Configuration
 from prometheus_client import REGISTRY
 
 from finetune_api import GROUP, KIND, PLURAL, VERSION, names
-from finetune_api.status import read_status
+from finetune_api.lenient import read_status
 from finetune_operator import __main__ as main
 from finetune_operator import handlers
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import transport
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.kinds import StartOver
-from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.controllers import jobs as jobs_module
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.legible import identified

@@ -26,12 +26,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
-from finetune_api.status import read_status
+from finetune_api.lenient import read_status
 from finetune_operator.cache import store
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import reflector
-from finetune_operator.cluster.transport import APIError
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.controllers import admission, controller, jobs, queue_status, resync, writer
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import Object

@@ -15,7 +15,7 @@ from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, StageResult, progress_audience, read_stage_result
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
-from finetune_operator.cluster.transport import APIError
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.servers import certificate
 from finetune_operator.servers import progress as progress_server
 from finetune_operator.servers.progress import ProgressServer

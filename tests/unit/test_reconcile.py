@@ -11,7 +11,8 @@ import pytest
 
 from finetune_api import names
 from finetune_api.contract import ExitCode, ProgressReport, StageResult
-from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_api.lenient import read_status
+from finetune_api.status import FineTuneJobStatus
 from finetune_operator.model.job import ChildJobView, Observed, PodView
 from finetune_operator.model.queueing import RECOVERED, Admission, Decision
 from finetune_operator.model.seal import seal

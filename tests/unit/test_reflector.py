@@ -15,8 +15,9 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_operator.cluster import reflector as module
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.reflector import Reflector
-from finetune_operator.cluster.transport import APIError, KubernetesCluster
+from finetune_operator.cluster.transport import KubernetesCluster
 
 Object = dict[str, Any]
 CUT = b"cut"

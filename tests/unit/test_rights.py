@@ -11,9 +11,9 @@ import pytest
 
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.kinds import RIGHTS, Kinds
 from finetune_operator.cluster.resources import RESOURCES, plural_of
-from finetune_operator.cluster.transport import APIError
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.job import Observed
 from finetune_operator.model.queueing import Decision

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.inventory import InventoryWatch
-from finetune_operator.cluster.transport import APIError
 from finetune_operator.model.nodes import queue_of
 from finetune_operator.model.queueing import Namespace, Queue, Snapshot
 from finetune_operator.queueing import decide

@@ -17,7 +17,7 @@ from finetune_api import KIND, names
 from finetune_api.advice import advice
 from finetune_api.queue import QUEUE_KIND
 from finetune_api.validation import parse_spec
-from finetune_operator.cluster.transport import APIError
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.servers import webhooks
 from finetune_operator.servers.bundle import Bundle
 from finetune_operator.servers.review import Rights, mutate, validate

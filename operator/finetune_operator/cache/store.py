@@ -15,8 +15,9 @@ from typing import Any
 
 from finetune_api import KIND, names
 from finetune_api.contract import ProgressReport
+from finetune_api.lenient import read_status
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Restart, read_status
+from finetune_api.status import Restart
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..model.children import job_view, owner_uid, pod_view

@@ -18,8 +18,9 @@ from finetune_api.queue import QUEUE_KIND
 from ..model.objects import Object
 from ..resources.backends import GROUP_KINDS
 from ..settings import Settings
+from .errors import APIError
 from .resources import RESOURCES, Resource, plural_of
-from .transport import APIError, KubernetesCluster
+from .transport import KubernetesCluster
 
 log = logging.getLogger("finetune.kinds")
 _SECONDS, _SECONDS_WHILE_MISSING = 10.0, 2.0

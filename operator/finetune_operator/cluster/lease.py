@@ -12,7 +12,8 @@ import time
 from datetime import UTC, datetime
 
 from ..model.objects import Object
-from .transport import APIError, Cluster
+from .errors import APIError
+from .transport import Cluster
 
 log = logging.getLogger("finetune.lease")
 KIND = "Lease"

@@ -17,7 +17,8 @@ from typing import Generic, Literal, NoReturn, Protocol, TypeVar
 import msgspec
 
 from .. import metrics
-from .transport import LIST_CHUNK, APIError, Cluster
+from .errors import APIError
+from .transport import LIST_CHUNK, Cluster
 
 log = logging.getLogger("finetune.reflector")
 _LEAST_WATCH_SECONDS, _MOST_WATCH_SECONDS = 300, 600

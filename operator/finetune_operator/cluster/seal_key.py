@@ -7,7 +7,8 @@ import logging
 import secrets
 
 from ..settings import Settings
-from .transport import APIError, Cluster
+from .errors import APIError
+from .transport import Cluster
 
 log = logging.getLogger("finetune.seal")
 _DATA = "key"

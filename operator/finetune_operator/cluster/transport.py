@@ -22,6 +22,7 @@ from .. import metrics, tracing
 from ..model.legible import identified
 from ..model.objects import Object
 from .clock import ServerClock
+from .errors import APIError, api_error, unreachable
 from .limits import Priority, RateLimit
 from .resources import RESOURCES, Resource
 
@@ -36,29 +37,6 @@ _SILENT_SECONDS = 150.0
 """A watch that brings nothing for so long, no bookmark either, is taken for dead: the server sends one about every minute."""
 DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
 T = TypeVar("T")
-
-
-class APIError(Exception):
-    """The API server refused a request, or could not be reached (status 0)."""
-
-    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{status} {reason}: {message}" if status else message)
-        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
-
-    @property
-    def not_found(self) -> bool:
-        """The object is not there."""
-        return self.status == 404
-
-    @property
-    def conflict(self) -> bool:
-        """The object changed meanwhile, exists already, or is another one of the same name."""
-        return self.status == 409
-
-    @property
-    def transient(self) -> bool:
-        """Worth the same request again: overload, a restart of the server, a broken connection."""
-        return self.status in (0, 429, 500, 502, 503, 504)
 
 
 class Cluster(Protocol):
@@ -171,10 +149,10 @@ class KubernetesCluster:
             response = await self._send(method, path, body, query, content_type, REQUEST_TIMEOUT)
             data: bytes = await response.read()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
-            raise _unreachable(failure) from failure
+            raise unreachable(failure) from failure
         self._clock.heard(response.headers.get("Date"))
         if response.status >= 400:
-            raise _api_error(response.status, data, response.headers)
+            raise api_error(response.status, data, response.headers)
         return data
 
     async def _send(
@@ -203,13 +181,13 @@ class KubernetesCluster:
             try:
                 self._clock.heard(response.headers.get("Date"))
                 if response.status >= 400:
-                    raise _api_error(response.status, await response.read(), response.headers)
+                    raise api_error(response.status, await response.read(), response.headers)
                 async for line in _lines(response.response.content):
                     yield line
             finally:
                 response.response.close()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
-            raise _unreachable(failure) from failure
+            raise unreachable(failure) from failure
 
     async def apply(self, manifest: Object) -> Object:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -375,10 +353,6 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             raise aiohttp.ClientPayloadError(f"an event of more than {_LONGEST_LINE} bytes")
 
 
-def _unreachable(failure: Exception) -> APIError:
-    return APIError(0, "Unreachable", f"the API server cannot be reached: {failure or type(failure).__name__}")
-
-
 def _decoded(data: bytes) -> Object:
     """An answer's object. Raises APIError, transient, where it is none: it was broken on its way, and the next may be whole."""
     try:
@@ -399,15 +373,3 @@ def _objects(page: Object, field: str, shape: type[_Shape]) -> _Shape:
     if found is not None and not isinstance(found, shape):
         raise APIError(0, "BrokenAnswer", f"the API server's LIST has {field} of type {type(found).__name__}")
     return found if found is not None else shape()
-
-
-def _api_error(status: int, body: Any, headers: Any) -> APIError:
-    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
-    reason, message = "Error", text[:1000]
-    try:
-        answer = json.loads(text)
-        reason, message = str(answer.get("reason", reason)), str(answer.get("message", message))
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    after = (headers or {}).get("Retry-After") if headers is not None else None
-    return APIError(status, reason, message, float(after) if after and str(after).isdigit() else None)

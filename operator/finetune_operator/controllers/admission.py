@@ -19,8 +19,9 @@ from .. import metrics, tracing
 from ..cache.assumptions import Assumptions, Expired
 from ..cache.node_history import NodeHistory
 from ..cache.store import Store
+from ..cluster.errors import APIError
 from ..cluster.inventory import InventoryWatch
-from ..cluster.transport import APIError, Cluster
+from ..cluster.transport import Cluster
 from ..model.job import PodView
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from .. import metrics, tracing
-from ..cluster.transport import APIError
+from ..cluster.errors import APIError
 from ..logs import JOB
 from ..model.objects import Key, Object
 from ..reconcile.plan import Plan

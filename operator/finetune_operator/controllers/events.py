@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from finetune_api import names
 
 from .. import metrics
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.objects import Object
 from ..reconcile.plan import Event
 from ..resources.event import event_manifest

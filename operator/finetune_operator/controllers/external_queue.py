@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_api import names
-from finetune_api.status import read_status
+from finetune_api.lenient import read_status
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ..cache.store import Store
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.job import Observed
 from ..model.objects import Object
 from ..reconcile.job.kueue import asks_for_place, preemptor_uid

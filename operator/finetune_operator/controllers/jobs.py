@@ -21,7 +21,8 @@ from .. import metrics
 from ..cache.assumptions import Assumptions
 from ..cache.progress import ProgressBoard
 from ..cache.store import Store
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.children import owner_uid
 from ..model.job import Observed
 from ..model.objects import Key, Object

@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import metrics
 from ..cache.inventory import Queues
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.queueing import Decisions, Queue, Snapshot
 from ..queueing.report import queue_status
 

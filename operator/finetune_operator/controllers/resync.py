@@ -14,7 +14,8 @@ from typing import NoReturn
 from finetune_api import names
 
 from ..cache.store import Store
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.objects import Key, Object, child_kinds
 from ..settings import Settings
 

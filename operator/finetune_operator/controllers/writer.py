@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from ..cache.store import Store
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.children import owner_uid
 from ..model.objects import CHILD_KINDS, Object
 from ..reconcile.plan import Action, Apply, Create, Delete, Patch, Plan, WriteUrgency

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune_api import KIND
-from finetune_api.status import FineTuneJobStatus, read_status
+from finetune_api.lenient import read_status
+from finetune_api.status import FineTuneJobStatus
 
 from .children import job_view, pod_view
 from .objects import CHILD_KINDS, Object

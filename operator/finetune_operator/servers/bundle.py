@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import logging
 
-from ..cluster.transport import APIError, KubernetesCluster
+from ..cluster.errors import APIError
+from ..cluster.transport import KubernetesCluster
 from ..model.objects import Object
 
 log = logging.getLogger("finetune.webhooks")

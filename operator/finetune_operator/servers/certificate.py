@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ..cluster.transport import APIError, KubernetesCluster
+from ..cluster.errors import APIError
+from ..cluster.transport import KubernetesCluster
 from ..settings import Settings
 
 log = logging.getLogger("finetune.certificate")

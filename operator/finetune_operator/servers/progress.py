@@ -23,7 +23,8 @@ from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, progress_
 from .. import metrics
 from ..cache.progress import ProgressBoard
 from ..cache.store import Store
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.children import owner_uid
 from ..model.objects import Key
 

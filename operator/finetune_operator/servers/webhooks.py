@@ -14,7 +14,8 @@ from finetune_api import KIND
 from finetune_api.queue import QUEUE_KIND
 
 from .. import metrics
-from ..cluster.transport import APIError, Cluster
+from ..cluster.errors import APIError
+from ..cluster.transport import Cluster
 from ..model.nodes import namespace_of, queue_of
 from ..model.objects import Object
 from ..model.queueing import may_use

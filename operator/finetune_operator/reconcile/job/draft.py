@@ -6,9 +6,10 @@ import dataclasses
 from datetime import datetime, timedelta
 from typing import Literal
 
+from finetune_api.lenient import read_status, unknown_fields
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase, read_status, unknown_fields
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
 
 from ...model.job import Observed
 from ...model.times import parse_time, rfc3339
