@@ -110,7 +110,7 @@ async def test_queues_priorities_and_namespaces(api: Api, eyes: Eyes) -> None:
     try:
         await until("the queue is seen", lambda: name in inventory.queues.parsed)
         pokes = eyes.pokes
-        status = {"pending": 4, "admitted": 0, "used": 0, "nominal": 3, "borrowed": 0, "share": 0}
+        status = {"pending": 4, "admitted": 0, "used": 0, "nominal": 3, "borrowed": 0, "share": "0"}
         answer = await eyes.cluster.replace_status({**inventory.queues.items[name], "status": status})
         await until("its status comes back", lambda: inventory.queues.items[name].get("status") == answer["status"])
         assert eyes.pokes == pokes, "what the operator writes itself is no news"
