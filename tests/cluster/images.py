@@ -172,6 +172,7 @@ def _forget(repository: str, packages: str) -> None:
     for stale in newest_first[1 if changed else 3 :]:
         buildah("rmi", stale)
     if changed:
+        buildah("rm", "--all")  # what builds that were killed have left uses images, too; others wait for the lock
         buildah("rmi", "--prune")
     note.write_text(packages)
 
