@@ -23,7 +23,7 @@ from .transport import LIST_CHUNK, Cluster
 log = logging.getLogger("finetune.reflector")
 _LEAST_WATCH_SECONDS, _MOST_WATCH_SECONDS = 300, 600
 _FIRST_DELAY, _MOST_DELAY = 0.5, 30.0
-FORBIDDEN_SECONDS, UNSERVED_SECONDS = 60.0, 5.0
+FORBIDDEN_SECONDS, UNSERVED_SECONDS = 10.0, 5.0
 """A kind that may not be looked at, or is not served, is asked for again so often."""
 UNWATCHED_SECONDS = 300.0
 """One that may be listed but not watched is listed so often."""
