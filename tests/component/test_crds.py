@@ -233,7 +233,7 @@ def test_f24_what_may_change_is_said_by_the_definition(stored: Callable[..., dic
     stored(merged(EVALUATED, **dict(WHILE_HELD)["resources"]))
 
 
-def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written() -> None:
+def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written(tmp_path: Path) -> None:
     """A status with numbers where text is now, and the definition renewed under it: its owner goes on, and so does the operator."""
     earlier = crd()
     root = earlier["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -241,8 +241,9 @@ def test_f33_objects_of_an_earlier_definition_stay_and_may_be_written() -> None:
     progress = root["properties"]["status"]["properties"]["progress"]["properties"]
     progress["loss"] = {"type": "number"}
     with control_plane("earlier", binaries.OLDEST, definitions=[]) as cluster:
-        cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(earlier))
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{PLURAL}.{GROUP}", "--timeout=30s")
+        definition = tmp_path / "earlier.yaml"
+        definition.write_text(json.dumps(earlier))
+        cluster.define(definition)
         server = Server(cluster)
         where = (GROUP, VERSION, "default", PLURAL)
         made = server.custom.create_namespaced_custom_object(*where, document("FineTuneJob", "old", MINIMAL))
