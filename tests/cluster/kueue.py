@@ -84,7 +84,7 @@ def uninstall(cluster: LocalCluster | KindCluster) -> None:
         "delete", "workloads,localqueues,clusterqueues,resourceflavors", "--all", "--all-namespaces", "--timeout=60s", check=False
     )
     with helm.Config(kubeconfig_path=cluster.kubeconfig, namespace=NAMESPACE) as config, contextlib.suppress(helm.HelmError):
-        config.uninstall(RELEASE, wait="legacy", timeout=120)
+        config.uninstall(RELEASE, wait="legacy", timeout=20)  # what is slow to go hinders nobody
 
 
 def _takes(cluster: LocalCluster | KindCluster) -> bool:
