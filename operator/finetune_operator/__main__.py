@@ -101,7 +101,7 @@ def _trust(manager: Manager, cluster: KubernetesCluster, settings: Settings) -> 
                 own = certificate.read_authorities(settings.authorities_file)
             except ValueError as failure:  # the ones before are kept
                 log.warning("%s", failure)
-        manager.trust(new.authorities, own)
+        manager.configure(ca_bundle=new.authorities, authorities=own)
 
     return look
 

@@ -49,17 +49,8 @@ REPORTED_AT = Gauge("finetune_training_reported_timestamp_seconds", "When rank 0
 PENDING = Gauge("finetune_queue_pending_jobs", "Jobs that wait in a queue", ["queue"])
 QUEUE_USED = Gauge("finetune_queue_used", "Units of a flavor that a queue's jobs hold", ["queue", "flavor"])
 UNREADABLE = Counter("finetune_unreadable_objects_total", "Objects that were passed by since they cannot be read", ["kind"])
-_OF_THE_LEADER = (
-    JOBS,
-    SUSPECT_NODES,
-    TRAINING_STEP,
-    TRAINING_TOTAL_STEPS,
-    TRAINING_LOSS,
-    TOKENS_PER_SECOND,
-    REPORTED_AT,
-    PENDING,
-    QUEUE_USED,
-)
+OF_TRAINING = (TRAINING_STEP, TRAINING_TOTAL_STEPS, TRAINING_LOSS, TOKENS_PER_SECOND, REPORTED_AT)
+_OF_THE_LEADER = (JOBS, SUSPECT_NODES, *OF_TRAINING, PENDING, QUEUE_USED)
 _API_REASONS = frozenset(
     # metav1.StatusReason, and the operator's own
     [

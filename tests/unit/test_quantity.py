@@ -58,7 +58,7 @@ def test_what_is_none_is_refused_and_never_nothing(text: str) -> None:
 
 
 def node(allocatable: dict[str, Any]) -> Any:
-    return node_of({"metadata": {"name": "n"}, "status": {"allocatable": allocatable}}, {})
+    return node_of({"metadata": {"name": "n"}, "status": {"allocatable": allocatable}})
 
 
 def test_whole_amounts_are_rounded_up() -> None:

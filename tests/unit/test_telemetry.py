@@ -123,7 +123,7 @@ def test_only_the_one_that_acts_tells_of_jobs_and_it_does_of_none() -> None:
     ):
         gauge.labels(**labels).set(1)
     of_jobs = {"finetune_jobs", "finetune_suspect_node", "finetune_queue_pending_jobs", "finetune_queue_used"}
-    of_jobs |= {gauge._name for gauge in telemetry._GAUGES}
+    of_jobs |= {gauge._name for gauge in metrics.OF_TRAINING}
     metrics.export(acts=True, phases={"Training": 2, "<script>": 1, "Forged": 1})
     assert value("finetune_leader") == 1 and of_jobs <= {name for name, _ in _series()}
     assert value("finetune_jobs", phase="Training") == 2 and value("finetune_jobs", phase="Other") == 2

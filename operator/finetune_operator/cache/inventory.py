@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ..model.nodes import NOT_READY, namespace_of, node_of, pod_requests, queue_of
-from ..model.objects import Object
+from ..model.objects import Object, version_of
 from ..model.queueing import Amounts, Namespace, Node, Queue, Taint
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class PriorityClass:
 
 def read_node(raw: Object) -> Node:
     """A node as decisions need it; what many nodes share is kept once."""
-    node = node_of(raw, _NOTHING)
+    node = node_of(raw)
     return replace(
         node,
         name=sys.intern(node.name),
@@ -98,6 +98,7 @@ def read_node(raw: Object) -> Node:
         taints=_taints(node.taints),
         allocatable=_amounts(tuple(sorted(node.allocatable.items()))),
         unreadable=node.unreadable or _READABLE,
+        used=_NOTHING,
     )
 
 
@@ -185,7 +186,7 @@ class Queues(Kept[Object]):
     def put(self, value: Object) -> None:
         """One has come, or is different now; or the answer to a write of its status, of which the watch will tell late."""
         old = self.items.get(self._key(value))
-        if old is None or _version(value) > _version(old) or value["metadata"].get("uid") != old["metadata"].get("uid"):
+        if old is None or version_of(value) > version_of(old) or value["metadata"].get("uid") != old["metadata"].get("uid"):
             meta = {field: known for field, known in value["metadata"].items() if field != "managedFields"}
             super().put({**value, "metadata": meta})
 
@@ -193,7 +194,7 @@ class Queues(Kept[Object]):
         """These, and no others, are there; whatever was known of them: a server that was restored from a backup counts anew."""
         new = {self._key(raw): raw for raw in values}
         for name, old in list(self.items.items()):
-            if name not in new or _version(new[name]) < _version(old):
+            if name not in new or version_of(new[name]) < version_of(old):
                 self.drop(old)
         super().replace(new.values())
 
@@ -205,11 +206,6 @@ class Queues(Kept[Object]):
             self.parsed[name] = queue_of(new)
         if old is None or new is None or old.get("spec") != new.get("spec"):  # its status is this operator's own
             self._changed()
-
-
-def _version(raw: Object) -> int:
-    text = str(raw["metadata"].get("resourceVersion", ""))
-    return int(text) if text.isdigit() else 0
 
 
 class Holdings(Kept[Holding]):

@@ -23,7 +23,7 @@ from finetune_api.validation import InvalidDocument, parse_spec
 from ..model.children import job_view, owner_uid, pod_view
 from ..model.job import ChildJobView, Observed, PodView
 from ..model.legible import legible_child, legible_job
-from ..model.objects import CHILD_KINDS, Key, Object
+from ..model.objects import CHILD_KINDS, Key, Object, as_object, version_of
 from ..model.workload import has_ended
 
 
@@ -40,11 +40,6 @@ class _Entry:
 
 def _is_older(heard_at: float | None, asked_at: float | None) -> bool:
     return heard_at is not None and asked_at is not None and heard_at < asked_at
-
-
-def _version(raw: Object) -> int:
-    text = str(raw["metadata"].get("resourceVersion", "0"))
-    return int(text) if text.isdigit() else 0
 
 
 def _is_ours(raw: Object) -> bool:
@@ -100,7 +95,7 @@ class Store:
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self.drop_job(known)
             return key
-        if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and _version(raw) != _version(known or raw)):
+        if not self.is_known(raw) or (_is_older(self._seen.get(meta["uid"]), asked_at) and version_of(raw) != version_of(known or raw)):
             if known is not None and known["metadata"]["uid"] != meta["uid"]:
                 self._forget_job(known["metadata"]["uid"])
             raw = legible_job(raw)
@@ -117,7 +112,7 @@ class Store:
         """Whether this very state of the job, or a newer one, is remembered."""
         meta = raw["metadata"]
         known = self._jobs.get((meta["namespace"], meta["name"]))
-        return known is not None and known["metadata"]["uid"] == meta["uid"] and 0 < _version(raw) <= _version(known)
+        return known is not None and known["metadata"]["uid"] == meta["uid"] and 0 < version_of(raw) <= version_of(known)
 
     def drop_job(self, raw: Object) -> Key:
         """Forget a deleted job."""
@@ -206,11 +201,10 @@ class Store:
         key = self._keys.get(uid)
         return self._jobs.get(key) if key is not None else None
 
-    def __len__(self) -> int:
+    @property
+    def job_count(self) -> int:
+        """How many jobs there are."""
         return len(self._jobs)
-
-    def __bool__(self) -> bool:
-        return True
 
     def job_keys(self) -> list[Key]:
         """Keys of all jobs."""
@@ -218,7 +212,7 @@ class Store:
 
     def phases(self) -> Counter[str]:
         """How many jobs are in each phase, by what their statuses say."""
-        return Counter(str(_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
+        return Counter(str(as_object(job.get("status")).get("phase", "Pending")) for job in self._jobs.values())
 
     # children
 
@@ -229,14 +223,14 @@ class Store:
         uid = meta["uid"]
         known = self._children[kind].get(uid)
         job_uid = str((meta.get("labels") or {}).get(names.LABEL_JOB_UID, ""))
-        newer = known is None or known.version <= _version(raw) or _is_older(known.seen, asked_at)
+        newer = known is None or known.version <= version_of(raw) or _is_older(known.seen, asked_at)
         if newer and not self._is_gone(uid, asked_at):
             owner = owner_uid(raw)
             if known is not None and known.owner != owner:
                 self._by_owner[known.owner].discard((kind, uid))
             if known is not None and known.job_uid != job_uid:
                 self._labelled[known.job_uid].discard(uid)
-            self._children[kind][uid] = _Entry(_version(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
+            self._children[kind][uid] = _Entry(version_of(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
@@ -367,10 +361,6 @@ class Store:
         """The kept fields of a pod, for the progress endpoint's checks."""
         entry = self._children["Pod"].get(uid)
         return entry.value if entry is not None else None
-
-
-def _object(value: Any) -> Object:
-    return value if isinstance(value, dict) else {}
 
 
 def _was_a_jobs(pod: Object) -> bool:

@@ -27,9 +27,15 @@ _HOLDS = "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed"
 Quantities = dict[str, str | int | float] | None
 
 
-class _Metadata(TypedDict, total=False):
+class _Named(TypedDict, total=False):
     name: str
+
+
+class _Labelled(_Named, total=False):
     labels: dict[str, str] | None
+
+
+class _Annotated(_Labelled, total=False):
     annotations: dict[str, str] | None
 
 
@@ -54,13 +60,8 @@ class _NodeStatus(TypedDict, total=False):
     conditions: list[_Condition] | None
 
 
-class _NodeMetadata(TypedDict, total=False):
-    name: str
-    labels: dict[str, str] | None
-
-
 class _Node(TypedDict, total=False):
-    metadata: _NodeMetadata
+    metadata: _Labelled
     spec: _NodeSpec
     status: _NodeStatus
 
@@ -93,15 +94,11 @@ class _Pod(TypedDict, total=False):
 
 
 class _Namespace(TypedDict, total=False):
-    metadata: _Metadata
-
-
-class _PriorityMetadata(TypedDict, total=False):
-    name: str
+    metadata: _Annotated
 
 
 class _PriorityClass(TypedDict, total=False):
-    metadata: _PriorityMetadata
+    metadata: _Named
     value: int
     globalDefault: bool
 

@@ -365,7 +365,7 @@ class AdmissionLoop:
 
 def place_seconds(store: Store) -> float:
     """How often a job tells its place in the line, at most: of ten thousand that wait, each does so less often."""
-    return len(store) / 20
+    return store.job_count / 20
 
 
 def _assumed(admission: Admission, request: Request, now: datetime) -> Allocation:

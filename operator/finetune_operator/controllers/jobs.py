@@ -25,6 +25,7 @@ from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
 from ..model.children import owner_uid
 from ..model.job import Observed
+from ..model.nodes import is_ready
 from ..model.objects import Key, Object
 from ..model.workload import priority_class_of
 from ..reconcile.job import reconcile, refused, unreadable
@@ -74,9 +75,11 @@ class Jobs:
         uid = job["metadata"]["uid"]
         observed = self.store.observe(key, self.cluster.now(), self.board.latest(uid))
         assert observed is not None
-        accepted = await self._accepted(job)
-        if may_have_changed(job) and self.store.begun_with(uid, accepted):
-            self._poke()
+        accepted = None
+        if may_have_changed(job):
+            accepted = await self._accepted(job)
+            if self.store.begun_with(uid, accepted):
+                self._poke()
         return dataclasses.replace(
             observed,
             accepted=accepted,
@@ -126,9 +129,7 @@ class Jobs:
         return int(holds) + int(gives_way), self._priority(priority_class_of(job))
 
     async def _accepted(self, job: Object) -> FineTuneJobSpec | None:
-        """The spec that the job began with, from its ConfigMap. Asked for only when the present one may be another."""
-        if not may_have_changed(job):
-            return None
+        """The spec that the job began with, from its ConfigMap."""
         meta = job["metadata"]
         try:
             found = await self.cluster.get("ConfigMap", meta["namespace"], names.config_map_name(meta["name"]))
@@ -159,17 +160,15 @@ class Jobs:
     async def _lost_nodes(self, observed: Observed) -> frozenset[str]:
         """Nodes of lingering pods that are gone or not ready. Asked for only while a pod lingers."""
         lost = set()
-        for node in sorted(
-            {p.node for p in (*observed.pods, *observed.left) if p.deleting and p.node and p.phase not in ("Succeeded", "Failed")}
-        ):
+        for node in sorted({p.node for p in (*observed.pods, *observed.left) if p.deleting and p.node and not p.ended}):
             try:
-                conditions = ((await self.cluster.get("Node", "", node)).get("status") or {}).get("conditions") or ()
+                found = await self.cluster.get("Node", "", node)
             except APIError as failure:
                 if failure.transient:
                     raise
                 if failure.not_found:
                     lost.add(node)
                 continue  # not allowed to look: its pods are waited for
-            if not any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions):
+            if not is_ready(found):
                 lost.add(node)
         return frozenset(lost)

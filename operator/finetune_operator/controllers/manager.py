@@ -103,10 +103,6 @@ class Manager:
         if self.acting:
             self.jobs.queue.add(key)
 
-    def trust(self, ca_bundle: str, authorities: str = "") -> None:
-        """Let the jobs' pods trust these certificates; their ConfigMaps are written again where that is new."""
-        self.configure(ca_bundle=ca_bundle, authorities=authorities)
-
     def configure(self, **found: str) -> None:
         """Settings that are found after the start. Jobs are looked at again where they are new."""
         new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]

@@ -15,13 +15,6 @@ MOST_JOBS = 500
 """Jobs that train at the same time with gauges of their own; more have none."""
 MOST_QUEUES = 500
 """Queues with counters of their own: a status, or a LocalQueue of a tenant's, may bring any name."""
-_GAUGES = (
-    metrics.TRAINING_STEP,
-    metrics.TRAINING_TOTAL_STEPS,
-    metrics.TRAINING_LOSS,
-    metrics.TOKENS_PER_SECOND,
-    metrics.REPORTED_AT,
-)
 
 
 class Telemetry:
@@ -80,7 +73,7 @@ class Telemetry:
         """The job does not train any more, or is gone."""
         labels = self._training.pop(uid, None)
         if labels is not None:
-            for gauge in _GAUGES:
+            for gauge in metrics.OF_TRAINING:
                 with contextlib.suppress(KeyError):  # it was never set
                     gauge.remove(*labels)
 

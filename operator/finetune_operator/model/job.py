@@ -55,6 +55,11 @@ class PodView:
     seal: str = ""
     """That the operator wrote that (model/seal.py)."""
 
+    @property
+    def ended(self) -> bool:
+        """None of its containers runs, nor will again."""
+        return self.phase in ("Succeeded", "Failed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChildJobView:

@@ -61,8 +61,8 @@ def is_ready(raw: Object) -> bool:
     return any(c.get("type") == "Ready" and c.get("status") == "True" for c in (raw.get("status") or {}).get("conditions") or ())
 
 
-def node_of(raw: Object, used: Mapping[str, int]) -> Node:
-    """A node with what pods hold of it. Of what cannot be read it has nothing."""
+def node_of(raw: Object) -> Node:
+    """A node, of which nothing is held. Of what cannot be read it has nothing."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
     allocatable, unreadable = {}, {}
     for name, value in (status.get("allocatable") or {}).items():
@@ -80,7 +80,6 @@ def node_of(raw: Object, used: Mapping[str, int]) -> Node:
         ),
         allocatable=allocatable,
         unreadable=unreadable,
-        used=used,
         away=NOT_READY if not is_ready(raw) else "cordoned" if spec.get("unschedulable") else "",
     )
 

@@ -9,6 +9,17 @@ Key = tuple[str, str]
 """(namespace, name); no namespace for what has none"""
 
 
+def as_object(value: Any) -> Object:
+    """The value where it is an object; else an empty one: what a user or another release wrote may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def version_of(raw: Object) -> int:
+    """Its resourceVersion, by which states of one object are told older from newer; 0 where it has none that can be compared."""
+    text = str(raw["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdigit() else 0
+
+
 CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim", "NetworkPolicy")
 """What a job owns."""
 

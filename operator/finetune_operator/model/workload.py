@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
 
 from finetune_api import names
 from finetune_api.queue import Flavor
@@ -19,7 +18,7 @@ from ..settings import Settings
 from .children import pod_view
 from .job import PodView
 from .nodes import amount
-from .objects import Object
+from .objects import Object, as_object
 from .queueing import Allocation, Amounts, Request, Workload
 from .seal import is_sealed
 from .times import parse_time
@@ -66,17 +65,17 @@ def _evaluation_request(request: Request, settings: Settings) -> Request:
 
 def has_ended(raw: Object) -> bool:
     """Whether a job's end is on record."""
-    return bool(_object(raw.get("status")).get("finishedAt"))
+    return bool(as_object(raw.get("status")).get("finishedAt"))
 
 
 def is_still(raw: Object) -> bool:
     """Whether a job looks the same at any time: it is not held back until some time."""
-    return not _object(raw.get("status")).get("retryAfter")
+    return not as_object(raw.get("status")).get("retryAfter")
 
 
 def priority_class_of(raw: Object) -> str | None:
     """The priority class that a job names; its spec need not be valid."""
-    name = _object(_object(raw.get("spec")).get("scheduling")).get("priorityClassName")
+    name = as_object(as_object(raw.get("spec")).get("scheduling")).get("priorityClassName")
     return name if isinstance(name, str) else None
 
 
@@ -92,7 +91,7 @@ def workload_of(
     ready: bool = False,
 ) -> Workload:
     """A job with what it holds. `pods`: its workers, and those of its evaluation. `ready`: its data is, not yet on record."""
-    meta, status = raw["metadata"], _object(raw.get("status"))
+    meta, status = raw["metadata"], as_object(raw.get("status"))
     conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or () if isinstance(c, dict)}
 
     def is_true(type_: str) -> bool:
@@ -100,8 +99,8 @@ def workload_of(
 
     finished, trained, admitted = is_true("Succeeded") or is_true("Failed"), is_true("Trained"), is_true("Admitted")
     suspended = spec.run_policy.suspend or is_true("Suspended")
-    admission = _object(status.get("admission"))
-    alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
+    admission = as_object(status.get("admission"))
+    alive = [p for p in pods if not p.ended]
     gang = [p for p in alive if p.stage == "train"]
     evaluation = [p for p in alive if p.job_uid] if spec.distribution.gpus_per_node > 0 else []
     evaluates = (
@@ -125,14 +124,14 @@ def workload_of(
         request = _evaluation_request(request, settings)
         allocation = _allocation(admission, len(evaluation), request, evaluation, raw, now, stopping=True)
     retry_after = parse_time(status.get("retryAfter"))
-    waiting = _object(status.get("queue"))
+    waiting = as_object(status.get("queue"))
     created = parse_time(meta.get("creationTimestamp")) or _EPOCH
     return Workload(
         uid=meta["uid"],
         namespace=meta["namespace"],
         name=meta["name"],
         queue=spec.scheduling.queue,
-        user=str(_object(meta.get("annotations")).get(names.ANNOTATION_CREATED_BY) or ""),
+        user=str(as_object(meta.get("annotations")).get(names.ANNOTATION_CREATED_BY) or ""),
         priority=priority,
         since=created,
         waits_since=parse_time(waiting.get("since")) or now,
@@ -141,7 +140,7 @@ def workload_of(
         and not (trained or finished or suspended or admitted or deleting)
         and (retry_after is None or retry_after <= now),
         allocation=allocation,
-        has_run=bool(admission or _object(status.get("usage")).get("gpuSeconds")),
+        has_run=bool(admission or as_object(status.get("usage")).get("gpuSeconds")),
         recovers=recovers is not None,
     )
 
@@ -159,7 +158,7 @@ def left_behind(
     `requests`: by the pod's UID. `flavors`: by the names of queue and flavor.
     """
     raws = list(pods)
-    alive = [pod for pod in map(pod_view, raws) if pod.phase not in ("Succeeded", "Failed")]
+    alive = [pod for pod in map(pod_view, raws) if not pod.ended]
     admission = sealed_admission(alive, uid, settings, leaving=True)
     per_pod = next((requests[pod.uid] for pod in alive if pod.uid in requests), None)
     flavor = flavors.get((admission.queue or "", admission.flavor or "")) if admission is not None else None
@@ -190,7 +189,7 @@ def left_behind(
 def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings, *, leaving: bool = False) -> AdmissionStatus | None:
     """What a gang was admitted to, from the pods that still run: only what bears the operator's seal for this job is believed."""
     for pod in workers:
-        alive = pod.phase not in ("Succeeded", "Failed") and (leaving or not pod.deleting)
+        alive = not pod.ended and (leaving or not pod.deleting)
         if alive and is_sealed(settings.seal_key, uid, pod.admission, pod.seal):
             with contextlib.suppress(ValueError):
                 return AdmissionStatus.model_validate_json(pod.admission)
@@ -199,7 +198,7 @@ def sealed_admission(workers: Iterable[PodView], uid: str, settings: Settings, *
 
 def leaving(workload: Workload, pods: Iterable[PodView]) -> Workload | None:
     """A job that is gone, as it was last seen, with what the pods that it has left still hold; None when the last of them has ended."""
-    alive = [p for p in pods if p.phase not in ("Succeeded", "Failed")]
+    alive = [p for p in pods if not p.ended]
     if workload.allocation is None or not alive:
         return None
     held = dataclasses.replace(workload.allocation, pods=len(alive), bound=_bound(alive), stopping=True)
@@ -210,18 +209,14 @@ def _bound(pods: Iterable[PodView]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(Counter(pod.node for pod in pods if pod.node).items()))
 
 
-def _object(value: Any) -> Object:
-    return value if isinstance(value, dict) else {}
-
-
 def _allocation(
     admission: Object, pods: int, request: Request, alive: list[PodView], raw: Object, now: datetime, *, stopping: bool
 ) -> Allocation:
-    status = _object(raw.get("status"))
+    status = as_object(raw.get("status"))
     since = parse_time(admission.get("admittedAt")) or now
-    saved = parse_time(_object(status.get("checkpoint")).get("savedAt"))
-    running = parse_time(_object(status.get("gang")).get("runningSince"))
-    domain = _object(admission.get("topology"))
+    saved = parse_time(as_object(status.get("checkpoint")).get("savedAt"))
+    running = parse_time(as_object(status.get("gang")).get("runningSince"))
+    domain = as_object(admission.get("topology"))
     return Allocation(
         queue=admission.get("queue") or "",
         flavor=admission.get("flavor") or "",

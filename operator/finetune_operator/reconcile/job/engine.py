@@ -328,7 +328,7 @@ def _suspended(draft: Draft, spec: FineTuneJobSpec) -> bool:
 
 def _stop_jobs(draft: Draft) -> None:
     """Delete child Jobs that still run. One whose pod has ended stays, with its log."""
-    ended = {p.job_uid for p in draft.observed.pods if p.phase in ("Succeeded", "Failed")}
+    ended = {p.job_uid for p in draft.observed.pods if p.ended}
     for job in draft.observed.jobs:
         if not (job.complete or job.failed or job.deleting or job.uid in ended):
             draft.actions.append(Delete("Job", job.name, job.uid))

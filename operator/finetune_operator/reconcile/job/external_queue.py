@@ -70,7 +70,7 @@ def _standing(draft: Draft, spec: FineTuneJobSpec, by_rank: dict[int, PodView]) 
     queue, observed = local_queue(spec), draft.observed
     kueue = draft.settings.queueing_backend == "kueue"
     found = standing(observed.group, queue, observed.served) if kueue else _of_pod_group(observed.group, queue)
-    if not found.admitted and any(p.node or p.phase in ("Succeeded", "Failed") for p in by_rank.values()):
+    if not found.admitted and any(p.node or p.ended for p in by_rank.values()):
         return Standing(True, "its pods were let through", found.queue or queue, found.flavor)
     return found
 

@@ -53,7 +53,7 @@ def _delete(draft: Draft, pods: list[PodView]) -> None:
 
 def release(draft: Draft) -> bool:
     """Delete every worker pod that may still hold GPUs. Returns whether none is left."""
-    left = [p for p in workers(draft) if p.phase not in ("Succeeded", "Failed")]
+    left = [p for p in workers(draft) if not p.ended]
     _delete(draft, left)
     return not left
 
@@ -61,7 +61,7 @@ def release(draft: Draft) -> bool:
 def note_checkpoints(draft: Draft) -> None:
     """Take the newest checkpoint from the last words of pods: they may have saved it when they were stopped."""
     for pod in workers(draft):
-        words = read_stage_result(pod.message) if pod.phase in ("Succeeded", "Failed") else None
+        words = read_stage_result(pod.message) if pod.ended else None
         step = words.result.get("checkpointStep") if words is not None else None
         if type(step) is int and 0 <= step <= 2**53 and (draft.status.checkpoint is None or step > draft.status.checkpoint.step):
             _checkpoint(draft, step, rfc3339(pod.finished or draft.now))

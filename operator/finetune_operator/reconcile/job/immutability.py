@@ -34,7 +34,7 @@ _PLANNED_FOR = ("distribution", "resources")
 def holds(status: Mapping[str, Any], pods: Iterable[PodView]) -> bool:
     """Whether the job's shape is fixed: it holds GPUs, or did to its end. A wiped status does not let a gang change that runs."""
     found = {c.get("type"): c.get("status") for c in status.get("conditions") or () if isinstance(c, Mapping)}
-    alive = any(p.stage == "train" and p.phase not in ("Succeeded", "Failed") for p in pods)
+    alive = any(p.stage == "train" and not p.ended for p in pods)
     return any(found.get(type_) == "True" for type_ in HOLDS) or (alive and "Admitted" not in found)
 
 

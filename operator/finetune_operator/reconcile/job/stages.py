@@ -117,7 +117,7 @@ def _runs_still(draft: Draft, stage: Stage, current: str) -> PodView | None:
     others = {job.uid for job in draft.observed.jobs if job.stage == stage and job.name != current}
     pods = [p for p in draft.observed.pods if p.job_uid in others] + [p for p in draft.observed.left if p.stage == stage]
     lost = draft.observed.lost_nodes
-    return next((p for p in pods if p.phase not in ("Succeeded", "Failed") and not (p.deleting and p.node in lost)), None)
+    return next((p for p in pods if not p.ended and not (p.deleting and p.node in lost)), None)
 
 
 def _drop_other_tries(draft: Draft, stage: Stage, current: str, *, ended: bool) -> None:
