@@ -12,7 +12,8 @@ import celpy
 import celpy.celtypes
 import jsonschema
 
-from finetune_api.crd import crd, queue_crd
+from finetune_api.crd import crd, policy, queue_crd
+from finetune_api.spec.transitions import FROZEN
 from finetune_api.validation import parse_queue, parse_spec
 from tests.factory import FULL, MINIMAL, merged
 
@@ -88,16 +89,17 @@ def _program(expression: str) -> Any:
 
 
 @functools.cache
-def _evaluate(expression: str, value: str, old: str = "null") -> Any:
-    return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value)), "oldSelf": celpy.json_to_cel(json.loads(old))})
+def _evaluate(expression: str, value: str) -> Any:
+    return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value))})
 
 
-def refused_changes(kind: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """What an API server's transition rules have against a write of a whole object: message by field."""
-    root = CRDS[kind]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    before, after = (json.dumps({**raw, "spec": filled(schema(kind)["spec"], raw["spec"])}, sort_keys=True) for raw in (old, new))
-    rules = root["x-kubernetes-validations"]
-    return {rule["fieldPath"]: rule["message"] for rule in rules if not _evaluate(rule["rule"], after, before)}
+def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """What the policy has against a write of a whole job: message by field."""
+    spec = schema("FineTuneJob")["spec"]
+    before, after = (celpy.json_to_cel({**raw, "spec": filled(spec, raw["spec"])}) for raw in (old, new))
+    validations = policy()[0]["spec"]["validations"]
+    kept = [bool(_program(v["expression"]).evaluate({"object": after, "oldObject": before})) for v in validations]
+    return {field.path: v["message"] for field, v, holds in zip(FROZEN, validations, kept, strict=True) if not holds}
 
 
 def refusals(node: dict[str, Any], value: Any, path: str = "spec") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition, generated from the pydantic models: `python -m finetune_api.crd ROOT`.
+"""The CustomResourceDefinitions, and the policy of what may change, generated from the models: `python -m finetune_api.crd ROOT`.
 
 pydantic's JSON Schema is turned into the structural subset that Kubernetes accepts; what has no equivalent
 there raises instead of being dropped.
@@ -139,12 +139,24 @@ def queue_columns() -> list[dict[str, Any]]:
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
     text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
-    definition = _definition(
+    return _definition(
         KIND, PLURAL, ["ftj"], "Namespaced", text, FineTuneJobSpec, FineTuneJobStatus, printer_columns(), ["all", "finetune"]
     )
-    root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    root["x-kubernetes-validations"] = [field.to_cel() for field in FROZEN]
-    return definition
+
+
+def policy() -> list[dict[str, Any]]:
+    """What of a FineTuneJob may change, as a ValidatingAdmissionPolicy and its binding (KEP-3488).
+
+    Not as rules of the definition: those are evaluated at each write of a status, too, where no spec can change.
+    """
+    api, name = "admissionregistration.k8s.io/v1", f"{PLURAL}.{GROUP}"
+    rule = {"apiGroups": [GROUP], "apiVersions": ["*"], "operations": ["UPDATE"], "resources": [PLURAL]}
+    spec = {"matchConstraints": {"resourceRules": [rule]}, "validations": [field.to_cel() for field in FROZEN]}
+    binding = {"policyName": name, "validationActions": ["Deny"]}
+    return [
+        {"apiVersion": api, "kind": "ValidatingAdmissionPolicy", "metadata": _metadata(name), "spec": spec},
+        {"apiVersion": api, "kind": "ValidatingAdmissionPolicyBinding", "metadata": _metadata(name), "spec": binding},
+    ]
 
 
 def queue_crd() -> dict[str, Any]:
@@ -181,11 +193,7 @@ def _definition(
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": f"{plural}.{GROUP}",
-            "labels": {"app.kubernetes.io/part-of": "finetune-operator"},
-            "annotations": {"helm.sh/resource-policy": "keep"},  # uninstalling the chart never deletes jobs
-        },
+        "metadata": _metadata(f"{plural}.{GROUP}"),
         "spec": {
             "group": GROUP,
             "scope": scope,
@@ -211,6 +219,14 @@ def _definition(
     }
 
 
+def _metadata(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "labels": {"app.kubernetes.io/part-of": "finetune-operator"},
+        "annotations": {"helm.sh/resource-policy": "keep"},  # uninstalling the chart never deletes jobs
+    }
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes what stands twice twice: no anchors."""
 
@@ -218,9 +234,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def render(document: dict[str, Any]) -> str:
+def render(*documents: dict[str, Any]) -> str:
     """The YAML text."""
-    return HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
+    return HEADER + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _atomic(status: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +261,7 @@ def _without(node: Any, keyword: str) -> Any:
 
 def generated(root: Path) -> dict[Path, str]:
     """Every generated file below the root of the repository, with what it must hold."""
-    texts = {f"{PLURAL}.yaml": render(crd()), f"{QUEUE_PLURAL}.yaml": render(queue_crd())}
+    texts = {f"{PLURAL}.yaml": render(crd(), *policy()), f"{QUEUE_PLURAL}.yaml": render(queue_crd())}
     folders = (root / "crds", root / "charts" / "finetune-operator" / "files")
     return {folder / name: text for folder in folders for name, text in texts.items()}
 

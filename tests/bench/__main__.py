@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import faults, inventory, kueue_workload, loop, operator, prepare, queueing, trainer
+from . import faults, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
+
+ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "faults")
 
 
 def main() -> None:
     """Run the benchmarks and print one JSON document."""
     parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
-    parser.add_argument(
-        "which", nargs="*", choices=["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults", []], default=[]
-    )
-    which = parser.parse_args().which or ["operator", "loop", "queueing", "inventory", "kueue", "prepare", "trainer", "faults"]
+    parser.add_argument("which", nargs="*", choices=[*ALL, []], default=[])
+    which = parser.parse_args().which or ALL
     results = {}
     if "operator" in which:
         results["operator"] = operator.bench()
@@ -25,7 +25,9 @@ def main() -> None:
     if "inventory" in which:
         results["inventory"] = inventory.bench()
     if "kueue" in which:  # a tenth: all of it takes a quarter of an hour on two cores (python -m tests.bench.kueue_workload)
-        results["kueue"] = kueue_workload.bench(0.1)
+        results["kueue"] = {"operator": kueue_workload.bench(0.1), "kueue": kueue.bench(0.1)}
+    if "status-write" in which:
+        results["status-write"] = status_write.bench()
     if "prepare" in which:
         results["prepare"] = prepare.bench()
     if "trainer" in which:

@@ -4,7 +4,7 @@
 runner marks Workloads as finished after their run time; here the operator's pods, child Jobs and ConfigMaps are simulated in
 its own process, and end after the job's run time. FineTuneJobs, FineTuneQueues, status and Events are real.
 
-`python -m tests.bench.kueue_workload` runs it; `operator` and `generate` are its two processes.
+`python -m tests.bench.kueue_workload` runs it beside Kueue itself (kueue.py); `operator` and `generate` are its two processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import ssl
 import statistics
 import subprocess
@@ -30,7 +29,6 @@ from typing import Any
 
 import aiohttp
 import kopf
-import psutil
 import uvloop
 import yaml
 
@@ -49,21 +47,16 @@ from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.controllers.manager import Manager
 from finetune_operator.model.objects import CHILD_KINDS, Object
 from finetune_operator.settings import Settings
-from tests.cluster import binaries, control_plane, debian, processes
-from tests.cluster.shell import CACHE, REPO
+from tests.bench import kueue
+from tests.bench.api_server import api_server
+from tests.cluster import processes
+from tests.cluster.shell import REPO
 from tests.factory import MINIMAL, PLAN, PREPARED, TRAINED, ended, merged
 
 NAME = "bench-kueue"
 COHORTS, QUEUES, QUOTA, BORROWING = 5, 6, 20, 100
 CLASSES = (("small", 350, 1, 0.2, 50, 0.1), ("medium", 100, 5, 0.5, 100, 0.5), ("large", 50, 20, 1.0, 200, 1.2))
 """Name, jobs per queue, units, seconds, priority, seconds between two."""
-PUBLISHED = {
-    "seconds": 351,
-    "least_use_of_a_queue": 0.559,
-    "least_work_in_a_queue": 0.188,
-    "time_to_admission": {"large": 16.5, "medium": 76.8, "small": 215},
-}
-"""Kueue's own figures; the work follows from the workload and the seconds."""
 _SECONDS = {name: seconds for name, _, _, seconds, *_ in CLASSES}
 _UNITS = {name: units for name, _, units, *_ in CLASSES}
 _GPU = "example.com/unit"
@@ -232,61 +225,23 @@ async def _set_up(admin: Path) -> None:
 
 def bench(share: float = 1.0) -> dict[str, Any]:
     """Run it; `share` is the part of each class's jobs. Wall time, least use of a queue, time to admission per class."""
-    state = CACHE / "clusters" / NAME
-    processes.end(lambda: processes.of(NAME))
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(parents=True)
-    os.environ.setdefault("GOGC", "400")  # the API server may take 10 GB: by default a quarter of its time goes into collecting
-    debian.ensure(debian.RUNTIME)
-    running: list[subprocess.Popen[bytes]] = []
-    created, told = state / "created.jsonl", state / "told.jsonl"
+    with api_server(NAME) as server:
+        created, told = server.state / "created.jsonl", server.state / "told.jsonl"
 
-    def start(admin: Path, *words: object) -> subprocess.Popen[bytes]:
-        sink = (state / f"{words[0]}.log").open("wb")
-        command = [sys.executable, "-m", "tests.bench.kueue_workload", *map(str, words)]
-        env = {**os.environ, "PYTHONPATH": f"{REPO}/operator:{REPO}", "KUBECONFIG": str(admin), processes.MARK: NAME}
-        running.append(subprocess.Popen(command, env=env, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT))
-        return running[-1]
+        def start(*words: object) -> subprocess.Popen[bytes]:
+            sink = (server.state / f"{words[0]}.log").open("wb")
+            command = [sys.executable, "-m", "tests.bench.kueue_workload", *map(str, words)]
+            env = {**os.environ, "PYTHONPATH": f"{REPO}/operator:{REPO}", "KUBECONFIG": str(server.admin), processes.MARK: NAME}
+            return subprocess.Popen(command, env=env, cwd=REPO, stdout=sink, stderr=subprocess.STDOUT)
 
-    try:
-        flags = ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=2000"]
-        tokens, token = state / "tokens.csv", uuid.uuid4().hex  # as pods have: the server verifies a certificate at each request
-        tokens.write_text(f'{token},bench,bench,"system:masters"\n')
-        flags.append(f"--token-auth-file={tokens}")
-        _, admin = control_plane.start(NAME, state, binaries.ensure(binaries.NEWEST), "127.0.0.1", extra_apiserver=flags, controllers="")
-        known = yaml.safe_load(admin.read_text())
-        known["users"][0]["user"] = {"token": token}
-        admin.write_text(yaml.safe_dump(known))
-        _define(admin)
-        asyncio.run(_set_up(admin))
-        operator = start(admin, "operator", told)
+        server.apply(REPO / "crds")
+        asyncio.run(_set_up(server.admin))
+        operator = start("operator", told)
         time.sleep(6)
-        generator = start(admin, "generate", created, share)
+        generator = start("generate", created, share)
         _wait(operator, generator, created, told)
-        return {**_summary(created, told, json.loads(told.with_suffix(".calls").read_text())), "cpu_seconds": _cpu_seconds()}
-    finally:
-        for process in running:
-            process.kill()
-        processes.end(lambda: processes.of(NAME))
-
-
-def _define(admin: Path) -> None:
-    from kubernetes import client, config
-
-    custom = client.CustomObjectsApi(config.new_client_from_config(str(admin)))
-    for crd in sorted((REPO / "crds").glob("*.yaml")):
-        custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", yaml.safe_load(crd.read_text()))
-    time.sleep(4)
-
-
-def _cpu_seconds() -> dict[str, float]:
-    """What each process has used: all of them share the machine."""
-    used = {}
-    for process in map(psutil.Process, processes.of(NAME)):
-        words, times = process.cmdline(), process.cpu_times()
-        name = words[words.index("tests.bench.kueue_workload") + 1] if "tests.bench.kueue_workload" in words else Path(words[0]).name
-        used[name] = round(times.user + times.system, 1)
-    return used
+        used = server.used()
+        return {**_summary(created, told, json.loads(told.with_suffix(".calls").read_text())), "used": used}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -339,7 +294,6 @@ def _summary(created: Path, told: Path, calls: dict[str, int]) -> dict[str, Any]
         "time_to_admission": {kind: round(statistics.mean(found), 1) for kind, found in waits.items()},
         "seconds_until_all_were_created": round(max(began.values()) - min(began.values()), 1),
         "api_calls_per_job": {call: round(count / len(began), 2) for call, count in sorted(calls.items()) if count > len(began) / 10},
-        "published_by_kueue": PUBLISHED,
     }
 
 
@@ -351,7 +305,8 @@ def main() -> None:
         case ["generate", notes, share]:
             asyncio.run(generate(Path(notes), float(share)))
         case words:
-            print(json.dumps(bench(float(words[0]) if words else 1.0), indent=1))
+            share = float(words[0]) if words else 1.0
+            print(json.dumps({"operator": bench(share), "kueue": kueue.bench(share)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import yaml
 from kubernetes import client, config
 
 from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api.crd import crd
 from tests.cluster import binaries, control_plane, debian, processes
 from tests.cluster.shell import CACHE, REPO
 from tests.factory import MINIMAL, PREPARED, container_status, ended, merged
@@ -58,8 +59,7 @@ def bench() -> dict[str, Any]:
         own = authority.kubeconfig("operator", server, OPERATOR, "system:masters")
         connection = config.new_client_from_config(str(admin))
         core, batch, custom = client.CoreV1Api(connection), client.BatchV1Api(connection), client.CustomObjectsApi(connection)
-        crd = yaml.safe_load((REPO / "crds" / "finetunejobs.yaml").read_text())
-        custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", crd)
+        custom.create_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", crd())
         env = {
             **os.environ,
             "PYTHONPATH": f"{REPO}/operator",

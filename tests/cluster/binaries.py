@@ -23,7 +23,13 @@ _ORIGIN = {
     "containerd": "github.com/containerd/containerd/v2",
     "cni": "github.com/containernetworking/plugins",
     "kueue": "sigs.k8s.io/kueue",
+    "kueue-bench": "sigs.k8s.io/kueue",
 }
+_BESIDE = {
+    "kueue": {"charts/kueue": "chart"},
+    "kueue-bench": {"config/components/crd/bases": "crds", "test/performance/scheduler/configs": "configs"},
+}
+"""Folders of the module's source that are kept with what is built from it"""
 _GO = (1, 26)
 
 
@@ -87,8 +93,8 @@ def _build(name: str, target: Path) -> None:
             log = CACHE / f"{name}-build.log"
             output = target / "etcd" if name == "etcd" else f"{target}/"  # etcd's package is its whole module, named "server"
             run([go, "build", "-ldflags", " ".join(flags), "-o", output, "tool"], cwd=source, env=env, log=log)
-            if name == "kueue":
+            for folder, kept in _BESIDE.get(name, {}).items():
                 listed = json.loads(run([go, "list", "-m", "-json", _origin(name)], cwd=source, env=env))
-                shutil.copytree(Path(listed["Dir"]) / "charts" / "kueue", target / "chart")
+                shutil.copytree(Path(listed["Dir"]) / folder, target / kept)
     finally:
         shutil.rmtree(work, ignore_errors=True)

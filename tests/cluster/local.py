@@ -62,13 +62,14 @@ class LocalCluster:
         return run([kubectl(), "--kubeconfig", self.kubeconfig, *words], input=input, check=check)
 
     def define(self, resources: Path) -> None:
-        """Apply CustomResourceDefinitions and wait until they are served (`kubectl wait` fails while a status is still empty)."""
+        """Apply CustomResourceDefinitions, and what comes with them, and wait until they are served (`kubectl wait` fails while a status is still empty)."""
 
         def served() -> bool:
             found = json.loads(self.kubectl("get", "-f", str(resources), "-o", "json"))
             return all(
                 any(c["type"] == "Established" and c["status"] == "True" for c in item.get("status", {}).get("conditions") or [])
                 for item in found.get("items", [found])
+                if item["kind"] == "CustomResourceDefinition"
             )
 
         self.kubectl("apply", "--server-side", "-f", str(resources))  # the client's copy in an annotation would be too long

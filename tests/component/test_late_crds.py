@@ -213,7 +213,7 @@ def test_a_back_end_that_is_not_there_is_named(
 
 def test_definitions_of_an_older_and_of_a_newer_release_are_named(api: Api, kubelet: Kubelet, operator: Operator, tmp_path: Path) -> None:
     """It goes on with both, says what is dropped, and leaves what it does not know as it is."""
-    definition = yaml.safe_load(JOBS.read_text())
+    definition = next(yaml.safe_load_all(JOBS.read_text()))
     schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
     del schema["usage"]
     schema["future"] = {"type": "object", "properties": {"word": {"type": "string"}}}

@@ -164,8 +164,9 @@ def test_another_schedulers_objects_are_touched_only_where_it_decides(backend: s
 
 
 def test_the_chart_brings_the_definitions() -> None:
-    found = [d for d in render({}) if d["kind"] == "CustomResourceDefinition"]
-    assert found == [yaml.safe_load(path.read_text()) for path in sorted((CHART.parent.parent / "crds").glob("*.yaml"))]
+    kinds = ("CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+    found = [d for d in render({}) if d["kind"] in kinds]
+    assert found == [d for path in sorted((CHART.parent.parent / "crds").glob("*.yaml")) for d in yaml.safe_load_all(path.read_text())]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,12 @@ def test_kube_state_metrics_reads_fields_that_exist() -> None:
     """Every path of the configuration leads to a field of the CustomResourceDefinition."""
     repo = CHART.parent.parent
     wanted = yaml.safe_load((repo / "examples" / "monitoring" / "kube-state-metrics.yaml").read_text())
-    definitions = [d for path in (repo / "crds").glob("*.yaml") for d in yaml.safe_load_all(path.read_text()) if d]
+    definitions = [
+        d
+        for path in (repo / "crds").glob("*.yaml")
+        for d in yaml.safe_load_all(path.read_text())
+        if d["kind"] == "CustomResourceDefinition"
+    ]
     schemas = {d["spec"]["names"]["kind"]: d["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for d in definitions}
     for resource in wanted["spec"]["resources"]:
         for metric in resource["metrics"]:

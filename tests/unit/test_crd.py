@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.base import APIModel
-from finetune_api.crd import generated, structural_schema
+from finetune_api.crd import generated, policy, structural_schema
 from finetune_api.queue import FineTuneQueueSpec
 from finetune_api.reference import reference
 from finetune_api.spec import FineTuneJobSpec
@@ -55,7 +55,8 @@ def test_generated_files_have_no_anchors() -> None:
 @pytest.mark.parametrize("version", ["1.35", "1.37"])
 def test_the_crd_is_valid_for_old_and_new_servers(version: str, kind: str) -> None:
     """Both are asked themselves, too, in the component tests."""
-    kubernetes_validate.validate(CRDS[kind], version, strict=True)
+    for document in (CRDS[kind], *policy()):
+        kubernetes_validate.validate(document, version, strict=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

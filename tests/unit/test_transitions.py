@@ -1,4 +1,4 @@
-"""What of a job's spec may change, and when: said by the definition, held by the operator where the definition could not."""
+"""What of a job's spec may change, and when: said by the policy, held by the operator where the policy could not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def with_conditions(*true: str) -> dict[str, Any]:
 
 
 def told(old: dict[str, Any], new: dict[str, Any], status: dict[str, Any] | None = None) -> dict[str, str]:
-    return refused_changes("FineTuneJob", job(old, status), job(new, status))
+    return refused_changes(job(old, status), job(new, status))
 
 
 def test_every_field_is_frozen_or_free() -> None:
@@ -66,15 +66,15 @@ def test_every_field_is_frozen_or_free() -> None:
 def test_what_never_changes(field: str, change: dict[str, Any], status: dict[str, Any] | None) -> None:
     new = merged(EVALUATED, **change)
     found = told(EVALUATED, new, status)
-    assert list(found) == [f".spec.{field}"] and list(told(new, EVALUATED, status)) == [f".spec.{field}"]
-    message = found[f".spec.{field}"]
+    assert list(found) == [f"spec.{field}"] and list(told(new, EVALUATED, status)) == [f"spec.{field}"]
+    message = found[f"spec.{field}"]
     assert message.startswith(f"spec.{field} cannot change") and "another job" in message and "continueFrom" in message
     assert f"spec.{field}" in ignored_changes(parse_spec(EVALUATED), parse_spec(new), held=False)
 
 
 def test_an_evaluation_neither_comes_nor_goes() -> None:
     without = {key: value for key, value in EVALUATED.items() if key != "evaluation"}
-    assert list(told(EVALUATED, without)) == list(told(without, EVALUATED)) == [".spec.evaluation"]
+    assert list(told(EVALUATED, without)) == list(told(without, EVALUATED)) == ["spec.evaluation"]
 
 
 @pytest.mark.parametrize(("field", "change"), WHILE_HELD, ids=[next(iter(row[1][row[0]])) for row in WHILE_HELD])
@@ -85,7 +85,7 @@ def test_the_shape_changes_only_while_nothing_is_held(field: str, change: dict[s
     assert ignored_changes(parse_spec(MINIMAL), parse_spec(new), held=False) == ""
     for type_ in HOLDS:
         found = told(MINIMAL, new, with_conditions(type_))
-        assert list(found) == [f".spec.{field}"] and "runPolicy.suspend" in found[f".spec.{field}"]
+        assert list(found) == [f"spec.{field}"] and "runPolicy.suspend" in found[f"spec.{field}"]
     assert ignored_changes(parse_spec(MINIMAL), parse_spec(new), held=True).startswith(f"spec.{field} cannot change any more")
 
 
@@ -105,7 +105,7 @@ def test_what_is_applied_again_is_no_change(spec: dict[str, Any]) -> None:
         assert ignored_changes(parse_spec(old), parse_spec(new), held=True) == ""
 
 
-# The operator, with what was changed before its job held anything, and with what got past the rules.
+# The operator, with what was changed before its job held anything, and with what got past the policy.
 
 
 class Changing(World):
@@ -196,8 +196,8 @@ def test_a_suspended_job_goes_on_in_another_shape() -> None:
     assert {p.attempt for p in world.pods.values() if p.stage == "train"} == {1}
 
 
-@pytest.mark.parametrize("wiped", [False, True], ids=["the rules were not there", "the status was wiped"])
-def test_what_got_past_the_rules_is_ignored_while_a_gang_runs(wiped: bool) -> None:
+@pytest.mark.parametrize("wiped", [False, True], ids=["there is no policy", "the status was wiped"])
+def test_what_got_past_the_policy_is_ignored_while_a_gang_runs(wiped: bool) -> None:
     world = Changing()
     world.to_training()
     if wiped:
@@ -212,7 +212,7 @@ def test_what_got_past_the_rules_is_ignored_while_a_gang_runs(wiped: bool) -> No
     assert world.status.total_gpus == 0 and "SpecChanged" not in world.events
 
 
-def test_a_change_past_the_rules_beside_an_allowed_one_is_acted_on_once() -> None:
+def test_a_change_past_the_policy_beside_an_allowed_one_is_acted_on_once() -> None:
     world = Changing()
     world.settle()
     world.change(model={"uri": "pvc://models/other"}, distribution={"nodes": 2, "gpusPerNode": 0})

@@ -1,5 +1,5 @@
-"""What of a FineTuneJob may change, and when. Said once: API servers refuse the rest by these rules, and an operator ignores
-what got past them (a status that was wiped, a definition of another version).
+"""What of a FineTuneJob may change, and when. Said once: API servers refuse the rest by an admission policy (crd.py), and an
+operator ignores what got past it (a status that was wiped, a policy of another version or none).
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ class Frozen:
         )
 
     def to_cel(self) -> dict[str, str]:
-        """The transition rule at the root of the resource, where the status can be seen."""
+        """A validation of a ValidatingAdmissionPolicy, which sees the whole job as it was and as it is to be."""
         if self.parts:
             same = " && ".join(_same(f"spec.{self.field}.{part}") for part in self.parts)
         else:
-            same = f"self.spec.{self.field} == oldSelf.spec.{self.field}" if self.required else _same(f"spec.{self.field}")
-        rule = f"{_FREE} || ({same})" if self.while_held else same
-        return {"rule": rule, "message": self.message, "fieldPath": f".spec.{self.field}"}
+            same = f"object.spec.{self.field} == oldObject.spec.{self.field}" if self.required else _same(f"spec.{self.field}")
+        return {"expression": f"{_FREE} || ({same})" if self.while_held else same, "message": self.message}
 
     def changed(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Whether the field differs between two specs on the wire, besides what may change at any time."""
@@ -66,12 +65,12 @@ class Frozen:
 
 
 def _same(path: str) -> str:
-    return f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path})"
+    return f"has(object.{path}) == has(oldObject.{path}) && (!has(object.{path}) || object.{path} == oldObject.{path})"
 
 
 _FREE = (
-    "!has(oldSelf.status) || !has(oldSelf.status.conditions) || "
-    f"!oldSelf.status.conditions.exists(c, c.status == 'True' && c.type in [{', '.join(repr(t) for t in HOLDS)}])"
+    "!has(oldObject.status) || !has(oldObject.status.conditions) || "
+    f"!oldObject.status.conditions.exists(c, c.status == 'True' && c.type in [{', '.join(repr(t) for t in HOLDS)}])"
 )
 
 FROZEN = (
