@@ -282,6 +282,15 @@ def strings(row: Shape) -> list[str]:
     return found
 
 
+def all_strings(value: Any) -> list[str]:
+    """Every text of a row: also names, arguments, schemas and ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() for text in (str(key), *all_strings(inner))]
+    return [text for inner in value for text in all_strings(inner)] if isinstance(value, list) else []
+
+
 def system_prompt(row: Shape) -> str:
     """The system prompt of a row, or an empty string."""
     head = next((value for key, value in row.items() if key in ("messages", "prompt") and isinstance(value, list)), None)

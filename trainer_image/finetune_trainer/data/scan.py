@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rensa import RMinHash
 
-from .formats import FORMATS, BadRow, Shape, strings, system_prompt
+from .formats import FORMATS, BadRow, Shape, all_strings, strings, system_prompt
 from .reading import Row
 from .sensitive import findings
 from .tokens import IGNORED, RowTokenizer, RowTooLong
@@ -73,9 +73,9 @@ class Scan:
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
             texts = strings(shape)
-            forged = self.row_tokenizer.special_token_in(texts)
+            forged = self.row_tokenizer.special_token_in(all_strings(shape))
             if forged is not None:
-                raise BadRow(f"the text holds {forged!r}, a special token of the model")
+                raise BadRow(f"the row holds {forged!r}, a special token of the model")
             columns, truncated = self.row_tokenizer(shape)
         except BadRow as failure:
             return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
