@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from ..job.context import Context
 from ..process.errors import UserError
 from .formats import FORMATS, detect
 from .reading import Row, rows
+from .rendering import NOT_RENDERED
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
 from .store import HELD_OUT, Store
@@ -152,6 +154,10 @@ class Pipeline:
             self.warnings["sensitive"] += bool(row.sensitive)
             for kind in row.sensitive:
                 self.problems.add(kind, place, "looks like it", "")
+            for note in row.notes:
+                self.problems.add(note, place, "docs/data.md says what that means")
+                if note != f"{NOT_RENDERED} tool_calls.id":  # few templates show it
+                    self.warnings[note.replace(" ", ":")] += 1
             yield row
 
     def compare(self) -> None:
@@ -233,6 +239,12 @@ class Pipeline:
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
+    def _turn_end(self) -> str | None:
+        """The token that ends an answer, where the rows are conversations: what the published model stops with."""
+        some = [json.loads(row) for (row,) in self.store.sample(_SAMPLE, "row")]
+        conversations = any("messages" in shape or isinstance(shape.get("prompt"), list) for shape in some)
+        return self.row_tokenizer.template.turn_end if conversations and self.row_tokenizer.objective != "reward" else None
+
     def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
         """What goes into reports/data.json."""
         return {
@@ -243,5 +255,6 @@ class Pipeline:
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
             "maxLength": self.row_tokenizer.max_length,
+            "turnEnd": self._turn_end(),
             "plan": plan.to_wire(),
         }

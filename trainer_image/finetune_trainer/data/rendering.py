@@ -18,6 +18,8 @@ from .chat_template import ChatTemplate, Form, forms_for, shared_prefix
 from .formats import BadRow, Shape
 from .verification import absent_arguments, escaped, same_text, schema, stands
 
+NOT_RENDERED = "notRendered"
+"""What a row is noted with whose key the template leaves out."""
 _MOST_SKELETONS = 2_000
 _REASONED = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)", re.DOTALL)
 _PADDED = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
@@ -112,6 +114,12 @@ class Renderer:
         self._skeletons: dict[str, _Skeleton] = {}
         self._usual: dict[tuple[Any, ...], tuple[Form, tuple[str, ...]]] = {}
         self._bare: str | None = None
+        self._notes: set[str] = set()
+
+    def take_notes(self) -> tuple[str, ...]:
+        """What became of rows' keys since this was asked last, where they do not stand in the text as they do in the row."""
+        notes, self._notes = tuple(sorted(self._notes)), set()
+        return notes
 
     def row(self, messages: list[Shape], tools: list[Shape] | None = None) -> Rendered:
         """The text of a conversation, and where the assistant's turns stand in it. Raises BadRow for what does not reach the text."""
@@ -177,6 +185,8 @@ class Renderer:
             turns.append(Turn(index, start, stop + len(behind), learned))
         if behind:  # a template that closes no turn
             text = text[: turns[-1].end - len(behind)] + behind
+        self._notes.update(f"{NOT_RENDERED} {key}" for key in skeleton.lost)
+        self._notes.update(skeleton.form.notes)
         return Rendered(text, tuple(turns), skeleton.lost, skeleton.form)
 
     @staticmethod
