@@ -14,7 +14,7 @@ from finetune_api.spec import Objective
 
 from ..process.errors import UserError
 from ..process.limits import time_limit
-from .formats import BadRow, Shape
+from .shape import BadRow, Shape
 
 IGNORED = -100
 """Label of a token that is not learned; torch.nn.CrossEntropyLoss ignores it."""
@@ -186,7 +186,7 @@ class RowTokenizer:
         """Character ranges of the assistant's turns, each with its end-of-turn token."""
         spans = []
         for index, turn in enumerate(messages):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or "weight" in turn:
                 continue
             before = self._render(messages[:index], tools, prompt=True)
             upto = text if index == len(messages) - 1 else self._render(messages[: index + 1], tools)
