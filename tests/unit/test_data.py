@@ -251,7 +251,7 @@ def test_a_missing_chat_template_is_an_error_with_a_proposal(desk: Desk) -> None
     (bare / "chat_template.jinja").unlink()
     context = desk.context(lines(rows(9)))
     context.job.sources["pvc://models"] = str(bare.parent)
-    with pytest.raises(UserError, match=r"has no chat template.*tuning.chatTemplate.*<\|im_start\|>"):
+    with pytest.raises(UserError, match=r"has no chat template.*tuning.chatTemplate.*eos_token"):
         prepare(context)
 
 
@@ -264,13 +264,13 @@ def test_a_missing_chat_template_is_an_error_with_a_proposal(desk: Desk) -> None
         ("{{ ''.__class__.__mro__ }}", "InvalidRows"),
         ("{{ messages[0].missing.deeper }}", "InvalidRows"),
         ("{% if messages", "InvalidRows"),
-        ("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", "UnstableChatTemplate"),
+        ("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", "NoTurnEnd"),
     ],
 )
 def test_a22_hostile_templates(desk: Desk, template: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.data import tokens
+    from finetune_trainer.data import chat_template
 
-    monkeypatch.setattr(tokens, "_RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.5)
     with pytest.raises(UserError) as refused:
         desk.run(lines(rows(9)), tuning={"chatTemplate": template})
     assert refused.value.reason == reason, refused.value
@@ -331,7 +331,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function'] | tojson if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     row = FORMATS["messages"].normalize(
@@ -339,7 +339,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
     )  # fmt: skip
     columns, _ = RowTokenizer(tokenizer, max_length=64, assistant_only=True)(row)
     learned = tokenizer.decode([t for t, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED])
-    assert learned == "add<|end|>two<|end|>"
+    assert learned == '{"name": "add", "arguments": {"a": 1}}<|end|>two<|end|>'
 
 
 _LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))

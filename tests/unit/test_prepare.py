@@ -295,15 +295,16 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
     assert tokenizer.decode([t for t in pair["labels"] if t != IGNORED]) == "a colour<|end|>"
 
 
-def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
+def test_a_template_that_rewrites_history_has_its_answers_found(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import RowTokenizer
+    from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="assistantOnlyLoss: false"):
-        RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    columns = RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))[0]
+    learned = [t for t, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED]
+    assert tokenizer.decode(learned) == "<|assistant|>yes<|end|>", "no part of it stands in a prompt"
 
 
 def test_errors_of_libraries_get_a_class() -> None:

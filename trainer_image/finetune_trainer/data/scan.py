@@ -77,7 +77,7 @@ class Scan:
             everything = all_strings(shape)
             forged = self.row_tokenizer.special_token_in(everything)
             if forged is not None:
-                raise BadRow(f"the text holds {forged!r}, a special token of the model")
+                raise BadRow(f"the row holds {forged!r}, a special token of the model")
             columns, truncated = self.row_tokenizer(shape)
         except BadRow as failure:
             return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
