@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data import reading
-from finetune_trainer.data.formats import FORMATS, BadRow
+from finetune_trainer.data.formats import FORMATS, RowReader
 from finetune_trainer.data.scan import Scan, scan_rows
 from finetune_trainer.data.sensitive import findings
+from finetune_trainer.data.shape import BadRow
 from finetune_trainer.data.store import read_rows
 from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 from finetune_trainer.process.errors import StageError, UserError
@@ -43,7 +44,7 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
         (
             "messages",
             {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "name": "add", "content": "2"}, {"role": "assistant", "content": "two"}]},
-            {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2", "name": "add"}, {"role": "assistant", "content": "two"}]},
+            {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2", "name": "add"}, {"role": "assistant", "content": "two"}]},
         ),
         ("messages", {"messages": json.dumps(chat("a", "b")["messages"])}, chat("a", "b")),
         ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),
@@ -176,7 +177,7 @@ def test_near_duplicates(desk: Desk) -> None:
     assert reported.result["dataset"]["warnings"]["nearDuplicate"] == 4
     dropped = desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "drop"}})
     assert dropped.result["dataset"]["dropped"]["nearDuplicate"] == 4 and dropped.result["dataset"]["train"] == 21
-    with pytest.raises(UserError, match=r"4 row\(s\): train row 22: nearly the same as train row 21"):
+    with pytest.raises(UserError, match=r"4 row\(s\): train row 22 \(train.jsonl:22\): nearly the same as train row 21"):
         desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "fail"}})
     ignored = desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "ignore", "nearLeakage": "ignore"}})
     assert "nearDuplicate" not in ignored.result["dataset"].get("warnings", {})
@@ -186,7 +187,7 @@ def test_near_leakage(desk: Desk) -> None:
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines([near(1)[0], *[chat(f"other {i}") for i in range(5)]]))
     data, dataset = lines([*rows(20), *near(3)[1:]]), {"eval": {"uri": "pvc://rows/eval.jsonl"}}
     assert desk.run(data, dataset=dataset).result["dataset"]["warnings"]["nearLeaked"] == 2
-    with pytest.raises(UserError, match=r"train row 21: is nearly eval row 1"):
+    with pytest.raises(UserError, match=r"train row 21 \(train.jsonl:21\): is nearly eval row 1"):
         desk.run(data, dataset={**dataset, "checks": {"minExamples": 1, "nearLeakage": "fail"}})
     left = desk.run(data, dataset={**dataset, "checks": {"minExamples": 1, "nearLeakage": "drop", "nearDuplicates": "ignore"}})
     assert left.result["dataset"]["train"] == 20
@@ -311,7 +312,7 @@ def test_many_processes_give_the_same_rows_in_the_same_order(desk: Desk) -> None
     from transformers import AutoTokenizer
 
     row_tokenizer = RowTokenizer(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
-    scan = Scan(row_tokenizer, "messages", True)
+    scan = Scan(row_tokenizer, RowReader("messages", {}), True)
     items = [reading.Row(i, raw=json.dumps(chat(f"what {i}")).encode()) for i in range(5000)]
     alone = [row for chunk in scan_rows(scan, items, processes=1) for row in chunk]
     together = [row for chunk in scan_rows(scan, items, processes=3) for row in chunk]

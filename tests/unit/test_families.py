@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.data.formats import BadRow
+from finetune_trainer.data.shape import BadRow
 from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 from tests.families import FAMILIES, tokenizer_of
 

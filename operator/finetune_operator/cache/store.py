@@ -67,8 +67,8 @@ class Store:
         """UIDs of deleted objects: a late event must not bring them back"""
         self._unowned: set[str] = set()
         """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
-        self._jobs_left: dict[str, tuple[str, str]] = {}
-        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
+        self._evaluations_left: dict[str, set[str]] = {}
+        """By the UID of a job: those of its evaluations that are gone before their pods"""
         self.forgotten: list[Callable[[str], None]] = []
         """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
         self._begun_with: dict[str, FineTuneJobSpec | None] = {}
@@ -280,9 +280,11 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
-                self._jobs_left.pop(entry.owner, None)
-            if kind == "Job" and self._by_owner.get(uid):
-                self._jobs_left[uid] = entry.owner, entry.value.stage
+                self._evaluations_left.get(entry.job_uid, set()).discard(entry.owner)
+                if not self._evaluations_left.get(entry.job_uid, True):
+                    del self._evaluations_left[entry.job_uid]
+            if kind == "Job" and entry.value.stage == "evaluate" and self._by_owner.get(uid):
+                self._evaluations_left.setdefault(entry.owner, set()).add(uid)
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -335,7 +337,7 @@ class Store:
     def gpu_pods(self, uid: str) -> list[PodView]:
         """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
-        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
+        evaluations = list(self._evaluations_left.get(uid, ()))
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))

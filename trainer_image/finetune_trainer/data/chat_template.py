@@ -15,7 +15,7 @@ from typing import Any
 
 from ..process.errors import UserError
 from ..process.limits import time_limit
-from .formats import BadRow, Shape
+from .shape import BadRow, Shape
 
 _RENDER_SECONDS, _RENDER_GROWTH = 10.0, 1 << 20
 

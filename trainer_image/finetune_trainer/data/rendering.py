@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .chat_template import ChatTemplate, Form, forms_for, shared_prefix
-from .formats import BadRow, Shape
+from .shape import BadRow, Shape
 from .verification import absent_arguments, escaped, same_text, schema, stands
 
 NOT_RENDERED = "notRendered"

@@ -15,8 +15,8 @@ from finetune_api.spec import Objective
 
 from ..process.errors import UserError
 from .chat_template import ChatTemplate, shared_prefix
-from .formats import BadRow, Shape
 from .rendering import Renderer
+from .shape import BadRow, Shape
 
 IGNORED = -100
 """Label of a token that is not learned; torch.nn.CrossEntropyLoss ignores it."""
