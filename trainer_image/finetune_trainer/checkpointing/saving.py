@@ -28,7 +28,7 @@ def save_result(context: Context, trainer: Any) -> None:
     if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         _as_stored(output, local_path(context))
     if context.spec.tuning.objective != "reward":
-        write_generation_config(trainer.processing_class, local_path(context), output)
+        write_generation_config(context, trainer.processing_class, local_path(context), output)
     _verify(output)
 
 

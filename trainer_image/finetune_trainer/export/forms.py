@@ -70,7 +70,7 @@ def export(context: Context, bundle: Path) -> None:
         _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
     if output.gguf:
         tokenizer = load_served_tokenizer(context, folder)
-        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(tokenizer, folder)))
+        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(context, tokenizer, folder)))
     if output.merged and adapter:
         shutil.copytree(whole, bundle / MERGED)
     shutil.rmtree(whole, ignore_errors=True)
@@ -91,7 +91,7 @@ def merge(context: Context, folder: str, target: Path) -> None:
     tokenizer = load_served_tokenizer(context, folder)
     tokenizer.save_pretrained(target)
     if not reward:
-        write_generation_config(tokenizer, folder, target)
+        write_generation_config(context, tokenizer, folder, target)
 
 
 def _convert(folder: str, target: Path, kind: str, *more: str) -> None:
