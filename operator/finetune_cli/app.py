@@ -80,6 +80,13 @@ def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with Fi
                 console.print(f"  warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
+def _volumes(pairs: list[str] | None) -> dict[str, str]:
+    try:
+        return dict(pair.split("=", 1) for pair in pairs or ())
+    except ValueError:
+        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
+
+
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob.")],
@@ -93,13 +100,38 @@ def run(
 
     if not local:
         raise typer.BadParameter("only --local runs here; in a cluster: finetune create -f FILE --watch")
-    try:
-        volumes = dict(pair.split("=", 1) for pair in volume or ())
-    except ValueError:
-        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
+    volumes = _volumes(volume)
     folder = workspace.resolve()
     good = [run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only) for metadata, spec in read_jobs(file)]
     raise typer.Exit(0 if all(good) else 1)
+
+
+@app.command()
+def preview(
+    file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob, or reports/data.json of a run.")],
+    volume: Annotated[list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Folder that stands for a claim or ConfigMap.")] = None,
+    workspace: Annotated[Path, typer.Option(help="Folder for data, checkpoints and reports.")] = Path("finetune-workspace"),
+    rows: Annotated[int, typer.Option(help="Rows to show, at most.")] = 1,
+) -> None:
+    """Show rows as the model sees them, what is learned in color. Of a manifest, the data are prepared on this machine."""
+    from .local import LocalRun, job_file
+    from .preview import drawn, read_samples
+
+    if file.suffix == ".json":
+        reports = [file]
+    else:
+        reports = []
+        volumes = _volumes(volume)
+        for metadata, spec in read_jobs(file):
+            job = LocalRun(job_file(metadata, spec, volumes), workspace.resolve())
+            job.run(prepare_only=True)
+            if job.status.phase == "Failed":
+                print(next(c.message for c in job.status.conditions if c.type == "Failed"), file=sys.stderr)
+                raise typer.Exit(1)
+            reports.append(Path(job.layout.data_report))
+    for report in reports:
+        for text in drawn(read_samples(report)[:rows]):
+            console.print(text, soft_wrap=True)
 
 
 @app.command()
