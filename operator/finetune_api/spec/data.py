@@ -15,6 +15,12 @@ DatasetFormat = Literal[
     "auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference", "unpaired-preference", "prompt-only"
 ]
 
+Column = Literal[
+    "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output", "history", "system", "tools",
+    "chosen", "rejected", "label", "answer", "solution",
+]  # fmt: skip
+"""What the formats call their columns."""
+
 
 class DatasetSource(APIModel):
     """Rows to train on, from one place."""
@@ -95,6 +101,10 @@ class Dataset(APIModel):
     """The held-out rows that base and tuned model are compared on. Never trained on."""
     format: DatasetFormat = "auto"
     """Format of the rows; `auto` looks at the first rows of each source and says what it found. docs/data.md shows them all."""
+    columns: Annotated[dict[Annotated[str, Field(min_length=1, max_length=128)], Column], Field(max_length=32)] = Field(
+        default_factory=dict
+    )
+    """What your columns are in the format's terms, yours first: `question: prompt`. Holds for every source; others keep their names."""
     checks: DatasetChecks = Field(default_factory=DatasetChecks)
     """What prepare does about duplicates, leakage, and rows that are too long or broken."""
 
