@@ -17,8 +17,8 @@ from transformers.utils import import_utils
 
 from finetune_api.status import Plan
 from finetune_trainer.models import kernels, load
+from finetune_trainer.models.architecture import model_class
 from finetune_trainer.models.kernels import VARLEN, PackedRows, pick_attention, use_liger_kernels
-from finetune_trainer.models.load import model_class
 from finetune_trainer.process.errors import InfrastructureError
 from finetune_trainer.training import devices
 
