@@ -47,10 +47,10 @@ def prepare(context: Context) -> StageResult:
     folder = fetch_base_model(context)
     tokenizer = load_tokenizer(context, folder)
     resident = teacher.fetch_teacher(context, tokenizer)
-    base = describe_model(context, folder)
-    forms.check_convertible(context, folder, tokenizer, base.modules)
     if spec.tuning.continue_from is not None:
         fetch_adapter(context)
+    base = describe_model(context, folder)
+    forms.check_convertible(context, folder, tokenizer, base.modules)
 
     # 3. What evaluate will need of the network
     if evaluation is not None and evaluation.harness_tasks:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, FineTuneJobSpec, Lora, VirtualTokens
+from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, FineTuneJobSpec, Lora, VirtualTokens
 
 from ..data.limits import Limits
 from ..job.context import Context
@@ -58,11 +58,9 @@ def describe_model(context: Context, folder: str) -> Base:
     shape = shape_of(spec, config.get_text_config(), model)
     learns = adapt(context, model) if spec.tuning.continue_from is not None else METHODS[spec.tuning.method].apply(spec.tuning, model)
     trainable = {name: p.numel() for name, p in learns.named_parameters() if p.requires_grad}
-    notes = []
-    asked = (spec.tuning.lora or Lora()).dropout
-    if learns is not model and METHODS[spec.tuning.method].config is not None and hasattr(learns.active_peft_config, "lora_dropout"):
-        if spec.tuning.continue_from is None and adapter_dropout(learns) != asked:
-            notes.append(f"lora.dropout is 0 instead of {asked:g}: the experts of a mixture are adapted as parameters, which have none")
+    asked, notes = (spec.tuning.lora or Lora()).dropout, []
+    if spec.tuning.method in LORA_METHODS and spec.tuning.continue_from is None and adapter_dropout(learns) != asked:
+        notes.append(f"lora.dropout is 0 instead of {asked:g}: the experts of a mixture are adapted as parameters, which have none")
     return Base(
         shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
         limits=limits,
