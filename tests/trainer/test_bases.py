@@ -210,6 +210,12 @@ def test_rows_beyond_what_rotary_positions_were_made_for_are_told(bench: Bench) 
             "no module of this model (gpt2) is named q_proj, v_proj; its linear layers are ",
         ),
         ("GPT2", {}, {"targetModules": ["c_attn", "v_proj"]}, "is named v_proj"),
+        (
+            "GPT2",
+            {},
+            {"targetModules": ["c_attn", "lm_head"]},
+            "with objective sft the loss is computed from the weights of lm_head directly",
+        ),
         ("GPT2", {}, {"targetModules": ["ln_f"]}, "tuning.method lora does not work on models of type gpt2"),
         ("Mamba", {"state_size": 8}, {"targetModules": ["out_proj"]}, "incompatible with Mamba-based models"),
     ],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Partial, Tuning, VirtualTokens
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Objective, Partial, Tuning, VirtualTokens
 from finetune_api.status import Plan
 
 from ..job.context import Context
@@ -92,7 +92,7 @@ def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
         )
         modules, parameters = _targets(made, model)
         if not every:
-            _check_targets(modules, model)
+            _check_targets(modules, model, tuning.objective)
         if parameters:  # an input cannot be dropped in front of what is no layer
             if options.get("use_dora"):
                 raise UserError(
@@ -120,10 +120,18 @@ def _targets(config: Any, model: Any) -> tuple[set[str], set[str]]:
     return modules, {p for p in found.target_parameters or () if any(name.endswith(f".{p}") for name in names)}
 
 
-def _check_targets(wanted: set[str], model: Any) -> None:
-    """Raise UserError for a name that no module has: PEFT passes over it when another one is found."""
+def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
+    """Raise UserError for a name that no module has: PEFT passes over it when another one is found; and for the output head."""
+    head = model.get_output_embeddings()
     names = [name for name, _ in model.named_modules()]
     missing = sorted(w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names))
+    heads = [name for name, module in model.named_modules() if module is head and head is not None]
+    if objective != "orpo" and (on_head := sorted(w for w in wanted if any(name == w or name.endswith(f".{w}") for name in heads))):
+        raise UserError(
+            "MethodNotSupported",
+            f"tuning.lora.targetModules: with objective {objective} the loss is computed from the weights of {on_head[0]} directly, past an adapter, "
+            "which would learn nothing; remove it from the list",
+        )
     if missing:
         raise UserError(
             "NoSuchModule",

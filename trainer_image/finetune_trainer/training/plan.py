@@ -134,17 +134,13 @@ def _why(spec: FineTuneJobSpec, chosen: Setting, shape: ModelShape, limit: int |
     if limit is None and spec.distribution.gpus_per_node > 0:
         reason += "; whether it fits is not checked, set resources.gpuMemory"
     hyper = spec.tuning.hyperparameters
+    if hyper.packing and packed and hyper.attention in ("sdpa", "eager"):
+        reason += f"; packed rows cost the square of their tokens together with attention {hyper.attention}, auto avoids that"
     if hyper.packing and not packed:
-        where = (
-            "on CPU"
-            if spec.distribution.gpus_per_node == 0
-            else f"with attention {hyper.attention}"
-            if hyper.attention != "auto"
-            else "of this model"
-        )
+        where = "on CPU" if spec.distribution.gpus_per_node == 0 else "of this model"
         reason += (
-            f"; packing is off: no attention {where} keeps packed rows apart without a mask, which costs the square of their tokens together; "
-            "rows are sorted by length instead, and globalBatchSize counts rows"
+            f"; packing is off: no attention {where} keeps packed rows apart without a mask, which would cost the square of their tokens "
+            "together; rows are sorted by length instead, and globalBatchSize counts rows"
         )
     if chosen.gradient_checkpointing and hyper.gradient_checkpointing is None:
         reason += "; gradient checkpointing is needed to fit"

@@ -71,8 +71,12 @@ def describe_model(context: Context, folder: str) -> Base:
 
 
 def packs(spec: FineTuneJobSpec, base: Base) -> bool:
-    """Whether rows are packed where that is asked for: on a GPU, with an attention that keeps them apart (objectives/sft.py sees to it)."""
-    return spec.tuning.hyperparameters.packing and spec.distribution.gpus_per_node > 0 and base.keeps_rows_apart
+    """Whether rows are packed where that is asked for: with an attention that keeps them apart, or one that was asked for by name.
+
+    objectives/sft.py sees to it.
+    """
+    hyper = spec.tuning.hyperparameters
+    return hyper.packing and (hyper.attention != "auto" or (spec.distribution.gpus_per_node > 0 and base.keeps_rows_apart))
 
 
 def _virtual_tokens(spec: FineTuneJobSpec) -> int:

@@ -34,7 +34,7 @@ def arguments(context: Context, common: dict[str, Any]) -> Any:
 
 
 def trainer(setup: TrainerSetup) -> Any:
-    """TRL's SFTTrainer. An attention that tells rows apart makes batches padding-free, packed or not; without one nothing is packed."""
+    """TRL's SFTTrainer. An attention that tells rows apart makes batches padding-free, packed or not; without one, `auto` packs nothing."""
     import transformers
     from trl import SFTTrainer
 
@@ -43,15 +43,15 @@ def trainer(setup: TrainerSetup) -> Any:
         setup.context.spec.tuning.method not in VIRTUAL_TOKEN_METHODS
         and getattr(setup.model.config, "_attn_implementation", "") in PADDING_FREE
     )
-    dense = setup.arguments.packing and not flat
-    if dense:
+    by_length = setup.arguments.packing and not flat and setup.context.spec.tuning.hyperparameters.attention == "auto"
+    if by_length:
         log.info("no attention here keeps packed rows apart without a mask: rows are sorted by length instead of packed")
         setup.arguments.packing = False
     elif not setup.arguments.packing and flat:
         setup.arguments.padding_free, setup.arguments.max_length = True, None  # rows are cut already
 
     class Trainer(GlobalBatchOrder, SFTTrainer):  # type: ignore[misc]
-        sorts_by_length = dense
+        sorts_by_length = by_length
 
         def compute_loss(self, *arguments: Any, **more: Any) -> Any:
             """Without a GPU's kernels TRL's chunked loss is slower than the model's own and keeps eight copies of the logits."""
