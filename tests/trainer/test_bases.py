@@ -162,6 +162,24 @@ def test_tokens_beyond_the_vocabulary(bench: Bench) -> None:
     prepare(bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning()))
 
 
+def test_padding_that_the_model_does_not_know_is_not_used(bench: Bench) -> None:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.models.load import load_tokenizer
+
+    folder = copied(bench.model, bench.data / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 327
+    tokenizer.save_pretrained(folder)
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning())
+    assert load_tokenizer(context, str(folder)).pad_token == "<|end|>"
+    bench.train(context)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "eos_token": None, "pad_token": None}))
+    assert "name its eos_token in tokenizer_config.json" in refused(bench, folder).message
+
+
 LONG = [chat(" ".join(["red"] * 50), " ".join(["yes"] * (n + 20))) for n in range(8)]
 
 
@@ -256,6 +274,44 @@ def test_common_families_train_with_what_is_set_by_default(bench: Bench, family:
     assert len(losses) == 2 and all(loss < 20 for loss in losses)
     plan = json.loads(Path(context.layout.plan).read_text())
     assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe"))
+
+
+def _as_fp8(folder: Path) -> None:
+    """Linear layers in FP8 with a scale for each block, as DeepSeek and Qwen publish them."""
+    weights = load_file(folder / "model.safetensors")
+    linear = [name for name, tensor in weights.items() if "_proj" in name and tensor.ndim == 2]
+    for name in linear:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[name.replace(".weight", ".weight_scale_inv")] = torch.ones(1, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _as_mxfp4(folder: Path) -> None:
+    """Experts in MXFP4, as OpenAI publishes gpt-oss: blocks of 32 numbers in 4 bit, and their exponents."""
+    weights = load_file(folder / "model.safetensors")
+    for name in [n for n in weights if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, height = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.randint(0, 255, (experts, height, width // 32, 16), dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, height, width // 32), 120, dtype=torch.uint8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "change", "stored"),
+    [
+        ("Llama", {}, _as_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}),
+        ("GptOss", {"head_dim": 8, **MIXTURE}, _as_mxfp4, {"quant_method": "mxfp4"}),
+    ],
+)
+def test_what_is_published_in_fewer_bits_trains_in_sixteen(bench: Bench, family: str, settings: Sizes, change: Any, stored: Sizes) -> None:
+    folder = make(family, bench.data / "base", bench.model, **settings)
+    change(folder)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "quantization_config": stored}))
+    model = {"uri": "pvc://rows/base"}
+    context = bench.context(ROWS["messages"], model=model, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}))
+    assert bench.train(context).result["steps"] == 2
+    assert "tuning.method to lora" in refused(bench, folder, name="qlora", tuning=tuning(method="qlora")).message
 
 
 def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:

@@ -128,12 +128,18 @@ def on_meta(config: Any, folder: str, uri: str, *, reward: bool, trust: bool) ->
     if reward:
         config.num_labels = 1
     try:
-        if kind is None or quantization(config) is not None:  # load_model looks for what is missing
+        if kind is None:  # load_model looks for what is missing
             with torch.device("meta"):
                 return auto.from_config(config, trust_remote_code=trust)
         tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes(Path(folder), uri).items()}
         model, info = kind.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"}
+            None,
+            config=config,
+            state_dict=tensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map={"": "meta"},
+            **({"quantization_config": undone} if (undone := dequantizing(config)) is not None else {}),
         )
     except UserError:
         raise

@@ -29,13 +29,26 @@ def load_tokenizer(context: Context, folder: str) -> Any:
         ) from failure
     if not tokenizer.is_fast:
         raise UserError("SlowTokenizer", "the model has no fast tokenizer (tokenizer.json), which the loss mask needs")
-    if tokenizer.pad_token_id is None:
+    size = _embedded_tokens(context, folder)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:  # one that was added, and that the model has no embedding for
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= size:
+            raise UserError(
+                "TokenizerNotReadable",
+                "the model's tokenizer has neither a padding nor an end token that the model knows; name its eos_token in tokenizer_config.json",
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if context.spec.tuning.chat_template is not None:
         tokenizer.chat_template = context.spec.tuning.chat_template
     if len(str(tokenizer.chat_template or "")) > _TEMPLATE_LIMIT:
         raise UserError("ChatTemplateTooLarge", f"the model's chat template is over {_TEMPLATE_LIMIT // 1024} KiB; set tuning.chatTemplate")
     return tokenizer
+
+
+def _embedded_tokens(context: Context, folder: str) -> float:
+    """Tokens that a model has an embedding for, by its configuration; no bound where that does not say."""
+    config = context.read_json(f"{folder}/config.json")
+    text = config.get("text_config")
+    return float(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None) or "inf")
 
 
 def compute_dtype(cuda: bool, precision: str = "auto") -> torch.dtype:
@@ -101,4 +114,4 @@ def load_model(
         **options,
     )
     check_loaded(model, info, folder)
-    return model
+    return model if undone is None else model.to(dtype)  # what was turned back is 16 bit, whatever was asked for
