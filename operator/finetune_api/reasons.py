@@ -13,17 +13,17 @@ from .signatures import SIGNATURES
 OTHER = "Other"
 
 _OF_THE_OPERATOR = """
-    Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
+    Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateInconclusive GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
     PlanMismatch PodDeleted PodFailed Preempted RemoteCodeNotAllowed Resized Restored SourceUnavailable SpecChanged StageTimeout Suspended
     TooManyRestarts
 """
 _OF_THE_TRAINER = """
-    AdapterNotReadable AddressNotAllowed BadJSONSchema BadRegex ChatTemplateFailed ChatTemplateTooLarge ChatTemplateTooSlow
+    AdapterNotReadable AddressNotAllowed BadJSONSchema BadRegex BadSystemPrompt ChatTemplateFailed ChatTemplateTooLarge ChatTemplateTooSlow
     ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound DatasetNotGzip DatasetNotJSON DatasetNotParquet
     DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows
     EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
-    ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
-    NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
+    ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts
+    NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed
     PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SharedDevice SlowTokenizer SourceNotFound
     SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
     TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownFormat UnknownTask UnstableChatTemplate
