@@ -16,8 +16,8 @@ from finetune_api.lenient import read_status
 from finetune_api.scalars import human_duration, printable
 from finetune_api.status import FineTuneJobStatus
 
-from .cluster import Object
 from .arms import request_costs
+from .cluster import Object
 from .view import JobView, sparkline
 
 _STYLES = {"Succeeded": "green", "Failed": "red", "Training": "cyan", "Queued": "yellow", "Suspended": "magenta"}

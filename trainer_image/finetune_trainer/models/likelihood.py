@@ -99,4 +99,4 @@ def _step(causal: Any, states: torch.Tensor) -> int:
     head = causal.get_output_embeddings()
     vocabulary = int(head.weight.shape[0] if hasattr(head, "weight") else causal.config.get_text_config().vocab_size)
     room = max(_LEAST_BYTES, states.numel() * states.element_size())
-    return max(1, room // (vocabulary * (states.element_size() + 8)))
+    return int(max(1, room // (vocabulary * (states.element_size() + 8))))
