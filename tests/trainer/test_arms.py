@@ -147,7 +147,7 @@ def test_rows_of_text_and_of_preferences_have_arms_as_well(bench: Bench, rows: l
 
 
 def test_plain_text_has_two_arms(bench: Bench) -> None:
-    assert [name for name in asked_names(bench, ROWS["text"], {"objective": "pretrain"})] == ["Base", "Tuned"]
+    assert asked_names(bench, ROWS["text"], {"objective": "pretrain"}) == ["Base", "Tuned"]
 
 
 def asked_names(bench: Bench, rows: list[dict[str, Any]], tuning: dict[str, Any]) -> list[str]:
@@ -223,7 +223,7 @@ def test_all_arms_are_told_with_what_they_cost(bench: Bench) -> None:
     sent = {arm.name: arm.prompt_tokens or 0 for arm in status.arms}
     assert sent["Base"] == sent["Tuned"] < sent["Instructed"] < sent["FewShot"]
     assert all(arm.latency_seconds and arm.answer_tokens for arm in status.arms)
-    report = json.loads(open(context.layout.evaluation_report).read())
+    report = context.read_json(context.layout.evaluation_report)
     assert set(report["samples"][0]["answers"]) == set(sent)
     losses = {arm.name: arm.metrics["loss"] for arm in status.arms}
     assert status.compared_with == min((loss, name) for name, loss in losses.items() if name != "Tuned")[1]
@@ -261,7 +261,8 @@ def test_a_base_whose_loss_is_no_number_is_not_the_best() -> None:
 @pytest.mark.parametrize("prompts", [1, 5, 15, 60])
 def test_a_gate_holds_its_error_rate(monkeypatch: pytest.MonkeyPatch, kind: str, prompts: int) -> None:
     """Two models without any difference: below the least number of prompts it never passes, above it in at most 2.5 % of cases
-    (here 5 %, which 300 experiments reach by chance in one of three hundred)."""
+    (here 5 %, which 300 experiments reach by chance in one of three hundred).
+    """
     monkeypatch.setattr(metrics, "_RESAMPLES", 400)
     metric, spec = ("exact-match" if kind == "binary" else "loss"), Evaluation.model_validate({"gate": {}})
     spec = Evaluation.model_validate({"metrics": [metric], "gate": {"metric": metric}})
