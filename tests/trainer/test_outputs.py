@@ -163,7 +163,10 @@ def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
     card = (bench.folder / "published" / "c" / "README.md").read_text()
     for part in (
         "library_name: peft",
+        "| Metric | Base | Base, 8 examples | Tuned |",
         "| loss |",
+        "| Tokens of a prompt |",
+        "| Seconds of a request |",
         "Improvement",
         "vllm serve",
         "--max-lora-rank 8",

@@ -194,7 +194,7 @@ def test_a4_train_rows_inside_eval(desk: Desk, policy: str, left: int | None) ->
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines(rows(2)))
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 5, "leakage": policy}}
     if left is None:
-        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): is also eval row 1 \(eval.jsonl:1\)"):
+        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): has the prompt of eval row 1 \(eval.jsonl:1\)"):
             desk.run(lines(rows(10)), dataset=dataset)
     else:
         assert desk.run(lines(rows(10)), dataset=dataset).result["dataset"]["train"] == left

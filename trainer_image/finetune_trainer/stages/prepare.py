@@ -22,6 +22,7 @@ from ..data.report import samples, write_report
 from ..data.store import Store
 from ..data.tokens import RowTokenizer
 from ..evaluation import harness
+from ..evaluation.arms import write_baseline
 from ..evaluation.forgetting import write_general_rows
 from ..export import forms
 from ..job.context import Context
@@ -78,6 +79,7 @@ def prepare(context: Context) -> StageResult:
             spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
         )
         status = pipeline.write()
+        notes = write_baseline(context, tokenizer, folder).notes if evaluation is not None else []
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:
@@ -86,7 +88,9 @@ def prepare(context: Context) -> StageResult:
 
     # 5. What the job had saved that this one was restored from
     adopted = adopt_checkpoints(context, status.digest)
-    message = _message(status) + (f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else "")
+    message = "; ".join([_message(status), *notes]) + (
+        f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else ""
+    )
     return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
