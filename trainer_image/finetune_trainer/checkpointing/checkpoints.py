@@ -16,11 +16,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.contract import CHECKPOINT_MANIFEST
+
 from ..job.files import write_text
 from ..process.errors import Stopped
 
 log = logging.getLogger("finetune.checkpoints")
-MANIFEST = "finetune-manifest.json"
+MANIFEST = CHECKPOINT_MANIFEST
 FENCE = "attempt"
 """File beside the checkpoints: the newest attempt's number"""
 
