@@ -156,13 +156,14 @@ class MadeFrom(APIModel):
     def differences(self, other: MadeFrom) -> list[str]:
         """What differs, for people: settings, rows, model and so on."""
         mine, theirs = self.to_wire(), other.to_wire()
-        return [_SAID[name] for name in type(self).model_fields if mine.get(name) != theirs.get(name)]
+        found = [name for name in type(self).model_fields if mine.get(name) != theirs.get(name)]
+        return [_SAID[name] for name in found if name != "tokens" or "rows" not in found]
 
 
 _SAID = {
     "tuning": "the settings (spec.tuning)",
     "rows": "the rows",
-    "tokens": "the rows as tokens",
+    "tokens": "what the tokenizer and chat template make of the rows",
     "model": "the model's weights",
     "adapter": "the adapter of tuning.continueFrom",
     "teacher": "the teacher's weights",

@@ -24,7 +24,7 @@ _OF_THE_TRAINER = """
     EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
     ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
     NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
-    PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SharedDevice SlowTokenizer SourceNotFound
+    PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SharedDevice SlowTokenizer SourceNotFound
     SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
     TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownFormat UnknownTask UnstableChatTemplate
     VerificationFailed WorldMismatch WrongAdapter WrongFormat

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from finetune_api.contract import (
+    RESTORED,
     Env,
     ExitCode,
     Identity,
@@ -208,6 +209,9 @@ class LocalRun:
         bad = [rank for rank, code in enumerate(codes) if code != ExitCode.DONE]
         if not bad:
             result = results[0] or StageResult(reason="NoResult", message=f"{stage} ended without a result")
+            if result.reason == RESTORED:  # here nothing was lost: what the earlier run published stands in its folder, too
+                message = "an earlier result of this job is there and will be replaced; the one of each run stays in its folder"
+                result = StageResult(reason="TargetsReady", message=message)
             self._set(condition, "True", result)
             return result
         telling = sorted(bad, key=lambda rank: (codes[rank] not in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY), results[rank] is None))[0]
@@ -275,7 +279,7 @@ def _why_new(mine: Identity, others: list[Run]) -> str:
         why = f"what run {latest.id} was made from is not known"
     else:
         what = mine.made_from.differences(known.made_from)
-        why = f"{' and '.join(what)} {'differ' if len(what) > 1 or what[0].startswith('the rows') else 'differs'} from run {latest.id}'s"
+        why = f"{' and '.join(what)} changed since run {latest.id}"
     return f"{why}; run {latest.id} is kept, and --resume {latest.id} goes on with it as it was made"
 
 
