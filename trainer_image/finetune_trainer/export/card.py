@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.contract import JobFile
-from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
+from finetune_api.spec import WHOLE_MODEL_METHODS
+
+from .usage import Usage
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class CardFacts:
     parents: list[dict[str, Any]]
     versions: dict[str, str]
     plan: dict[str, Any] | None
+    usage: Usage
 
     @property
     def whole(self) -> bool:
@@ -74,7 +77,7 @@ def model_card(facts: CardFacts) -> str:
         "",
         "## Use",
         "",
-        *_usage(facts),
+        *facts.usage.lines(),
         "",
         "`finetune.json` holds the full lineage, `SHA256SUMS` the digests of all files.",
     ]
@@ -89,48 +92,3 @@ def _scores(evaluation: dict[str, Any] | None) -> list[str]:
     gain = f"Improvement {evaluation['improvement']:.4g}" + (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
     told = f"On {evaluation['examples']} held-out rows that were not trained on. {gain}"
     return [told, "", "| Metric | Base | Tuned |", "|---|---|---|", *rows]
-
-
-def _code(language: str, *lines: str) -> list[str]:
-    return [f"```{language}", *lines, "```"]
-
-
-def _usage(facts: CardFacts) -> list[str]:
-    spec, base = facts.job.spec, facts.hub or "BASE"
-    tuning, output = spec.tuning, spec.output
-    kind = "AutoModelForSequenceClassification" if tuning.objective == "reward" else "AutoModelForCausalLM"
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("PATH")'
-    if facts.whole:
-        lines = _code("python", f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("PATH")', tokenizer)
-        served = ["", "vLLM:", "", *_code("sh", "vllm serve PATH")]
-    else:
-        labels = ", num_labels=1" if tuning.objective == "reward" else ""
-        lines = _code(
-            "python",
-            "from peft import PeftModel",
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f'base = {kind}.from_pretrained("{base}"{labels})',
-            'model = PeftModel.from_pretrained(base, "PATH")',
-            tokenizer,
-        )
-        rank = (tuning.lora or Lora()).rank
-        served = [
-            "",
-            "vLLM:",
-            "",
-            *_code("sh", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {facts.job.name}=PATH"),
-        ]
-        if tuning.method not in ("lora", "qlora", "rslora"):
-            served = [
-                "",
-                "vLLM loads no adapter of this method" + ("; serve `merged` instead: `vllm serve PATH/merged`." if output.merged else "."),
-            ]
-    if tuning.objective == "reward":
-        served = []
-    ollama = []
-    if output.gguf:
-        ollama = ["", "Ollama:", "", *_code("sh", f"ollama create {facts.job.name} -f PATH/gguf/Modelfile", f"ollama run {facts.job.name}")]
-    elif output.gguf_adapter:
-        ollama = ["", "Ollama, with a Modelfile of two lines:", "", *_code("", "FROM BASE.gguf", "ADAPTER PATH/gguf/adapter.gguf")]
-    return [*lines, *served, *ollama]
