@@ -26,10 +26,10 @@ _OF_THE_TRAINER = """
     MethodNotSupported MixedFormats ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
     NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
     NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
-    QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SettingsRefused SharedDevice SlowTokenizer
-    SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken
-    TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError UnknownFormat
-    UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable WorldMismatch WrongAdapter
+    QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
+    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
+    TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
+    UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable WorldMismatch WrongAdapter
     WrongArchitecture WrongFormat
 """
 REASONS = frozenset(

@@ -17,6 +17,7 @@ from finetune_trainer.stages.publish import publish
 from tests.cluster.quickstart import model
 from tests.trainer.bases import make
 from tests.trainer.conftest import ROWS, Bench
+from tests.trainer.test_card import paste
 
 HYPER = {"maxSteps": 6, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
 
@@ -195,6 +196,7 @@ def test_gguf_of_a_real_model(tmp_path: Path) -> None:
     context = bench.context(ROWS["messages"], tuning=tuning, output=output, publish=[{"uri": "pvc://published/g"}])
     bench.train(context)
     publish(context)
+    paste(tmp_path / "published" / "g", tmp_path / "tools")
     folder = tmp_path / "published" / "g" / "gguf"
     forms._convert(str(bench.model), tmp_path / "base.gguf", "f16")
 
