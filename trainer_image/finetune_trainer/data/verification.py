@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .formats import Shape
+from .shape import Shape
 
 _WORDS = re.compile(r"\W+")
 
