@@ -187,6 +187,7 @@ _EVERYTHING = merged(
         "train": {"uri": "hf://org/rows", **_SECRET},
         "mix": [{"uri": "s3://bucket/rows.jsonl", "s3Endpoint": "https://minio.example", **_SECRET}],
         "eval": {"uri": "hf://org/rows", "groupBy": "customer"},
+        "columns": {"question": "prompt"},
         "checks": {},
     },
     tuning={

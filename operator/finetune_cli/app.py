@@ -74,6 +74,7 @@ def run(
 ) -> None:
     """Run a manifest on this machine. An earlier run that was made from the same is gone on with; all others are kept."""
     from .local import run_local
+    from .paths import LocalPaths
 
     if not local:
         raise typer.BadParameter("only --local runs here; in a cluster: finetune create -f FILE --watch")
@@ -83,7 +84,9 @@ def run(
         volumes = dict(pair.split("=", 1) for pair in volume or ())
     except ValueError:
         raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
-    folder, jobs = workspace.resolve(), read_jobs(file)
+    folder, paths = workspace.resolve(), LocalPaths(file.resolve().parent)
+    jobs = read_jobs(file, paths.rewrite)
+    volumes = {**paths.volumes, **volumes}
     if resume is not None and len(jobs) > 1:
         raise typer.BadParameter(f"{file} holds {len(jobs)} jobs, and a run is of one: give a file with that one", param_hint="--resume")
     good = [
