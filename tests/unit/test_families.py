@@ -62,7 +62,10 @@ _R1_ROWS: dict[str, list[str] | str] = {
     "turns": [f"a colour{_R1}", f"yes it is{_R1}"],
     "reasoning": [f"no number\n</think>\n\na colour{_R1}"],
     "reasoning in turns": [f"no number\n</think>\n\na colour{_R1}", f"I said so\n</think>\n\nyes it is{_R1}"],
-    "tools": "leaves out tools: 'paint'",
+    "tools": [
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>paint\n```json\n{"colour": "red"}\n```<｜tool▁call▁end｜>',
+        f"done{_R1}",
+    ],
 }
 LEARNED: dict[str, dict[str, list[str] | str]] = {
     "Qwen3": {

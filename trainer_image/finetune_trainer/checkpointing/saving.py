@@ -29,7 +29,7 @@ def save_result(context: Context, trainer: Any) -> None:
         _as_stored(output, local_path(context))
         restore_config(output, local_path(context), reward=context.spec.tuning.objective == "reward")
     if context.spec.tuning.objective != "reward":
-        write_generation_config(trainer.processing_class, local_path(context), output)
+        write_generation_config(context, trainer.processing_class, local_path(context), output)
     _verify(output)
 
 

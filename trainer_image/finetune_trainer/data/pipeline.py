@@ -24,6 +24,7 @@ from .reading import Row, rows
 from .rendering import NOT_RENDERED
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
+from .shape import messages_of
 from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
@@ -263,11 +264,13 @@ class Pipeline:
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
-    def _turn_end(self) -> str | None:
-        """The token that ends an answer, where the rows are conversations: what the published model stops with."""
+    def _stops(self) -> list[str]:
+        """The tokens that end an answer where the rows are conversations: what the published model stops with, first that of a turn."""
         some = [json.loads(row) for (row,) in self.store.sample(_SAMPLE, "row")]
-        conversations = any("messages" in shape or isinstance(shape.get("prompt"), list) for shape in some)
-        return self.row_tokenizer.template.turn_end if conversations and self.row_tokenizer.objective != "reward" else None
+        if self.row_tokenizer.objective == "reward" or not any(map(messages_of, some)):
+            return []
+        ends = set().union(*map(self.row_tokenizer.ends, some))
+        return [self.row_tokenizer.template.turn_end, *sorted(ends - {self.row_tokenizer.template.turn_end})]
 
     def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
         """What goes into reports/data.json."""
@@ -280,6 +283,6 @@ class Pipeline:
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
             "maxLength": self.row_tokenizer.max_length,
-            "turnEnd": self._turn_end(),
+            "stops": self._stops(),
             "plan": plan.to_wire(),
         }

@@ -33,6 +33,8 @@ class Turn:
     start: int
     end: int
     learned: bool
+    token: str
+    """The end token, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class _Skeleton:
     lost: tuple[str, ...]
     silent: frozenset[int]
     """Turns whose reasoning is left out: learning them would teach to answer without it."""
+
+    @property
+    def losses(self) -> tuple[int, bool, int]:
+        """How much is left out, what matters most first."""
+        return len(self.missing), "tools" in self.lost, len(self.silent)
 
     def fill(self, values: list[str]) -> str:
         parts = [self.frames[0]]
@@ -182,7 +189,7 @@ class Renderer:
             learned = is_learned(messages[index]) and index not in skeleton.silent
             if learned and not text[start : stop - closing].strip():
                 raise BadRow(f"messages[{index}] has nothing to learn but its end in the text that the chat template makes")
-            turns.append(Turn(index, start, stop + len(behind), learned))
+            turns.append(Turn(index, start, stop + len(behind), learned, behind or text[stop - closing : stop]))
         if behind:  # a template that closes no turn
             text = text[: turns[-1].end - len(behind)] + behind
         self._notes.update(f"{NOT_RENDERED} {key}" for key in skeleton.lost)
@@ -231,9 +238,9 @@ class Renderer:
             except BadRow as problem:
                 failure = failure or problem
                 continue
-            if best is None or (len(found.missing), len(found.silent)) < (len(best.missing), len(best.silent)):
+            if best is None or found.losses < best.losses:
                 best = found
-            if not found.missing and (not found.silent or usual == (form, found.lost)):
+            if not any(found.losses) or (not found.missing and usual == (form, found.lost)):
                 break
         if best is None:
             raise failure or BadRow("the chat template makes no text of the row")
@@ -275,6 +282,8 @@ class Renderer:
         outside.append(text[after:])
         if tools:
             absent, untold = self._absent_tools(tools, "\n".join(outside))
+            if absent and any(mark.key.startswith("tool_calls[") for n, mark in enumerate(probe.marks) if n in there):
+                absent, untold = [], ["tools"]  # the calls are there: they can be learned without being told what there is
             missing, lost = missing + absent, lost + untold
         frames, after = [], 0
         for place, number in places:
@@ -321,7 +330,7 @@ class Renderer:
         if (found := self.template.next_token(text, last, following)) is not None:
             return found[0], 0, ""
         if following == len(text):
-            return last + len(text[last:].rstrip()), len(end), end
+            return last + len(text[last:].rstrip()), 0, end
         return last, 0, ""
 
     def _absent_tools(self, tools: list[Shape], words: str) -> tuple[list[str], list[str]]:

@@ -51,7 +51,7 @@ def check_convertible(context: Context, folder: str, tokenizer: Any, adapter: Se
         for name in adapter:
             _gguf_name(names, name.replace(".default", ""))
     if output.gguf:
-        modelfile(tokenizer, "model.gguf", stop_ids(tokenizer, folder))
+        modelfile(tokenizer, "model.gguf", stop_ids(context, tokenizer, folder))
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 _convert(folder, Path(scratch, "vocabulary.gguf"), "f16", "--vocab-only")
@@ -81,7 +81,7 @@ def export(context: Context, bundle: Path) -> None:
         _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
     if output.gguf:
         tokenizer = load_served_tokenizer(context, folder)
-        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(tokenizer, folder)))
+        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(context, tokenizer, folder)))
     if output.merged and adapter:
         shutil.copytree(whole, bundle / MERGED)
     shutil.rmtree(whole, ignore_errors=True)
@@ -110,7 +110,7 @@ def merge(context: Context, folder: str, target: Path) -> None:
     tokenizer = load_served_tokenizer(context, folder)
     tokenizer.save_pretrained(target)
     if not reward:
-        write_generation_config(tokenizer, folder, target)
+        write_generation_config(context, tokenizer, folder, target)
 
 
 def _untie(model: Any) -> None:

@@ -18,11 +18,15 @@ from .load import load_tokenizer
 def load_served_tokenizer(context: Context, folder: str) -> Any:
     """After prepare: the tokenizer as it is trained with, evaluated and published, which stops where the rows' answers do."""
     tokenizer = load_tokenizer(context, folder)
-    report = Path(context.layout.data_report)
-    end = context.read_json(str(report)).get("turnEnd") if report.exists() else None
-    if end:
-        stop_with(tokenizer, end)
+    for token in _noted(context)[:1]:
+        stop_with(tokenizer, token)
     return tokenizer
+
+
+def _noted(context: Context) -> list[str]:
+    """The tokens that prepare found at the end of turns; none where the rows are plain text."""
+    report = Path(context.layout.data_report)
+    return list(context.read_json(str(report)).get("stops") or []) if report.exists() else []
 
 
 def stop_with(tokenizer: Any, token: str) -> None:
@@ -35,9 +39,10 @@ def stop_with(tokenizer: Any, token: str) -> None:
     tokenizer.eos_token = token
 
 
-def stop_ids(tokenizer: Any, folder: str) -> list[int]:
-    """The tokens that an answer stops with: the tokenizer's own, then those of the base; not one that is padded with."""
+def stop_ids(context: Context, tokenizer: Any, folder: str) -> list[int]:
+    """The tokens that an answer stops with: the tokenizer's own, those of the rows, those of the base; not one that is padded with."""
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    found += [int(tokenizer.convert_tokens_to_ids(token)) for token in _noted(context)]
     for name in ("generation_config.json", "config.json"):
         path = Path(folder, name)
         if path.exists() and (told := json.loads(path.read_text()).get("eos_token_id")) is not None:
@@ -47,16 +52,16 @@ def stop_ids(tokenizer: Any, folder: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def stop_model(model: Any, tokenizer: Any, folder: str) -> None:
+def stop_model(context: Context, model: Any, tokenizer: Any, folder: str) -> None:
     """Make a model's generate stop there."""
-    ids = stop_ids(tokenizer, folder)
+    ids = stop_ids(context, tokenizer, folder)
     if ids and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = _as_written(ids)
 
 
-def write_generation_config(tokenizer: Any, folder: str, target: Path) -> None:
+def write_generation_config(context: Context, tokenizer: Any, folder: str, target: Path) -> None:
     """The base's generation_config.json with the tokens to stop with. Raises UserError where the base's cannot be read."""
-    source, ids = Path(folder, "generation_config.json"), stop_ids(tokenizer, folder)
+    source, ids = Path(folder, "generation_config.json"), stop_ids(context, tokenizer, folder)
     try:
         settings = json.loads(source.read_text()) if source.exists() else {}
     except ValueError as failure:

@@ -95,7 +95,7 @@ def _load(context: Context, folder: str, cuda: bool) -> Any:
     reward = OBJECTIVES[context.spec.tuning.objective].reward_model
     model = load_model(context, folder, dtype=compute_dtype(cuda), reward=reward, cuda=cuda)
     tokenizer = load_served_tokenizer(context, local_path(context))
-    stop_model(model, tokenizer, local_path(context))
+    stop_model(context, model, tokenizer, local_path(context))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.to("cuda" if cuda else "cpu").eval()
