@@ -5,6 +5,7 @@ A format is added as one entry of FORMATS: its columns, an example for messages 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -30,11 +31,16 @@ class Format:
     more: tuple[str, ...] = ()
     """Columns that are read beside those, where a row has them."""
 
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """Every column that is read."""
+        return frozenset((*self.columns, *self.more))
+
     def normalize(self, row: Values, unused: Unused | None = None) -> Shape:
         """The row in its common shape; paths of keys that hold something and were not read go into `unused`. Raises BadRow."""
         left: Unused = set() if unused is None else unused
         shape = self.read(row, left)
-        for key in row.keys() - {*self.columns, *self.more}:
+        for key in row.keys() - self.known:
             if row[key] not in (None, "", [], {}):
                 left.add(str(key))
         return shape
