@@ -23,7 +23,7 @@ _OF_THE_TRAINER = """
     DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows
     EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
     ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
-    NoTurnEnd NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
+    NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
     PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SharedDevice SlowTokenizer SourceNotFound
     SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
     TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask

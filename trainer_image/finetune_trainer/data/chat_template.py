@@ -40,6 +40,14 @@ class Form:
     folded: bool = False
     """Whether the system text is put before the first turn of the user's, for templates that take none."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What is not as the row has it."""
+        told = {
+            "reasoningInline": self.reasoning == "inline", "systemFoldedIntoFirstTurn": self.folded, "trainingTemplate": self.training,
+        }  # fmt: skip
+        return [note for note, so in told.items() if so]
+
     def turns(self, messages: list[Shape]) -> list[Shape]:
         """The turns of a row as the template is given them."""
         if self.folded and len(messages) > 1 and messages[0]["role"] == "system":

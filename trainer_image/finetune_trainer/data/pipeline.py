@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +19,10 @@ from ..process.errors import UserError
 from .formats import FORMATS, RowReader, detect, rename
 from .problems import SHOWN, Files, Keys, Problems
 from .reading import Row, rows
+from .rendering import NOT_RENDERED
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
+from .shape import messages_of
 from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
@@ -152,6 +155,10 @@ class Pipeline:
             self.warnings["sensitive"] += bool(row.sensitive)
             for kind in row.sensitive:
                 self.problems.add(kind, place, "looks like it", "")
+            for note in row.notes:
+                self.problems.add(note, place, "docs/data.md says what that means")
+                if note != f"{NOT_RENDERED} tool_calls.id":  # few templates show it
+                    self.warnings[note.replace(" ", ":")] += 1
             yield row
 
     def compare(self) -> None:
@@ -234,6 +241,14 @@ class Pipeline:
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
+    def _stops(self) -> list[str]:
+        """The tokens that end an answer where the rows are conversations: what the published model stops with, first that of a turn."""
+        some = [json.loads(row) for (row,) in self.store.sample(_SAMPLE, "row")]
+        if self.row_tokenizer.objective == "reward" or not any(map(messages_of, some)):
+            return []
+        ends = set().union(*map(self.row_tokenizer.ends, some))
+        return [self.row_tokenizer.template.turn_end, *sorted(ends - {self.row_tokenizer.template.turn_end})]
+
     def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
         """What goes into reports/data.json."""
         return {
@@ -245,5 +260,6 @@ class Pipeline:
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
             "maxLength": self.row_tokenizer.max_length,
+            "stops": self._stops(),
             "plan": plan.to_wire(),
         }

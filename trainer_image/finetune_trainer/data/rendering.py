@@ -18,6 +18,8 @@ from .chat_template import ChatTemplate, Form, forms_for, shared_prefix
 from .shape import BadRow, Shape
 from .verification import absent_arguments, escaped, same_text, schema, stands
 
+NOT_RENDERED = "notRendered"
+"""What a row is noted with whose key the template leaves out."""
 _MOST_SKELETONS = 2_000
 _REASONED = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)", re.DOTALL)
 _PADDED = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
@@ -31,6 +33,8 @@ class Turn:
     start: int
     end: int
     learned: bool
+    token: str
+    """The end token, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class _Skeleton:
     silent: frozenset[int]
     """Turns whose reasoning is left out: learning them would teach to answer without it."""
 
+    @property
+    def losses(self) -> tuple[int, bool, int]:
+        """How much is left out, what matters most first."""
+        return len(self.missing), "tools" in self.lost, len(self.silent)
+
     def fill(self, values: list[str]) -> str:
         parts = [self.frames[0]]
         for number, frame in zip(self.order, self.frames[1:], strict=True):
@@ -112,6 +121,12 @@ class Renderer:
         self._skeletons: dict[str, _Skeleton] = {}
         self._usual: dict[tuple[Any, ...], tuple[Form, tuple[str, ...]]] = {}
         self._bare: str | None = None
+        self._notes: set[str] = set()
+
+    def take_notes(self) -> tuple[str, ...]:
+        """What became of rows' keys since this was asked last, where they do not stand in the text as they do in the row."""
+        notes, self._notes = tuple(sorted(self._notes)), set()
+        return notes
 
     def row(self, messages: list[Shape], tools: list[Shape] | None = None) -> Rendered:
         """The text of a conversation, and where the assistant's turns stand in it. Raises BadRow for what does not reach the text."""
@@ -174,9 +189,11 @@ class Renderer:
             learned = is_learned(messages[index]) and index not in skeleton.silent
             if learned and not text[start : stop - closing].strip():
                 raise BadRow(f"messages[{index}] has nothing to learn but its end in the text that the chat template makes")
-            turns.append(Turn(index, start, stop + len(behind), learned))
+            turns.append(Turn(index, start, stop + len(behind), learned, behind or text[stop - closing : stop]))
         if behind:  # a template that closes no turn
             text = text[: turns[-1].end - len(behind)] + behind
+        self._notes.update(f"{NOT_RENDERED} {key}" for key in skeleton.lost)
+        self._notes.update(skeleton.form.notes)
         return Rendered(text, tuple(turns), skeleton.lost, skeleton.form)
 
     @staticmethod
@@ -221,9 +238,9 @@ class Renderer:
             except BadRow as problem:
                 failure = failure or problem
                 continue
-            if best is None or (len(found.missing), len(found.silent)) < (len(best.missing), len(best.silent)):
+            if best is None or found.losses < best.losses:
                 best = found
-            if not found.missing and (not found.silent or usual == (form, found.lost)):
+            if not any(found.losses) or (not found.missing and usual == (form, found.lost)):
                 break
         if best is None:
             raise failure or BadRow("the chat template makes no text of the row")
@@ -265,6 +282,8 @@ class Renderer:
         outside.append(text[after:])
         if tools:
             absent, untold = self._absent_tools(tools, "\n".join(outside))
+            if absent and any(mark.key.startswith("tool_calls[") for n, mark in enumerate(probe.marks) if n in there):
+                absent, untold = [], ["tools"]  # the calls are there: they can be learned without being told what there is
             missing, lost = missing + absent, lost + untold
         frames, after = [], 0
         for place, number in places:
@@ -311,7 +330,7 @@ class Renderer:
         if (found := self.template.next_token(text, last, following)) is not None:
             return found[0], 0, ""
         if following == len(text):
-            return last + len(text[last:].rstrip()), len(end), end
+            return last + len(text[last:].rstrip()), 0, end
         return last, 0, ""
 
     def _absent_tools(self, tools: list[Shape], words: str) -> tuple[list[str], list[str]]:

@@ -49,6 +49,8 @@ class Scanned:
     """MinHash of the row's word triples; empty when near duplicates are not looked for."""
     system: str = ""
     sensitive: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What does not stand in the text as it does in the row."""
     unused: tuple[str, ...] = ()
     """Paths of keys that hold something and were not read."""
 
@@ -79,6 +81,7 @@ class Scan:
             if forged is not None:
                 raise BadRow(f"the row holds {forged!r}, a special token of the model")
             columns, truncated = self.row_tokenizer(shape)
+            notes = self.row_tokenizer.renderer.take_notes()
         except BadRow as failure:
             return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
         except RecursionError:
@@ -99,6 +102,7 @@ class Scan:
             signature=signature([t for t in texts if t != system]) if self.similar else [],
             system=system,
             sensitive=findings(everything),
+            notes=notes,
             unused=tuple(unused),
         )
 

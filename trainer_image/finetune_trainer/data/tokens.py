@@ -163,6 +163,13 @@ class RowTokenizer:
             return self._opened(row["prompt"]), answer + (self.tokenizer.eos_token or "") if end else answer
         raise BadRow("plain text has no answer to generate")
 
+    def ends(self, row: Shape) -> set[str]:
+        """The tokens that learned turns of a conversation end with."""
+        if "messages" not in row or row["messages"][-1]["role"] != "assistant":
+            return set()
+        turns = self.renderer.row(row["messages"], row.get("tools")).turns
+        return {turn.token for turn in turns if turn.learned and turn.token}
+
     def _opened(self, text: str) -> str:
         """A text that nothing stands before, with its first tokens written out."""
         return str(self.tokenizer.decode(self._first)) + text if self._first else text
