@@ -1,17 +1,21 @@
-"""Plain paths and folders in a manifest that runs on this machine."""
+"""What a run on this machine takes and tells: plain paths and folders; one cause told once."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from finetune_api.status import FineTuneJobStatus
 from finetune_api.validation import InvalidDocument
 from finetune_cli.documents import read_jobs
 from finetune_cli.local import job_file
 from finetune_cli.paths import LocalPaths
+from finetune_cli.view import JobView
 from finetune_trainer.data.reading import rows
 from finetune_trainer.job.context import Context
 from tests.unit.test_prepare import lines
@@ -92,3 +96,18 @@ def test_odd_names(project: Path) -> None:
 def test_without_a_rewrite_a_path_is_refused(project: Path) -> None:
     with pytest.raises(InvalidDocument, match="is not a data set URI|has no scheme"):
         read_jobs(manifest(project, model={"uri": "hf://a/b"}, dataset={"train": {"uri": "./data/train.jsonl"}}))
+
+
+def test_the_view_tells_one_cause_once() -> None:
+    cause, at = "6 row(s): train row 1 (train.jsonl:1): messages[0].content is empty", "2026-01-01T00:00:00Z"
+    conditions = [
+        {"type": "DataReady", "status": "False", "reason": "InvalidRows", "message": cause, "lastTransitionTime": at},
+        {"type": "Failed", "status": "True", "reason": "InvalidRows", "message": f"{cause} (log: x)", "lastTransitionTime": at},
+    ]
+    status = FineTuneJobStatus.model_validate({"phase": "Failed", "conditions": conditions})
+    console = Console(file=io.StringIO(), width=200)
+    assert JobView(console, "j").follow(lambda: status, lambda: None) == "Failed"
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert told.count(cause) == 1 and "✗ Failed: InvalidRows (log: x)" in told
+    console.print(JobView(console, "j").summary(status))
+    assert f"InvalidRows: {cause}" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -139,7 +139,8 @@ class Pipeline:
             return wanted, "as dataset.format says"
         if not good:
             first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
-            raise UserError("EmptyDataset", f"the data set has no readable row{first}")
+            hint = "; where the file is a JSON list, rename it to .json" if head and head[0].excerpt.startswith("[") else ""
+            raise UserError("EmptyDataset", f"the data set has no readable row{first}{hint}")
         return detect((rename(row, columns) for row in good), FORMATS_OF[self.context.spec.tuning.objective])
 
     def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
