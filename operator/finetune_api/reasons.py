@@ -23,11 +23,11 @@ _OF_THE_TRAINER = """
     DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows
     EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
     ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts
-    NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed
+    NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed
     PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SharedDevice SlowTokenizer SourceNotFound
     SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
-    TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownFormat UnknownTask UnstableChatTemplate
-    VerificationFailed WorldMismatch WrongAdapter WrongFormat
+    TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask
+    VerificationFailed WorkerDied WorldMismatch WrongAdapter WrongFormat
 """
 REASONS = frozenset(
     (

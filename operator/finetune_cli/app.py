@@ -90,6 +90,7 @@ def run(
 ) -> None:
     """Run a manifest on this machine."""
     from .local import run_local
+    from .paths import LocalPaths
 
     if not local:
         raise typer.BadParameter("only --local runs here; in a cluster: finetune create -f FILE --watch")
@@ -97,8 +98,10 @@ def run(
         volumes = dict(pair.split("=", 1) for pair in volume or ())
     except ValueError:
         raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
-    folder = workspace.resolve()
-    good = [run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only) for metadata, spec in read_jobs(file)]
+    folder, paths = workspace.resolve(), LocalPaths(file.resolve().parent)
+    jobs = read_jobs(file, paths.rewrite)
+    volumes = {**paths.volumes, **volumes}
+    good = [run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only) for metadata, spec in jobs]
     raise typer.Exit(0 if all(good) else 1)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import PROMPTING_MAY_DO, SAID_BY_OTHERS, FineTuneJobStatus
+from finetune_api.status import PROMPTING_MAY_DO, SAID_BY_OTHERS, Condition, FineTuneJobStatus
 
 from .arms import arms_table, verdict
 
@@ -44,6 +44,7 @@ class JobView:
         self.console, self.name, self.spec = console, name, spec
         self.losses: list[float] = []
         self._seen: dict[str, tuple[str, str]] = {}
+        self._told: list[str] = []
         self._line: tuple[str, int] | None = None
         self._last_step = -1
 
@@ -67,8 +68,16 @@ class JobView:
                     mark = "✗"
                 elif condition.status == "False" and (condition.reason in _PASSING or condition.type == "Admitted"):
                     mark = "…"
-                news.append(f"{mark} {condition.type}: {condition.message or condition.reason}")
+                news.append(f"{mark} {condition.type}: {self._once(condition)}")
         return news
+
+    def _once(self, condition: Condition) -> str:
+        """A condition's message, or of one that says again what another said its reason and the rest of it."""
+        told = next((text for text in self._told if condition.message.startswith(text)), None)
+        if condition.message and told is None:
+            self._told.append(condition.message)
+        rest = (condition.message if told is None else condition.message[len(told) :]).strip()
+        return (rest or condition.reason) if told is None else f"{condition.reason} {rest}".strip()
 
     def render(self, status: FineTuneJobStatus) -> RenderableType:
         """The live part: phases, bar, loss."""
@@ -129,7 +138,7 @@ class JobView:
         for artifact in status.artifacts:
             parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
         failed = status.condition("Failed")
-        if failed is not None and failed.status == "True":
+        if failed is not None and failed.status == "True" and "Failed" not in self._seen:
             parts.append(Text(f"{failed.reason}: {failed.message}", style="bold red"))
         return Group(*parts)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ..base import APIModel, Rule
+from ..base import APIModel, Rule, without_nulls
 from ..scalars import PlainName
 from ..uris import DatasetURI, EndpointURL
 from .common import SecretReference
@@ -14,6 +14,12 @@ from .common import SecretReference
 DatasetFormat = Literal[
     "auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "preference", "unpaired-preference", "prompt-only"
 ]
+
+Column = Literal[
+    "messages", "conversations", "prompt", "completion", "text", "instruction", "input", "output", "history", "system", "tools",
+    "chosen", "rejected", "label", "answer", "solution",
+]  # fmt: skip
+"""What the formats call their columns."""
 
 
 class DatasetSource(APIModel):
@@ -97,6 +103,8 @@ class Dataset(APIModel):
     """The held-out rows that base and tuned model are compared on. Never trained on."""
     format: DatasetFormat = "auto"
     """Format of the rows; `auto` looks at the first rows of each source and says what it found. docs/data.md shows them all."""
+    columns: Annotated[dict[str, Column], Field(max_length=32), BeforeValidator(without_nulls)] = Field(default_factory=dict)
+    """What your columns are in the format's terms, yours first: `question: prompt`. Holds for every source; others keep their names."""
     checks: DatasetChecks = Field(default_factory=DatasetChecks)
     """What prepare does about duplicates, leakage, and rows that are too long or broken."""
 

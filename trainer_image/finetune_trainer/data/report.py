@@ -10,7 +10,7 @@ from typing import Any
 from ..job.context import Context
 from ..job.files import write_text
 from ..job.pages import render_page
-from .formats import strings
+from .shape import strings
 from .store import Store
 from .tokens import IGNORED
 

@@ -16,7 +16,7 @@ from typing import Any
 from finetune_api.spec import ANSWER_METRICS
 from finetune_api.status import ArmName
 
-from ..data.formats import BadRow, Shape, system_prompt
+from ..data.shape import BadRow, Shape, system_prompt
 from ..data.store import read_rows
 from ..data.tokens import IGNORED, RowTokenizer
 from ..job.context import Context

@@ -22,7 +22,8 @@ from finetune_api.spec import WHOLE_MODEL_METHODS
 
 from ..job.context import Context
 from ..models.fetch import local_path
-from ..models.load import load_model, load_tokenizer
+from ..models.load import load_model
+from ..models.stopping import load_served_tokenizer, stop_ids, write_generation_config
 from ..process.errors import InfrastructureError, UserError
 
 MERGED, GGUF = "merged", "gguf"
@@ -68,8 +69,8 @@ def export(context: Context, bundle: Path) -> None:
         (bundle / GGUF).mkdir(exist_ok=True)
         _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
     if output.gguf:
-        tokenizer = load_tokenizer(context, folder)
-        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf"))
+        tokenizer = load_served_tokenizer(context, folder)
+        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(context, tokenizer, folder)))
     if output.merged and adapter:
         shutil.copytree(whole, bundle / MERGED)
     shutil.rmtree(whole, ignore_errors=True)
@@ -87,7 +88,10 @@ def merge(context: Context, folder: str, target: Path) -> None:
     dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     shutil.rmtree(target, ignore_errors=True)
     merged.to(dtype).save_pretrained(target)
-    load_tokenizer(context, folder).save_pretrained(target)
+    tokenizer = load_served_tokenizer(context, folder)
+    tokenizer.save_pretrained(target)
+    if not reward:
+        write_generation_config(context, tokenizer, folder, target)
 
 
 def _convert(folder: str, target: Path, kind: str, *more: str) -> None:
@@ -138,7 +142,7 @@ def write_adapter(adapter: Path, config: dict[str, Any], target: Path) -> None:
     writer.close()
 
 
-def modelfile(tokenizer: Any, file: str) -> str:
+def modelfile(tokenizer: Any, file: str, stops: list[int]) -> str:
     """Ollama's Modelfile (https://docs.ollama.com/modelfile); TEMPLATE is read off the model's chat template."""
     lines = [f"FROM ./{file}"]
     if tokenizer.chat_template:
@@ -155,6 +159,5 @@ def modelfile(tokenizer: Any, file: str) -> str:
         if system in text and user in rest:
             template = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{close}{{{{ end }}}}{asked}{{{{ .Prompt }}}}{tail}{{{{ .Response }}}}"
             lines.append(f'TEMPLATE """{template}"""')
-    if tokenizer.eos_token:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stops)]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ Needs what prepare and train wrote. Does not decide what is enough: that is eval
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -24,7 +25,8 @@ from ..job.context import Context
 from ..job.files import write_text
 from ..job.pages import render_page
 from ..models.fetch import local_path
-from ..models.load import compute_dtype, load_model, load_tokenizer
+from ..models.load import compute_dtype, load_model
+from ..models.stopping import load_served_tokenizer, stop_model
 from ..process.errors import UserError
 from ..remote.chat import check_reachable
 from ..training.objectives import OBJECTIVES
@@ -44,7 +46,7 @@ def evaluate(context: Context) -> StageResult:
     if spec.judge is not None:
         check_reachable(spec.judge)
     folder = local_path(context)
-    tokenizer = load_tokenizer(context, folder)
+    tokenizer = load_served_tokenizer(context, folder)
     rows = read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples)
     if all(row.get("label") is False for row in rows):
         raise UserError("NoEvalRows", "no held-out row has a good answer (label true) to compare on")
@@ -81,7 +83,7 @@ def _has_answers(context: Context, rows: Rows) -> bool:
     assert spec is not None
     if context.spec.tuning.objective == "reward":
         return False
-    if not any(row["row"].startswith('{"text"') for row in rows):
+    if not any("text" in json.loads(row["row"]) for row in rows):
         return True
     if set(spec.metrics) & set(ANSWER_METRICS):
         raise UserError(
@@ -93,8 +95,10 @@ def _has_answers(context: Context, rows: Rows) -> bool:
 def _load(context: Context, folder: str, cuda: bool) -> Any:
     reward = OBJECTIVES[context.spec.tuning.objective].reward_model
     model = load_model(context, folder, dtype=compute_dtype(cuda), reward=reward, cuda=cuda)
+    tokenizer = load_served_tokenizer(context, local_path(context))
+    stop_model(context, model, tokenizer, local_path(context))
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(context, folder).pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.to("cuda" if cuda else "cpu").eval()
 
 

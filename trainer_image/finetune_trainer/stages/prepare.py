@@ -122,8 +122,10 @@ def _check_schema(place: str, text: str) -> None:
 def _message(status: DatasetStatus) -> str:
     gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
     odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
+    unused = ", ".join(f"{key} ({count} rows)" for key, count in status.unused_keys.items())
     return (
         f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
         + (f"; left out: {gone}" if gone else "")
         + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
+        + (f"; not used: {unused}" if unused else "")
     )
