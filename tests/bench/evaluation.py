@@ -1,7 +1,8 @@
 """evaluate with four arms beside the same with two (the base as it is, and the tuned model), on SmolLM2-135M-Instruct.
 
-All of the stage is timed, loading included, and the measuring alone. The rows are support tickets with an instruction; the base also
-gets eight examples. The two take turns in one process, and the quickest of each counts.
+The measuring alone is timed, without loading, in seconds of the processor: whatever else the machine does is not counted. The rows are
+support tickets with an instruction; the base also gets eight examples. The two take turns in one process, and the quickest of each
+counts.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from tests.cluster.quickstart import model
 from tests.cluster.shell import REPO
 from tests.trainer.conftest import Bench
 
-TURNS = 3
+TURNS, ROWS = 2, 16
 MOST_TIMES = 2.2
 """Four arms may cost so many times what two cost."""
-_TUNING = {"lora": {"rank": 8, "dropout": 0}, "hyperparameters": {"maxSteps": 1, "globalBatchSize": 8, "maxLength": 128}}
+_TUNING = {"lora": {"rank": 8, "dropout": 0}, "hyperparameters": {"maxSteps": 1, "globalBatchSize": 1, "maxLength": 128}}
 _INSTRUCTION = "Sort the support ticket. Answer with the team and the priority, as in: shipping / normal"
-_TWO: dict[str, Any] = {"metrics": ["loss", "exact-match"], "maxNewTokens": 12, "baseline": {"fewShot": 0}}
+_TWO: dict[str, Any] = {"metrics": ["loss", "exact-match"], "maxNewTokens": 12, "maxExamples": ROWS, "baseline": {"fewShot": 0}}
 _FOUR: dict[str, Any] = {**_TWO, "baseline": {"fewShot": 8, "systemPrompt": _INSTRUCTION}}
 
 
-def _seconds(bench: Bench, evaluation: dict[str, Any]) -> tuple[float, float, list[dict[str, Any]]]:
-    """(seconds of the stage, of the measuring alone, the arms)."""
+def _seconds(bench: Bench, evaluation: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    """(seconds that all arms took to measure, the arms)."""
     from finetune_trainer.stages import evaluate as stage
     from finetune_trainer.stages.prepare import prepare
 
@@ -36,19 +37,18 @@ def _seconds(bench: Bench, evaluation: dict[str, Any]) -> tuple[float, float, li
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         nonlocal spent
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return measure(*args, **kwargs)
         finally:
-            spent += time.perf_counter() - began
+            spent += time.process_time() - began
 
     stage.measure = timed
     try:
-        began = time.perf_counter()
         arms = stage.evaluate(context).result["arms"]
-        return time.perf_counter() - began, spent, arms
     finally:
         stage.measure = measure
+    return spent, arms
 
 
 def bench() -> dict[str, Any]:
@@ -58,12 +58,9 @@ def bench() -> dict[str, Any]:
         bench = Bench(Path(scratch), model("smollm2.py", "SmolLM2-135M-Instruct"))
         bench.train(bench.context(rows, tuning=_TUNING))
         runs = [(_seconds(bench, _TWO), _seconds(bench, _FOUR)) for _ in range(TURNS)]
-    stage, measuring = ({"two": min(two[i] for two, _ in runs), "four": min(four[i] for _, four in runs)} for i in (0, 1))
-    found: dict[str, Any] = {"arms": runs[0][1][2]}
-    for name, seconds in (("stage", stage), ("measuring", measuring)):
-        found[name] = {**{key: round(value, 2) for key, value in seconds.items()}, "times": round(seconds["four"] / seconds["two"], 2)}
-        found[name]["held"] = found[name]["times"] <= MOST_TIMES
-    return found
+    two, four = (min(run[i][0] for run in runs) for i in (0, 1))
+    times = four / two
+    return {"two": round(two, 2), "four": round(four, 2), "times": round(times, 2), "held": times <= MOST_TIMES, "arms": runs[0][1][1]}
 
 
 if __name__ == "__main__":

@@ -77,14 +77,14 @@ def test_rows_of_one_group_fall_on_one_side(desk: Desk) -> None:
     items = [{**chat(f"what is {i}"), "customer": i % 20} for i in range(100)]
     layout = desk.context(lines(items)).layout
     sides(desk, items, eval={"groupBy": "customer"})
-    place = {json.dumps(chat(f"what is {i}"), sort_keys=True): i % 20 for i in range(100)}
+    place = {json.dumps(chat(f"what is {i}")): i % 20 for i in range(100)}
     held_out = {place[row] for row in rows_of(layout.eval_rows)}
     assert len(held_out) == 4 and not held_out & {place[row] for row in rows_of(layout.train_rows)}
 
 
 def test_a_row_without_its_group_is_refused_by_number(desk: Desk) -> None:
     items = [{**chat(f"what is {i}"), **({} if i == 6 else {"customer": i})} for i in range(20)]
-    with pytest.raises(UserError, match=r"train row 7: there is no 'customer', the column that dataset.eval.groupBy names"):
+    with pytest.raises(UserError, match=r"train row 7 .*: there is no 'customer', the column that dataset.eval.groupBy names"):
         sides(desk, items, eval={"groupBy": "customer"})
 
 
@@ -95,7 +95,7 @@ def test_a_held_out_prompt_with_another_answer_is_a_leak(desk: Desk, policy: str
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 1, "leakage": policy, "nearLeakage": "ignore"}}
     if left is None:
         with pytest.raises(
-            UserError, match=r"2 row\(s\): train row 4: has the prompt of eval row 1; train row 14: has the prompt of eval row 1"
+            UserError, match=r"2 row\(s\): train row 4 .*: has the prompt of eval row 1 .*train row 14"
         ):
             desk.run(lines(train), dataset=dataset)
         return
@@ -106,5 +106,5 @@ def test_a_held_out_group_is_a_leak(desk: Desk) -> None:
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines([{**chat("what is 99"), "customer": "a"}]))
     train = [{**chat(f"what is {i}"), "customer": "ab"[i % 2]} for i in range(6)]
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl", "groupBy": "customer"}}
-    with pytest.raises(UserError, match=r"3 row\(s\): train row 1: is of one group with eval row 1"):
+    with pytest.raises(UserError, match=r"3 row\(s\): train row 1 .*: is of one group with eval row 1"):
         desk.run(lines(train), dataset=dataset)

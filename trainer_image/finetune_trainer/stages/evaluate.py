@@ -7,6 +7,7 @@ Needs what prepare and train wrote. Does not decide what is enough: that is eval
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -82,7 +83,7 @@ def _has_answers(context: Context, rows: Rows) -> bool:
     assert spec is not None
     if context.spec.tuning.objective == "reward":
         return False
-    if not any(row["row"].startswith('{"text"') for row in rows):
+    if not any("text" in json.loads(row["row"]) for row in rows):
         return True
     if set(spec.metrics) & set(ANSWER_METRICS):
         raise UserError(
