@@ -108,7 +108,8 @@ def test_a_model_that_is_not_whole(bench: Bench, change: Any, reason: str, words
     folder = copied(bench.model, bench.data / "base")
     change(folder)
     found = refused(bench, folder)
-    assert found.reason == reason and words in found.message and "pvc://rows/base" in found.message + " pvc://rows/base"
+    assert found.reason == reason and words in found.message
+    assert reason == "TokenizerNotReadable" or found.message.startswith("model.uri pvc://rows/base")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
@@ -116,7 +117,7 @@ def test_a_quantized_base(bench: Bench, method: str) -> None:
     folder = copied(bench.model, bench.data / "base", quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
     found = refused(bench, folder)
     assert found.reason == "QuantizedBase"
-    assert f"model.uri: the weights of pvc://rows/base are stored quantized ({method})" in found.message and "in 16 bit" in found.message
+    assert f"model.uri pvc://rows/base: its weights are stored quantized ({method})" in found.message and "in 16 bit" in found.message
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,14 @@ def test_a_quantized_base(bench: Bench, method: str) -> None:
         ("Roberta", "ForMaskedLM", {}, "RobertaForMaskedLM, an encoder"),
         ("T5", "ForConditionalGeneration", {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4}, "an encoder-decoder"),
         ("Bart", "ForConditionalGeneration", {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1}, "an encoder-decoder"),
+        ("Llama", "ForSequenceClassification", {"tie_word_embeddings": True}, "whose output are classes and not words"),
         ("ViT", "ForImageClassification", {}, "ViTForImageClassification, which transformers has no causal language model for"),
     ],
 )
 def test_what_writes_no_text(bench: Bench, family: str, kind: str, settings: Sizes, words: str) -> None:
     found = refused(bench, make(family, bench.data / "base", bench.model, kind=kind, **settings))
     assert found.reason == "WrongArchitecture" and words in found.message and "name a decoder" in found.message
+    assert found.message.startswith("model.uri pvc://rows/base is ")
 
 
 def test_a_reward_model_needs_a_class_for_it(bench: Bench) -> None:

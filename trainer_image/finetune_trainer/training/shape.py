@@ -12,6 +12,7 @@ from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, FineTuneJobSp
 from ..data.limits import Limits
 from ..job.context import Context
 from ..models import architecture
+from ..models.fetch import shown
 from ..models.kernels import keeps_rows_apart
 from ..process.errors import UserError
 from .adapter import adapt
@@ -35,7 +36,7 @@ class Base:
 
 def describe_model(context: Context, folder: str) -> Base:
     """The base, built without memory on the meta device, with its adapter. Raises UserError for one that cannot be trained so."""
-    spec, uri = context.spec, context.spec.model.uri
+    spec, uri = context.spec, shown("model", context.spec.model.uri)
     reward, trust = spec.tuning.objective == "reward", spec.model.trust_remote_code
     config = architecture.read_config(folder, uri, trust=trust)
     architecture.check_architecture(config, uri, reward=reward)
