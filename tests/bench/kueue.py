@@ -79,7 +79,7 @@ def _summary(out: Path) -> dict[str, Any]:
     found = yaml.safe_load((out / "summary.yaml").read_text())
     (queues,) = found["clusterQueueClasses"].values()
     classes = found["workloadClasses"]
-    ends = [float(row["ms_to_finish"]) for row in csv.DictReader((out / "wlStates.csv").open())]
+    ends = [float(row["ms to finish"]) for row in csv.DictReader((out / "wlStates.csv").open())]
     return {
         "jobs": sum(c["count"] for c in classes.values()),
         "longest_job_seconds": round(max(ends) / 1000, 1),
