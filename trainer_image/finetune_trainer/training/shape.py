@@ -27,7 +27,7 @@ class Base:
     shape: ModelShape
     limits: Limits
     modules: tuple[str, ...]
-    """Names of the adapter's parameters."""
+    """Names of the parameters that learn."""
     keeps_rows_apart: bool
     """Whether an attention computes it, on some GPU, that knows where each of several rows in a sequence begins."""
     notes: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def describe_model(context: Context, folder: str) -> Base:
     return Base(
         shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
         limits=limits,
-        modules=tuple(trainable) if learns is not model else (),
+        modules=tuple(trainable),
         keeps_rows_apart=keeps_rows_apart(hyper.attention, kind, config, compiled=hyper.torch_compile),
         notes=tuple(notes),
     )
