@@ -1,6 +1,7 @@
 """What kind of model a folder holds, told from its configuration and the headers of its weights: no tensor is read.
 
-Everything that loading it later would stumble over, or pass over in silence, is refused here, before a GPU is taken.
+Everything that loading it later would stumble over, or pass over in silence, is refused here, before a GPU is taken. `uri` is what
+messages call the model: the field and its value.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .weights import shapes
 _DEQUANTIZED = ("mxfp4", "fp8")
 """Formats that models are published in and that transformers turns back into 16 bit while loading."""
 _ATTENTION = {"sdpa": "_supports_sdpa", "flash-attention-2": "_supports_flash_attn"}
+_JUDGING = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_encoding)$")
 
 
@@ -54,14 +56,17 @@ def check_architecture(config: Any, uri: str, *, reward: bool) -> None:
 
     kind = str(config.model_type)
     named = f"{uri} is {', '.join(getattr(config, 'architectures', None) or [f'a model of type {kind}'])}"
+    heads = [str(name).partition("For")[2] for name in getattr(config, "architectures", None) or ()]
     instead = "name a decoder that writes text from left to right, such as Llama, Qwen, Mistral or Gemma"
     custom = bool(getattr(config, "auto_map", None))
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError("WrongArchitecture", f"model.uri: {named}, an encoder-decoder, which is not trained here; {instead}")
+        raise UserError("WrongArchitecture", f"{named}, an encoder-decoder, which is not trained here; {instead}")
     if getattr(config, "is_decoder", True) is False and type(config) in AutoModelForMaskedLM._model_mapping:
-        raise UserError("WrongArchitecture", f"model.uri: {named}, an encoder that sees what comes after a token as well; {instead}")
+        raise UserError("WrongArchitecture", f"{named}, an encoder that sees what comes after a token as well; {instead}")
     if not custom and model_class(AutoModelForCausalLM, config) is None:
-        raise UserError("WrongArchitecture", f"model.uri: {named}, which transformers has no causal language model for; {instead}")
+        raise UserError("WrongArchitecture", f"{named}, which transformers has no causal language model for; {instead}")
+    if heads and not reward and all(head in _JUDGING for head in heads):
+        raise UserError("WrongArchitecture", f"{named}, whose output are classes and not words; {instead}")
     if not custom and reward and model_class(auto_class(reward=True), config) is None:
         raise UserError(
             "WrongArchitecture", f"tuning.objective reward: transformers has no reward model for models of type {kind}; use another base"
@@ -78,13 +83,13 @@ def _method(found: Any) -> str:
     return str(getattr(method, "value", method)) or "an unnamed method"
 
 
-def check_quantization(config: Any, uri: str, field: str = "model.uri") -> None:
+def check_quantization(config: Any, uri: str) -> None:
     """Raise UserError for weights that are stored quantized in a way that cannot be undone while loading."""
     found = quantization(config)
     if found is not None and _method(found) not in _DEQUANTIZED:
         raise UserError(
             "QuantizedBase",
-            f"{field}: the weights of {uri} are stored quantized ({_method(found)}), which cannot be trained; name the model that it was made "
+            f"{uri}: its weights are stored quantized ({_method(found)}), which cannot be trained; name the model that it was made "
             "from, in 16 bit. With tuning.method qlora it is quantized to 4 bit while it is loaded",
         )
 

@@ -15,6 +15,7 @@ from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
+_FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
 
@@ -24,14 +25,19 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
     if parsed.scheme == "pvc":
         folder = context.mounted(parsed)
         if not (folder / config).is_file():
-            raise UserError("ModelNotFound", f"{uri} holds no {config}; {_instead(folder)}")
+            raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     else:
         folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
-    check_whole(folder, uri, config)
+    check_whole(folder, shown(name, uri), config)
     if not remote_code:
-        _refuse_code(folder, uri)
+        _refuse_code(folder, shown(name, uri))
     context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
     return str(folder)
+
+
+def shown(name: str, uri: str) -> str:
+    """What messages call a model: the field that names it, and its value."""
+    return f"{_FIELDS[name]} {uri}"
 
 
 def fetch_base_model(context: Context) -> str:

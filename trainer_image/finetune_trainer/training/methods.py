@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Objective, Partial, Tuning, VirtualTokens
+from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Lora, Method, Objective, Partial, Tuning, VirtualTokens
 from finetune_api.status import Plan
 
 from ..job.context import Context
@@ -44,10 +44,11 @@ class MethodKind:
             return get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as failure:
             # PEFT has tables of models, and looks for what it needs in the rest
+            linear = f"tuning.lora.targetModules to linear layers of the model ({_linear_names(model)}), or tuning.method to another"
             raise UserError(
                 "MethodNotSupported",
-                f"tuning.method {tuning.method} does not work on models of type {kind}: {_words(failure)}. Set tuning.lora.targetModules to linear "
-                f"layers of the model ({_linear_names(model)}), or another tuning.method",
+                f"tuning.method {tuning.method} does not work on models of type {kind}: {_words(failure)}. "
+                f"Set {linear if tuning.method in LORA_METHODS else 'tuning.method to lora'}",
             ) from failure
 
 
@@ -86,7 +87,7 @@ def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules="all-linear" if every else lora.target_modules,
-            exclude_modules=_UNADAPTED.get(model.config.model_type) if every else None,
+            exclude_modules=_not_adapted(model) if every else None,
             task_type=task,
             **options,
         )
@@ -104,6 +105,34 @@ def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
         return made
 
     return config
+
+
+def _not_adapted(model: Any) -> list[str] | str | None:
+    """What `all-linear` leaves out, as PEFT takes it."""
+    others = _besides_language(model)
+    return rf"({'|'.join(map(re.escape, others))})\..*" if others else _UNADAPTED.get(model.config.model_type)
+
+
+def _besides_language(model: Any) -> list[str]:
+    """The parts of a model of text and images that text never passes: they have no gradient, for which DDP would wait."""
+    if model.config.get_text_config() is model.config:
+        return []
+    decoder = model.get_decoder()
+    place = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not place:
+        return []
+    depth, head = place.count(".") + 1, model.get_output_embeddings()
+    parts = {
+        ".".join(name.split(".")[:depth]) for name, module in model.named_modules() if name.count(".") >= depth - 1 and module is not head
+    }
+    return sorted(parts - {place})
+
+
+def _full(_: Tuning, model: Any) -> None:
+    """Release every weight that text passes."""
+    parts = tuple(f"{part}." for part in _besides_language(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (parts and name.startswith(parts)))
 
 
 def _targets(config: Any, model: Any) -> tuple[set[str], set[str]]:
@@ -175,6 +204,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
     layers = int(model.config.get_text_config().num_hidden_layers)
     last = {str(index) for index in range(max(0, layers - partial.last_layers), layers)}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    others = tuple(f"{part}." for part in _besides_language(model))
     found = 0
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.", name)
@@ -185,6 +215,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
             or (partial.norms and "norm" in name.lower())
             or any(module in name for module in partial.modules)
         )
+        learns = learns and not (others and name.startswith(others))
         parameter.requires_grad_(learns)
         found += learns
     missing = [module for module in partial.modules if not any(module in name for name, _ in model.named_parameters())]
@@ -193,7 +224,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
 
 
 METHODS: dict[Method, MethodKind] = {
-    "full": MethodKind(),
+    "full": MethodKind(set_trainable=_full),
     "partial": MethodKind(set_trainable=_partial),
     "lora": MethodKind(_lora()),
     "qlora": MethodKind(_lora(), quantized=True),

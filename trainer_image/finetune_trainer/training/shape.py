@@ -12,6 +12,7 @@ from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, FineTuneJobSp
 from ..data.limits import Limits
 from ..job.context import Context
 from ..models import architecture
+from ..models.fetch import shown
 from ..models.kernels import keeps_rows_apart
 from ..process.errors import UserError
 from .adapter import adapt
@@ -26,7 +27,7 @@ class Base:
     shape: ModelShape
     limits: Limits
     modules: tuple[str, ...]
-    """Names of the adapter's parameters."""
+    """Names of the parameters that learn."""
     keeps_rows_apart: bool
     """Whether an attention computes it, on some GPU, that knows where each of several rows in a sequence begins."""
     notes: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Base:
 
 def describe_model(context: Context, folder: str) -> Base:
     """The base, built without memory on the meta device, with its adapter. Raises UserError for one that cannot be trained so."""
-    spec, uri = context.spec, context.spec.model.uri
+    spec, uri = context.spec, shown("model", context.spec.model.uri)
     reward, trust = spec.tuning.objective == "reward", spec.model.trust_remote_code
     config = architecture.read_config(folder, uri, trust=trust)
     architecture.check_architecture(config, uri, reward=reward)
@@ -64,7 +65,7 @@ def describe_model(context: Context, folder: str) -> Base:
     return Base(
         shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
         limits=limits,
-        modules=tuple(trainable) if learns is not model else (),
+        modules=tuple(trainable),
         keeps_rows_apart=keeps_rows_apart(hyper.attention, kind, config, compiled=hyper.torch_compile),
         notes=tuple(notes),
     )

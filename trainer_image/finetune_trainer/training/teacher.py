@@ -18,7 +18,7 @@ from ..data.shape import BadRow, Shape
 from ..data.tokens import RowTokenizer
 from ..job.context import Context
 from ..models import architecture
-from ..models.fetch import fetch_model, local_path
+from ..models.fetch import fetch_model, local_path, shown
 from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
 from ..remote.chat import complete
@@ -37,10 +37,11 @@ def fetch_teacher(context: Context, tokenizer: Any) -> int:
         return 0
     uri, trust = settings.teacher.uri, settings.teacher.trust_remote_code
     place = fetch_model(context, "teacher", uri, remote_code=trust)
-    config = architecture.read_config(place, uri, trust=trust)
-    architecture.check_architecture(config, uri, reward=False)
-    architecture.check_quantization(config, uri, "tuning.distillation.teacher.uri")
-    model = architecture.on_meta(config, place, uri, reward=False, trust=trust)
+    named = shown("teacher", uri)
+    config = architecture.read_config(place, named, trust=trust)
+    architecture.check_architecture(config, named, reward=False)
+    architecture.check_quantization(config, named)
+    model = architecture.on_meta(config, place, named, reward=False, trust=trust)
     if settings.mode != "logits":
         return 0
     from transformers import AutoTokenizer
