@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.bench import seeds
+
 REPO = Path(__file__).parents[2]
 DATA = REPO / "examples" / "data"
 LEAST_PROMPTS = 33
@@ -113,3 +115,25 @@ def test_the_quickstart_uses_them() -> None:
     assert all("held-out" in text for text in texts), "both files come into the ConfigMap"
     assert sum(len(path.read_bytes()) for path in DATA.glob("support-tickets*.jsonl")) < 1 << 20
     assert all(a != b for a, b in pairwise(sorted(row[1]["content"] for row in TRAINING))), "no row twice"
+
+
+def test_the_table_of_several_seeds() -> None:
+    def one(seed: int, tuned: float) -> dict[str, Any]:
+        arms = [
+            {"name": "Base", "metrics": {"loss": "11.25", "exact-match": "0"}, "promptTokens": "40"},
+            {"name": "FewShot", "shots": 8, "metrics": {"loss": "1.01", "exact-match": "0.25"}, "promptTokens": "600"},
+            {"name": "Tuned", "metrics": {"loss": str(tuned), "exact-match": "0.7"}, "promptTokens": "90"},
+        ]
+        told = {"arms": arms, "gate": "Passed", "comparedWith": "FewShot", "improvement": "0.6", "interval": ["0.5", "0.7"], "examples": 60}
+        return {"seed": seed, "seconds": 300, "evaluation": told}
+
+    assert list(seeds.table([one(1, 0.4), one(2, 0.5)])) == [
+        "| | base | base, 8 examples | tuned |",
+        "|---|---|---|---|",
+        "| loss | 11.2 | 1.01 | 0.45 (0.4 to 0.5) |",
+        "| exact-match | 0 | 0.25 | 0.7 |",
+        "| tokens sent | 40 | 600 | 90 |",
+        "",
+        "- seed 1: gate Passed; improvement over base, 8 examples 0.6, between 0.5 and 0.7; 60 held-out rows; 300 s",
+        "- seed 2: gate Passed; improvement over base, 8 examples 0.6, between 0.5 and 0.7; 60 held-out rows; 300 s",
+    ]
