@@ -108,7 +108,7 @@ class JobFile(APIModel):
 
     def dumps(self) -> str:
         """Deterministic JSON: the same job gives the same bytes."""
-        return json.dumps(self.to_wire(), sort_keys=True, indent=1)
+        return json.dumps(self.to_wire(), sort_keys=True)
 
     def layout(self, workspace: str) -> Layout:
         """Where its files are in a workspace."""

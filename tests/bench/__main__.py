@@ -24,7 +24,7 @@ def main() -> None:
         results["queueing"] = queueing.bench()
     if "inventory" in which:
         results["inventory"] = inventory.bench()
-    if "kueue" in which:  # a tenth: all of it takes a quarter of an hour on two cores (python -m tests.bench.kueue_workload)
+    if "kueue" in which:  # a tenth: all of it takes a quarter of an hour on two cores (python -m tests.bench.kueue_workload baseline)
         results["kueue"] = {"operator": kueue_workload.bench(0.1), "kueue": kueue.bench(0.1)}
     if "status-write" in which:
         results["status-write"] = status_write.bench()

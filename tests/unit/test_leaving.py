@@ -196,7 +196,7 @@ async def test_an_evaluations_gpu_is_free_when_its_pod_has_ended(end: Callable[[
     await scene.waits(1)
     scene.ends(evaluating)
     await scene.starts()
-    assert not scene.store._jobs_left and not scene.admission._leaving, "nothing is remembered of it"
+    assert not scene.store._evaluations_left and not scene.admission._leaving, "nothing is remembered of it"
 
 
 def sealed(rank: int, uid: str = "uid-first", **admission: Any) -> dict[str, Any]:

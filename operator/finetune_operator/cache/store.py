@@ -25,6 +25,7 @@ from ..model.job import ChildJobView, Observed, PodView
 from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object, as_object, version_of
 from ..model.workload import has_ended
+from .sharing import Shared
 
 
 @dataclass
@@ -67,12 +68,13 @@ class Store:
         """UIDs of deleted objects: a late event must not bring them back"""
         self._unowned: set[str] = set()
         """Owners of pods that are no known job; those that were child Jobs are sorted out when they are asked for"""
-        self._jobs_left: dict[str, tuple[str, str]] = {}
-        """By the UID of child Jobs that are gone before their pods: UID of the job, stage"""
+        self._evaluations_left: dict[str, set[str]] = {}
+        """By the UID of a job: those of its evaluations that are gone before their pods"""
         self.forgotten: list[Callable[[str], None]] = []
         """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
         self._begun_with: dict[str, FineTuneJobSpec | None] = {}
         """What jobs began with whose spec may have been changed since; None where the present one holds"""
+        self._shared = Shared()
         self._labelled: dict[str, set[str]] = defaultdict(set)
         """UIDs of pods by the job's UID on their label"""
 
@@ -100,7 +102,7 @@ class Store:
                 self._forget_job(known["metadata"]["uid"])
             raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
-            self._jobs[key] = {**raw, "metadata": slim}
+            self._jobs[key] = self._shared.job({**raw, "metadata": slim})
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
             self._note_restarts(raw)
             if has_ended(raw):
@@ -193,7 +195,7 @@ class Store:
                 return None
             if generation is None or uid in self._gone:
                 return parsed
-            known = self._specs[uid] = (generation, parsed)
+            known = self._specs[uid] = (generation, self._shared.parsed(raw["spec"], parsed))
         return known[1]
 
     def job_of_uid(self, uid: str) -> Object | None:
@@ -280,9 +282,11 @@ class Store:
             members.discard((kind, uid))
             if not members:
                 del self._by_owner[entry.owner]
-                self._jobs_left.pop(entry.owner, None)
-            if kind == "Job" and self._by_owner.get(uid):
-                self._jobs_left[uid] = entry.owner, entry.value.stage
+                self._evaluations_left.get(entry.job_uid, set()).discard(entry.owner)
+                if not self._evaluations_left.get(entry.job_uid, True):
+                    del self._evaluations_left[entry.job_uid]
+            if kind == "Job" and entry.value.stage == "evaluate" and self._by_owner.get(uid):
+                self._evaluations_left.setdefault(entry.owner, set()).add(uid)
             if kind == "Pod":
                 self._labelled[entry.job_uid].discard(uid)
                 if not self._labelled[entry.job_uid]:
@@ -335,7 +339,7 @@ class Store:
     def gpu_pods(self, uid: str) -> list[PodView]:
         """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
         found = []
-        evaluations = [child for child, owned in self._jobs_left.items() if owned == (uid, "evaluate")]
+        evaluations = list(self._evaluations_left.get(uid, ()))
         for kind, child in self._by_owner.get(uid, ()):
             if kind == "Pod":
                 found.append(pod_view(self._children[kind][child].value))
