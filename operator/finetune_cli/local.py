@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import queue
+import shutil
 import socket
 import subprocess
 import sys
@@ -132,6 +133,7 @@ class LocalRun:
                 f"run {earlier.id} was made from the same, and another process runs it; wait for its end, or begin another with --fresh"
             )
             self._end("Failed", "RunInProgress", message)
+            shutil.rmtree(self.folder)  # it would be the latest, and holds nothing but the same rows once more
             return False
         take_over(self.layout, earlier)
         self._held.close()

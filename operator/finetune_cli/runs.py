@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 import shutil
@@ -103,6 +102,8 @@ class Lock:
     """Held by the process that runs a run: two of them would write the same checkpoints."""
 
     def __init__(self, folder: Path) -> None:
+        import fcntl  # the commands for clusters run where there is none, too
+
         self._file: TextIO | None = self.path(folder).open("a")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

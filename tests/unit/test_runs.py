@@ -227,7 +227,7 @@ def test_what_resume_cannot_go_on_with(tmp_path: Path) -> None:
         played(tmp_path, resume="1")
     busy, _ = played(tmp_path)
     assert busy.status.conditions[-1].reason == "RunInProgress" and "train" not in busy.started
-    assert next(run for run in runs_in(tmp_path) if run.id == "1").phase == "Running"
+    assert [(run.id, run.phase) for run in runs_in(tmp_path)] == [("1", "Running")]
     held.close()
     with pytest.raises(NoSuchRun, match="there are: none"):
         played(tmp_path / "empty", resume="1")
