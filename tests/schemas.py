@@ -93,13 +93,19 @@ def _evaluate(expression: str, value: str) -> Any:
     return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value))})
 
 
+def _refused(new: dict[str, Any], old: dict[str, Any] | None = None) -> Iterator[str]:
+    """Messages of what the policy has against a job, as it is with its defaults, in the place of another."""
+    said = policy()[0]["spec"]
+    seen = {"object": celpy.json_to_cel(new), "oldObject": celpy.json_to_cel(old)}
+    if all(_program(condition["expression"]).evaluate(seen) for condition in said["matchConditions"]):
+        yield from (v["message"] for v in said["validations"] if not _program(v["expression"]).evaluate(seen))
+
+
 def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What the policy has against a write of a whole job: message by field."""
-    spec = schema("FineTuneJob")["spec"]
-    before, after = (celpy.json_to_cel({**raw, "spec": filled(spec, raw["spec"])}) for raw in (old, new))
-    validations = policy()[0]["spec"]["validations"]
-    kept = [bool(_program(v["expression"]).evaluate({"object": after, "oldObject": before})) for v in validations]
-    return {field.path: v["message"] for field, v, holds in zip(FROZEN, validations, kept, strict=True) if not holds}
+    before, after = ({**raw, "spec": filled(schema("FineTuneJob")["spec"], raw["spec"])} for raw in (old, new))
+    told = set(_refused(after, before))
+    return {field.path: field.message for field in FROZEN if field.message in told}
 
 
 def refusals(node: dict[str, Any], value: Any, path: str = "spec") -> Iterator[tuple[str, str]]:
@@ -129,7 +135,8 @@ def server_refusals(kind: str, spec: Any) -> list[tuple[str, str]]:
     wrong = [(error.json_path.replace("$", "spec", 1), error.message) for error in errors]
     if any(error.validator != "uniqueItems" for error in errors):
         return wrong
-    return [*wrong, *refusals(schema(kind)["spec"], whole)]
+    between = [("spec", message) for message in _refused({"spec": whole})] if kind == "FineTuneJob" else []
+    return [*wrong, *refusals(schema(kind)["spec"], whole), *between]
 
 
 def model_accepts(kind: str, spec: Any) -> bool:
@@ -179,7 +186,8 @@ _EVERYTHING = merged(
     dataset={
         "train": {"uri": "hf://org/rows", **_SECRET},
         "mix": [{"uri": "s3://bucket/rows.jsonl", "s3Endpoint": "https://minio.example", **_SECRET}],
-        "eval": {"uri": "hf://org/rows"},
+        "eval": {"uri": "hf://org/rows", "groupBy": "customer"},
+        "columns": {"question": "prompt"},
         "checks": {},
     },
     tuning={
@@ -201,7 +209,8 @@ _EVERYTHING = merged(
     workspace={"template": {"storage": 21474836480, "accessMode": "ReadWriteMany"}},
     evaluation={
         "metrics": ["loss", "json-schema", "regex", "judge-win-rate"],
-        "gate": {"metric": "loss"},
+        "gate": {"metric": "loss", "compareWith": "instructed", "onInconclusive": "publish"},
+        "baseline": {"systemPrompt": "Answer in JSON.", "fewShot": 4},
         "jsonSchema": "{}",
         "regex": "a+",
         "judge": _ENDPOINT,

@@ -6,7 +6,9 @@ there raises instead of being dropped.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +141,23 @@ def queue_columns() -> list[dict[str, Any]]:
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
     text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
-    return _definition(
-        KIND, PLURAL, ["ftj"], "Namespaced", text, FineTuneJobSpec, FineTuneJobStatus, printer_columns(), ["all", "finetune"]
-    )
+    spec = _of_one_field(structural_schema(FineTuneJobSpec))
+    return _definition(KIND, PLURAL, ["ftj"], "Namespaced", text, spec, FineTuneJobStatus, printer_columns(), ["all", "finetune"])
 
 
 def policy() -> list[dict[str, Any]]:
-    """What of a FineTuneJob may change, as a ValidatingAdmissionPolicy and its binding (KEP-3488).
+    """What holds between fields of a FineTuneJob, and what of it may change: a ValidatingAdmissionPolicy and its binding (KEP-3488).
 
-    Not as rules of the definition: those are evaluated at each write of a status, too, where no spec can change.
+    Not as rules of the definition: those are evaluated at each write of a status, too, where no spec can change. As with those,
+    what was stored before a rule came is not held against it while the spec stays as it is.
     """
     api, name = "admissionregistration.k8s.io/v1", f"{PLURAL}.{GROUP}"
-    rule = {"apiGroups": [GROUP], "apiVersions": ["*"], "operations": ["UPDATE"], "resources": [PLURAL]}
-    spec = {"matchConstraints": {"resourceRules": [rule]}, "validations": [field.to_cel() for field in FROZEN]}
+    rule = {"apiGroups": [GROUP], "apiVersions": ["*"], "operations": ["CREATE", "UPDATE"], "resources": [PLURAL]}
+    spec = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "matchConditions": [{"name": "spec-is-new", "expression": "oldObject == null || object.spec != oldObject.spec"}],
+        "validations": [*_rules(structural_schema(FineTuneJobSpec), "object.spec"), *(field.to_cel() for field in FROZEN)],
+    }
     binding = {"policyName": name, "validationActions": ["Deny"]}
     return [
         {"apiVersion": api, "kind": "ValidatingAdmissionPolicy", "metadata": _metadata(name), "spec": spec},
@@ -159,12 +165,31 @@ def policy() -> list[dict[str, Any]]:
     ]
 
 
+def _rules(node: dict[str, Any], here: str, guard: str = "{}") -> Iterator[dict[str, str]]:
+    """Rules that hold between fields, bound to where they are in an object. `guard`: what lets them hold where that is absent."""
+    for rule in node.get("x-kubernetes-validations", []) if "properties" in node else []:
+        yield {"expression": guard.format(re.sub(r"\bself\b", here, rule["rule"])), "message": rule["message"]}
+    for name, child in node.get("properties", {}).items():
+        inner = f"{here}.{name}"
+        there = "default" in child or name in node.get("required", [])
+        yield from _rules(child, inner, guard if there else guard.format(f"!has({inner}) || ({{}})"))
+    if "items" in node:
+        yield from _rules(node["items"], "item", guard.format(f"{here}.all(item, {{}})"))
+
+
+def _of_one_field(node: Any) -> Any:
+    """A schema whose rules are about the look of a single field; those between fields are the policy's."""
+    if isinstance(node, dict):
+        between = "properties" in node
+        return {key: _of_one_field(value) for key, value in node.items() if not (between and key == "x-kubernetes-validations")}
+    return [_of_one_field(item) for item in node] if isinstance(node, list) else node
+
+
 def queue_crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneQueue."""
     text = "FineTuneQueue says how many GPUs of which kind the jobs of some namespaces may use, and who goes first."
-    return _definition(
-        QUEUE_KIND, QUEUE_PLURAL, ["ftq"], "Cluster", text, FineTuneQueueSpec, FineTuneQueueStatus, queue_columns(), ["finetune"]
-    )
+    spec = structural_schema(FineTuneQueueSpec)
+    return _definition(QUEUE_KIND, QUEUE_PLURAL, ["ftq"], "Cluster", text, spec, FineTuneQueueStatus, queue_columns(), ["finetune"])
 
 
 def _definition(
@@ -173,7 +198,7 @@ def _definition(
     short: list[str],
     scope: str,
     description: str,
-    spec: type[APIModel],
+    spec: dict[str, Any],
     status: type[APIModel],
     columns: list[dict[str, Any]],
     categories: list[str],
@@ -186,7 +211,7 @@ def _definition(
             "apiVersion": {"type": "string", "description": "API version of this object."},
             "kind": {"type": "string", "description": "Kind of this object."},
             "metadata": {"type": "object"},
-            "spec": structural_schema(spec),
+            "spec": spec,
             # the operator writes it in full: no defaults, and one owner, since servers would keep who wrote which of its fields,
             # more than half of what they store of a job, and read it at each write
             "status": {**_without(structural_schema(status), "default"), "x-kubernetes-map-type": "atomic"},

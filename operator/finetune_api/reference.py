@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .crd import crd, queue_crd
+from .crd import crd, policy, queue_crd
 
 _INTRO = """# Reference
 
@@ -62,10 +62,13 @@ def _rules(node: dict[str, Any]) -> Iterator[str]:
 
 def reference() -> str:
     """The Markdown text."""
-    return "\n".join([_INTRO, *_chapter(crd()), "", *_chapter(queue_crd())]) + "\n"
+    jobs, queues = crd(), queue_crd()
+    between = [validation["message"] for validation in policy()[0]["spec"]["validations"]]
+    spec = queues["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return "\n".join([_INTRO, *_chapter(jobs, between), "", *_chapter(queues, _rules(spec))]) + "\n"
 
 
-def _chapter(document: dict[str, Any]) -> list[str]:
+def _chapter(document: dict[str, Any], rules: Iterable[str]) -> list[str]:
     named, version = document["spec"]["names"], document["spec"]["versions"][0]
     schema = version["schema"]["openAPIV3Schema"]
     fields = schema["properties"]
@@ -79,7 +82,7 @@ def _chapter(document: dict[str, Any]) -> list[str]:
             lines.append(f"| `{path}` | {_type(node)} | {_default(node, required)} | {description} |")
         lines.append("")
     lines += [f"## Rules over several fields of a {named['kind']}", ""]
-    return [*lines, *(f"- {message}" for message in _rules(fields["spec"]))]
+    return [*lines, *(f"- {message}" for message in dict.fromkeys(rules))]
 
 
 def main() -> None:

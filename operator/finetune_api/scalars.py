@@ -121,6 +121,8 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 def printable(text: str) -> str:
     """Text without control characters, escape sequences and characters that change the direction of writing; lines and tabs stay."""
+    if text.isprintable():
+        return text
     return "".join(c if c in "\n\t" or not unicodedata.category(c).startswith("C") else "\ufffd" for c in text)
 
 

@@ -32,7 +32,7 @@ def bench(share: float = 1.0, config: str = "baseline") -> dict[str, Any]:
         workload = yaml.safe_load((built / "configs" / config / "generator.yaml").read_text())
         _cut(workload, share)
         (out / "generator.yaml").write_text(yaml.safe_dump(workload))
-        env = {**os.environ, "KUBECONFIG": str(server.admin), processes.MARK: NAME}
+        env = {**os.environ, "KUBECONFIG": str(server.admin), "PROJECT_DIR": str(out), processes.MARK: NAME}
         topology = ["--enableTAS"] if "topology" in workload else []
 
         def start(*words: str | Path) -> subprocess.Popen[bytes]:
@@ -79,7 +79,7 @@ def _summary(out: Path) -> dict[str, Any]:
     found = yaml.safe_load((out / "summary.yaml").read_text())
     (queues,) = found["clusterQueueClasses"].values()
     classes = found["workloadClasses"]
-    ends = [float(row["ms_to_finish"]) for row in csv.DictReader((out / "wlStates.csv").open())]
+    ends = [float(row["ms to finish"]) for row in csv.DictReader((out / "wlStates.csv").open())]
     return {
         "jobs": sum(c["count"] for c in classes.values()),
         "longest_job_seconds": round(max(ends) / 1000, 1),

@@ -18,14 +18,14 @@ import pytest
 import urllib3
 from kubernetes import client, config
 
-from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api import GROUP, KIND, PLURAL, VERSION, names
 from finetune_api.contract import StageResult
 from tests.cluster import binaries
 from tests.cluster.control_plane import free_port
-from tests.cluster.local import LocalCluster
+from tests.cluster.local import LocalCluster, kubectl
 from tests.cluster.shell import REPO, digest_of
 from tests.component.machines import Leaving, Machines
-from tests.factory import RESULTS, container_status, ended
+from tests.factory import MINIMAL, RESULTS, container_status, ended, merged
 
 SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 CRDS = sorted((REPO / "crds").glob("*.yaml"))
@@ -39,8 +39,20 @@ def control_plane(name: str, kubernetes: str = binaries.NEWEST, *, definitions: 
     target.up()
     for definition in definitions:
         target.define(definition)
+    if CRDS[0] in definitions:
+        until(
+            "the policy of jobs is in force",
+            lambda: "dataset.eval takes exactly one" in _told_of(target, dataset={**MINIMAL["dataset"], "eval": {}}),
+        )
     yield target
     target.down(quiet=True)
+
+
+def _told_of(cluster: LocalCluster, **changes: Any) -> str:
+    """What an API server says of a job, without keeping it."""
+    probe = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": {"name": "probe"}, "spec": merged(MINIMAL, **changes)}
+    words = [kubectl(), "--kubeconfig", str(cluster.kubeconfig), "create", "--dry-run=server", "-f", "-"]
+    return subprocess.run(words, input=json.dumps(probe), capture_output=True, text=True, check=False).stderr
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ import yaml
 from kubernetes import client, config
 
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
-from finetune_api.crd import crd, policy
+from finetune_api.crd import crd, policy, structural_schema
 from finetune_api.lenient import read_status
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.transitions import HOLDS
 from finetune_api.validation import InvalidDocument
 from tests.cluster import binaries
@@ -94,7 +95,8 @@ def test_both_are_established(server: Server) -> None:
 def test_defaults_are_held_against_their_rules_as_they_are_written(server: Server) -> None:
     """What the unit test finds in a definition is what the server refuses it for."""
     broken = crd()
-    spec = broken["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    spec = structural_schema(FineTuneJobSpec)  # with the rules that the policy has in their place
+    broken["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] = spec
     for _, node in walk(spec):
         if isinstance(node.get("default"), dict):
             node["default"] = {}

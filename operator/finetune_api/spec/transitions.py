@@ -52,7 +52,7 @@ class Frozen:
             same = " && ".join(_same(f"spec.{self.field}.{part}") for part in self.parts)
         else:
             same = f"object.spec.{self.field} == oldObject.spec.{self.field}" if self.required else _same(f"spec.{self.field}")
-        return {"expression": f"{_FREE} || ({same})" if self.while_held else same, "message": self.message}
+        return {"expression": f"oldObject == null || {_FREE + ' || ' if self.while_held else ''}({same})", "message": self.message}
 
     def changed(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Whether the field differs between two specs on the wire, besides what may change at any time."""

@@ -25,6 +25,7 @@ from ..model.job import ChildJobView, Observed, PodView
 from ..model.legible import legible_child, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object, as_object, version_of
 from ..model.workload import has_ended
+from .sharing import Shared
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Store:
         """Told the UID of each job that is gone, whatever told of its end: a watch, a LIST, another of its name"""
         self._begun_with: dict[str, FineTuneJobSpec | None] = {}
         """What jobs began with whose spec may have been changed since; None where the present one holds"""
+        self._shared = Shared()
         self._labelled: dict[str, set[str]] = defaultdict(set)
         """UIDs of pods by the job's UID on their label"""
 
@@ -100,7 +102,7 @@ class Store:
                 self._forget_job(known["metadata"]["uid"])
             raw = legible_job(raw)
             slim = {k: v for k, v in meta.items() if k != "managedFields"}
-            self._jobs[key] = {**raw, "metadata": slim}
+            self._jobs[key] = self._shared.job({**raw, "metadata": slim})
             self._keys[meta["uid"]], self._seen[meta["uid"]] = key, time.monotonic()
             self._note_restarts(raw)
             if has_ended(raw):
@@ -193,7 +195,7 @@ class Store:
                 return None
             if generation is None or uid in self._gone:
                 return parsed
-            known = self._specs[uid] = (generation, parsed)
+            known = self._specs[uid] = (generation, self._shared.parsed(raw["spec"], parsed))
         return known[1]
 
     def job_of_uid(self, uid: str) -> Object | None:

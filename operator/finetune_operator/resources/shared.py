@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import PurePath
 
+import msgspec
+
 from finetune_api import names
 from finetune_api.contract import Mounts
 from finetune_api.spec import WorkspaceTemplate
@@ -37,7 +39,10 @@ def config_map(job: JobRef, settings: Settings) -> Manifest:
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata(job, names.config_map_name(job.name)),
-            "data": {"job.json": job_file(job).dumps(), **{name: text for name, text in certificates.items() if text}},
+            "data": {
+                "job.json": msgspec.json.format(job_file(job).dumps(), indent=1),
+                **{name: text for name, text in certificates.items() if text},
+            },
         }
     )
 

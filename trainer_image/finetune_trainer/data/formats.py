@@ -5,6 +5,7 @@ A format is added as one entry of FORMATS: its columns, an example for messages 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..process.errors import UserError
 from .shape import BadRow, Message, Shape
-from .turns import Unused, as_turns, check_order, read_tools, text, turns
+from .turns import Unused, as_turns, check_order, parse_json, read_tools, text, turns
 
 Values = dict[str, Any]
 
@@ -30,11 +31,16 @@ class Format:
     more: tuple[str, ...] = ()
     """Columns that are read beside those, where a row has them."""
 
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """Every column that is read."""
+        return frozenset((*self.columns, *self.more))
+
     def normalize(self, row: Values, unused: Unused | None = None) -> Shape:
         """The row in its common shape; paths of keys that hold something and were not read go into `unused`. Raises BadRow."""
         left: Unused = set() if unused is None else unused
         shape = self.read(row, left)
-        for key in row.keys() - {*self.columns, *self.more}:
+        for key in row.keys() - self.known:
             if row[key] not in (None, "", [], {}):
                 left.add(str(key))
         return shape
@@ -67,13 +73,13 @@ def _head(row: Values, messages: list[Message]) -> list[Message]:
 
 
 def _tools(row: Values) -> Shape:
-    tools = read_tools(row.get("tools"))
+    tools = read_tools(row.get("tools")) or read_tools(row.get("functions"), "functions")  # the older spelling
     return {"tools": tools} if tools else {}
 
 
 def _is_chat(row: Values, *fields: str) -> bool:
     """Whether a row of columns is a conversation: one of them holds turns, or there is a system text or a tool, which text has no place for."""
-    if "system" in row or row.get("tools") not in (None, "", [], "[]"):
+    if "system" in row or _tools(row):
         return True
     return any(isinstance(as_turns(row.get(field), field), list) for field in fields)
 
@@ -101,7 +107,11 @@ def _alpaca(row: Values, unused: Unused) -> Shape:
     extra = _optional(row, "input")
     question = _column(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
     before: list[Message] = []
-    for index, pair in enumerate(row.get("history") or ()):
+    history = row.get("history") or []
+    history = parse_json(history, "history", "a list of pairs") if isinstance(history, str) else history
+    if not isinstance(history, list):
+        raise BadRow(f"history is {type(history).__name__}, expected a list of pairs of a question and an answer")
+    for index, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history[{index}] is no pair of a question and an answer")
         before.append({"role": "user", "content": text(pair[0], f"history[{index}][0]")})
@@ -187,7 +197,7 @@ def _prompt_only(row: Values, unused: Unused) -> Shape:
     return {"messages": [*messages, *told], **_tools(row)}
 
 
-_AROUND = ("system", "tools")
+_AROUND = ("system", "tools", "functions")
 FORMATS: dict[str, Format] = {  # the first whose columns are all there is the one
     "preference": Format(
         ("chosen", "rejected"), '{"prompt": "...", "chosen": "...", "rejected": "..."}', _preference, ("prompt", *_AROUND)

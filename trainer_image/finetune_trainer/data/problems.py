@@ -110,4 +110,4 @@ class Keys:
 
     def most_common(self, count: int | None = None) -> dict[str, int]:
         """Rows by key, the commonest first."""
-        return dict(self._rows.most_common(count))
+        return dict(sorted(self._rows.items(), key=lambda entry: (-entry[1], entry[0]))[:count])

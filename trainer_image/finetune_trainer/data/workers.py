@@ -93,5 +93,5 @@ def _death(workers: list[Any], folder: Path) -> StageError:
     message = f"a process that reads rows died ({how}) at {place or 'its start'}{said}"
     if dead.exitcode == -signal.SIGKILL:
         hint = "so does the kernel when memory is short; give prepare more, or look at the longest of these rows"
-        return OutOfMemory("WorkerKilled", f"{message}: {hint}")
+        return OutOfMemory("WorkerDied", f"{message}: {hint}")
     return InfrastructureError("WorkerDied", message)
