@@ -94,9 +94,7 @@ def test_a_held_out_prompt_with_another_answer_is_a_leak(desk: Desk, policy: str
     train = [chat(f"what is {i % 10}", f"yes {i}") for i in range(20)]
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 1, "leakage": policy, "nearLeakage": "ignore"}}
     if left is None:
-        with pytest.raises(
-            UserError, match=r"2 row\(s\): train row 4 .*: has the prompt of eval row 1 .*train row 14"
-        ):
+        with pytest.raises(UserError, match=r"2 row\(s\): train row 4 .*: has the prompt of eval row 1 .*train row 14"):
             desk.run(lines(train), dataset=dataset)
         return
     assert desk.run(lines(train), dataset=dataset).result["dataset"]["train"] == left
