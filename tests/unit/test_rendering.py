@@ -243,7 +243,7 @@ def test_what_ends_a_turn_is_what_tokenizer_and_generation_stop_with(desk: Desk)
     from finetune_trainer.models.stopping import load_served_tokenizer, write_generation_config
 
     folder = copied(desk, eos_token="<|pad|>")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3], "temperature": 0.5}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3], "temperature": 0.5}))
     _, answer, _ = learned(desk, {"messages": [QUESTION, ANSWER]}, None)
     assert answer == "done<|end|>"
     context, target = desk.context(None), desk.folder / "saved"
@@ -254,7 +254,10 @@ def test_what_ends_a_turn_is_what_tokenizer_and_generation_stop_with(desk: Desk)
     write_generation_config(context, tokenizer, str(folder), target)
     assert AutoTokenizer.from_pretrained(target).eos_token == "<|end|>"
     written = json.loads((target / "generation_config.json").read_text())
-    assert written["eos_token_id"] == [1, 3] and written["temperature"] == 0.5, "the base's own stay, but for the padding"
+    assert written["eos_token_id"] == [1, 3] and written["temperature"] == 0.5, "the base's own stay"
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    write_generation_config(context, tokenizer, str(folder), target)
+    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == 1, "padding is no end"
 
 
 def test_a_template_that_writes_the_eos_token_goes_on_to_write_the_same(desk: Desk) -> None:
@@ -275,3 +278,26 @@ def test_a_template_that_closes_no_turn_stops_with_what_opens_the_next(desk: Des
     row = {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}
     template = TURNS + "{{ m.content }}{% endfor %}" + ASK
     assert learned(desk, row, template)[1] == "done<|user|>done<|user|>"
+
+
+@pytest.mark.parametrize(
+    ("turn", "wanted"),
+    [
+        ({"role": "assistant", "content": "a colour"}, "a colour"),
+        ({"role": "assistant", "content": "a colour", "reasoning_content": "no number"}, "a colour"),
+        (called(""), '[call]paint{"colour": "red"}'),
+    ],
+)
+def test_the_answer_that_is_wanted_is_what_is_compared(desk: Desk, turn: dict[str, Any], wanted: str) -> None:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.data.tokens import RowTokenizer
+    from finetune_trainer.evaluation.answers import final_answer
+
+    tokenizer = AutoTokenizer.from_pretrained(desk.model)
+    tokenizer.chat_template = TOOLS
+    row = {"messages": [QUESTION, turn], "tools": PAINT}
+    prompt, answer = RowTokenizer(tokenizer, max_length=4096, assistant_only=True).prompt_and_answer(row)
+    assert prompt.endswith("<|user|>paint red<|end|><|assistant|>") and answer == wanted
+    assert final_answer(f"<think>hm</think>{wanted}", answer) == answer == final_answer(answer, answer)
+    assert final_answer("<think>a</think>b", "<think>c</think>d") == "<think>a</think>b", "thoughts are compared where they are wanted"

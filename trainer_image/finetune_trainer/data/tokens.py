@@ -193,10 +193,9 @@ class RowTokenizer:
         if end:
             return rendered.text[: turn.start], rendered.text[turn.start : turn.end]
         prompt = self.template.render(messages[:-1], tools, form=replace(rendered.form, training=False), prompt=True)
-        if not last.get("tool_calls"):
-            return prompt, last["content"]
-        written = self._encode(rendered.text[turn.start : turn.end])
-        return prompt, str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+        written = self.tokenizer.decode(self._encode(rendered.text[turn.start : turn.end]), skip_special_tokens=True).strip()
+        said = not last.get("tool_calls") and ("</think>" in written or written == last["content"].strip())
+        return prompt, last["content"] if said else str(written)
 
     def _pair_texts(self, row: Shape) -> tuple[str, str, str]:
         if isinstance(row["prompt"], str):

@@ -9,7 +9,13 @@ from collections import Counter
 from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_THOUGHT = "</think>"
 _PUNCTUATION = re.compile(r"[^\w\s]")
+
+
+def final_answer(answer: str, wanted: str) -> str:
+    """What is said behind the thoughts, where the wanted answer has none: they are no part of what is compared."""
+    return answer.rpartition(_THOUGHT)[2] if _THOUGHT in answer and _THOUGHT not in wanted else answer
 
 
 def exact_match(answer: str, wanted: str) -> float:

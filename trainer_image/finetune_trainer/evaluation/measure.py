@@ -17,6 +17,7 @@ from ..models.generate import batches, encode, generate, latency
 from ..models.likelihood import learned_values
 from ..models.shared_prefix import share
 from ..process.errors import UserError
+from .answers import final_answer
 from .metrics import METRICS, Values
 
 _TIMED, _TIMED_TOKENS = 3, 16
@@ -69,7 +70,9 @@ def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, rewar
             score = METRICS[metric].score
             if score is not None:
                 rate = score(spec)
-                points = [rate(answer, wanted) for answer, (_, wanted) in zip(found.answers, asked.prompts, strict=True)]
+                points = [
+                    rate(final_answer(answer, wanted), wanted) for answer, (_, wanted) in zip(found.answers, asked.prompts, strict=True)
+                ]
                 found.values[metric] = np.array([[point, 1.0] for point in points])
     found.values = {metric: values for metric, values in found.values.items() if metric in spec.metrics}
     if asked.prompts and not reward:

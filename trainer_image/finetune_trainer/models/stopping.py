@@ -40,14 +40,16 @@ def stop_with(tokenizer: Any, token: str) -> None:
 
 
 def stop_ids(context: Context, tokenizer: Any, folder: str) -> list[int]:
-    """The tokens that an answer stops with: the tokenizer's own, those of the rows, those of the base; not one that is padded with."""
+    """The tokens that an answer stops with: the tokenizer's own, those of the rows, those of the base, but for one that it pads with alone."""
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    found += [int(tokenizer.convert_tokens_to_ids(token)) for token in _noted(context)]
+    known = tokenizer.get_added_vocab()
+    found += [int(known[token]) for token in _noted(context) if token in known]
     for name in ("generation_config.json", "config.json"):
         path = Path(folder, name)
         if path.exists() and (told := json.loads(path.read_text()).get("eos_token_id")) is not None:
             others = told if isinstance(told, list) else [told]
-            found += [int(n) for n in others if n != tokenizer.pad_token_id and 0 <= int(n) < len(tokenizer)]
+            if others != [tokenizer.pad_token_id]:
+                found += [int(n) for n in others if 0 <= int(n) < len(tokenizer)]
             break
     return list(dict.fromkeys(found))
 

@@ -20,6 +20,7 @@ from ..job.context import Context
 from ..models import architecture
 from ..models.fetch import fetch_model, local_path, shown
 from ..models.load import compute_dtype, load_model
+from ..models.stopping import stop_model, stop_with
 from ..process.errors import UserError
 from ..remote.chat import complete
 
@@ -157,6 +158,9 @@ def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     theirs = RowTokenizer(tokenizer, max_length=row_tokenizer.max_length, assistant_only=True)
+    if tokenizer.chat_template:
+        stop_with(tokenizer, theirs.template.turn_end)
+    stop_model(context, model, tokenizer, place)
 
     def ask(prompts: list[Shape]) -> list[str]:
         texts = [theirs.prompt_and_answer(p)[0] for p in prompts]

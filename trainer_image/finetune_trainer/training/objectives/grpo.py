@@ -34,7 +34,10 @@ def reward_function(reward: Reward) -> Any:
     score = REWARDS[reward.type](reward)
 
     def function(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        return [score(text, wanted) if text.strip() else 0.0 for text, wanted in zip(completions, answer, strict=True)]
+        return [
+            score(answers.final_answer(text, wanted), wanted) if text.strip() else 0.0
+            for text, wanted in zip(completions, answer, strict=True)
+        ]
 
     function.__name__ = reward.type
     return function
