@@ -83,7 +83,7 @@ def bench() -> dict[str, Any]:
 def _rows(even: Path, mixed: Path) -> None:
     """Support tickets, all of about one length; and answers of 1 to 16 tickets, as real conversations differ."""
     pairs = [json.loads(line)["messages"] for line in (REPO / "examples/data/support-tickets.jsonl").read_text().splitlines()]
-    shaped = [{"prompt": f"{q['content']}\n", "completion": a["content"]} for q, a in pairs]
+    shaped = [{"prompt": f"{q['content']}\n", "completion": a["content"]} for _, q, a in pairs]
     long = [
         {
             "prompt": row["prompt"],

@@ -17,6 +17,7 @@ from finetune_trainer.stages.publish import publish
 from tests.cluster.quickstart import model
 from tests.trainer.bases import make
 from tests.trainer.conftest import ROWS, Bench
+from tests.trainer.test_card import paste
 
 HYPER = {"maxSteps": 6, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
 
@@ -119,7 +120,7 @@ def test_a_template_that_refuses_a_system_turn_gets_a_modelfile_without_one(benc
 
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     tokenizer.chat_template = NO_SYSTEM
-    text = forms.modelfile(tokenizer, "model-f16.gguf")
+    text = forms.modelfile(tokenizer, "model-f16.gguf", [])
     assert 'TEMPLATE """<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}"""' in text and ".System" not in text
 
 
@@ -163,7 +164,10 @@ def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
     card = (bench.folder / "published" / "c" / "README.md").read_text()
     for part in (
         "library_name: peft",
+        "| Metric | Base | Base, 8 examples | Tuned |",
         "| loss |",
+        "| Tokens of a prompt |",
+        "| Seconds of a request |",
         "Improvement",
         "vllm serve",
         "--max-lora-rank 8",
@@ -192,6 +196,7 @@ def test_gguf_of_a_real_model(tmp_path: Path) -> None:
     context = bench.context(ROWS["messages"], tuning=tuning, output=output, publish=[{"uri": "pvc://published/g"}])
     bench.train(context)
     publish(context)
+    paste(tmp_path / "published" / "g", tmp_path / "tools")
     folder = tmp_path / "published" / "g" / "gguf"
     forms._convert(str(bench.model), tmp_path / "base.gguf", "f16")
 
