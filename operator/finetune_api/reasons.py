@@ -18,16 +18,18 @@ _OF_THE_OPERATOR = """
     TooManyRestarts
 """
 _OF_THE_TRAINER = """
-    AdapterNotReadable AddressNotAllowed BadJSONSchema BadRegex ChatTemplateFailed ChatTemplateTooLarge ChatTemplateTooSlow
-    ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound DatasetNotGzip DatasetNotJSON DatasetNotParquet
-    DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows
-    EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
-    ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
+    AdapterNotReadable AddressNotAllowed AttentionNotSupported BadJSONSchema BadRegex ChatTemplateFailed ChatTemplateTooLarge
+    ChatTemplateTooSlow ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound DatasetNotGzip DatasetNotJSON
+    DatasetNotParquet DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed
+    DownloadIncomplete DuplicateRows EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows
+    LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers MethodNotSupported MixedFormats ModelNotFound
+    ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
     NoSafetensors NoSuchModule NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
-    PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SharedDevice SlowTokenizer SourceNotFound
-    SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
-    TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownFormat UnknownTask UnstableChatTemplate
-    VerificationFailed WorldMismatch WrongAdapter WrongFormat
+    PublishRefused QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
+    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
+    TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
+    UnknownFormat UnknownTask UnstableChatTemplate VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable
+    WorldMismatch WrongAdapter WrongArchitecture WrongFormat
 """
 REASONS = frozenset(
     (

@@ -214,10 +214,15 @@ def _unpaired(row: Shape) -> Shape:
 
 
 def _prompt_only(row: Shape) -> Shape:
-    prompt = row.get("prompt")
+    """A prompt, with what a reward compares with where that is there: `answer`, or `solution` as TRL's own data sets name it."""
+    prompt, answer = row.get("prompt"), next((row[key] for key in ("answer", "solution") if row.get(key) is not None), None)
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    told = _text(answer, "answer") if answer is not None else None
     if isinstance(prompt, list):
-        return {"messages": _check_order(turns(prompt, "prompt"), answer=False)}
-    return {"prompt": _text(prompt, "prompt")}
+        messages = _check_order(turns(prompt, "prompt"), answer=False)
+        return {"messages": messages + ([{"role": "assistant", "content": told}] if told is not None else [])}
+    return {"prompt": _text(prompt, "prompt"), **({"completion": told} if told is not None else {})}
 
 
 FORMATS: dict[str, Format] = {  # the first whose columns are all there is the one

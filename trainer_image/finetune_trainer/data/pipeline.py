@@ -16,6 +16,8 @@ from finetune_api.status import DatasetStatus, Plan
 from ..job.context import Context
 from ..process.errors import UserError
 from .formats import FORMATS, detect
+from .limits import Limits, check_length, check_vocabulary
+from .packing import packed_sequences
 from .reading import Row, rows
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
@@ -207,6 +209,17 @@ class Pipeline:
         self.rows_per_epoch, self.tokens = self.store.totals()
         if not self.rows_per_epoch:
             raise UserError("TooFewExamples", "the weights of the sources leave no training row; raise dataset.train.weight")
+
+    def check_fits(self, limits: Limits) -> None:
+        """Raise UserError for rows that the model cannot take; those that it was not made for are told."""
+        check_vocabulary(limits, self.store, self.row_tokenizer.tokenizer, self._place)
+        beyond = check_length(limits, self.store, self.row_tokenizer.max_length, self._place)
+        if beyond:
+            self.warnings["beyondContext"] = beyond
+
+    def packed_sequences(self) -> int:
+        """Sequences that the training rows are packed into."""
+        return packed_sequences(self.store.training_lengths(), self.row_tokenizer.max_length)
 
     def write(self) -> DatasetStatus:
         """The prepared rows; what is written is what trains and evaluates."""

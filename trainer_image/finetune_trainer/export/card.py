@@ -66,7 +66,7 @@ def model_card(facts: CardFacts) -> str:
         f"| Method | {tuning.objective}, {tuning.method} |",
         f"| Learning rate | {hyper.learning_rate:g}, {hyper.lr_scheduler_type}, {hyper.optimizer} |",
         f"| Batch | {hyper.global_batch_size} rows a step |",
-        f"| Length | {hyper.max_length} tokens{', packed' if hyper.packing else ''} |",
+        f"| Length | {hyper.max_length} tokens{', packed' if 'packed sequences a step' in (facts.plan or {}).get('reason', '') else ''} |",
         *(
             [f"| Steps | {facts.plan['totalSteps']} on {facts.plan['worldSize']} process(es), {facts.plan['strategy']} |"]
             if facts.plan

@@ -31,8 +31,9 @@ from ..models.load import load_tokenizer
 from ..process.errors import UserError
 from ..training import teacher
 from ..training.adapter import fetch_adapter
+from ..training.objectives.grpo import COMPARING
 from ..training.plan import make_plan
-from ..training.shape import describe_model
+from ..training.shape import describe_model, packs
 
 
 def prepare(context: Context) -> StageResult:
@@ -46,11 +47,11 @@ def prepare(context: Context) -> StageResult:
     # 2. The models: fetched, and looked at as far as their configuration tells
     folder = fetch_base_model(context)
     tokenizer = load_tokenizer(context, folder)
-    teacher.fetch_teacher(context, tokenizer)
-    shape = describe_model(context, folder)
-    forms.check_convertible(context, folder)
+    resident = teacher.fetch_teacher(context, tokenizer)
     if spec.tuning.continue_from is not None:
         fetch_adapter(context)
+    base = describe_model(context, folder)
+    forms.check_convertible(context, folder, tokenizer, base.modules)
 
     # 3. What evaluate will need of the network
     if evaluation is not None and evaluation.harness_tasks:
@@ -63,7 +64,11 @@ def prepare(context: Context) -> StageResult:
 
     # 4. The rows: read, compared, counted; then the plan, and the rows written
     row_tokenizer = RowTokenizer(
-        tokenizer, objective=spec.tuning.objective, max_length=hyper.max_length, assistant_only=spec.tuning.assistant_only_loss
+        tokenizer,
+        objective=spec.tuning.objective,
+        max_length=hyper.max_length,
+        assistant_only=spec.tuning.assistant_only_loss,
+        needs_answer=_needs_answer(context),
     )
     store = Store(context.layout.data)
     try:
@@ -71,7 +76,11 @@ def prepare(context: Context) -> StageResult:
         pipeline.read_all()
         pipeline.compare()
         pipeline.check_enough()
-        plan = make_plan(spec, pipeline.rows_per_epoch, shape, teacher=teacher.resident_parameters(context), tokens=pipeline.tokens)
+        pipeline.check_fits(base.limits)
+        packed = pipeline.packed_sequences() if packs(spec, base) else None
+        plan = make_plan(
+            spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
+        )
         status = pipeline.write()
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
@@ -121,6 +130,13 @@ def _check_settings(context: Context) -> None:
         raise UserError(
             "NoFlashAttention", "hyperparameters.attention is flash-attention-2, which this image does not have; set it to auto or sdpa"
         )
+
+
+def _needs_answer(context: Context) -> str | None:
+    """What compares sampled answers with the rows' own."""
+    grpo = context.spec.tuning.grpo
+    comparing = [reward.type for reward in grpo.rewards if reward.type in COMPARING] if grpo is not None else []
+    return f"tuning.grpo.rewards {comparing[0]}" if comparing else None
 
 
 def _check_schema(place: str, text: str) -> None:
