@@ -321,6 +321,7 @@ class Layout:
         self.train_rows = f"{self.data}/train.parquet"
         self.eval_rows = f"{self.data}/eval.parquet"
         self.general_rows = f"{self.data}/general.json"
+        self.baseline = f"{self.data}/baseline.json"
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"

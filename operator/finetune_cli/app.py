@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from finetune_api.advice import advice
+from finetune_api.spec import FineTuneJobSpec
 
 from .documents import read_jobs
 from .output import Format, Output, dump
@@ -62,6 +63,18 @@ def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with Fi
                 console.print(f"  warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
+def _local_jobs(file: Path, pairs: list[str] | None) -> tuple[list[tuple[dict[str, Any], FineTuneJobSpec]], dict[str, str]]:
+    """The jobs of a manifest, and the folder of each claim or ConfigMap: those of plain paths, and those that are said."""
+    from .paths import LocalPaths
+
+    try:
+        said = dict(pair.split("=", 1) for pair in pairs or ())
+    except ValueError:
+        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
+    paths = LocalPaths(file.resolve().parent)
+    return read_jobs(file, paths.rewrite), {**paths.volumes, **said}
+
+
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob.")],
@@ -79,11 +92,8 @@ def run(
         raise typer.BadParameter("only --local runs here; in a cluster: finetune create -f FILE --watch")
     if resume is not None and fresh:
         raise typer.BadParameter("it goes on with a run, or begins one; leave one of the two out", param_hint="--resume, --fresh")
-    try:
-        volumes = dict(pair.split("=", 1) for pair in volume or ())
-    except ValueError:
-        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
-    folder, jobs = workspace.resolve(), read_jobs(file)
+    folder = workspace.resolve()
+    jobs, volumes = _local_jobs(file, volume)
     if resume is not None and len(jobs) > 1:
         raise typer.BadParameter(f"{file} holds {len(jobs)} jobs, and a run is of one: give a file with that one", param_hint="--resume")
     good = [
@@ -91,6 +101,34 @@ def run(
         for metadata, spec in jobs
     ]
     raise typer.Exit(0 if all(good) else 1)
+
+
+@app.command()
+def preview(
+    file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob, or reports/data.json of a run.")],
+    volume: Annotated[list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Folder that stands for a claim or ConfigMap.")] = None,
+    workspace: Workspace = Path("finetune-workspace"),
+    rows: Annotated[int, typer.Option(help="Rows to show, at most.")] = 1,
+) -> None:
+    """Show rows as the model sees them, what is learned in color. Of a manifest, the data are prepared on this machine."""
+    from .local import LocalRun, job_file
+    from .preview import drawn, read_samples
+
+    if file.suffix == ".json":
+        reports = [file]
+    else:
+        reports = []
+        jobs, volumes = _local_jobs(file, volume)
+        for metadata, spec in jobs:
+            job = LocalRun(job_file(metadata, spec, volumes), workspace.resolve())
+            job.run(prepare_only=True)
+            if job.status.phase == "Failed":
+                print(next(c.message for c in job.status.conditions if c.type == "Failed"), file=sys.stderr)
+                raise typer.Exit(1)
+            reports.append(Path(job.layout.data_report))
+    for report in reports:
+        for text in drawn(read_samples(report)[:rows]):
+            console.print(text, soft_wrap=True)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read_jobs(path: Path) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
-    """All FineTuneJobs of a file, checked strictly. Raises InvalidDocument."""
+def read_jobs(path: Path, rewrite: Callable[[Any], Any] = lambda document: document) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
+    """All FineTuneJobs of a file, checked strictly after `rewrite`. Raises InvalidDocument."""
     try:
         documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]
     except OSError as failure:
@@ -54,4 +55,4 @@ def read_jobs(path: Path) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
     jobs = [d for d in ours if d not in queues]
     if not jobs and not queues:
         raise InvalidDocument([FieldError("", f"{path} holds no {KIND}")])
-    return [parse_job(d) for d in jobs]
+    return [parse_job(rewrite(d)) for d in jobs]

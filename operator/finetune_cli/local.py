@@ -33,6 +33,7 @@ from finetune_api.contract import (
     read_identity,
     read_stage_result,
 )
+from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
@@ -174,8 +175,8 @@ class LocalRun:
             if compared is None:
                 return
             self.status.evaluation = EvaluationStatus.model_validate(compared.result)
-            if self.status.evaluation.gate == "NotPassed":
-                self._end("Failed", "GateNotPassed", f"{compared.message}; nothing was published, the result is in {self.layout.output}")
+            if (shut := shut_gate(spec, self.status.evaluation)) is not None:
+                self._end("Failed", shut.reason, f"{compared.message}; nothing was published, the result is in {self.layout.output}")
                 return
         if spec.publish:
             published = self._stage("publish", "Published", "Publishing")

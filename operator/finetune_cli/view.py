@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import SAID_BY_OTHERS, FineTuneJobStatus
+from finetune_api.status import PROMPTING_MAY_DO, SAID_BY_OTHERS, Condition, FineTuneJobStatus
+
+from .arms import arms_table, verdict
 
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
@@ -42,6 +44,7 @@ class JobView:
         self.console, self.name, self.spec = console, name, spec
         self.losses: list[float] = []
         self._seen: dict[str, tuple[str, str]] = {}
+        self._told: list[str] = []
         self._line: tuple[str, int] | None = None
         self._last_step = -1
 
@@ -65,8 +68,16 @@ class JobView:
                     mark = "✗"
                 elif condition.status == "False" and (condition.reason in _PASSING or condition.type == "Admitted"):
                     mark = "…"
-                news.append(f"{mark} {condition.type}: {condition.message or condition.reason}")
+                news.append(f"{mark} {condition.type}: {self._once(condition)}")
         return news
+
+    def _once(self, condition: Condition) -> str:
+        """A condition's message, or of one that says again what another said its reason and the rest of it."""
+        told = next((text for text in self._told if condition.message.startswith(text)), None)
+        if condition.message and told is None:
+            self._told.append(condition.message)
+        rest = (condition.message if told is None else condition.message[len(told) :]).strip()
+        return (rest or condition.reason) if told is None else f"{condition.reason} {rest}".strip()
 
     def render(self, status: FineTuneJobStatus) -> RenderableType:
         """The live part: phases, bar, loss."""
@@ -114,27 +125,20 @@ class JobView:
         return f"{self.name}: {status.phase} {progress.percent}% (step {progress.step}/{progress.total_steps}{loss}, ETA {progress.eta or '?'})"
 
     def summary(self, status: FineTuneJobStatus) -> RenderableType:
-        """The end: scores of base against tuned, and where the result is."""
+        """The end: scores of the tuned model beside those of its base, and where the result is."""
         parts: list[RenderableType] = []
         if status.evaluation is not None:
-            parts.append(Text(f"{self.name}: {status.evaluation.examples} held-out rows", style="italic"))
-            table = Table()
-            table.add_column("metric")
-            table.add_column("base", justify="right")
-            table.add_column("tuned", justify="right")
-            for metric, base in status.evaluation.base.items():
-                tuned = status.evaluation.tuned.get(metric, float("nan"))
-                better = tuned < base if metric.endswith(("loss", "perplexity")) else tuned > base
-                table.add_row(metric, f"{base:.4g}", Text(f"{tuned:.4g}", style="bold green" if better else "red"))
-            parts.append(table)
-            if status.evaluation.improvement is not None and status.evaluation.interval:
-                low, high = status.evaluation.interval
-                gate = "" if status.evaluation.gate == "None" else f", gate {status.evaluation.gate}"
-                parts.append(Text(f"improvement {status.evaluation.improvement:.4g}, between {low:.4g} and {high:.4g}{gate}"))
+            rows = f"{status.evaluation.examples} held-out rows of {status.evaluation.prompts} prompts"
+            parts += [Text(f"{self.name}: {rows}", style="italic"), arms_table(status.evaluation), Text(verdict(status.evaluation))]
+            evaluated = status.condition("Evaluated")
+            if evaluated is not None and evaluated.reason == PROMPTING_MAY_DO:
+                parts.append(
+                    Text(f"{PROMPTING_MAY_DO}: the base with an instruction or examples is not measurably worse", style="bold yellow")
+                )
         for artifact in status.artifacts:
             parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
         failed = status.condition("Failed")
-        if failed is not None and failed.status == "True":
+        if failed is not None and failed.status == "True" and "Failed" not in self._seen:
             parts.append(Text(f"{failed.reason}: {failed.message}", style="bold red"))
         return Group(*parts)
 

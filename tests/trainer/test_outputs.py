@@ -120,7 +120,7 @@ def test_a_template_that_refuses_a_system_turn_gets_a_modelfile_without_one(benc
 
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     tokenizer.chat_template = NO_SYSTEM
-    text = forms.modelfile(tokenizer, "model-f16.gguf")
+    text = forms.modelfile(tokenizer, "model-f16.gguf", [])
     assert 'TEMPLATE """<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}"""' in text and ".System" not in text
 
 
@@ -164,7 +164,10 @@ def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
     card = (bench.folder / "published" / "c" / "README.md").read_text()
     for part in (
         "library_name: peft",
+        "| Metric | Base | Base, 8 examples | Tuned |",
         "| loss |",
+        "| Tokens of a prompt |",
+        "| Seconds of a request |",
         "Improvement",
         "vllm serve",
         "--max-lora-rank 8",

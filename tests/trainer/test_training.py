@@ -14,7 +14,7 @@ from finetune_api.status import Plan
 from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
 from finetune_trainer.stages.worker import fit
-from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, history
+from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, history, metrics_of
 
 HYPER = {"maxSteps": 8, "learningRate": 1e-2, "globalBatchSize": 16, "maxLength": 64}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0}
@@ -149,7 +149,9 @@ def test_early_stopping_keeps_the_best(bench: Bench) -> None:
     from finetune_trainer.stages.evaluate import evaluate
 
     again = bench.context(None, tuning=tuning, evaluation={"metrics": ["loss"]})
-    assert evaluate(again).result["tuned"]["loss"] == pytest.approx(best, rel=0.05), "the result is that of the best step, not of the last"
+    assert metrics_of(evaluate(again), "Tuned")[0]["loss"] == pytest.approx(best, rel=0.05), (
+        "the result is that of the best step, not of the last"
+    )
     kept = sorted(p.name for p in Path(context.layout.checkpoints).glob("checkpoint-*"))
     assert len(kept) == 2, f"the newest and the best: {kept}"
 

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data import reading
-from finetune_trainer.data.formats import FORMATS, BadRow
+from finetune_trainer.data.formats import FORMATS, RowReader
 from finetune_trainer.data.scan import Scan, scan_rows
 from finetune_trainer.data.sensitive import findings
+from finetune_trainer.data.shape import BadRow
 from finetune_trainer.data.store import read_rows
 from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 from finetune_trainer.process.errors import StageError, UserError
@@ -43,7 +44,7 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
         (
             "messages",
             {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "name": "add", "content": "2"}, {"role": "assistant", "content": "two"}]},
-            {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2", "name": "add"}, {"role": "assistant", "content": "two"}]},
+            {"tools": TOOLS, "messages": [{"role": "user", "content": "1+?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2", "name": "add"}, {"role": "assistant", "content": "two"}]},
         ),
         ("messages", {"messages": json.dumps(chat("a", "b")["messages"])}, chat("a", "b")),
         ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, {"prompt": "p", "chosen": "c", "rejected": "r"}),
@@ -176,7 +177,7 @@ def test_near_duplicates(desk: Desk) -> None:
     assert reported.result["dataset"]["warnings"]["nearDuplicate"] == 4
     dropped = desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "drop"}})
     assert dropped.result["dataset"]["dropped"]["nearDuplicate"] == 4 and dropped.result["dataset"]["train"] == 21
-    with pytest.raises(UserError, match=r"4 row\(s\): train row 22: nearly the same as train row 21"):
+    with pytest.raises(UserError, match=r"4 row\(s\): train row 22 \(train.jsonl:22\): nearly the same as train row 21"):
         desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "fail"}})
     ignored = desk.run(data, dataset={"checks": {"minExamples": 1, "nearDuplicates": "ignore", "nearLeakage": "ignore"}})
     assert "nearDuplicate" not in ignored.result["dataset"].get("warnings", {})
@@ -186,7 +187,7 @@ def test_near_leakage(desk: Desk) -> None:
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines([near(1)[0], *[chat(f"other {i}") for i in range(5)]]))
     data, dataset = lines([*rows(20), *near(3)[1:]]), {"eval": {"uri": "pvc://rows/eval.jsonl"}}
     assert desk.run(data, dataset=dataset).result["dataset"]["warnings"]["nearLeaked"] == 2
-    with pytest.raises(UserError, match=r"train row 21: is nearly eval row 1"):
+    with pytest.raises(UserError, match=r"train row 21 \(train.jsonl:21\): is nearly eval row 1"):
         desk.run(data, dataset={**dataset, "checks": {"minExamples": 1, "nearLeakage": "fail"}})
     left = desk.run(data, dataset={**dataset, "checks": {"minExamples": 1, "nearLeakage": "drop", "nearDuplicates": "ignore"}})
     assert left.result["dataset"]["train"] == 20
@@ -250,7 +251,7 @@ def test_a_missing_chat_template_is_an_error_with_a_proposal(desk: Desk) -> None
     (bare / "chat_template.jinja").unlink()
     context = desk.context(lines(rows(9)))
     context.job.sources["pvc://models"] = str(bare.parent)
-    with pytest.raises(UserError, match=r"has no chat template.*tuning.chatTemplate.*<\|im_start\|>"):
+    with pytest.raises(UserError, match=r"has no chat template.*tuning.chatTemplate.*eos_token"):
         prepare(context)
 
 
@@ -263,13 +264,13 @@ def test_a_missing_chat_template_is_an_error_with_a_proposal(desk: Desk) -> None
         ("{{ ''.__class__.__mro__ }}", "InvalidRows"),
         ("{{ messages[0].missing.deeper }}", "InvalidRows"),
         ("{% if messages", "InvalidRows"),
-        ("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", "UnstableChatTemplate"),
+        ("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", "NoTurnEnd"),
     ],
 )
 def test_a22_hostile_templates(desk: Desk, template: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.data import tokens
+    from finetune_trainer.data import chat_template
 
-    monkeypatch.setattr(tokens, "_RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.5)
     with pytest.raises(UserError) as refused:
         desk.run(lines(rows(9)), tuning={"chatTemplate": template})
     assert refused.value.reason == reason, refused.value
@@ -311,7 +312,7 @@ def test_many_processes_give_the_same_rows_in_the_same_order(desk: Desk) -> None
     from transformers import AutoTokenizer
 
     row_tokenizer = RowTokenizer(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
-    scan = Scan(row_tokenizer, "messages", True)
+    scan = Scan(row_tokenizer, RowReader("messages", {}), True)
     items = [reading.Row(i, raw=json.dumps(chat(f"what {i}")).encode()) for i in range(5000)]
     alone = [row for chunk in scan_rows(scan, items, processes=1) for row in chunk]
     together = [row for chunk in scan_rows(scan, items, processes=3) for row in chunk]
@@ -330,7 +331,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + (m['tool_calls'][0]['function'] | tojson if m['tool_calls'] else '') + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     row = FORMATS["messages"].normalize(
@@ -338,7 +339,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(desk: Desk) -> None:
     )  # fmt: skip
     columns, _ = RowTokenizer(tokenizer, max_length=64, assistant_only=True)(row)
     learned = tokenizer.decode([t for t, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED])
-    assert learned == "add<|end|>two<|end|>"
+    assert learned == '{"name": "add", "arguments": {"a": 1}}<|end|>two<|end|>'
 
 
 _LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))

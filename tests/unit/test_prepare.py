@@ -163,16 +163,19 @@ def test_a4_bad_rows_can_be_dropped(desk: Desk) -> None:
 def test_a4_a_huge_line_is_skipped_without_being_read_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LINE_LIMIT", 1000)
     data = lines(rows(9)) + b'{"text": "' + b"x" * 5000 + b'"}\n' + lines([chat("after")])
-    with pytest.raises(UserError, match=r"train row 10: longer than"):
+    with pytest.raises(UserError, match=r"train row 10 \(train.jsonl:10\): longer than"):
         desk.run(data)
     dropped = {"checks": {"minExamples": 5, "invalidRows": "drop"}}
     assert desk.run(data, dataset=dropped).result["dataset"]["train"] == 10
 
 
-def test_a4_many_bad_rows_are_counted_and_five_are_shown(desk: Desk) -> None:
+def test_a4_many_bad_rows_are_counted_and_ten_are_shown(desk: Desk) -> None:
     with pytest.raises(UserError) as refused:
         desk.run(lines([*rows(50), *[chat("a", "")] * 1000]))
-    assert "1000 row(s)" in refused.value.message and "and 995 more" in refused.value.message
+    message = refused.value.message
+    assert "1000 row(s)" in message and "and 990 more" in message
+    assert message.count("messages[1].content is empty") == 1, "one cause is told once"
+    assert "train row 51 (train.jsonl:51): " in message and message.count("(train.jsonl:") == 10
 
 
 @pytest.mark.parametrize(("policy", "left"), [("drop", 10), ("keep", 12), ("fail", None)])
@@ -180,7 +183,7 @@ def test_a4_duplicates(desk: Desk, policy: str, left: int | None) -> None:
     data = lines([*rows(10), *rows(2)])
     checks = {"minExamples": 5, "duplicates": policy}
     if left is None:
-        with pytest.raises(UserError, match="train row 11: same as train row 1"):
+        with pytest.raises(UserError, match=r"train row 11 \(train.jsonl:11\): same as train row 1 \(train.jsonl:1\)"):
             desk.run(data, dataset={"checks": checks})
     else:
         assert desk.run(data, dataset={"checks": checks}).result["dataset"]["train"] == left
@@ -191,7 +194,7 @@ def test_a4_train_rows_inside_eval(desk: Desk, policy: str, left: int | None) ->
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines(rows(2)))
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 5, "leakage": policy}}
     if left is None:
-        with pytest.raises(UserError, match="train row 1: is also eval row 1"):
+        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): has the prompt of eval row 1 \(eval.jsonl:1\)"):
             desk.run(lines(rows(10)), dataset=dataset)
     else:
         assert desk.run(lines(rows(10)), dataset=dataset).result["dataset"]["train"] == left
@@ -200,9 +203,9 @@ def test_a4_train_rows_inside_eval(desk: Desk, policy: str, left: int | None) ->
 LONG = chat("what is " + "cat dog bird " * 5, "yes")
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("drop", 10), ("fail", "RowsTooLong"), ("truncate", "InvalidRows")])
+@pytest.mark.parametrize(("policy", "expected"), [("drop", 10), ("fail", "RowsTooLong"), ("truncate", "RowsTooLong")])
 def test_a4_rows_over_max_length(desk: Desk, policy: str, expected: int | str) -> None:
-    """Truncating a row until no answer is left is no help: the row is reported."""
+    """Truncating a row until no answer is left is no help: the row is reported, as what it is."""
     changes: dict[str, Any] = {
         "dataset": {"checks": {"minExamples": 5, "tooLong": policy}},
         "tuning": {"hyperparameters": {"maxLength": 16}},
@@ -292,15 +295,16 @@ def test_the_loss_is_on_the_assistants_tokens_alone(desk: Desk) -> None:
     assert tokenizer.decode([t for t in pair["labels"] if t != IGNORED]) == "a colour<|end|>"
 
 
-def test_a_template_that_rewrites_history_is_refused(desk: Desk) -> None:
+def test_a_template_that_rewrites_history_has_its_answers_found(desk: Desk) -> None:
     from transformers import AutoTokenizer
 
-    from finetune_trainer.data.tokens import RowTokenizer
+    from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="assistantOnlyLoss: false"):
-        RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    columns = RowTokenizer(tokenizer, max_length=256, assistant_only=True)(chat("a"))[0]
+    learned = [t for t, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED]
+    assert tokenizer.decode(learned) == "<|assistant|>yes<|end|>", "no part of it stands in a prompt"
 
 
 def test_errors_of_libraries_get_a_class() -> None:

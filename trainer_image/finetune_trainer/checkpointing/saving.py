@@ -13,6 +13,7 @@ from finetune_api.spec import WHOLE_MODEL_METHODS
 from ..job.context import Context
 from ..job.files import write_text
 from ..models.fetch import local_path
+from ..models.stopping import write_generation_config
 from ..process.errors import UserError
 
 
@@ -27,6 +28,8 @@ def save_result(context: Context, trainer: Any) -> None:
     if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         _as_stored(output, local_path(context))
         restore_config(output, local_path(context), reward=context.spec.tuning.objective == "reward")
+    if context.spec.tuning.objective != "reward":
+        write_generation_config(context, trainer.processing_class, local_path(context), output)
     _verify(output)
 
 

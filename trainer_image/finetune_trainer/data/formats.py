@@ -1,26 +1,22 @@
-"""The formats of a row: how each is recognised, what is wrong with a row, and its common shape.
+"""The formats of a row: how each is recognised, what is read of it, and what is wrong with a row.
 
-Common shapes, which are TRL's: {"messages": [...]}, {"prompt", "completion"}, {"text"}, {"prompt", "chosen", "rejected"},
-{"prompt", "completion", "label"}, {"prompt"}. Prompt and answers are strings, or lists of messages.
-A format is added as one entry of FORMATS: its columns, an example for messages to people, and a function.
+A format is added as one entry of FORMATS: its columns, an example for messages to people, and a function to its shape (shape.py).
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..process.errors import UserError
+from .shape import BadRow, Message, Shape
+from .turns import Unused, as_turns, check_order, parse_json, read_tools, text, turns
 
-ROLES = ("system", "user", "assistant", "tool")
-Shape = dict[str, Any]
-
-
-class BadRow(ValueError):
-    """A row that is not of the format, or not fit to learn from."""
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,263 +27,295 @@ class Format:
     """Columns that a row of it has; with these it is recognised."""
     example: str
     """What a row looks like, for messages."""
-    normalize: Callable[[dict[str, Any]], Shape]
-    """The row in its common shape. Raises BadRow."""
+    read: Callable[[Values, Unused], Shape]
+    more: tuple[str, ...] = ()
+    """Columns that are read beside those, where a row has them."""
+
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """Every column that is read."""
+        return frozenset((*self.columns, *self.more))
+
+    def normalize(self, row: Values, unused: Unused | None = None) -> Shape:
+        """The row in its common shape; paths of keys that hold something and were not read go into `unused`. Raises BadRow."""
+        left: Unused = set() if unused is None else unused
+        shape = self.read(row, left)
+        for key in row.keys() - self.known:
+            if row[key] not in (None, "", [], {}):
+                left.add(str(key))
+        return shape
 
 
-def _text(value: Any, field: str) -> str:
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}, expected a string")
-    if not value.strip():
-        raise BadRow(f"{field} is empty")
-    if "\x00" in value:
-        raise BadRow(f"{field} holds a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRow(f"{field} holds half of a surrogate pair") from None
-    return value
+def _column(row: Values, field: str, *, empty: bool = False) -> str:
+    """The text of a column. A number stands for its digits: CSV and Parquet files keep columns of them."""
+    value = row.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return str(value)
+    return text(value, field, empty=empty)
 
 
-def turns(value: Any, field: str = "messages") -> list[Shape]:
-    """A checked list of messages: role, content, and tool calls where there are some."""
-    if isinstance(value, str) and value.lstrip().startswith("["):  # CSV and Parquet files hold lists as JSON text
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow(f"{field} is text, and no JSON list of turns") from None
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{field} is no list of turns" if value else f"{field} is missing or empty")
-    return [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(value)]
+def _optional(row: Values, field: str) -> str:
+    """The text of a column that a row may lack: empty where it has none."""
+    value = row.get(field)
+    return "" if value is None or value != value or value == "" else _column(row, field, empty=True)
 
 
-def _turn(turn: Any, place: str) -> Shape:
-    if not isinstance(turn, dict):
-        raise BadRow(f"{place} is {type(turn).__name__}, expected an object with role and content")
-    role = turn.get("role")
-    if role not in ROLES:
-        hint = "role is missing" if role is None else f"role {str(role)[:40]!r} is not one of {', '.join(ROLES)}"
-        raise BadRow(f"{place}: {hint}")
-    calls = turn.get("tool_calls")
-    if calls:
-        if (
-            role != "assistant"
-            or not isinstance(calls, list)
-            or not all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls)
-        ):
-            raise BadRow(f'{place}.tool_calls is no list of {{"function": {{"name", "arguments"}}}} of the assistant')
-        if not all(isinstance(c["function"].get("name"), str) and c["function"]["name"] for c in calls):
-            raise BadRow(f"{place}.tool_calls: function.name is missing")
-        content = turn.get("content") or ""
-        return {
-            "role": "assistant",
-            "content": _text(content, f"{place}.content") if content else "",
-            "tool_calls": [_call(c) for c in calls],
-        }
-    kept = {"role": str(role), "content": _text(turn.get("content"), f"{place}.content")}
-    if role == "tool":
-        kept.update({key: str(turn[key]) for key in ("name", "tool_call_id") if turn.get(key)})
-    return kept
+def _head(row: Values, messages: list[Message]) -> list[Message]:
+    """The turns, with the text of column `system` in front."""
+    system = _optional(row, "system")
+    if not system.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] not in ("", system):
+            raise BadRow("the column system and the system turn differ; keep one of them")
+        messages = messages[1:]
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _call(call: Shape) -> Shape:
-    function, arguments = call["function"], call["function"].get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise BadRow("tool_calls: function.arguments is text, and no JSON") from None
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+def _tools(row: Values) -> Shape:
+    tools = read_tools(row.get("tools")) or read_tools(row.get("functions"), "functions")  # the older spelling
+    return {"tools": tools} if tools else {}
 
 
-def _check_order(messages: list[Shape], *, answer: bool = True) -> list[Shape]:
-    """System first if at all, then user and assistant in turn, tool results after a tool call, an assistant last."""
-    roles = [turn["role"] for turn in messages]
-    if "system" in roles[1:]:
-        raise BadRow("a system turn stands after the first turn")
-    first = 1 if roles[0] == "system" else 0
-    allowed: tuple[str, ...] = ("user",)
-    for index in range(first, len(roles)):
-        if roles[index] not in allowed:
-            raise BadRow(
-                f"turn {index - first + 1} is of {roles[index]}, expected {' or '.join(allowed)}: user and assistant must alternate, user first, "
-                "and a tool's result follows the assistant's tool_calls"
-            )
-        if roles[index] == "assistant":
-            allowed = ("tool",) if messages[index].get("tool_calls") else ("user",)
-        else:
-            allowed = ("assistant", "tool") if roles[index] == "tool" else ("assistant",)
-    if len(roles) == first:
-        raise BadRow("there is no turn of the user")
-    if answer and roles[-1] != "assistant":
-        raise BadRow("the last turn is not the assistant's: there is no answer to learn")
-    if not answer and roles[-1] == "assistant":
-        raise BadRow("the prompt ends with the assistant's turn")
-    return messages
+def _is_chat(row: Values, *fields: str) -> bool:
+    """Whether a row of columns is a conversation: one of them holds turns, or there is a system text or a tool, which text has no place for."""
+    if "system" in row or _tools(row):
+        return True
+    return any(isinstance(as_turns(row.get(field), field), list) for field in fields)
 
 
-def _messages(row: Shape) -> Shape:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise BadRow("tools is text, and no JSON list") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise BadRow("tools is no list of tool definitions")
-    return {"messages": _check_order(turns(row.get("messages"))), **({"tools": tools} if tools else {})}
+def _side(row: Values, field: str, role: str, unused: Unused) -> list[Message]:
+    """A column as turns: the turns that it holds, or its text as one of `role`."""
+    value = as_turns(row.get(field), field)
+    if isinstance(value, list):
+        return turns(value, field, unused)
+    return [{"role": role, "content": _column(row, field)}]  # type: ignore[typeddict-item]
 
 
-def _prompt_completion(row: Shape) -> Shape:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return {"messages": _check_order([*turns(prompt, "prompt"), *turns(completion, "completion")])}
-    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
+def _messages(row: Values, unused: Unused) -> Shape:
+    return {"messages": check_order(_head(row, turns(row.get("messages"), "messages", unused))), **_tools(row)}
 
 
-def _alpaca(row: Shape) -> Shape:
-    extra = row.get("input")
-    question = _text(row.get("instruction"), "instruction") + (f"\n\n{extra}" if isinstance(extra, str) and extra.strip() else "")
-    system = row.get("system")
-    head = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return {
-        "messages": [*head, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row.get("output"), "output")}]
-    }
+def _prompt_completion(row: Values, unused: Unused) -> Shape:
+    if not _is_chat(row, "prompt", "completion"):
+        return {"prompt": _column(row, "prompt"), "completion": _column(row, "completion")}
+    both = [*_side(row, "prompt", "user", unused), *_side(row, "completion", "assistant", unused)]
+    return {"messages": check_order(_head(row, both)), **_tools(row)}
 
 
-_SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
+def _alpaca(row: Values, unused: Unused) -> Shape:
+    extra = _optional(row, "input")
+    question = _column(row, "instruction") + (f"\n\n{extra}" if extra.strip() else "")
+    before: list[Message] = []
+    history = row.get("history") or []
+    history = parse_json(history, "history", "a list of pairs") if isinstance(history, str) else history
+    if not isinstance(history, list):
+        raise BadRow(f"history is {type(history).__name__}, expected a list of pairs of a question and an answer")
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"history[{index}] is no pair of a question and an answer")
+        before.append({"role": "user", "content": text(pair[0], f"history[{index}][0]")})
+        before.append({"role": "assistant", "content": text(pair[1], f"history[{index}][1]")})
+    said: list[Message] = [*before, {"role": "user", "content": question}, {"role": "assistant", "content": _column(row, "output")}]
+    return {"messages": check_order(_head(row, said)), **_tools(row)}
 
 
-def _sharegpt(row: Shape) -> Shape:
-    value = row.get("conversations")
-    if not isinstance(value, list) or not value:
-        raise BadRow("conversations is no list of turns")
-    found = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"].strip() else []
-    for index, turn in enumerate(value):
-        if not isinstance(turn, dict):
-            raise BadRow(f"conversations[{index}] is {type(turn).__name__}, expected an object with from and value")
-        role = _SHAREGPT.get(str(turn.get("from", turn.get("role"))))
-        if role is None:
-            raise BadRow(f"conversations[{index}]: from {str(turn.get('from'))[:40]!r} is not one of {', '.join(_SHAREGPT)}")
-        found.append({"role": role, "content": _text(turn.get("value", turn.get("content")), f"conversations[{index}].value")})
-    return {"messages": _check_order(found)}
+def _sharegpt(row: Values, unused: Unused) -> Shape:
+    return {"messages": check_order(_head(row, turns(row.get("conversations"), "conversations", unused))), **_tools(row)}
 
 
-def _preference(row: Shape) -> Shape:
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        good, bad = turns(chosen, "chosen"), turns(rejected, "rejected")
-        if prompt is None:  # both hold the whole conversation: what they share is the prompt
-            shared = 0
-            while shared < min(len(good), len(bad)) - 1 and good[shared] == bad[shared]:
-                shared += 1
-            head, good, bad = good[:shared], good[shared:], bad[shared:]
-        else:
-            head = turns(prompt, "prompt") if isinstance(prompt, list) else [{"role": "user", "content": _text(prompt, "prompt")}]
-        if not head:
-            raise BadRow("chosen and rejected share no prompt")
-        for field, answer in (("chosen", good), ("rejected", bad)):
-            try:
-                _check_order([*head, *answer])
-            except BadRow as failure:
-                raise BadRow(f"{field}: {failure}") from None
-        shape: Shape = {"prompt": head, "chosen": good, "rejected": bad}
+_HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def _dialog(row: Values, field: str) -> list[Message]:
+    """Anthropic's form of a conversation as one text: paragraphs that begin with `Human:` and `Assistant:`."""
+    _, *pieces = _HUMAN.split(_column(row, field))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]  # type: ignore[typeddict-item]
+
+
+def _preference(row: Values, unused: Unused) -> Shape:
+    if row.get("prompt") is None and all(isinstance(row.get(side), str) and _HUMAN.match(row[side]) for side in ("chosen", "rejected")):
+        shape = _conversations(row, _dialog(row, "chosen"), _dialog(row, "rejected"), unused)
+    elif _is_chat(row, "prompt", "chosen", "rejected"):
+        shape = _conversations(row, _side(row, "chosen", "assistant", unused), _side(row, "rejected", "assistant", unused), unused)
     else:
-        shape = {"prompt": _text(prompt, "prompt"), "chosen": _text(chosen, "chosen"), "rejected": _text(rejected, "rejected")}
+        shape = {field: _column(row, field) for field in ("prompt", "chosen", "rejected")}
     if shape["chosen"] == shape["rejected"]:
         raise BadRow("chosen and rejected are the same: there is nothing to prefer")
     return shape
 
 
-def _unpaired(row: Shape) -> Shape:
+def _conversations(row: Values, good: list[Message], bad: list[Message], unused: Unused) -> Shape:
+    head: list[Message] = []
+    if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":  # whole conversations: what they share is the prompt
+        while len(head) < min(len(good), len(bad)) - 1 and good[len(head)] == bad[len(head)]:
+            head.append(good[len(head)])
+        good, bad = good[len(head) :], bad[len(head) :]
+        if not head:
+            raise BadRow("chosen and rejected share no prompt")
+    if row.get("prompt") is not None:
+        prompt = _side(row, "prompt", "user", unused)
+        if head and not any(_said(prompt) == _said(head[start : start + len(prompt)]) for start in range(len(head))):
+            raise BadRow("chosen and rejected begin with another prompt than the column prompt; give answers alone, or remove prompt")
+        head = head or prompt
+    elif not head:
+        raise BadRow("chosen and rejected share no prompt")
+    head = _head(row, head)
+    for field, answer in (("chosen", good), ("rejected", bad)):
+        try:
+            check_order([*head, *answer])
+        except BadRow as failure:
+            raise BadRow(f"{field}: {failure}") from None
+    return {"prompt": head, "chosen": good, "rejected": bad, **_tools(row)}
+
+
+def _said(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(turn["role"], (turn["content"] or "").strip()) for turn in messages]
+
+
+def _unpaired(row: Values, unused: Unused) -> Shape:
     label = row.get("label")
     if isinstance(label, str) and label.lower() in ("true", "false"):  # CSV
         label = label.lower() == "true"
     if not isinstance(label, bool):
         raise BadRow(f"label is {type(label).__name__}, expected true (a good answer) or false")
-    return {**_prompt_completion(row), "label": label}
+    return {**_prompt_completion(row, unused), "label": label}
 
 
-def _prompt_only(row: Shape) -> Shape:
-    """A prompt, with what a reward compares with where that is there: `answer`, or `solution` as TRL's own data sets name it."""
-    prompt, answer = row.get("prompt"), next((row[key] for key in ("answer", "solution") if row.get(key) is not None), None)
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    told = _text(answer, "answer") if answer is not None else None
-    if isinstance(prompt, list):
-        messages = _check_order(turns(prompt, "prompt"), answer=False)
-        return {"messages": messages + ([{"role": "assistant", "content": told}] if told is not None else [])}
-    return {"prompt": _text(prompt, "prompt"), **({"completion": told} if told is not None else {})}
+def _prompt_only(row: Values, unused: Unused) -> Shape:
+    """A prompt, with the answer that rewards compare with where the row has one: as `answer`, or else as `solution`."""
+    field = next((name for name in ("answer", "solution") if row.get(name) not in (None, "")), None)
+    if field == "answer" and row.get("solution") not in (None, ""):
+        unused.add("solution")
+    answer = _column(row, field) if field is not None else None
+    if not _is_chat(row, "prompt"):
+        prompt = _column(row, "prompt")
+        return {"prompt": prompt} if answer is None else {"prompt": prompt, "completion": answer}
+    messages = check_order(_head(row, _side(row, "prompt", "user", unused)), answer=False)
+    told: list[Message] = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return {"messages": [*messages, *told], **_tools(row)}
 
 
+_AROUND = ("system", "tools", "functions")
 FORMATS: dict[str, Format] = {  # the first whose columns are all there is the one
-    "preference": Format(("chosen", "rejected"), '{"prompt": "...", "chosen": "...", "rejected": "..."}', _preference),
-    "unpaired-preference": Format(("prompt", "completion", "label"), '{"prompt": "...", "completion": "...", "label": true}', _unpaired),
+    "preference": Format(
+        ("chosen", "rejected"), '{"prompt": "...", "chosen": "...", "rejected": "..."}', _preference, ("prompt", *_AROUND)
+    ),
+    "unpaired-preference": Format(
+        ("prompt", "completion", "label"), '{"prompt": "...", "completion": "...", "label": true}', _unpaired, _AROUND
+    ),
     "messages": Format(
-        ("messages",), '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}', _messages
+        ("messages",), '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}', _messages, _AROUND
     ),
     "sharegpt": Format(
-        ("conversations",), '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}', _sharegpt
+        ("conversations",), '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}', _sharegpt, _AROUND
     ),
-    "prompt-completion": Format(("prompt", "completion"), '{"prompt": "...", "completion": "..."}', _prompt_completion),
-    "alpaca": Format(("instruction", "output"), '{"instruction": "...", "input": "", "output": "..."}', _alpaca),
-    "text": Format(("text",), '{"text": "..."}', lambda row: {"text": _text(row.get("text"), "text")}),
-    "prompt-only": Format(("prompt",), '{"prompt": "..."}', _prompt_only),
+    "prompt-completion": Format(("prompt", "completion"), '{"prompt": "...", "completion": "..."}', _prompt_completion, _AROUND),
+    "alpaca": Format(
+        ("instruction", "output"), '{"instruction": "...", "input": "", "output": "..."}', _alpaca, ("input", "history", *_AROUND)
+    ),
+    "text": Format(("text",), '{"text": "..."}', lambda row, _: {"text": _column(row, "text")}),
+    "prompt-only": Format(("prompt",), '{"prompt": "..."}', _prompt_only, ("answer", "solution", *_AROUND)),
 }
 
 
-def looks_like(row: dict[str, Any]) -> str | None:
-    """The format whose columns a row has."""
-    return next((name for name, kind in FORMATS.items() if all(column in row for column in kind.columns)), None)
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of one source are read: their format, and what the user calls its columns."""
+
+    format: str
+    columns: Mapping[str, str]
+    """The user's name of a column -> the format's."""
+    needs_answer: bool = False
+    """Whether something compares with the row's own answer."""
+
+    def read(self, value: Values) -> tuple[Shape, Unused]:
+        """The row in its common shape, and the paths of what is not read of it. Raises BadRow."""
+        unused: Unused = set()
+        shape = FORMATS[self.format].normalize(rename(value, self.columns, unused), unused)
+        if self.needs_answer and self.format == "prompt-only" and "completion" not in shape and not _answered(shape):
+            raise BadRow("the row has no answer, which reward exact-match compares with; write it as answer or solution")
+        return shape, unused
 
 
-def detect(sample: Iterable[dict[str, Any]], wanted: Iterable[str]) -> tuple[str, str]:
+def _answered(shape: Shape) -> bool:
+    return "messages" in shape and shape["messages"][-1]["role"] == "assistant"
+
+
+def rename(row: Values, columns: Mapping[str, str], unused: Unused | None = None) -> Values:
+    """A row with the format's names of its columns. What the user's map displaces was not meant, and counts as not read."""
+    if not columns:
+        return row
+    renamed = {key: value for key, value in row.items() if key not in columns}
+    for key, name in columns.items():
+        if key in row:
+            if (
+                name in renamed
+                and name in columns.values()
+                and any(other in row for other in columns if other != key and columns[other] == name)
+            ):
+                raise BadRow(f"dataset.columns makes {name} of several columns that this row has; map one of them")
+            if renamed.get(name) not in (None, "") and unused is not None:
+                unused.add(name)
+            renamed[name] = row[key]
+    return renamed
+
+
+def looks_like(row: Values, wanted: Collection[str] = tuple(FORMATS)) -> str | None:
+    """The format whose columns a row has: one of those wanted, or else any."""
+    found = [name for name, kind in FORMATS.items() if all(row.get(column) is not None for column in kind.columns)]
+    if found[:1] == ["unpaired-preference"]:  # without its label a bad answer would be learned
+        return found[0]
+    return next((name for name in found if name in wanted), found[0] if found else None)
+
+
+_GUESSES = {
+    "prompt": ("question", "query", "problem", "user", "input", "instruction"),
+    "completion": ("answer", "response", "output", "target", "solution", "assistant"),
+}
+
+
+def _proposal(columns: Collection[str], wanted: Collection[str]) -> str:
+    """What dataset.columns could be for columns of these names."""
+    needed = {"completion": "answer"} if "prompt-completion" not in wanted else {}
+    pairs = {
+        found: needed.get(name, name)
+        for name, guesses in _GUESSES.items()
+        if name not in columns and (found := next((g for g in guesses if g in columns), None)) is not None
+    }
+    if not pairs or not {"prompt-completion", "prompt-only"} & set(wanted):
+        return ""
+    return f"; or name yours: dataset.columns: {{{', '.join(f'{found}: {name}' for found, name in pairs.items() if found != name)}}}"
+
+
+def detect(sample: Iterable[Values], wanted: Iterable[str]) -> tuple[str, str]:
     """(format, reason) of the first rows; `wanted` are the formats that the objective learns from.
 
     Raises UserError when they are of none or of several formats, or of one that does not fit.
     """
     seen: Counter[str | None] = Counter()
     columns: set[str] = set()
+    wanted = tuple(wanted)
     for row in sample:
-        seen[looks_like(row)] += 1
+        seen[looks_like(row, wanted)] += 1
         columns.update(map(str, row))
     known = [name for name in seen if name is not None]
-    wanted = tuple(wanted)
     if len(known) > 1:
         counts = ", ".join(f"{count} {name or 'unknown'}" for name, count in seen.items())
         raise UserError(
             "MixedFormats",
             f"the first rows are of several formats ({counts}); split the data set, or set dataset.format and checks.invalidRows: drop",
         )
+    shapes = "; ".join(f"{name}: {FORMATS[name].example}" for name in wanted)
     if not known:
-        shapes = "; ".join(f"{name}: {FORMATS[name].example}" for name in wanted)
         found = ", ".join(sorted(columns)[:20]) or "none"
-        raise UserError("UnknownFormat", f"no known format has the columns found ({found}). Expected one of {shapes}")
-    if known[0] not in wanted:
-        shapes = "; ".join(f"{name}: {FORMATS[name].example}" for name in wanted)
         raise UserError(
-            "WrongFormat", f"the rows are of format {known[0]}, which tuning.objective does not learn from. Expected one of {shapes}"
+            "UnknownFormat", f"no known format has the columns found ({found}). Expected one of {shapes}{_proposal(columns, wanted)}"
+        )
+    if known[0] not in wanted:
+        raise UserError(
+            "WrongFormat",
+            f"the rows are of format {known[0]}, which tuning.objective does not learn from. Expected one of {shapes}{_proposal(columns, wanted)}",
         )
     return known[0], f"rows have {' and '.join(repr(c) for c in FORMATS[known[0]].columns)}"
-
-
-def strings(row: Shape) -> list[str]:
-    """All texts of a row in its common shape that come from the user's data."""
-    found: list[str] = []
-    for value in row.values():
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, list):
-            found += [turn["content"] for turn in value if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
-    return found
-
-
-def system_prompt(row: Shape) -> str:
-    """The system prompt of a row, or an empty string."""
-    head = next((value for key, value in row.items() if key in ("messages", "prompt") and isinstance(value, list)), None)
-    return str(head[0]["content"]) if head and head[0]["role"] == "system" else ""

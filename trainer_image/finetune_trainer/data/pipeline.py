@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,40 +16,23 @@ from finetune_api.status import DatasetStatus, Plan
 
 from ..job.context import Context
 from ..process.errors import UserError
-from .formats import FORMATS, detect
+from .formats import FORMATS, RowReader, detect, rename
 from .limits import Limits, check_length, check_vocabulary
 from .packing import packed_sequences
+from .problems import SHOWN, Files, Keys, Problems
 from .reading import Row, rows
+from .rendering import NOT_RENDERED
 from .report import languages
 from .scan import Scan, Scanned, scan_rows
+from .shape import messages_of
 from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
-_SHOWN, _SAMPLE = 5, 50
+_SAMPLE, _STATUS_KEYS = 50, 20
 _CONVERSATIONS = ("messages", "sharegpt", "alpaca")
-AnswerWriter = Callable[[Iterable[Row], str], dict[str, str]]
-"""Writes an answer to each row of a format, by the digest of its prompt (scan.prompt_digest)."""
-
-
-@dataclass
-class Problems:
-    """What was found wrong, with the first places of each kind."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, place: str, detail: str, excerpt: str = "", count: int = 1) -> None:
-        """Note a row, or several with one place shown."""
-        self.counts[kind] += count
-        shown = self.places.setdefault(kind, [])
-        if len(shown) < _SHOWN:
-            shown.append(f"{place}: {detail}" + (f" [{excerpt}]" if excerpt else ""))
-
-    def describe(self, kind: str) -> str:
-        """Count and first places, for a message."""
-        more = self.counts[kind] - len(self.places[kind])
-        return f"{self.counts[kind]} row(s): " + "; ".join(self.places[kind]) + (f"; and {more} more" if more > 0 else "")
+AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
+"""Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
 
 @dataclass
@@ -59,6 +43,7 @@ class SourceReport:
     format: str = ""
     reason: str = ""
     rows: int = 0
+    files: Files = field(default_factory=Files)
 
     def wire(self) -> dict[str, Any]:
         """As JSON."""
@@ -74,6 +59,7 @@ class Pipeline:
         self.checks = dataset.checks
         self.sources, self.fields = list(dataset.sources.values()), list(dataset.sources)
         self.problems, self.dropped, self.warnings = Problems(), Counter[str](), Counter[str]()
+        self.unused, self._columns_seen = Keys(), set[str]()
         evaluation = context.spec.evaluation
         self._wants_answers = evaluation is not None and bool(set(evaluation.metrics) & set(ANSWER_METRICS))
         self.reports = {origin: SourceReport(source.uri) for origin, source in enumerate(self.sources)}
@@ -89,34 +75,54 @@ class Pipeline:
             source = source.model_copy(update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint})
             self.reports[HELD_OUT] = SourceReport(held_out.uri)
             self._read(HELD_OUT, source, "train")
+        self._check_columns()
         for kind in ("unreadable", "invalid"):
             if self.problems.counts[kind]:
                 if self.checks.invalid_rows == "fail":
                     raise UserError("InvalidRows", f"{self.problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
                 self.dropped[kind] = self.problems.counts[kind]
-        if self.problems.counts["tooLong"] and self.checks.too_long == "fail":
+        if self.problems.counts["tooLong"]:
+            if not self._drops_long:
+                other = "drop" if self.checks.too_long == "truncate" else "truncate or drop"
+                raise UserError(
+                    "RowsTooLong",
+                    f"{self.problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to {other}",
+                )
+            self.dropped["tooLong"] = self.problems.counts["tooLong"]
+
+    @property
+    def _drops_long(self) -> bool:
+        """Whether rows that are too long, or of which nothing to learn is left when they are cut, are left out."""
+        return self.checks.too_long == "drop" or (self.checks.too_long == "truncate" and self.checks.invalid_rows == "drop")
+
+    def _check_columns(self) -> None:
+        missing = [name for name in self.context.spec.dataset.columns if name not in self._columns_seen]
+        if missing:
+            found = ", ".join(sorted(self._columns_seen)[:20])
             raise UserError(
-                "RowsTooLong",
-                f"{self.problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to truncate or drop",
+                "UnknownColumn", f"dataset.columns names {', '.join(missing)}, which no row has (found: {found}); name a column of the rows"
             )
 
     def _place(self, origin: int, number: int) -> str:
         name = "eval" if origin == HELD_OUT else self.fields[origin]
-        return f"{name} row {number}"
+        return f"{name} {self.reports[origin].files.place(number)}"
 
     def _read(self, origin: int, source: DatasetSource, name: str) -> None:
         report = self.reports[origin]
-        iterator = rows(self.context, source, name)
+        iterator = rows(self.context, source, name, report.files)
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
         if report.format in _CONVERSATIONS:
             self.row_tokenizer.require_chat_template()
+        grpo = self.context.spec.tuning.grpo
+        compared = grpo is not None and any(reward.type == "exact-match" for reward in grpo.rewards)
+        reader = RowReader(report.format, self.context.spec.dataset.columns, needs_answer=compared)
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
-        scan = Scan(self.row_tokenizer, report.format, similar)
-        if self.write_answers is not None:
-            again = rows(self.context, source, name)
-            scan = Scan(self.row_tokenizer, report.format, similar, self.write_answers(again, report.format))
+        answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
+        held_out = self.context.spec.dataset.eval
+        group_by = held_out.group_by if held_out is not None else None
+        scan = Scan(self.row_tokenizer, reader, similar, answers, group_by)
         if "text" in FORMATS[report.format].columns and self._wants_answers:
             raise UserError(
                 "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
@@ -126,34 +132,38 @@ class Pipeline:
             self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
 
     def _format(self, head: list[Row], origin: int) -> tuple[str, str]:
-        wanted = self.context.spec.dataset.format
+        wanted, columns = self.context.spec.dataset.format, self.context.spec.dataset.columns
+        good = [row.value for row in head if row.value is not None]
+        self._columns_seen.update(*good)
         if wanted != "auto" and origin <= 0:
             return wanted, "as dataset.format says"
-        good = [row.value for row in head if row.value is not None]
         if not good:
             first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
-            raise UserError("EmptyDataset", f"the data set has no readable row{first}")
-        return detect(good, FORMATS_OF[self.context.spec.tuning.objective])
+            hint = "; where the file is a JSON list, rename it to .json" if head and head[0].excerpt.startswith("[") else ""
+            raise UserError("EmptyDataset", f"the data set has no readable row{first}{hint}")
+        return detect((rename(row, columns) for row in good), FORMATS_OF[self.context.spec.tuning.objective])
 
     def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
         for row in chunk:
-            place = self._place(origin, row.number)
+            place = self._place(origin, row.number) if row.problem or row.truncated or row.sensitive else ""
+            self.unused.add(row.unused)
             if row.problem:
-                long = row.too_long and self.checks.too_long != "truncate"
-                kind = "unreadable" if row.unreadable else "tooLong" if long else "invalid"
+                kind = "unreadable" if row.unreadable else "tooLong" if row.too_long else "invalid"
                 self.problems.add(kind, place, row.problem, row.excerpt)
-                if long and self.checks.too_long == "drop":
-                    self.dropped["tooLong"] += 1
                 continue
             if row.truncated:
-                self.problems.add("tooLong", place, f"longer than maxLength {self.row_tokenizer.max_length}")
-                if self.checks.too_long == "drop":
-                    self.dropped["tooLong"] += 1
+                if self.checks.too_long != "truncate":
+                    self.problems.add("tooLong", place, f"longer than maxLength {self.row_tokenizer.max_length}")
                     continue
+                self.problems.add("truncated", place, f"longer than maxLength {self.row_tokenizer.max_length}, cut there")
                 self.warnings["truncated"] += 1
             self.warnings["sensitive"] += bool(row.sensitive)
             for kind in row.sensitive:
                 self.problems.add(kind, place, "looks like it", "")
+            for note in row.notes:
+                self.problems.add(note, place, "docs/data.md says what that means")
+                if note != f"{NOT_RENDERED} tool_calls.id":  # few templates show it
+                    self.warnings[note.replace(" ", ":")] += 1
             yield row
 
     def compare(self) -> None:
@@ -169,9 +179,15 @@ class Pipeline:
         if held_out is None:
             return
         if held_out.split_fraction is not None:
-            self.store.hold_out(held_out.split_fraction, seed)
+            if not self.store.hold_out(held_out.split_fraction, seed):
+                one = f"agree in {held_out.group_by!r} (dataset.eval.groupBy)" if held_out.group_by is not None else "have one prompt"
+                raise UserError(
+                    "NoEvalRows",
+                    f"all rows {one}, so none can be held out; name another column in dataset.eval.groupBy, or set dataset.eval.uri",
+                )
         else:
-            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", "is also", "leakage")
+            relation = "has the prompt of" if held_out.group_by is None else "is of one group with"
+            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", relation, "leakage")
         if self.checks.near_leakage != "ignore":
             look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
             self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
@@ -181,9 +197,9 @@ class Pipeline:
         count = look()
         if not count or policy in ("ignore", "keep"):
             return
-        for index, (origin, number, other, partner) in enumerate(self.store.places(kind, _SHOWN)):
+        for index, (origin, number, other, partner) in enumerate(self.store.places(kind, SHOWN)):
             place, same = self._place(origin, number), self._place(other, partner)
-            self.problems.add(kind, place, f"{relation} {same}", count=count - min(count, _SHOWN) + 1 if index == 0 else 1)
+            self.problems.add(kind, place, f"{relation} {same}", count=count - min(count, SHOWN) + 1 if index == 0 else 1)
         if policy == "fail":
             held = "held-out rows stand in the training rows: " if "eak" in kind else ""
             raise UserError(reason, f"{held}{self.problems.describe(kind)}. Remove them, or set dataset.checks.{setting}: drop")
@@ -233,6 +249,8 @@ class Pipeline:
             self.warnings["lengthOutlier"] = self.lengths["outliers"]
         if len(self.systems) > 1:
             self.warnings["otherSystemPrompt"] = sum(count for _, count in self.systems[1:])
+        if other := self.store.other_system_prompts():
+            self.warnings["evalSystemPromptDiffers"] = other
         certain = {name: n for name, n in self.languages.items() if name != "unsure"}
         if sum(sorted(certain.values())[:-1]) > 0.02 * sum(self.languages.values()):
             self.warnings["otherLanguageInSample"] = sum(sorted(certain.values())[:-1])
@@ -243,18 +261,29 @@ class Pipeline:
             format=self.reports[0].format,
             dropped={kind: count for kind, count in self.dropped.items() if count},
             warnings={kind: count for kind, count in self.warnings.items() if count},
+            unused_keys=self.unused.most_common(_STATUS_KEYS),
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
+
+    def _stops(self) -> list[str]:
+        """The tokens that end an answer where the rows are conversations: what the published model stops with, first that of a turn."""
+        some = [json.loads(row) for (row,) in self.store.sample(_SAMPLE, "row")]
+        if self.row_tokenizer.objective == "reward" or not any(map(messages_of, some)):
+            return []
+        ends = set().union(*map(self.row_tokenizer.ends, some))
+        return [self.row_tokenizer.template.turn_end, *sorted(ends - {self.row_tokenizer.template.turn_end})]
 
     def report(self, status: DatasetStatus, plan: Plan) -> dict[str, Any]:
         """What goes into reports/data.json."""
         return {
             "dataset": {**status.to_wire(), "dropped": status.dropped},
             "sources": [report.wire() for report in self.reports.values()],
-            "problems": {kind: {"rows": n, "first": self.problems.places[kind]} for kind, n in self.problems.counts.items()},
+            "problems": self.problems.wire(),
+            "unusedKeys": self.unused.most_common(),
             "lengths": self.lengths,
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
             "maxLength": self.row_tokenizer.max_length,
+            "stops": self._stops(),
             "plan": plan.to_wire(),
         }

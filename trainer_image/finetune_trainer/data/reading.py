@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
+import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import error_for_exception, hub_host, with_retries
 from .fetch import fetch
+from .problems import Files
 
 LINE_LIMIT = 16 * 1024 * 1024
 """Bytes of one row; a longer one is a mistake, and would fill the memory."""
@@ -27,10 +31,13 @@ JSON_LIMIT = 256 * 1024 * 1024
 DEPTH_LIMIT = 32
 FILES_LIMIT = 10_000
 """Files of a folder."""
+_COLUMNS = {"messages", "conversations", "chosen", "rejected"}
+"""Columns that hold a list of turns: no list of rows."""
 EXPANSION_LIMIT = 200
 """How many times larger than its file a gzipped data set may be (beyond the first 64 MiB): real text stays below 30."""
 _BOM = b"\xef\xbb\xbf"
 _TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_BY_LINE = (".jsonl", ".ndjson", ".csv")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -39,7 +46,7 @@ class Row:
     """One row of a source: a value, or bytes that are still to be parsed, or what is wrong with it."""
 
     number: int
-    """Line number from 1 in JSONL, row number from 1 elsewhere."""
+    """Line number from 1 in JSONL and CSV, row number from 1 elsewhere; of a folder, counted through."""
     value: dict[str, Any] | None = None
     problem: str = ""
     excerpt: str = ""
@@ -50,8 +57,8 @@ class Row:
         return self if self.raw is None else _parse(self.number, self.raw)
 
 
-def rows(context: Context, source: DatasetSource, field: str) -> Iterator[Row]:
-    """All rows of a source; `field` names its secret. Raises UserError when the source itself cannot be read."""
+def rows(context: Context, source: DatasetSource, field: str, files: Files | None = None) -> Iterator[Row]:
+    """All rows of a source; `field` names its secret, `files` learns where its files begin. Raises UserError when the source itself cannot be read."""
     uri = parse_uri(source.uri)
     if uri.scheme == "hf":
         yield from _hub_rows(source, context.secret(field))
@@ -61,9 +68,12 @@ def rows(context: Context, source: DatasetSource, field: str) -> Iterator[Row]:
         raise UserError("DatasetNotFound", f"{source.uri} does not exist")
     number = 0
     for file in _files(path, source.uri):
+        before = number
+        if files is not None:
+            files.begin(file.name, before, by_line=_type(file) in _BY_LINE)
         for row in file_rows(file):
-            number += 1
-            yield row if path.is_file() else Row(number, row.value, row.problem, row.excerpt, row.raw)
+            number = before + row.number
+            yield row if not before else Row(number, row.value, row.problem, row.excerpt, row.raw)
 
 
 def _files(path: Path, shown: str) -> list[Path]:
@@ -189,15 +199,20 @@ def _jsonl_rows(stream: BinaryIO, _: str) -> Iterator[Row]:
 
 
 def _json_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
-    data = b"".join(iter(lambda: stream.read(1 << 20) if stream.tell() <= JSON_LIMIT else b"", b""))
+    first = stream.readline(LINE_LIMIT + 1)
+    if _is_object(first.removeprefix(_BOM)) and (second := _next_line(stream)):  # many a .json file holds one object a line
+        yield from _jsonl_rows(_Chained((first, second), stream), name)  # type: ignore[arg-type]
+        return
+    data = first + b"".join(iter(lambda: stream.read(1 << 20) if stream.tell() <= JSON_LIMIT else b"", b""))
     if len(data) > JSON_LIMIT:
         raise UserError("DatasetTooLarge", f"{name} is over {JSON_LIMIT // 2**20} MiB; a .json file is read at once, use .jsonl")
     try:
         document = json.loads(data.removeprefix(_BOM).decode("utf-8"))
     except (ValueError, RecursionError) as failure:
-        raise UserError("DatasetNotJSON", f"{name} is no JSON document in UTF-8: {_excerpt(str(failure), 200)}") from None
+        hint = "; where it holds one object a line, rename it to .jsonl" if "Extra data" in str(failure) else ""
+        raise UserError("DatasetNotJSON", f"{name} is no JSON document in UTF-8: {_excerpt(str(failure), 200)}{hint}") from None
     if isinstance(document, dict):
-        lists = [value for value in document.values() if isinstance(value, list)]
+        lists = [value for key, value in document.items() if isinstance(value, list) and key not in _COLUMNS]
         document = lists[0] if len(lists) == 1 else document
     if not isinstance(document, list):
         raise UserError("DatasetNotAList", f"{name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list")
@@ -205,19 +220,66 @@ def _json_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
         yield _row(number, value)
 
 
+def _is_object(line: bytes) -> bool:
+    try:
+        return line.lstrip()[:1] == b"{" and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _next_line(stream: BinaryIO) -> bytes:
+    """The next line that holds something, with what is blank before it."""
+    blank = b""
+    while (line := stream.readline(LINE_LIMIT + 1)) and not line.strip():
+        blank += line
+    return blank + line if line else b""
+
+
+class _Chained:
+    """Lines that were read already, then the rest of their file."""
+
+    def __init__(self, lines: tuple[bytes, ...], rest: BinaryIO) -> None:
+        self._lines, self._rest = [part for line in lines for part in line.splitlines(keepends=True)], rest
+
+    def readline(self, size: int) -> bytes:
+        """The next line."""
+        return self._lines.pop(0) if self._lines else self._rest.readline(size)
+
+
 def _csv_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT)
     try:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        for number, value in enumerate(csv.DictReader(text, strict=True), start=1):
+        reader = csv.DictReader(text, strict=True)
+        _ = reader.fieldnames
+        number = reader.line_num + 1
+        for value in reader:
             if None in value or None in value.values():
                 yield Row(number, problem="has another number of columns than the header", excerpt=_excerpt(str(list(value.values()))))
             else:
                 yield Row(number, value=dict(value))
+            number = reader.line_num + 1
     except UnicodeDecodeError as failure:
         raise UserError("DatasetNotUTF8", f"{name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv") from None
     except csv.Error as failure:
         raise UserError("DatasetNotCSV", f"{name}: {failure}") from None
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's as JSON has it. A struct has every field that any row has: those that are null are not there."""
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal | datetime.timedelta | uuid.UUID) else value
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -228,9 +290,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
+                for value in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
-                    yield _row(number, {k: v for k, v in value.items() if v is not None})
+                    yield _row(number, _without_nulls(value))
     except (pa.ArrowException, OSError) as failure:
         raise UserError("DatasetNotParquet", f"{path.name}, after row {number}: {_excerpt(str(failure), 200)}") from None
 
@@ -252,7 +314,7 @@ def _hub_rows(source: DatasetSource, token: str | None) -> Iterator[Row]:
     try:
         loaded = load_dataset(uri.name, revision=known.sha or uri.revision or None, split=source.split, token=token, streaming=True)
         for number, value in enumerate(loaded, start=1):
-            yield _row(number, {k: v for k, v in dict(value).items() if v is not None})
+            yield _row(number, _without_nulls(dict(value)))
     except Exception as failure:
         if (error := error_for_exception(failure, host, refused)) is None:
             raise

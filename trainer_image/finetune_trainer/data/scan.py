@@ -6,22 +6,22 @@ Memory does not grow with the data: rows travel in chunks, of which a few are un
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from rensa import RMinHash
 
-from .formats import FORMATS, BadRow, Shape, strings, system_prompt
+from .formats import RowReader
 from .reading import Row
 from .sensitive import findings
+from .shape import BadRow, Shape, all_strings, dumps, strings, system_prompt
 from .tokens import IGNORED, RowTokenizer, RowTooLong
+from .workers import map_in_order
 
 CHUNK = 512
 _INLINE_CHUNKS = 4
@@ -38,9 +38,11 @@ class Scanned:
     unreadable: bool = False
     too_long: bool = False
     row: str = ""
-    """The row in its common shape, as JSON with sorted keys."""
+    """The row in its common shape, as JSON."""
     digest: int = 0
     """128 bits of the row's BLAKE2 digest."""
+    group: int = 0
+    """The same for the prompt, or for what dataset.eval.groupBy names: rows that agree in it are held out together."""
     columns: dict[str, Any] = field(default_factory=dict)
     truncated: bool = False
     length: int = 0
@@ -50,6 +52,10 @@ class Scanned:
     """MinHash of the row's word triples; empty when near duplicates are not looked for."""
     system: str = ""
     sensitive: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What does not stand in the text as it does in the row."""
+    unused: tuple[str, ...] = ()
+    """Paths of keys that hold something and were not read."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ class Scan:
     """How the rows of a source are read: the worker processes inherit it."""
 
     row_tokenizer: RowTokenizer
-    format: str
+    reader: RowReader
     similar: bool
     """Whether signatures for near duplicates are wanted."""
     answers: dict[str, str] | None = None
     """Answers of a teacher by prompt digest, which replace the rows' own."""
+    group_by: str | None = None
+    """Column by which rows are held out together."""
 
     def one(self, row: Row) -> Scanned:
         """Look at one row."""
@@ -69,32 +77,48 @@ class Scan:
         if row.value is None:
             return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
         try:
-            shape = FORMATS[self.format].normalize(row.value)
+            shape, unused = self.reader.read(row.value)
+            group = self._group(row.value, shape)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
             texts = strings(shape)
-            forged = self.row_tokenizer.special_token_in(texts)
+            everything = all_strings(shape)
+            forged = self.row_tokenizer.special_token_in(everything)
             if forged is not None:
-                raise BadRow(f"the text holds {forged!r}, a special token of the model")
+                raise BadRow(f"the row holds {forged!r}, a special token of the model")
             columns, truncated = self.row_tokenizer(shape)
+            notes = self.row_tokenizer.renderer.take_notes()
         except BadRow as failure:
             return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
         except RecursionError:
             return Scanned(row.number, "nested too deeply")
-        text = json.dumps(shape, sort_keys=True, ensure_ascii=False)
+        try:
+            text = dumps(shape)
+        except TypeError as failure:  # bytes, from Parquet
+            return Scanned(row.number, f"holds a value that is no JSON ({failure}); write text")
         system = system_prompt(shape)
         return Scanned(
             row.number,
             row=text,
             digest=digest_of(text),
+            group=group,
             columns=columns,
             truncated=truncated,
             length=len(columns["input_ids"]),
             learned=sum(label != IGNORED for label in columns["labels"]),
             signature=signature([t for t in texts if t != system]) if self.similar else [],
             system=system,
-            sensitive=findings(texts),
+            sensitive=findings(everything),
+            notes=notes,
+            unused=tuple(key for key in unused if key != self.group_by),
         )
+
+    def _group(self, value: dict[str, Any], shape: Shape) -> int:
+        if self.group_by is None:
+            return digest_of(json.dumps(first_prompt(shape), sort_keys=True, ensure_ascii=False))
+        if value.get(self.group_by) is None:
+            raise BadRow(f"there is no {self.group_by!r}, the column that dataset.eval.groupBy names")
+        return digest_of(json.dumps(value[self.group_by], sort_keys=True, ensure_ascii=False, default=str))
 
     def chunk(self, rows: list[Row]) -> list[Scanned]:
         """Look at several rows."""
@@ -110,7 +134,7 @@ def digest_of(text: str) -> int:
 
 def prompt_digest(shape: Shape) -> str:
     """What a teacher's answer is filed under: the row without its own answer."""
-    return f"{digest_of(json.dumps(without_answer(shape), sort_keys=True, ensure_ascii=False)):032x}"
+    return f"{digest_of(dumps(without_answer(shape))):032x}"
 
 
 def without_answer(shape: Shape) -> Shape:
@@ -119,6 +143,18 @@ def without_answer(shape: Shape) -> Shape:
         messages = shape["messages"]
         return {**shape, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
     return {key: value for key, value in shape.items() if key != "completion"}
+
+
+def first_prompt(shape: Shape) -> Shape:
+    """What stands before the first answer of a row. Rows that agree in it are answers to one prompt, however they go on."""
+    if "messages" in shape:
+        messages = shape["messages"]
+        first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), len(messages))
+        return {**shape, "messages": messages[:first]}
+    return {key: value for key, value in shape.items() if key not in _ANSWERS}
+
+
+_ANSWERS = ("completion", "chosen", "rejected", "label", "answer", "solution")
 
 
 def with_answer(shape: Shape, answers: dict[str, str]) -> Shape:
@@ -162,20 +198,11 @@ def bands(signatures: np.ndarray[Any, Any], similarity: float) -> np.ndarray[Any
     return np.asarray(keys)
 
 
-_worker: Scan
-
-
-def _begin(scan: Scan) -> None:
-    global _worker
-    _worker = scan
-
-
-def _work(rows: list[Row]) -> list[Scanned]:
-    return _worker.chunk(rows)
-
-
 def scan_rows(scan: Scan, rows: Iterable[Row], processes: int | None = None) -> Iterator[list[Scanned]]:
-    """Chunks of scanned rows, in order. Small data is looked at here, the rest in as many processes as there are cores."""
+    """Chunks of scanned rows, in order. Small data is looked at here, the rest in as many processes as there are cores.
+
+    Raises StageError: also where a process died.
+    """
     iterator = iter(rows)
     take: Callable[[], list[Row]] = lambda: list(islice(iterator, CHUNK))  # noqa: E731
     for _ in range(_INLINE_CHUNKS):
@@ -185,27 +212,8 @@ def scan_rows(scan: Scan, rows: Iterable[Row], processes: int | None = None) -> 
         yield scan.chunk(chunk)
     processes = processes or len(os.sched_getaffinity(0))
     first = take()
+    chunks = chain([first] if first else [], iter(take, []))
     if processes < 2 or not first:
-        while first:
-            yield scan.chunk(first)
-            first = take()
-        return
-    room = threading.Semaphore(4 * processes)  # imap would read the whole source ahead
-    failure: list[BaseException] = []
-
-    def feed() -> Iterator[list[Row]]:
-        chunk = first
-        try:
-            while chunk:
-                room.acquire()
-                yield chunk
-                chunk = take()
-        except BaseException as problem:  # raised in the pool's own thread, where nobody would see it
-            failure.append(problem)
-
-    with multiprocessing.get_context("fork").Pool(processes, _begin, (scan,)) as pool:
-        for done in pool.imap(_work, feed()):
-            room.release()
-            yield done
-    if failure:
-        raise failure[0]
+        yield from map(scan.chunk, chunks)
+    else:
+        yield from map_in_order(scan.chunk, chunks, processes, lambda chunk: f"rows {chunk[0].number} to {chunk[-1].number}")

@@ -1,29 +1,26 @@
 """From a row in its common shape to token IDs and labels.
 
 The loss mask is ours: TRL would put a chat template of its own in place of the model's where that one does not
-mark the assistant's turns. A turn's tokens are found by rendering the conversation up to it, with the model's own
-template, and comparing.
+mark the assistant's turns. Where a turn's text stands, data/rendering.py tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from finetune_api.spec import Objective
 
 from ..process.errors import UserError
-from ..process.limits import time_limit
-from .formats import BadRow, Shape
+from .chat_template import ChatTemplate, shared_prefix
+from .rendering import Renderer
+from .shape import BadRow, Shape
 
 IGNORED = -100
 """Label of a token that is not learned; torch.nn.CrossEntropyLoss ignores it."""
-_RENDER_SECONDS, _RENDER_GROWTH = 10.0, 1 << 20
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""What is proposed to users whose model has no chat template."""
+_ANSWER = {"role": "assistant", "content": "answer"}
 
 
 class RowTooLong(BadRow):
@@ -43,23 +40,42 @@ class RowTokenizer:
         """`needs_answer`: what compares with the row's own answer, where something does."""
         self.needs_answer = needs_answer
         self.tokenizer, self.objective, self.max_length, self.assistant_only = tokenizer, objective, max_length, assistant_only
-        self._special = {t for t in tokenizer.all_special_tokens if len(t) > 2}
+        self.template = ChatTemplate(tokenizer)
+        self.renderer = Renderer(self.template)
         self._fast = tokenizer.backend_tokenizer
         self._fast.no_truncation()
         self._fast.no_padding()
 
     def require_chat_template(self) -> None:
-        """Raises UserError when the model has no chat template."""
+        """Raises UserError when the model has no chat template, or one whose turns do not end with a token of the model."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 "NoChatTemplate",
                 "the rows are conversations, but the model's tokenizer has no chat template. Use the instruct variant of the model, or set "
-                f"tuning.chatTemplate, for example to ChatML: {CHATML} - or give the data as prompt-completion",
+                f"tuning.chatTemplate, for example to: {self.template.proposal()} - or give the data as prompt-completion",
             )
+        if self.objective != "reward":  # which writes nothing
+            _ = self.template.turn_end
 
-    def special_token_in(self, texts: Sequence[str]) -> str | None:
+    def special_token_in(self, texts: Iterable[str]) -> str | None:
         """A special token of the model that stands in the data, where it would forge a turn's end."""
-        return next((token for text in texts for token in self._special if token in text), None)
+        tokens, leads = self._special
+        for text in texts:
+            if any(lead in text for lead in leads) and (found := next((t for t in tokens if t in text), None)) is not None:
+                return found
+        return None
+
+    @functools.cached_property
+    def _special(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(the special tokens, their first two characters)."""
+        found = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special} | set(self.tokenizer.all_special_tokens)
+        if self.tokenizer.chat_template:
+            try:
+                found.add(self.template.turn_end)
+            except UserError:  # told where conversations are read
+                pass
+        tokens = sorted(t for t in found if len(t) > 2 and not t.isspace())
+        return tuple(tokens), tuple(sorted({t[:2] for t in tokens}))
 
     def __call__(self, row: Shape) -> tuple[dict[str, Any], bool]:
         """(columns of the row, whether it was cut to max_length). Raises BadRow when no answer token is left."""
@@ -100,10 +116,10 @@ class RowTokenizer:
         if "messages" in row:
             ids, labels = self._chat(row)
         elif "completion" in row:
-            head, answer = self._encode(row["prompt"]), [*self._encode(row["completion"]), *self._end()]
+            head, answer = self._start(row["prompt"]), [*self._encode(row["completion"]), *self._end()]
             ids, labels = head + answer, ([IGNORED] * len(head) if self.assistant_only else head) + answer
         elif "text" in row:
-            ids = [*self._encode(row["text"]), *self._end()]
+            ids = [*self._start(row["text"]), *self._end()]
             labels = list(ids)
         else:
             raise BadRow("the row has a prompt and no answer to learn")
@@ -133,19 +149,16 @@ class RowTokenizer:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [int(end)]
 
-    def _render(self, messages: list[Shape], tools: list[Shape] | None = None, *, prompt: bool = False) -> str:
-        try:
-            with time_limit(_RENDER_SECONDS, "ChatTemplateTooSlow", f"the chat template takes over {_RENDER_SECONDS:.0f} s for one row"):
-                text = str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
-        except (UserError, MemoryError):
-            raise
-        except RecursionError:
-            raise UserError("ChatTemplateFailed", "the chat template calls itself without end") from None
-        except Exception as failure:  # whatever a template raises
-            raise BadRow(f"the model's chat template refuses the row: {type(failure).__name__}: {str(failure)[:200]}") from None
-        if len(text) > _RENDER_GROWTH + 100 * sum(len(str(m)) for m in messages):
-            raise UserError("ChatTemplateTooLarge", f"the chat template makes {len(text)} characters of one row")
-        return text
+    @functools.cached_property
+    def _first(self) -> list[int]:
+        """What the tokenizer itself puts before a text, as a served model gets it: the BOS token, or nothing."""
+        alone, whole = (list(self._fast.encode("a", add_special_tokens=s).ids) for s in (False, True))
+        place = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+        return whole[:place]
+
+    def _start(self, text: str) -> list[int]:
+        """The tokens of a text that nothing stands before."""
+        return self._first + self._encode(text)
 
     def prompt_and_answer(self, row: Shape, *, end: bool = False) -> tuple[str, str]:
         """(prompt, answer) of a row as text, for generation; with `end` the answer closes as the template or tokenizer does."""
@@ -153,62 +166,76 @@ class RowTokenizer:
             prompt, _, _ = self._pair_texts(row)
             return prompt, row["chosen"][-1]["content"] if isinstance(row["chosen"], list) else row["chosen"]
         if "messages" in row:
-            messages, tools = row["messages"], row.get("tools")
-            if messages[-1]["role"] != "assistant":
-                return self._render(messages, tools, prompt=True), ""
-            head = self._render(messages[:-1], tools, prompt=True)
-            return head, self._rest(head, messages, tools) if end else messages[-1]["content"]
+            return self._asked(row["messages"], row.get("tools"), end=end)
         if "prompt" in row:
             answer = row.get("completion", "")
-            return row["prompt"], answer + (self.tokenizer.eos_token or "") if end else answer
+            return self._opened(row["prompt"]), answer + (self.tokenizer.eos_token or "") if end else answer
         raise BadRow("plain text has no answer to generate")
+
+    def ends(self, row: Shape) -> set[str]:
+        """The tokens that learned turns of a conversation end with."""
+        if "messages" not in row or row["messages"][-1]["role"] != "assistant":
+            return set()
+        turns = self.renderer.row(row["messages"], row.get("tools")).turns
+        return {turn.token for turn in turns if turn.learned and turn.token}
+
+    def _opened(self, text: str) -> str:
+        """A text that nothing stands before, with its first tokens written out."""
+        return str(self.tokenizer.decode(self._first)) + text if self._first else text
+
+    def _asked(self, messages: list[Shape], tools: list[Shape] | None, *, end: bool) -> tuple[str, str]:
+        """The text with which the model is asked for the last answer, and that answer."""
+        if messages[-1]["role"] != "assistant":
+            form = self.renderer.row([*messages, _ANSWER], tools).form
+            return self.template.render(messages, tools, form=replace(form, training=False), prompt=True), ""
+        rendered, last = self.renderer.row(messages, tools), messages[-1]
+        turn = rendered.turns[-1]
+        if end:
+            return rendered.text[: turn.start], rendered.text[turn.start : turn.end]
+        prompt = self.template.render(messages[:-1], tools, form=replace(rendered.form, training=False), prompt=True)
+        if not last.get("tool_calls"):
+            return prompt, last["content"]
+        written = self._encode(rendered.text[turn.start : turn.end])
+        return prompt, str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
     def _pair_texts(self, row: Shape) -> tuple[str, str, str]:
         if isinstance(row["prompt"], str):
             end = self.tokenizer.eos_token or ""
-            return row["prompt"], row["chosen"] + end, row["rejected"] + end
-        head = self._render(row["prompt"], prompt=True)
-        return head, *(self._rest(head, [*row["prompt"], *row[side]], None) for side in ("chosen", "rejected"))  # type: ignore[return-value]
-
-    def _rest(self, head: str, messages: list[Shape], tools: list[Shape] | None) -> str:
-        text = self._render(messages, tools)
-        if not text.startswith(head):
-            raise UserError("UnstableChatTemplate", _UNSTABLE)
-        return text[len(head) :].rstrip("\n")
+            return self._opened(row["prompt"]), row["chosen"] + end, row["rejected"] + end
+        first, sides = len(row["prompt"]), []
+        for side in ("chosen", "rejected"):
+            rendered = self.renderer.row([*row["prompt"], *row[side]], row.get("tools"))
+            start = next(turn.start for turn in rendered.turns if turn.index >= first)
+            sides.append((rendered.text[:start], rendered.text[start : rendered.turns[-1].end]))
+        (head, chosen), (other, rejected) = sides
+        if head != other:  # a template that opens the turn by what it holds
+            shared = shared_prefix(head, other)
+            return shared, head[len(shared) :] + chosen, other[len(shared) :] + rejected
+        return head, chosen, rejected
 
     def _chat(self, row: Shape) -> tuple[list[int], list[int]]:
-        messages, tools = row["messages"], row.get("tools")
-        text = self._render(messages, tools)
-        encoded = self._fast.encode(text, add_special_tokens=False)
-        ids = list(encoded.ids)
         if not self.assistant_only:
+            ids = self._encode(self.renderer.text(row["messages"], row.get("tools")))
             return ids, list(ids)
-        labels, spans, place = [], self._answer_spans(messages, tools, text), 0
-        for token, (start, stop) in zip(ids, encoded.offsets, strict=True):
-            while place < len(spans) and spans[place][1] <= start:
-                place += 1
-            inside = place < len(spans) and start < spans[place][1] and spans[place][0] < stop
-            labels.append(token if inside else IGNORED)
+        rendered = self.renderer.row(row["messages"], row.get("tools"))
+        encoded = self._fast.encode(rendered.text, add_special_tokens=False)
+        ids = list(encoded.ids)
+        labels, length = [IGNORED] * len(ids), len(rendered.text)
+        for turn in rendered.turns:
+            if turn.learned:
+                start, stop = (_token_at(encoded, place, length, len(ids)) for place in (turn.start, turn.end))
+                labels[start:stop] = ids[start:stop]
         return ids, labels
 
-    def _answer_spans(self, messages: list[Shape], tools: list[Shape] | None, text: str) -> list[tuple[int, int]]:
-        """Character ranges of the assistant's turns, each with its end-of-turn token."""
-        spans = []
-        for index, turn in enumerate(messages):
-            if turn["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], tools, prompt=True)
-            upto = text if index == len(messages) - 1 else self._render(messages[: index + 1], tools)
-            if not upto.startswith(before) or not text.startswith(upto.rstrip()):
-                raise UserError("UnstableChatTemplate", _UNSTABLE)
-            spans.append((len(before), len(upto.rstrip())))
-        return spans
 
-
-_UNSTABLE = (
-    "the model's chat template renders a turn differently once others follow, so the assistant's tokens cannot be told apart; "
-    "set tuning.assistantOnlyLoss: false or another tuning.chatTemplate, or give the data as prompt-completion"
-)
+def _token_at(encoded: Any, place: int, length: int, count: int) -> int:
+    """The first token that reaches a place of the text; white space may belong to none."""
+    while place < length:
+        token = encoded.char_to_token(place)
+        if token is not None:
+            return int(token)
+        place += 1
+    return count
 
 
 def _joined(head: list[int], answer: list[int]) -> dict[str, Any]:

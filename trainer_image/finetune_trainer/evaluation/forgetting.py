@@ -8,8 +8,9 @@ from typing import Any
 
 from finetune_api.spec import DatasetSource, Forgetting
 
-from ..data.formats import FORMATS, BadRow
+from ..data.formats import FORMATS
 from ..data.reading import rows
+from ..data.shape import BadRow
 from ..data.tokens import RowTokenizer
 from ..job.context import Context
 from ..job.files import write_text

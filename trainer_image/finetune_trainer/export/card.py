@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_api.contract import JobFile
 from finetune_api.spec import WHOLE_MODEL_METHODS
+from finetune_api.status import PROMPTING_MAY_DO
 
 from .usage import Usage
 
@@ -77,6 +78,7 @@ def model_card(facts: CardFacts) -> str:
         "",
         "## Use",
         "",
+        *_served(facts.evaluation),
         *facts.usage.lines(),
         "",
         "`finetune.json` holds the full lineage, `SHA256SUMS` the digests of all files.",
@@ -87,8 +89,33 @@ def model_card(facts: CardFacts) -> str:
 def _scores(evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
-    rows = [f"| {metric} | {evaluation['base'][metric]:.4g} | {evaluation['tuned'][metric]:.4g} |" for metric in evaluation["base"]]
+    arms = evaluation["arms"]
+    titles = {
+        "Base": "Base",
+        "Instructed": "Base, instructed",
+        "FewShot": f"Base, {next((arm['shots'] for arm in arms if arm['name'] == 'FewShot'), 0)} examples",
+        "Tuned": "Tuned",
+    }
+    metrics = list(dict.fromkeys(metric for arm in arms for metric in arm["metrics"]))
+    rows = [_row(metric, [arm["metrics"].get(metric) for arm in arms]) for metric in metrics]
+    costs = {"promptTokens": "Tokens of a prompt", "answerTokens": "Tokens of an answer", "latencySeconds": "Seconds of a request"}
+    rows += [_row(title, [arm.get(key) for arm in arms]) for key, title in costs.items() if any(key in arm for arm in arms)]
     span = evaluation.get("interval") or []
-    gain = f"Improvement {evaluation['improvement']:.4g}" + (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
-    told = f"On {evaluation['examples']} held-out rows that were not trained on. {gain}"
-    return [told, "", "| Metric | Base | Tuned |", "|---|---|---|", *rows]
+    gain = f"Improvement over {titles[evaluation['comparedWith']].lower()} {evaluation['improvement']:.4g}"
+    gain += (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
+    told = f"On {evaluation['examples']} held-out rows of {evaluation['prompts']} prompts that were not trained on. {gain}"
+    if evaluation["reason"] == PROMPTING_MAY_DO:
+        told += " The base with an instruction or examples is not measurably worse: prompting may do."
+    return [told, "", "| Metric | " + " | ".join(titles[arm["name"]] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|", *rows]
+
+
+def _row(name: str, numbers: list[float | None]) -> str:
+    return f"| {name} | " + " | ".join("" if number is None else f"{number:.4g}" for number in numbers) + " |"
+
+
+def _served(evaluation: dict[str, Any] | None) -> list[str]:
+    """The system text that the model was trained with, where all rows agree on one."""
+    system = (evaluation or {}).get("systemPrompt") or ""
+    if not system:
+        return []
+    return ["Serve it with the system text that it was trained with:", "", "```text", system, "```", ""]

@@ -24,7 +24,8 @@ from finetune_api.spec import WHOLE_MODEL_METHODS
 from ..data.store import read_rows
 from ..job.context import Context
 from ..models.fetch import local_path
-from ..models.load import load_model, load_tokenizer
+from ..models.load import load_model
+from ..models.stopping import load_served_tokenizer, stop_ids, write_generation_config
 from ..process.errors import InfrastructureError, UserError
 
 MERGED, GGUF = "merged", "gguf"
@@ -50,7 +51,7 @@ def check_convertible(context: Context, folder: str, tokenizer: Any, adapter: Se
         for name in adapter:
             _gguf_name(names, name.replace(".default", ""))
     if output.gguf:
-        modelfile(tokenizer, "model.gguf")
+        modelfile(tokenizer, "model.gguf", stop_ids(context, tokenizer, folder))
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 _convert(folder, Path(scratch, "vocabulary.gguf"), "f16", "--vocab-only")
@@ -79,8 +80,8 @@ def export(context: Context, bundle: Path) -> None:
         (bundle / GGUF).mkdir(exist_ok=True)
         _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
     if output.gguf:
-        tokenizer = load_tokenizer(context, folder)
-        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf"))
+        tokenizer = load_served_tokenizer(context, folder)
+        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(context, tokenizer, folder)))
     if output.merged and adapter:
         shutil.copytree(whole, bundle / MERGED)
     shutil.rmtree(whole, ignore_errors=True)
@@ -106,7 +107,10 @@ def merge(context: Context, folder: str, target: Path) -> None:
     dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     shutil.rmtree(target, ignore_errors=True)
     merged.to(dtype).save_pretrained(target)
-    load_tokenizer(context, folder).save_pretrained(target)
+    tokenizer = load_served_tokenizer(context, folder)
+    tokenizer.save_pretrained(target)
+    if not reward:
+        write_generation_config(context, tokenizer, folder, target)
 
 
 def _untie(model: Any) -> None:
@@ -209,13 +213,12 @@ def write_adapter(adapter: Path, config: dict[str, Any], target: Path) -> None:
     writer.close()
 
 
-def modelfile(tokenizer: Any, file: str) -> str:
+def modelfile(tokenizer: Any, file: str, stops: list[int]) -> str:
     """Ollama's Modelfile (https://docs.ollama.com/modelfile); TEMPLATE is read off the model's chat template."""
     lines = [f"FROM ./{file}"]
     if tokenizer.chat_template and (template := _ollama_template(tokenizer)) is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    if tokenizer.eos_token:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stops)]
     return "\n".join(lines) + "\n"
 
 

@@ -20,9 +20,19 @@ class StageError(Exception):
         super().__init__(f"{reason}: {message}")
         self.reason, self.message, self.details = reason, message, details or {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is, whatever its constructor takes: errors travel between processes, and one that did not arrive would never be known."""
+        return _same, (type(self), self.args, dict(self.__dict__))
+
     def result(self) -> StageResult:
         """The last words of the pod."""
         return StageResult(reason=self.reason[:128], message=redact(self.message)[:3000], result=self.details)
+
+
+def _same(kind: type[StageError], args: tuple[Any, ...], state: dict[str, Any]) -> StageError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UserError(StageError):

@@ -23,6 +23,7 @@ from ..data.report import samples, write_report
 from ..data.store import Store
 from ..data.tokens import RowTokenizer
 from ..evaluation import harness
+from ..evaluation.arms import write_baseline
 from ..evaluation.forgetting import write_general_rows
 from ..export import forms
 from ..job.context import Context
@@ -82,6 +83,7 @@ def prepare(context: Context) -> StageResult:
             spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
         )
         status = pipeline.write()
+        notes = write_baseline(context, tokenizer, folder).notes if evaluation is not None else []
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:
@@ -90,7 +92,9 @@ def prepare(context: Context) -> StageResult:
 
     # 5. The checkpoints to go on from: those made from this, or what the job had saved that this one was restored from
     adopted = settle_checkpoints(context, made_from(context, status.digest, plan.strategy))
-    message = _message(status) + (f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else "")
+    message = "; ".join([_message(status), *notes]) + (
+        f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else ""
+    )
     return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
@@ -153,8 +157,10 @@ def _check_schema(place: str, text: str) -> None:
 def _message(status: DatasetStatus) -> str:
     gone = ", ".join(f"{count} {kind}" for kind, count in sorted(status.dropped.items()))
     odd = ", ".join(f"{count} {kind}" for kind, count in sorted(status.warnings.items()))
+    unused = ", ".join(f"{key} ({count} rows)" for key, count in status.unused_keys.items())
     return (
         f"{status.train} rows to train on ({status.tokens} tokens, {status.format}), {status.eval} held out"
         + (f"; left out: {gone}" if gone else "")
         + (f"; kept but worth a look: {odd} (reports/data.html)" if odd else "")
+        + (f"; not used: {unused}" if unused else "")
     )

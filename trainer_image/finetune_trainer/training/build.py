@@ -11,7 +11,7 @@ from finetune_api.status import Plan
 
 from ..job.context import Context
 from ..models.fetch import local_path
-from ..models.load import load_tokenizer
+from ..models.stopping import load_served_tokenizer
 from . import methods
 from .objectives import OBJECTIVES, TrainerSetup
 
@@ -20,7 +20,7 @@ def build_trainer(context: Context, plan: Plan, arguments: Any, cuda: bool, call
     """TRL's trainer for the objective, over the tokens that prepare wrote."""
     tuning, kind = context.spec.tuning, OBJECTIVES[context.spec.tuning.objective]
     folder = local_path(context)
-    tokenizer = load_tokenizer(context, folder)
+    tokenizer = load_served_tokenizer(context, folder)
     model = methods.build_model(context, plan, folder, arguments, reward=kind.reward_model, cuda=cuda)
     model.config.pad_token_id = tokenizer.pad_token_id
     stopping = tuning.hyperparameters.early_stopping

@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..data.formats import FORMATS, BadRow, Shape
+from ..data.formats import RowReader
 from ..data.pipeline import AnswerWriter
 from ..data.reading import Row
 from ..data.scan import prompt_digest, without_answer
+from ..data.shape import BadRow, Shape
 from ..data.tokens import RowTokenizer
 from ..job.context import Context
 from ..models import architecture
@@ -73,7 +74,7 @@ def answer_writer(context: Context, row_tokenizer: RowTokenizer) -> AnswerWriter
     return partial(write_answers, context, row_tokenizer)
 
 
-def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[Row], format_: str) -> dict[str, str]:
+def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[Row], reader: RowReader) -> dict[str, str]:
     """The teacher's answer to each row's prompt, by digest. What it said already, before a retry, is not asked again."""
     path, author = Path(context.layout.teacher_answers), _author(context)
     known: dict[str, str] = {}
@@ -86,7 +87,7 @@ def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[
             except (ValueError, KeyError, TypeError):  # the last line of an interrupted run
                 continue
     ask = _from_endpoint(context) if context.spec.tuning.distillation.endpoint is not None else _from_model(context, row_tokenizer)  # type: ignore[union-attr]
-    missing = _missing(rows, format_, known)
+    missing = _missing(rows, reader, known)
     with path.open("a") as sink:
         while batch := list(islice(missing, _BATCH)):
             for (digest, _), answer in zip(batch, ask([prompt for _, prompt in batch]), strict=True):
@@ -108,14 +109,14 @@ def _author(context: Context) -> str:
     return f"{who} {settings.max_new_tokens}"
 
 
-def _missing(rows: Iterable[Row], format_: str, known: dict[str, str]) -> Iterator[tuple[str, Shape]]:
+def _missing(rows: Iterable[Row], reader: RowReader, known: dict[str, str]) -> Iterator[tuple[str, Shape]]:
     asked = set(known)
     for row in rows:
         value = row.parsed().value
         if value is None:
             continue
         try:
-            shape = FORMATS[format_].normalize(value)
+            shape, _ = reader.read(value)
         except BadRow:
             continue  # counted when the rows are scanned
         if "text" in shape:

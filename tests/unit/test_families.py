@@ -1,0 +1,151 @@
+"""Rows with system text, several turns, tools and reasoning in the chat templates of common families: what is learned of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_trainer.data.shape import BadRow
+from finetune_trainer.data.tokens import IGNORED, RowTokenizer
+from tests.families import FAMILIES, tokenizer_of
+
+SYSTEM = {"role": "system", "content": "be nice"}
+TOOLS = [
+    {"type": "function", "function": {"name": "paint", "description": "paint a thing", "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}}}}
+]  # fmt: skip
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+_CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "paint", "arguments": {"colour": "red"}}}
+ROWS: dict[str, dict[str, Any]] = {
+    "turns": {"messages": [SYSTEM, _user("what is red"), _assistant("a colour"), _user("is it"), _assistant("yes it is")]},
+    "reasoning": {
+        "messages": [SYSTEM, _user("what is red"), _assistant("a colour", reasoning_content="no number")],
+    },
+    "reasoning in turns": {
+        "messages": [
+            SYSTEM, _user("what is red"), _assistant("a colour", reasoning_content="no number"), _user("is it"),
+            _assistant("yes it is", reasoning_content="I said so"),
+        ],
+    },
+    "tools": {
+        "messages": [
+            SYSTEM, _user("paint it red"), _assistant("", tool_calls=[_CALL]), {"role": "tool", "tool_call_id": "abcdefgh1", "content": "ok"},
+            _assistant("done"),
+        ],
+        "tools": TOOLS,
+    },
+}  # fmt: skip
+_THOUGHT, _MORE = "<think>\nno number\n</think>\n\n", "<think>\nI said so\n</think>\n\n"
+
+
+def _inline(end: str, lead: str = "") -> dict[str, list[str] | str]:
+    """Families whose template knows no reasoning: it stands before the answer, as in the row's own text."""
+    return {
+        "turns": [f"{lead}a colour{end}", f"{lead}yes it is{end}"],
+        "reasoning": [f"{lead}{_THOUGHT}a colour{end}"],
+        "reasoning in turns": [f"{lead}{_THOUGHT}a colour{end}", f"{lead}{_MORE}yes it is{end}"],
+    }
+
+
+_JSON_CALL = '{"name": "paint", "parameters": {"colour": "red"}}'
+_R1 = "<｜end▁of▁sentence｜>"
+_R1_ROWS: dict[str, list[str] | str] = {
+    "turns": [f"a colour{_R1}", f"yes it is{_R1}"],
+    "reasoning": [f"no number\n</think>\n\na colour{_R1}"],
+    "reasoning in turns": [f"no number\n</think>\n\na colour{_R1}", f"I said so\n</think>\n\nyes it is{_R1}"],
+    "tools": [
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>paint\n```json\n{"colour": "red"}\n```<｜tool▁call▁end｜>',
+        f"done{_R1}",
+    ],
+}
+LEARNED: dict[str, dict[str, list[str] | str]] = {
+    "Qwen3": {
+        "turns": ["a colour<|im_end|>", "<think>\n\n</think>\n\nyes it is<|im_end|>"],
+        "reasoning": [f"{_THOUGHT}a colour<|im_end|>"],
+        "reasoning in turns": [f"{_THOUGHT}a colour<|im_end|>", f"{_MORE}yes it is<|im_end|>"],
+        "tools": [
+            '<tool_call>\n{"name": "paint", "arguments": {"colour": "red"}}\n</tool_call><|im_end|>',
+            "<think>\n\n</think>\n\ndone<|im_end|>",
+        ],
+    },
+    "gpt-oss": {
+        "turns": ["<|channel|>final<|message|>a colour", "<|channel|>final<|message|>yes it is<|return|>"],
+        "reasoning": [
+            "<|channel|>analysis<|message|>no number<|end|><|start|>assistant<|channel|>final<|message|>a colour<|return|>",
+        ],
+        "reasoning in turns": [
+            "<|channel|>analysis<|message|>I said so<|end|><|start|>assistant<|channel|>final<|message|>yes it is<|return|>",
+        ],
+        "tools": [
+            ' to=functions.paint<|channel|>commentary json<|message|>{"colour": "red"}<|call|>',
+            "<|channel|>final<|message|>done<|return|>",
+        ],
+    },
+    "Phi-3": {**_inline("<|end|>"), "tools": "leaves out .*tools: 'paint'"},
+    "Phi-3.5": {**_inline("<|end|>"), "tools": "leaves out .*tools: 'paint'"},
+    "Phi-4": {**_inline("<|im_end|>"), "tools": "leaves out .*tools: 'paint'"},
+    "DeepSeek-R1-Distill-Qwen": _R1_ROWS,
+    "DeepSeek-R1-Distill-Llama": _R1_ROWS,
+    "Nemotron-3-Nano": {
+        "turns": ["</think>a colour<|im_end|>", "</think>yes it is<|im_end|>"],
+        "reasoning": ["no number\n</think>\na colour<|im_end|>"],
+        "reasoning in turns": ["I said so\n</think>\nyes it is<|im_end|>"],
+        "tools": [
+            "</think>\n<tool_call>\n<function=paint>\n<parameter=colour>\nred\n</parameter>\n</function>\n</tool_call>\n<|im_end|>",
+            "</think>done<|im_end|>",
+        ],
+    },
+    "Gemma-3": {**_inline("<end_of_turn>"), "tools": "roles must alternate"},
+    "Mistral-7B-v0.2": {**_inline("</s>", " "), "tools": "roles must alternate"},
+    "Mistral-Nemo": {
+        **_inline("</s>"),
+        "tools": ['[TOOL_CALLS][{"name": "paint", "arguments": {"colour": "red"}, "id": "abcdefgh1"}]</s>', "done</s>"],
+    },
+    "Mistral-Small-3.2": {
+        **_inline("</s>"),
+        "tools": ['[TOOL_CALLS]paint[CALL_ID]abcdefgh1[ARGS]{"colour": "red"}</s>', "done</s>"],
+    },
+    "Llama-3": {**_inline("<|eot_id|>"), "tools": "leaves out .*tools: 'paint'"},
+    "Llama-3.1": {**_inline("<|eot_id|>"), "tools": [f"{_JSON_CALL}<|eot_id|>", "done<|eot_id|>"]},
+    "Llama-3.2": {**_inline("<|eot_id|>"), "tools": [f"{_JSON_CALL}<|eot_id|>", "done<|eot_id|>"]},
+}
+"""What is learned of each row, turn by turn; or, of one that is refused, what the refusal says."""
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_every_kind_in_the_template_of_a_family(name: str, kind: str) -> None:
+    family, row = FAMILIES[name], ROWS[kind]
+    tokenizer = tokenizer_of(family)
+    row_tokenizer = RowTokenizer(tokenizer, max_length=4096, assistant_only=True)
+    assert row_tokenizer.template.turn_end == family.end
+    wanted = LEARNED[name][kind]
+    if isinstance(wanted, str):
+        with pytest.raises(BadRow, match=wanted):
+            row_tokenizer(row)
+        return
+    columns, cut = row_tokenizer(row)
+    assert not cut
+    runs: list[list[int]] = [[]]
+    for token, label in zip(columns["input_ids"], columns["labels"], strict=True):
+        if label == IGNORED and runs[-1]:
+            runs.append([])
+        elif label != IGNORED:
+            assert label == token
+            runs[-1].append(token)
+    assert [tokenizer.decode(run) for run in runs if run] == wanted
+    text = tokenizer.decode(columns["input_ids"])
+    assert text.count("be nice") == 1, "the system text reaches the model, once"
+    assert [t["content"] in text for t in row["messages"]] == [True] * len(row["messages"])
+    told = row_tokenizer.renderer.take_notes()
+    silent = [t for t in row["messages"] if t.get("reasoning_content") and t["reasoning_content"] not in text]
+    assert bool(silent) == ("notRendered reasoning_content" in told), "what is not in the text is told"

@@ -1,0 +1,454 @@
+"""What a row says is read whole, or refused, or reported: the forms that rows have in the field."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finetune_api.status import DatasetStatus
+from finetune_trainer.data import reading, workers
+from finetune_trainer.data.formats import FORMATS, RowReader, detect, looks_like, rename
+from finetune_trainer.data.problems import Files, Keys, Problems
+from finetune_trainer.data.scan import Scan, scan_rows
+from finetune_trainer.data.shape import BadRow, all_strings, dumps, strings
+from finetune_trainer.data.tokens import IGNORED, RowTokenizer
+from finetune_trainer.process import errors
+from finetune_trainer.process.errors import InfrastructureError, OutOfMemory, StageError, UserError
+from tests.unit.test_prepare import Desk, chat, desk, lines, rows, rows_of
+
+__all__ = ["desk"]
+
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}}}}
+CALL = {"type": "function", "function": {"name": "paint", "arguments": {"colour": "red"}}}
+ASK, YES = {"role": "user", "content": "paint red"}, {"role": "assistant", "content": "yes"}
+RESULT = {"role": "tool", "content": "done"}
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def read(format_: str, row: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    return RowReader(format_, {}).read(row)
+
+
+READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("a number as alpaca's input", "alpaca", {"instruction": "what is", "input": 21, "output": "two"}, chat("what is\n\n21", "two")),
+    ("a number as an answer", "prompt-completion", {"prompt": "one and one", "completion": 2}, {"prompt": "one and one", "completion": "2"}),
+    ("pandas' nothing", "alpaca", {"instruction": "what", "input": float("nan"), "output": "two"}, chat("what", "two")),
+    ("alpaca's history", "alpaca", {"instruction": "and two?", "output": "b", "history": [["one?", "a"]]}, {"messages": [*chat("one?", "a")["messages"], *chat("and two?", "b")["messages"]]}),
+    (
+        "a system text beside a pair",
+        "preference",
+        {"system": "be nice", "prompt": "what", "chosen": "good", "rejected": "bad"},
+        {"prompt": [turn("system", "be nice"), turn("user", "what")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
+    ),
+    ("a system text beside a prompt", "prompt-completion", {"system": "be nice", "prompt": "a", "completion": "b"}, {"messages": [turn("system", "be nice"), *chat("a", "b")["messages"]]}),
+    ("an empty system text makes a conversation, too", "prompt-completion", {"system": "", "prompt": "a", "completion": "b"}, chat("a", "b")),
+    ("a system text beside messages", "messages", {"system": "be nice", **chat("a", "b")}, {"messages": [turn("system", "be nice"), *chat("a", "b")["messages"]]}),
+    (
+        "tools beside ShareGPT, as text",
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "paint red"}, {"from": "gpt", "value": "yes"}], "tools": json.dumps([TOOL])},
+        {"messages": [ASK, YES], "tools": [TOOL]},
+    ),
+    ("tools without their cover", "messages", {"messages": [ASK, YES], "tools": [TOOL["function"]]}, {"messages": [ASK, YES], "tools": [TOOL]}),
+    (
+        "ShareGPT's calls",
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "paint red"}, {"from": "function_call", "value": '{"name": "paint", "arguments": {"colour": "red"}}'}, {"from": "observation", "value": "done"}, {"from": "gpt", "value": "yes"}]},
+        {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]},
+    ),
+    ("the older spelling of a call", "messages", {"messages": [ASK, turn("assistant", None, function_call={"name": "paint", "arguments": '{"colour": "red"}'}), turn("function", "done", name="paint"), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), {**RESULT, "name": "paint"}, YES]}),
+    ("the older spelling of tools", "messages", {"messages": [ASK, YES], "functions": [TOOL["function"]]}, {"messages": [ASK, YES], "tools": [TOOL]}),
+    ("history as text", "alpaca", {"instruction": "and two?", "output": "b", "history": '[["one?", "a"]]'}, {"messages": [*chat("one?", "a")["messages"], *chat("and two?", "b")["messages"]]}),
+    ("no tools, as text", "prompt-completion", {"prompt": "a", "completion": "b", "tools": "[]"}, {"prompt": "a", "completion": "b"}),
+    ("a weight of 0", "messages", {"messages": [ASK, turn("assistant", "no", weight=0), ASK, turn("assistant", "yes", weight=1)]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
+    ("train false", "messages", {"messages": [ASK, turn("assistant", "no", train=False), ASK, turn("assistant", "yes", train=True)]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
+    ("train false in ShareGPT", "sharegpt", {"conversations": [{"from": "human", "value": "paint red"}, {"from": "gpt", "value": "no", "train": "false"}, {"from": "human", "value": "paint red"}, {"from": "gpt", "value": "yes"}]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
+    ("reasoning", "messages", {"messages": [ASK, turn("assistant", "yes", reasoning_content="why not")]}, {"messages": [ASK, turn("assistant", "yes", reasoning_content="why not")]}),
+    ("reasoning by another name", "messages", {"messages": [ASK, turn("assistant", "yes", thinking="why not")]}, {"messages": [ASK, turn("assistant", "yes", reasoning_content="why not")]}),
+    ("null beside calls stays null", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}),
+    ("an empty text beside calls stays one", "messages", {"messages": [ASK, turn("assistant", "", tool_calls=[CALL]), RESULT, YES]}, {"messages": [ASK, turn("assistant", "", tool_calls=[CALL]), RESULT, YES]}),
+    (
+        "ids of calls",
+        "messages",
+        {"messages": [ASK, turn("assistant", "", tool_calls=[{**CALL, "id": "abcdefgh0"}]), {**RESULT, "tool_call_id": "abcdefgh0"}, YES]},
+        {"messages": [ASK, turn("assistant", "", tool_calls=[{**CALL, "id": "abcdefgh0"}]), {**RESULT, "tool_call_id": "abcdefgh0"}, YES]},
+    ),
+    ("arguments as text", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[{"function": {"name": "paint", "arguments": '{"colour": "red"}'}}])]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL])]}),
+    ("a tool's result as an object", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", {"ok": True}), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", '{"ok": true}'), YES]}),
+    ("a tool that says nothing", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", ""), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", ""), YES]}),
+    ("turns as JSON text", "prompt-completion", {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[{"role": "assistant", "content": "b"}]'}, chat("a", "b")),
+    ("a list that is no turns stays text", "prompt-completion", {"prompt": "sort", "completion": "[1, 2]"}, {"prompt": "sort", "completion": "[1, 2]"}),
+    ("turns and a text", "prompt-completion", {"prompt": [turn("user", "a")], "completion": "b"}, chat("a", "b")),
+    ("an empty system turn", "messages", {"messages": [turn("system", ""), *chat("a", "b")["messages"]]}, {"messages": [turn("system", ""), *chat("a", "b")["messages"]]}),
+    ("the newer name of a system turn", "messages", {"messages": [turn("developer", "be nice"), *chat("a", "b")["messages"]]}, {"messages": [turn("system", "be nice"), *chat("a", "b")["messages"]]}),
+    ("text parts", "messages", {"messages": [turn("user", [{"type": "text", "text": "what "}, {"type": "text", "text": "is red"}]), YES]}, {"messages": [turn("user", "what is red"), YES]}),
+    (
+        "UltraFeedback",
+        "preference",
+        {"prompt": "a", "chosen": chat("a", "good")["messages"], "rejected": chat("a", "bad")["messages"]},
+        {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
+    ),
+    (
+        "a prompt of turns before whole conversations",
+        "preference",
+        {"prompt": [turn("user", "a")], "chosen": [turn("system", "s"), *chat("a", "good")["messages"]], "rejected": [turn("system", "s"), *chat("a", "bad")["messages"]]},
+        {"prompt": [turn("system", "s"), turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
+    ),
+    ("one turn as an answer", "preference", {"prompt": "a", "chosen": turn("assistant", "good"), "rejected": turn("assistant", "bad")}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
+    ("Anthropic's dialogs", "preference", {"chosen": "\n\nHuman: a\n\nAssistant: good", "rejected": "\n\nHuman: a\n\nAssistant: bad"}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
+    ("an answer to compare with", "prompt-only", {"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
+    ("a solution to compare with", "prompt-only", {"prompt": [turn("user", "a")], "solution": 7}, chat("a", "7")),
+    ("tools beside a prompt", "prompt-only", {"prompt": [ASK], "tools": [TOOL]}, {"messages": [ASK], "tools": [TOOL]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_", "row", "shape"), [case[1:] for case in READ], ids=[case[0] for case in READ])
+def test_what_a_row_says_is_read(format_: str, row: dict[str, Any], shape: dict[str, Any]) -> None:
+    found, unused = read(format_, row)
+    assert found == shape and not unused
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("alpaca", {"instruction": "a", "input": ["b"], "output": "c"}, "input is list, expected a string"),
+    ("alpaca", {"instruction": "a", "system": {"text": "b"}, "output": "c"}, "system is dict, expected a string"),
+    ("alpaca", {"instruction": "a", "output": "c", "history": [["b"]]}, r"history\[0\] is no pair"),
+    ("alpaca", {"instruction": "a", "output": "c", "history": 5}, "history is int, expected a list of pairs"),
+    ("messages", {"messages": [ASK, turn("assistant", "yes", weight=0.5)]}, r"messages\[1\].weight is 0.5; write 0"),
+    ("messages", {"messages": [ASK, turn("assistant", "yes", train="perhaps")]}, r"messages\[1\].train is perhaps; write true or false"),
+    ("messages", {"messages": [ASK, turn("assistant", "yes", weight=0)]}, "every answer has weight 0"),
+    ("messages", {"messages": [turn("user", [{"type": "image_url", "image_url": {}}]), YES]}, r"messages\[0\].content\[0\] is a part of type image_url; only text"),
+    ("messages", {"messages": [turn("user", "a", tool_calls=[CALL]), YES]}, r"tool_calls stands in a turn of user"),
+    ("messages", {"messages": [ASK, turn("assistant", None)]}, r"messages\[1\].content is missing"),
+    ("messages", {"messages": [ASK, turn("assistant", None, tool_calls=[{"function": {}}])]}, "function.name is missing"),
+    ("messages", {"messages": "[{'role': 'user', 'content': 'a'}]"}, "looks like a list of turns, and is no JSON; write it with json.dumps"),
+    ("messages", {"messages": [ASK, YES], "tools": "paint"}, "tools is text, and no JSON; write a list of tool definitions"),
+    ("messages", {"messages": [ASK, YES], "tools": [{"type": "function", "function": {}}]}, r"tools\[0\] has no function.name"),
+    ("messages", {"system": "be nice", "messages": [turn("system", "be rude"), ASK, YES]}, "the column system and the system turn differ"),
+    ("prompt-completion", {"prompt": "a", "completion": "[{'role': 'assistant', 'content': 'b'}]"}, "completion looks like a list of turns"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "paint"}]}, r"conversations\[1\].value is text, and no JSON"),
+    ("preference", {"prompt": "other", "chosen": chat("a", "good")["messages"], "rejected": chat("a", "bad")["messages"]}, "another prompt than the column prompt"),
+    ("prompt-only", {"prompt": "a", "answer": {"b": 1}}, "answer is dict, expected a string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_", "row", "problem"), REFUSED)
+def test_what_cannot_be_read_is_refused(format_: str, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadRow, match=problem):
+        read(format_, row)
+
+
+UNUSED: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("messages", {**chat("a"), "id": 7, "empty": None, "none": ""}, {"id"}),
+    ("messages", {"messages": [turn("user", "a", name="Ann"), turn("assistant", "b", score=0.5, refusal=None)]}, {"messages[].name", "messages[].score"}),
+    ("messages", {"messages": [turn("user", "a", weight=1), turn("assistant", "b", thinking="x", reasoning="y")]}, {"messages[].weight", "messages[].thinking"}),
+    ("messages", {"messages": [turn("user", "a", weight=0), turn("assistant", "b", reasoning="x", reasoning_content="x")]}, set()),
+    ("messages", {"messages": [ASK, turn("assistant", None, tool_calls=[{**CALL, "index": 0, "note": "n"}])]}, {"messages[].tool_calls[].note"}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a", "lang": "en"}, {"from": "gpt", "value": "b"}]}, {"conversations[].lang"}),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "messages": chat("a", "b")["messages"], "score_chosen": 8.0}, {"messages", "score_chosen"}),
+    ("prompt-only", {"prompt": "a", "answer": "7", "solution": "because"}, {"solution"}),
+    ("text", {"text": "a", "source": "web"}, {"source"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_", "row", "paths"), UNUSED)
+def test_what_is_not_read_is_named(format_: str, row: dict[str, Any], paths: set[str]) -> None:
+    assert read(format_, row)[1] == paths
+
+
+def test_every_text_of_a_row_is_looked_through() -> None:
+    row, _ = read("messages", {"tools": [TOOL], "messages": [ASK, turn("assistant", None, reasoning="hm", tool_calls=[{**CALL, "id": "c7"}]), turn("tool", "done", tool_call_id="c7"), YES]})  # fmt: skip
+    assert strings(row) == ["paint red", "done", "yes"]
+    assert {"hm", "paint", "colour", "red", "c7", "string"} <= set(all_strings(row))
+    assert json.loads(dumps(row)) == row
+    ordered = {"messages": [turn("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": {"z": 1, "a": 2}}}])]}
+    assert '"z": 1, "a": 2' in dumps(ordered), "a template shows arguments in the row's own order"
+
+
+def test_a_format_that_the_objective_learns_from_is_preferred() -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", **chat("a")}
+    assert looks_like(pair) == "preference" and looks_like(pair, ("messages", "text")) == "messages"
+    assert looks_like({"prompt": "a", "completion": "b", "label": False}, ("prompt-completion",)) == "unpaired-preference"
+    assert looks_like({"prompt": "a", "completion": None}, ("prompt-completion",)) == "prompt-only"
+    with pytest.raises(UserError, match=r"or name yours: dataset.columns: \{question: prompt, answer: completion\}"):
+        detect([{"question": "a", "answer": "b"}], ("prompt-completion",))
+    with pytest.raises(UserError, match=r"format prompt-only.*dataset.columns: \{response: completion\}"):
+        detect([{"prompt": "a", "response": "b"}], ("prompt-completion",))
+
+
+def test_columns_of_other_names() -> None:
+    reader = RowReader("prompt-completion", {"question": "prompt", "answer": "completion"})
+    assert reader.read({"question": "a", "answer": "b", "id": 1}) == ({"prompt": "a", "completion": "b"}, {"id"})
+    assert reader.read({"question": "a", "prompt": "x", "answer": "b"}) == ({"prompt": "a", "completion": "b"}, {"prompt"})
+    with pytest.raises(BadRow, match="makes prompt of several columns"):
+        rename({"question": "a", "query": "b"}, {"question": "prompt", "query": "prompt"})
+
+
+def test_an_answer_is_needed_where_something_compares_with_it() -> None:
+    reader = RowReader("prompt-only", {}, needs_answer=True)
+    assert reader.read({"prompt": "a", "solution": "b"})[0]["completion"] == "b"
+    assert reader.read({"prompt": [ASK], "answer": "b"})[0]["messages"][-1] == turn("assistant", "b")
+    for row in ({"prompt": "a"}, {"prompt": [ASK]}, {"prompt": "a", "answer": ""}):
+        with pytest.raises(BadRow, match="no answer, which reward exact-match compares with; write it as answer or solution"):
+            reader.read(row)
+
+
+def parquet(path: Path, items: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(items), path)
+    return path
+
+
+def test_nulls_that_arrow_invented_are_removed(tmp_path: Path) -> None:
+    """A struct column has every field that any row has."""
+    other = {"type": "function", "function": {"name": "move", "arguments": {"by": 3}}}
+    items = [
+        {
+            "messages": [ASK, turn("assistant", None, tool_calls=[{**CALL, "id": "c0"}]), {**RESULT, "tool_call_id": "c0"}, YES],
+            "note": None,
+        },
+        {"messages": [ASK, turn("assistant", None, tool_calls=[other]), RESULT, YES], "note": "n"},
+    ]
+    found = [RowReader("messages", {}).read(row.value or {}) for row in reading.file_rows(parquet(tmp_path / "a.parquet", items))]
+    assert [shape for shape, _ in found] == [{"messages": item["messages"]} for item in items]
+    assert [unused for _, unused in found] == [set(), {"note"}]
+
+
+def test_values_of_arrow_that_are_no_json(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    items = [{"prompt": "when", "completion": "b", "at": datetime.date(2026, 1, 2), "n": decimal.Decimal("1.5"), "raw": b"\xff"}]
+    value = next(iter(reading.file_rows(parquet(tmp_path / "a.parquet", items)))).value
+    assert value == {"prompt": "when", "completion": "b", "at": "2026-01-02", "n": "1.5", "raw": b"\xff"}
+    assert read("prompt-completion", value) == ({"prompt": "when", "completion": "b"}, {"at", "n", "raw"})
+
+
+def test_a_json_list_in_a_jsonl_file(desk: Desk) -> None:
+    for indent in (None, 1):
+        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): .*where the file is a JSON list, rename it to .json"):
+            desk.run(json.dumps(rows(9), indent=indent).encode())
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n  \n"])
+def test_a_json_file_with_one_object_a_line(tmp_path: Path, blank: bytes) -> None:
+    path = tmp_path / "train.json"
+    path.write_bytes(lines(rows(1)) + blank + lines(rows(3)[1:]))
+    found = [row.parsed() for row in reading.file_rows(path)]
+    assert [row.value for row in found] == rows(3)
+    assert [row.number for row in found] == ([1, 2, 3] if not blank else [1, 4, 5])
+    path.write_text(json.dumps(rows(3), indent=1))
+    assert [row.value for row in reading.file_rows(path)] == rows(3)
+    path.write_text("".join(json.dumps(row, indent=1) + "\n" for row in rows(2)))
+    with pytest.raises(UserError, match="one object a line, rename it to .jsonl"):
+        list(reading.file_rows(path))
+
+
+def test_lines_of_csv_are_lines_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nd\n')
+    assert [(row.number, bool(row.problem)) for row in reading.file_rows(path)] == [(2, False), (4, True)]
+
+
+def test_a_row_is_told_by_file_and_line() -> None:
+    files = Files()
+    assert files.place(3) == "row 3"
+    files.begin("a.jsonl", 0, by_line=True)
+    files.begin("b.jsonl", 4, by_line=True)
+    assert [files.place(n) for n in (1, 4, 5)] == ["row 1 (a.jsonl:1)", "row 4 (a.jsonl:4)", "row 5 (b.jsonl:1)"]
+    files = Files()
+    files.begin("a.parquet", 0, by_line=False)
+    assert files.place(2) == "row 2 (a.parquet row 2)"
+
+
+def test_a_cause_is_told_once_with_its_first_ten_places() -> None:
+    problems = Problems()
+    for index in range(12):
+        problems.add("invalid", f"train row {index}", f"messages[{index % 3}].content is empty" if index % 2 else "role is missing")
+    text = problems.describe("invalid")
+    assert text.startswith("12 row(s): train row 0: role is missing; the same in train row 2, train row 4")
+    assert text.count("role is missing") == 1 and "messages[1].content is empty" in text
+    for index in range(200):
+        problems.add("many", f"row {index}", f"cause {'x' * index}")
+    assert len(problems.causes["many"]) == 50 and problems.counts["many"] == 200 and "of other causes" in problems.describe("many")
+    assert problems.wire()["many"]["rows"] == 200  # type: ignore[index]
+
+
+def test_names_of_keys_are_bounded() -> None:
+    keys = Keys()
+    for index in range(3000):
+        keys.add((f"key{index}", "id"))
+    assert (keys.most_common(1) == {"(other keys)": 2001} and keys.most_common()["id"] == 3000) or keys.most_common()["id"] == 3000
+    assert len(keys.most_common()) == 1001
+
+
+ERRORS = [
+    *(kind("Reason", "what happened", {"a": 1}) for kind in errors.BY_CODE.values()),
+    errors.SourceUnavailable("hub", "is away", 3.5),
+    StageError("Reason", "what happened"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_every_error_survives_the_way_between_processes(error: StageError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and again.__dict__ == error.__dict__ and str(again) == str(error)
+
+
+def test_no_class_of_errors_is_left_out() -> None:
+    def all_of(kind: type) -> set[type]:
+        return {kind, *(inner for sub in kind.__subclasses__() for inner in all_of(sub))}
+
+    ours = {kind for kind in all_of(StageError) if kind.__module__.startswith("finetune_")}
+    assert all(kind.__reduce__ is StageError.__reduce__ for kind in ours) and {type(error) for error in ERRORS} <= ours
+
+
+class _Strange(Exception):
+    """As libraries raise them: made of more than it keeps, so it does not unpickle."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+def _raise(problem: BaseException) -> Any:
+    raise problem
+
+
+def _abort() -> Any:
+    import faulthandler
+
+    faulthandler._sigabrt()
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "words"),
+    [
+        (lambda: _raise(UserError("ChatTemplateTooSlow", "too slow")), UserError, "too slow"),
+        (lambda: _raise(_Strange("one", "two")), InfrastructureError, "_Strange: one"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), OutOfMemory, r"died \(SIGKILL\) at chunk 30.*memory"),
+        (_abort, InfrastructureError, r"died \(SIGABRT\) at chunk 30; its last words: .*Fatal Python error: Aborted"),
+        (lambda: os._exit(7), InfrastructureError, r"died \(exit code 7\) at chunk 30"),
+    ],
+    ids=["our error", "a library's error", "killed", "crashed", "gone"],
+)
+def test_what_happens_in_a_worker_process_is_known(ends: Callable[[], Any], kind: type[StageError], words: str) -> None:
+    def work(number: int) -> int:
+        if number == 30:
+            ends()
+        return number * number
+
+    done: list[int] = []
+    with pytest.raises(kind, match=words):
+        done.extend(workers.map_in_order(work, iter(range(100)), 2, lambda number: f"chunk {number}"))
+
+
+def test_chunks_come_in_order_and_are_not_read_ahead_without_end() -> None:
+    taken: list[int] = []
+
+    def chunks() -> Any:
+        for number in range(200):
+            taken.append(number)
+            yield number
+
+    found = workers.map_in_order(lambda number: number * 2, chunks(), 2, str)
+    assert next(found) == 0 and len(taken) <= 9
+    assert list(found) == [number * 2 for number in range(1, 200)]
+
+
+def test_a_refused_row_among_many_never_hangs(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    row_tokenizer = RowTokenizer(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
+
+    class Refusing(Scan):
+        def one(self, row: reading.Row) -> Any:
+            if row.number == 4000:
+                raise UserError("UnstableChatTemplate", "of this row")
+            return super().one(row)
+
+    items = [reading.Row(i, raw=json.dumps(chat(f"what {i}")).encode()) for i in range(5000)]
+    with pytest.raises(UserError, match="of this row"):
+        list(scan_rows(Refusing(row_tokenizer, RowReader("messages", {}), False), items, processes=2))
+
+
+def learned(desk: Desk) -> list[str]:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.data.store import read_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(desk.model)
+    found = read_rows(desk.context(None).layout.train_rows, ["input_ids", "labels"], 10**6)
+    return [tokenizer.decode([t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]) for row in found]
+
+
+def test_a_turn_of_weight_0_is_not_learned(desk: Desk) -> None:
+    items = [{"messages": [*chat(f"what is red {i}", "a cat")["messages"], *chat("no", "a colour")["messages"]]} for i in range(8)]
+    for item in items:
+        item["messages"][1]["weight"] = 0
+    desk.run(lines(items))
+    assert learned(desk) == ["a colour<|end|>"] * 8
+
+
+def test_keys_that_nothing_reads_are_named_and_counted_once_each(desk: Desk) -> None:
+    items = [{**chat(f"what {i}"), "id": i, "score": 5} if i % 2 else chat(f"what {i}") for i in range(8)]
+    done = desk.run(lines(items))
+    assert DatasetStatus.model_validate(done.result["dataset"]).unused_keys == {"id": 4, "score": 4}
+    assert "not used: id (4 rows), score (4 rows)" in done.message
+    report = json.loads(Path(desk.context(None).layout.data_report).read_text())
+    assert report["unusedKeys"] == {"id": 4, "score": 4}
+    assert "score" in Path(desk.context(None).layout.data_page).read_text()
+
+
+def test_a_users_names_of_columns(desk: Desk) -> None:
+    data = lines([{"question": f"what {i}", "reply": "yes"} for i in range(8)])
+    columns = {"question": "prompt", "reply": "completion"}
+    done = desk.run(data, dataset={"columns": columns})
+    assert done.result["dataset"]["format"] == "prompt-completion" and not done.result["dataset"]["unusedKeys"]
+    assert json.loads(rows_of(desk.context(None).layout.train_rows)[0]) == {"prompt": "what 0", "completion": "yes"}
+    with pytest.raises(UserError, match=r"dataset.columns names wrong, which no row has \(found: question, reply\)"):
+        desk.run(data, dataset={"columns": {**columns, "wrong": "system"}})
+
+
+def test_rows_without_an_answer_are_refused_before_a_gpu_is_taken(desk: Desk) -> None:
+    tuning = {"objective": "grpo", "grpo": {"generations": 2, "maxNewTokens": 4, "rewards": [{"type": "exact-match"}]}}
+    with pytest.raises(UserError, match=r"8 row\(s\): train row 1 \(train.jsonl:1\): the row has no answer"):
+        desk.run(lines([{"prompt": f"what {i}"} for i in range(8)]), tuning=tuning)
+    desk.run(lines([{"prompt": f"what {i}", "answer": "a colour"} for i in range(8)]), tuning=tuning)
+    assert json.loads(rows_of(desk.context(None).layout.train_rows)[0])["completion"] == "a colour"
+
+
+def test_a_row_of_a_folder_is_told_by_its_file(desk: Desk) -> None:
+    folder = desk.folder / "rows" / "shards"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(lines(rows(6)))
+    (folder / "b.jsonl").write_bytes(b"\n" + lines([chat("good"), chat("bad", "")]))
+    with pytest.raises(UserError, match=r"1 row\(s\): train row 9 \(b.jsonl:3\): messages\[1\].content is empty"):
+        desk.run(None, dataset={"train": {"uri": "pvc://rows/shards"}})
+
+
+def test_a_row_that_is_too_long_is_counted_as_that(desk: Desk) -> None:
+    data = lines([*rows(8), chat("cat " * 30, "no")])
+    settings: dict[str, Any] = {"tuning": {"hyperparameters": {"maxLength": 16}}}
+    for checks in ({"tooLong": "drop"}, {"invalidRows": "drop"}):
+        done = desk.run(data, dataset={"checks": {"minExamples": 5, **checks}}, **settings)
+        assert done.result["dataset"]["dropped"] == {"tooLong": 1}
+    with pytest.raises(UserError, match=r"no answer token is left.*maxLength, or set dataset.checks.tooLong to drop"):
+        desk.run(data, **settings)
+
+
+def test_formats_name_every_column_that_the_api_offers() -> None:
+    from typing import get_args
+
+    from finetune_api.spec.data import Column
+
+    assert set(get_args(Column)) == {column for kind in FORMATS.values() for column in kind.known} - {"functions"}
