@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,9 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]},
     ),
     ("the older spelling of a call", "messages", {"messages": [ASK, turn("assistant", None, function_call={"name": "paint", "arguments": '{"colour": "red"}'}), turn("function", "done", name="paint"), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), {**RESULT, "name": "paint"}, YES]}),
+    ("the older spelling of tools", "messages", {"messages": [ASK, YES], "functions": [TOOL["function"]]}, {"messages": [ASK, YES], "tools": [TOOL]}),
+    ("history as text", "alpaca", {"instruction": "and two?", "output": "b", "history": '[["one?", "a"]]'}, {"messages": [*chat("one?", "a")["messages"], *chat("and two?", "b")["messages"]]}),
+    ("no tools, as text", "prompt-completion", {"prompt": "a", "completion": "b", "tools": "[]"}, {"prompt": "a", "completion": "b"}),
     ("a weight of 0", "messages", {"messages": [ASK, turn("assistant", "no", weight=0), ASK, turn("assistant", "yes", weight=1)]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
     ("train false", "messages", {"messages": [ASK, turn("assistant", "no", train=False), ASK, turn("assistant", "yes", train=True)]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
     ("train false in ShareGPT", "sharegpt", {"conversations": [{"from": "human", "value": "paint red"}, {"from": "gpt", "value": "no", "train": "false"}, {"from": "human", "value": "paint red"}, {"from": "gpt", "value": "yes"}]}, {"messages": [ASK, turn("assistant", "no", weight=0), ASK, YES]}),
@@ -121,6 +125,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": "a", "input": ["b"], "output": "c"}, "input is list, expected a string"),
     ("alpaca", {"instruction": "a", "system": {"text": "b"}, "output": "c"}, "system is dict, expected a string"),
     ("alpaca", {"instruction": "a", "output": "c", "history": [["b"]]}, r"history\[0\] is no pair"),
+    ("alpaca", {"instruction": "a", "output": "c", "history": 5}, "history is int, expected a list of pairs"),
     ("messages", {"messages": [ASK, turn("assistant", "yes", weight=0.5)]}, r"messages\[1\].weight is 0.5; write 0"),
     ("messages", {"messages": [ASK, turn("assistant", "yes", train="perhaps")]}, r"messages\[1\].train is perhaps; write true or false"),
     ("messages", {"messages": [ASK, turn("assistant", "yes", weight=0)]}, "every answer has weight 0"),
@@ -187,8 +192,31 @@ def test_columns_of_other_names() -> None:
     reader = RowReader("prompt-completion", {"question": "prompt", "answer": "completion"})
     assert reader.read({"question": "a", "answer": "b", "id": 1}) == ({"prompt": "a", "completion": "b"}, {"id"})
     assert reader.read({"question": "a", "prompt": "x", "answer": "b"}) == ({"prompt": "a", "completion": "b"}, {"prompt"})
-    with pytest.raises(BadRow, match="makes prompt of several columns"):
-        rename({"question": "a", "query": "b"}, {"question": "prompt", "query": "prompt"})
+    both = RowReader("prompt-only", {"question": "prompt", "query": "prompt"})
+    assert both.read({"question": "a", "query": "b"}) == ({"prompt": "a"}, {"query"})
+    assert both.read({"question": None, "query": "b"}) == ({"prompt": "b"}, set())
+    assert rename({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"}) == {
+        "prompt": "b",
+        "completion": "a",
+    }
+
+
+def test_rows_of_a_source_are_all_conversations_or_none(desk: Desk) -> None:
+    """Plain text has no place for a system text: where some rows have one, the template is used for all."""
+    items = [{"prompt": f"what {i}", "completion": "yes", **({"system": "the cat"} if i % 2 else {})} for i in range(8)]
+    desk.run(lines(items))
+    assert all("messages" in json.loads(row) for row in rows_of(desk.context(None).layout.train_rows))
+
+
+def test_a_pair_with_a_system_text_needs_a_chat_template(desk: Desk) -> None:
+    bare = desk.folder / "bare" / "tiny"
+    shutil.copytree(desk.model, bare)
+    (bare / "chat_template.jinja").unlink()
+    desk.model = bare
+    pairs = [{"prompt": f"what {i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    desk.run(lines(pairs), tuning={"objective": "dpo"})
+    with pytest.raises(UserError, match="has no chat template"):
+        desk.run(lines([{**pair, "system": "be nice"} for pair in pairs]), tuning={"objective": "dpo"})
 
 
 def test_an_answer_is_needed_where_something_compares_with_it() -> None:
@@ -228,6 +256,12 @@ def test_values_of_arrow_that_are_no_json(tmp_path: Path) -> None:
     value = next(iter(reading.file_rows(parquet(tmp_path / "a.parquet", items)))).value
     assert value == {"prompt": "when", "completion": "b", "at": "2026-01-02", "n": "1.5", "raw": b"\xff"}
     assert read("prompt-completion", value) == ({"prompt": "when", "completion": "b"}, {"at", "n", "raw"})
+
+
+def test_a_json_list_in_a_jsonl_file(desk: Desk) -> None:
+    for indent in (None, 1):
+        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): .*where the file is a JSON list, rename it to .json"):
+            desk.run(json.dumps(rows(9), indent=indent).encode())
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n  \n"])
@@ -441,4 +475,4 @@ def test_formats_name_every_column_that_the_api_offers() -> None:
 
     from finetune_api.spec.data import Column
 
-    assert set(get_args(Column)) == {column for kind in FORMATS.values() for column in (*kind.columns, *kind.more)}
+    assert set(get_args(Column)) == {column for kind in FORMATS.values() for column in kind.known} - {"functions"}

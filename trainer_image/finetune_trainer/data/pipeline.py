@@ -28,7 +28,6 @@ from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
 _SAMPLE, _STATUS_KEYS = 50, 20
-_CONVERSATIONS = ("messages", "sharegpt", "alpaca")
 AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
 """Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
@@ -111,11 +110,14 @@ class Pipeline:
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
-        if report.format in _CONVERSATIONS:
-            self.row_tokenizer.require_chat_template()
         grpo = self.context.spec.tuning.grpo
         compared = grpo is not None and any(reward.type == "exact-match" for reward in grpo.rewards)
-        reader = RowReader(report.format, self.context.spec.dataset.columns, needs_answer=compared)
+        columns = self.context.spec.dataset.columns
+        values = [row.value for row in head if row.value is not None]
+        chat = any(rename(value, columns).get("system") for value in values)
+        reader = RowReader(report.format, columns, needs_answer=compared, chat=chat)
+        if reader.reads_conversation(values):
+            self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
         held_out = self.context.spec.dataset.eval
         group_by = held_out.group_by if held_out is not None else None
@@ -137,7 +139,8 @@ class Pipeline:
             return wanted, "as dataset.format says"
         if not good:
             first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
-            raise UserError("EmptyDataset", f"the data set has no readable row{first}")
+            hint = "; where the file is a JSON list, rename it to .json" if head and head[0].excerpt.startswith("[") else ""
+            raise UserError("EmptyDataset", f"the data set has no readable row{first}{hint}")
         return detect((rename(row, columns) for row in good), FORMATS_OF[self.context.spec.tuning.objective])
 
     def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
