@@ -123,6 +123,15 @@ def test_a_template_without_system_turns_gets_the_text_in_the_first_turn(bench: 
     assert found["FewShot"].prompts[0][0].count("name what it is") == 1
 
 
+ONE_EXCHANGE = "{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{% endif %}" + NO_SYSTEM
+
+
+@pytest.mark.parametrize("examples", ["auto", 4])
+def test_what_a_template_cannot_say_is_left_out_with_a_note(bench: Bench, examples: str | int) -> None:
+    found = asked(bench, ROWS["messages"], {"fewShot": examples}, tuning={**LAZY, "chatTemplate": ONE_EXCHANGE})
+    assert list(found)[:2] == ["Base", "Tuned"] and "FewShot was left out: " in found["message"] and "one exchange" in found["message"]
+
+
 @pytest.mark.parametrize(
     ("rows", "objective", "first"),
     [

@@ -129,12 +129,14 @@ class _Planner:
         instruction = asked or own or None
         if instruction is not None:
             instructed = self._with_system(Prompting("Instructed", system=instruction))
-            if asked is not None and (over := self._over(instructed)) > 0:
+            over = self._over(instructed)
+            if asked is not None and over is not None and over > 0:
                 raise UserError(
                     "PromptTooLong",
                     f"evaluation.baseline.systemPrompt: a held-out row with it is {over} tokens longer than the model's context of {self.room}; shorten it",
                 )
-            self.found.arms = [Prompting("Base", bare=bool(own)), instructed]
+            if over is not None:
+                self.found.arms = [Prompting("Base", bare=bool(own)), instructed]
         self._few_shot(replace(self.found.arms[-1], name="FewShot"))
 
     def _with_system(self, arm: Prompting) -> Prompting:
@@ -156,7 +158,10 @@ class _Planner:
             if len(examples) < count:
                 continue
             tried = replace(arm, examples=tuple(examples[:count]))
-            if (over := self._over(tried)) <= 0:
+            over = self._over(tried)
+            if over is None:
+                return
+            if over <= 0:
                 self.found.arms.append(tried)
                 return
             if wanted is not None:
@@ -172,13 +177,17 @@ class _Planner:
                 "as text, no tool calls); set fewer, or auto",
             )
 
-    def _over(self, arm: Prompting) -> int:
-        """Tokens by which the longest row does not fit."""
+    def _over(self, arm: Prompting) -> int | None:
+        """Tokens by which the longest row does not fit; None, with a note, where the chat template cannot say what the arm says."""
         assert self.spec is not None
         longest, limit = 0, self.context.spec.tuning.hyperparameters.max_length
         for shape in sorted(self.rows, key=lambda row: -len(json.dumps(row)))[:_LONGEST]:
             own, answer = self.rendering.prompt_and_answer(shape, end=True)
-            told = self.rendering.prompt_and_answer(arm.apply(shape))[0]
+            try:
+                told = self.rendering.prompt_and_answer(arm.apply(shape))[0]
+            except (BadRow, UserError) as failure:
+                self.found.notes.append(f"{arm.name} was left out: {failure}")
+                return None
             before, given, now = (len(ids) for ids in encode(self.tokenizer, [own, answer, told]))
             needed = max(min(before + given, limit), before + self.spec.max_new_tokens if self.wants_answers else 0)
             longest = max(longest, needed + now - before)
