@@ -17,6 +17,8 @@ from finetune_api.status import DatasetStatus, Plan
 from ..job.context import Context
 from ..process.errors import UserError
 from .formats import FORMATS, RowReader, detect, rename
+from .limits import Limits, check_length, check_vocabulary
+from .packing import packed_sequences
 from .problems import SHOWN, Files, Keys, Problems
 from .reading import Row, rows
 from .rendering import NOT_RENDERED
@@ -119,9 +121,9 @@ class Pipeline:
         if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
+        answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
         held_out = self.context.spec.dataset.eval
         group_by = held_out.group_by if held_out is not None else None
-        answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
         scan = Scan(self.row_tokenizer, reader, similar, answers, group_by)
         if "text" in FORMATS[report.format].columns and self._wants_answers:
             raise UserError(
@@ -226,6 +228,17 @@ class Pipeline:
         self.rows_per_epoch, self.tokens = self.store.totals()
         if not self.rows_per_epoch:
             raise UserError("TooFewExamples", "the weights of the sources leave no training row; raise dataset.train.weight")
+
+    def check_fits(self, limits: Limits) -> None:
+        """Raise UserError for rows that the model cannot take; those that it was not made for are told."""
+        check_vocabulary(limits, self.store, self.row_tokenizer.tokenizer, self._place)
+        beyond = check_length(limits, self.store, self.row_tokenizer.max_length, self._place)
+        if beyond:
+            self.warnings["beyondContext"] = beyond
+
+    def packed_sequences(self) -> int:
+        """Sequences that the training rows are packed into."""
+        return packed_sequences(self.store.training_lengths(), self.row_tokenizer.max_length)
 
     def write(self) -> DatasetStatus:
         """The prepared rows; what is written is what trains and evaluates."""

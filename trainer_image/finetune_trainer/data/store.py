@@ -234,6 +234,36 @@ class Store:
         rows, tokens = self._all("SELECT sum(c.n), sum(c.n * k.length) FROM kept k JOIN copies c ON c.id = k.id")[0]
         return int(rows or 0), int(tokens or 0)
 
+    def _lists(self) -> list[str]:
+        """The columns of tokens, without labels."""
+        return [name for name, kind in _COLUMNS.items() if kind == _TOKENS and name in self._columns.split(", ") and name != "labels"]
+
+    def rows_with_tokens_from(self, first: int) -> tuple[int, int, int, int] | None:
+        """(rows, a token, origin and number of the first row) of those with a token ID of `first` or more; None when there are none."""
+        largest = f"greatest({', '.join(f'coalesce(list_max({name}), 0)' for name in self._lists())}, 0)"
+        found = self._all(
+            f"SELECT count(*) OVER (), {largest}, origin, number FROM kept WHERE {largest} >= {first} ORDER BY origin < 0, id LIMIT 1"
+        )
+        return found[0] if found else None
+
+    def longer_than(self, limit: int, *, prompts: bool = False) -> tuple[int, int, int, int]:
+        """(rows, tokens, origin and number of the longest row) of those that have more tokens; of prompts alone, if wanted."""
+        lists = self._lists()
+        whole = [f"len({name})" for name in lists if name != "prompt_ids"] if "prompt_ids" not in lists else ["len(input_ids)"]
+        whole += [f"len(prompt_ids) + len({name})" for name in lists if name in ("chosen_ids", "rejected_ids") and "prompt_ids" in lists]
+        tokens = "length - learned" if prompts else f"greatest({', '.join(whole)}, 0)"
+        found = self._all(
+            f"SELECT count(*) OVER (), {tokens} AS tokens, origin, number FROM kept WHERE {tokens} > {limit} ORDER BY tokens DESC, id LIMIT 1"
+        )
+        return found[0] if found else (0, 0, 0, 0)
+
+    def training_lengths(self) -> Iterator[int]:
+        """Tokens of each training row, with repetitions, in the order of the prepared rows."""
+        found = self._db.cursor().execute("SELECT k.length, c.n FROM kept k JOIN copies c ON c.id = k.id ORDER BY k.id")
+        while batch := found.fetchmany(_WINDOW):
+            for length, copies in batch:
+                yield from (length for _ in range(copies))
+
     def lengths(self) -> dict[str, Any]:
         """Statistics and a histogram of tokens per training row."""
         found = self._all(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.contract import JobFile
-from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
+from finetune_api.spec import WHOLE_MODEL_METHODS
 from finetune_api.status import PROMPTING_MAY_DO
+
+from .usage import Usage
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class CardFacts:
     parents: list[dict[str, Any]]
     versions: dict[str, str]
     plan: dict[str, Any] | None
+    usage: Usage
 
     @property
     def whole(self) -> bool:
@@ -64,7 +67,7 @@ def model_card(facts: CardFacts) -> str:
         f"| Method | {tuning.objective}, {tuning.method} |",
         f"| Learning rate | {hyper.learning_rate:g}, {hyper.lr_scheduler_type}, {hyper.optimizer} |",
         f"| Batch | {hyper.global_batch_size} rows a step |",
-        f"| Length | {hyper.max_length} tokens{', packed' if hyper.packing else ''} |",
+        f"| Length | {hyper.max_length} tokens{', packed' if 'packed sequences a step' in (facts.plan or {}).get('reason', '') else ''} |",
         *(
             [f"| Steps | {facts.plan['totalSteps']} on {facts.plan['worldSize']} process(es), {facts.plan['strategy']} |"]
             if facts.plan
@@ -76,7 +79,7 @@ def model_card(facts: CardFacts) -> str:
         "## Use",
         "",
         *_served(facts.evaluation),
-        *_usage(facts),
+        *facts.usage.lines(),
         "",
         "`finetune.json` holds the full lineage, `SHA256SUMS` the digests of all files.",
     ]
@@ -115,49 +118,4 @@ def _served(evaluation: dict[str, Any] | None) -> list[str]:
     system = (evaluation or {}).get("systemPrompt") or ""
     if not system:
         return []
-    return ["Serve it with the system text that it was trained with:", "", *_code("text", system), ""]
-
-
-def _code(language: str, *lines: str) -> list[str]:
-    return [f"```{language}", *lines, "```"]
-
-
-def _usage(facts: CardFacts) -> list[str]:
-    spec, base = facts.job.spec, facts.hub or "BASE"
-    tuning, output = spec.tuning, spec.output
-    kind = "AutoModelForSequenceClassification" if tuning.objective == "reward" else "AutoModelForCausalLM"
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("PATH")'
-    if facts.whole:
-        lines = _code("python", f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("PATH")', tokenizer)
-        served = ["", "vLLM:", "", *_code("sh", "vllm serve PATH")]
-    else:
-        labels = ", num_labels=1" if tuning.objective == "reward" else ""
-        lines = _code(
-            "python",
-            "from peft import PeftModel",
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f'base = {kind}.from_pretrained("{base}"{labels})',
-            'model = PeftModel.from_pretrained(base, "PATH")',
-            tokenizer,
-        )
-        rank = (tuning.lora or Lora()).rank
-        served = [
-            "",
-            "vLLM:",
-            "",
-            *_code("sh", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {facts.job.name}=PATH"),
-        ]
-        if tuning.method not in ("lora", "qlora", "rslora"):
-            served = [
-                "",
-                "vLLM loads no adapter of this method" + ("; serve `merged` instead: `vllm serve PATH/merged`." if output.merged else "."),
-            ]
-    if tuning.objective == "reward":
-        served = []
-    ollama = []
-    if output.gguf:
-        ollama = ["", "Ollama:", "", *_code("sh", f"ollama create {facts.job.name} -f PATH/gguf/Modelfile", f"ollama run {facts.job.name}")]
-    elif output.gguf_adapter:
-        ollama = ["", "Ollama, with a Modelfile of two lines:", "", *_code("", "FROM BASE.gguf", "ADAPTER PATH/gguf/adapter.gguf")]
-    return [*lines, *served, *ollama]
+    return ["Serve it with the system text that it was trained with:", "", "```text", system, "```", ""]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .architecture import positions
 from .shared_prefix import SharedPrefix, share
 
 MOST_TOKENS, MOST_ROWS = 16_384, 64
@@ -33,14 +34,23 @@ def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, prompts: list[str], limit: int) -> list[str]:
-    """One answer per prompt text, of at most `limit` tokens; prompts of like length share a batch, and all of them what they begin with."""
+    """One answer per prompt text, of at most `limit` tokens, fewer where the model's positions end.
+
+    Prompts of like length share a batch, and all of them what they begin with.
+    """
     if not prompts:
         return []
     sequences = encode(tokenizer, prompts)
     prefix = share(model, sequences)
     found: dict[int, str] = {}
+    most = positions(model)
     for part in batches([len(s) for s in sequences], limit):
-        output, start = _continued(model, tokenizer.pad_token_id, [sequences[i] for i in part], prefix, limit)
+        longest = max(len(sequences[i]) for i in part)
+        room = limit if most is None else min(limit, most - longest)
+        if room <= 0:
+            found.update(dict.fromkeys(part, ""))
+            continue
+        output, start = _continued(model, tokenizer.pad_token_id, [sequences[i] for i in part], prefix, room)
         texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
         found.update(zip(part, texts, strict=True))
     return [found[i] for i in range(len(prompts))]
