@@ -16,6 +16,7 @@ from typing import Any
 from finetune_api.spec import ANSWER_METRICS
 from finetune_api.status import ArmName
 
+from ..data.limits import Limits
 from ..data.shape import BadRow, Shape, system_prompt
 from ..data.store import read_rows
 from ..data.tokens import IGNORED, RowTokenizer
@@ -74,8 +75,8 @@ class Baseline:
     """What people should know of it."""
 
 
-def write_baseline(context: Context, tokenizer: Any, folder: str) -> Baseline:
-    """In prepare, when the rows are written: decide how the base in that folder is asked."""
+def write_baseline(context: Context, tokenizer: Any, limits: Limits) -> Baseline:
+    """In prepare, when the rows are written: decide how the base is asked, within what it can take."""
     spec = context.spec.evaluation
     assert spec is not None
     found = Baseline()
@@ -83,16 +84,10 @@ def write_baseline(context: Context, tokenizer: Any, folder: str) -> Baseline:
     own = {system_prompt(row) for row in rows}
     found.system = own.pop() if len(own) == 1 else ""
     if context.spec.tuning.objective not in ("pretrain", "reward") and rows and not any("text" in row for row in rows):
-        _Planner(context, tokenizer, rows, _context_length(context, folder), found).plan()
+        room = min((n for n in (limits.positions, limits.context) if n is not None), default=_UNBOUNDED)
+        _Planner(context, tokenizer, rows, room, found).plan()
     context.write_json(context.layout.baseline, asdict(found))
     return found
-
-
-def _context_length(context: Context, folder: str) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
 
 
 def read_baseline(context: Context) -> Baseline:
