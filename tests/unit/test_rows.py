@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +192,31 @@ def test_columns_of_other_names() -> None:
     reader = RowReader("prompt-completion", {"question": "prompt", "answer": "completion"})
     assert reader.read({"question": "a", "answer": "b", "id": 1}) == ({"prompt": "a", "completion": "b"}, {"id"})
     assert reader.read({"question": "a", "prompt": "x", "answer": "b"}) == ({"prompt": "a", "completion": "b"}, {"prompt"})
-    with pytest.raises(BadRow, match="makes prompt of several columns"):
-        rename({"question": "a", "query": "b"}, {"question": "prompt", "query": "prompt"})
+    both = RowReader("prompt-only", {"question": "prompt", "query": "prompt"})
+    assert both.read({"question": "a", "query": "b"}) == ({"prompt": "a"}, {"query"})
+    assert both.read({"question": None, "query": "b"}) == ({"prompt": "b"}, set())
+    assert rename({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"}) == {
+        "prompt": "b",
+        "completion": "a",
+    }
+
+
+def test_rows_of_a_source_are_all_conversations_or_none(desk: Desk) -> None:
+    """Plain text has no place for a system text: where some rows have one, the template is used for all."""
+    items = [{"prompt": f"what {i}", "completion": "yes", **({"system": "the cat"} if i % 2 else {})} for i in range(8)]
+    desk.run(lines(items))
+    assert all("messages" in json.loads(row) for row in rows_of(desk.context(None).layout.train_rows))
+
+
+def test_a_pair_with_a_system_text_needs_a_chat_template(desk: Desk) -> None:
+    bare = desk.folder / "bare" / "tiny"
+    shutil.copytree(desk.model, bare)
+    (bare / "chat_template.jinja").unlink()
+    desk.model = bare
+    pairs = [{"prompt": f"what {i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    desk.run(lines(pairs), tuning={"objective": "dpo"})
+    with pytest.raises(UserError, match="has no chat template"):
+        desk.run(lines([{**pair, "system": "be nice"} for pair in pairs]), tuning={"objective": "dpo"})
 
 
 def test_an_answer_is_needed_where_something_compares_with_it() -> None:

@@ -229,14 +229,28 @@ class RowReader:
     """The user's name of a column -> the format's."""
     needs_answer: bool = False
     """Whether something compares with the row's own answer."""
+    chat: bool = False
+    """Whether rows are conversations, also those that could be plain text: some of the source have a system text."""
 
     def read(self, value: Values) -> tuple[Shape, Unused]:
         """The row in its common shape, and the paths of what is not read of it. Raises BadRow."""
         unused: Unused = set()
-        shape = FORMATS[self.format].normalize(rename(value, self.columns, unused), unused)
+        row = rename(value, self.columns, unused)
+        shape = FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused)
         if self.needs_answer and self.format == "prompt-only" and "completion" not in shape and not _answered(shape):
             raise BadRow("the row has no answer, which reward exact-match compares with; write it as answer or solution")
         return shape, unused
+
+    def reads_conversation(self, values: Iterable[Values]) -> bool:
+        """Whether one of some rows is a conversation, which needs a chat template."""
+        for value in values:
+            try:
+                shape, _ = self.read(value)
+            except BadRow:
+                continue
+            if "messages" in shape or isinstance(shape.get("prompt"), list):
+                return True
+        return False
 
 
 def _answered(shape: Shape) -> bool:
@@ -244,22 +258,20 @@ def _answered(shape: Shape) -> bool:
 
 
 def rename(row: Values, columns: Mapping[str, str], unused: Unused | None = None) -> Values:
-    """A row with the format's names of its columns. What the user's map displaces was not meant, and counts as not read."""
+    """A row with the format's names of its columns. What the user's map displaces, or names twice, counts as not read."""
     if not columns:
         return row
-    renamed = {key: value for key, value in row.items() if key not in columns}
+    mapped: Values = {}
+    lost: Unused = set()
     for key, name in columns.items():
-        if key in row:
-            if (
-                name in renamed
-                and name in columns.values()
-                and any(other in row for other in columns if other != key and columns[other] == name)
-            ):
-                raise BadRow(f"dataset.columns makes {name} of several columns that this row has; map one of them")
-            if renamed.get(name) not in (None, "") and unused is not None:
-                unused.add(name)
-            renamed[name] = row[key]
-    return renamed
+        if row.get(key) is not None:
+            lost.update([key] if name in mapped else [])
+            mapped.setdefault(name, row[key])
+    rest = {key: value for key, value in row.items() if key not in columns}
+    lost.update(name for name in mapped if rest.get(name) not in (None, ""))
+    if unused is not None:
+        unused.update(lost)
+    return {**rest, **mapped}
 
 
 def looks_like(row: Values, wanted: Collection[str] = tuple(FORMATS)) -> str | None:
