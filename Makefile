@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 SLOWEST := --durations=25
 
-.PHONY: help quickstart test setup up down unit trainer combinations local component e2e chaos gpu bench lint format crds lock docs site sbom release release-check clean-cache
+.PHONY: help quickstart test setup up down unit trainer combinations local component e2e chaos gpu seeds bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ chaos: setup  ## 200 random faults over twenty jobs at once; `make test` strikes
 
 gpu:  ## The stages on this machine's NVIDIA GPUs, measured beside trl sft; with the Python at hand, no Kubernetes
 	@if [ -x $(VENV) ]; then $(VENV) -m tests.gpu $(ARGS); else $(PYTHON) -m tests.gpu $(ARGS); fi
+
+seeds: setup  ## The quickstart's result with three seeds, as the table of docs/evaluation.md
+	@$(VENV) -m tests.bench.seeds $(ARGS)
 
 bench: setup  ## Benchmarks with their baselines
 	$(VENV) -m tests.bench

@@ -88,8 +88,15 @@ CHECKED = StageResult(reason="TargetsReady", message="pvc://published/support")
 TRAINED = StageResult(reason="Trained", message="10 steps", result={"steps": 10, "loss": 0.5, "checkpointStep": 10})
 COMPARED = StageResult(
     reason="Compared",
-    message="loss 2 -> 1",
-    result={"base": {"loss": 2.0}, "tuned": {"loss": 1.0}, "examples": 10, "improvement": 0.5, "gate": "Passed"},
+    message="loss Base 2, Tuned 1",
+    result={
+        "arms": [{"name": "Base", "metrics": {"loss": 2.0}}, {"name": "Tuned", "metrics": {"loss": 1.0}}],
+        "examples": 20,
+        "prompts": 20,
+        "comparedWith": "Base",
+        "improvement": 0.5,
+        "gate": "Passed",
+    },
 )
 PUBLISHED = StageResult(
     reason="Published",

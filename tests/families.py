@@ -54,6 +54,8 @@ class Family:
     added: tuple[str, ...] = ()
     """Tokens of the vocabulary that are not special."""
     settings: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Settings of LoRA that the class asks for."""
 
     @property
     def source(self) -> Path:
@@ -85,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Nemotron-3-Nano": Family(
         "NemotronHConfig", "nemotron_3_nano", ("<s>", *_QWEN), "<|im_end|>", "<|im_end|>", "<s>", ("<think>", "</think>"),
-        {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "use_mamba_kernels": False, "chunk_size": 16},
+        {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16}, {"targetModules": ["in_proj", "q_proj", "v_proj"]},
     ),
     "Gemma-3": Family("Gemma3TextConfig", "gemma3", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<end_of_turn>", "<bos>"),
     "Mistral-7B-v0.2": Family("MistralConfig", "mistral-7b-v0.2", ("<s>", "</s>"), "</s>", "</s>", "<s>"),

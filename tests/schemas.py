@@ -186,7 +186,7 @@ _EVERYTHING = merged(
     dataset={
         "train": {"uri": "hf://org/rows", **_SECRET},
         "mix": [{"uri": "s3://bucket/rows.jsonl", "s3Endpoint": "https://minio.example", **_SECRET}],
-        "eval": {"uri": "hf://org/rows"},
+        "eval": {"uri": "hf://org/rows", "groupBy": "customer"},
         "columns": {"question": "prompt"},
         "checks": {},
     },
@@ -209,7 +209,8 @@ _EVERYTHING = merged(
     workspace={"template": {"storage": 21474836480, "accessMode": "ReadWriteMany"}},
     evaluation={
         "metrics": ["loss", "json-schema", "regex", "judge-win-rate"],
-        "gate": {"metric": "loss"},
+        "gate": {"metric": "loss", "compareWith": "instructed", "onInconclusive": "publish"},
+        "baseline": {"systemPrompt": "Answer in JSON.", "fewShot": 4},
         "jsonSchema": "{}",
         "regex": "a+",
         "judge": _ENDPOINT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -85,6 +86,8 @@ class Env:
     POD_NAME = "FINETUNE_POD_NAME"
     PARENT = "FINETUNE_PARENT_PID"
     """Process that this one must not outlive; a pod's first process needs none, the kernel sees to it."""
+    RESUME = "FINETUNE_RESUME"
+    """Set where prepare goes on with the rows that it prepared before, as `finetune run --local --resume` asks for."""
 
 
 class JobFile(APIModel):
@@ -93,6 +96,8 @@ class JobFile(APIModel):
     name: str
     namespace: str
     uid: str
+    run: str | None = None
+    """Which run of this job it is, where one job has several: `finetune run --local` keeps them all. Names the folder in place of the UID."""
     spec: FineTuneJobSpec
     sources: dict[str, str] = Field(default_factory=dict)
     """Folder of each claim or ConfigMap that the spec refers to, by `scheme://name`."""
@@ -104,6 +109,10 @@ class JobFile(APIModel):
     def dumps(self) -> str:
         """Deterministic JSON: the same job gives the same bytes."""
         return json.dumps(self.to_wire(), sort_keys=True)
+
+    def layout(self, workspace: str) -> Layout:
+        """Where its files are in a workspace."""
+        return Layout(workspace, self.namespace, self.name, self.run or self.uid)
 
 
 RESTORED = "Restored"
@@ -119,6 +128,70 @@ def result_digest(spec: FineTuneJobSpec) -> str:
     wire = spec.to_wire()
     made_of = {block: wire.get(block) for block in ("model", "dataset", "tuning", "evaluation", "output")}
     return "sha256:" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+class MadeFrom(APIModel):
+    """What checkpoints were made from. Those of other settings, rows or weights are another run's."""
+
+    tuning: str
+    """Digest of `spec.tuning`."""
+    rows: str
+    """Digest of the rows, those held out too."""
+    tokens: str
+    """Digest of the training rows as the model sees them: another tokenizer or chat template reads the same rows otherwise."""
+    model: str
+    """Fingerprint of the base's weights."""
+    adapter: str | None = None
+    """Fingerprint of the adapter that `tuning.continueFrom` names."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights."""
+    strategy: str
+    """How optimizer state is cut: `plan.strategy`."""
+
+    @property
+    def key(self) -> str:
+        """Short digest of all of it."""
+        return hashlib.sha256(json.dumps(self.to_wire(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def differences(self, other: MadeFrom) -> list[str]:
+        """What differs, for people: settings, rows, model and so on."""
+        mine, theirs = self.to_wire(), other.to_wire()
+        found = [name for name in type(self).model_fields if mine.get(name) != theirs.get(name)]
+        return [_SAID[name] for name in found if name != "tokens" or "rows" not in found]
+
+
+_SAID = {
+    "tuning": "the settings (spec.tuning)",
+    "rows": "the rows",
+    "tokens": "what the tokenizer and chat template make of the rows",
+    "model": "the model's weights",
+    "adapter": "the adapter of tuning.continueFrom",
+    "teacher": "the teacher's weights",
+    "strategy": "the strategy (distribution)",
+}
+
+
+class Identity(APIModel):
+    """identity.json in a job's folder: whose checkpoints lie there, and what they were made from."""
+
+    namespace: str
+    name: str
+    uid: str
+    spec: str
+    """`result_digest` of the spec."""
+    made_from: MadeFrom
+
+
+def read_identity(path: str | Path) -> Identity | None:
+    """What identity.json says, or None where there is none, or one of an older version."""
+    try:
+        return Identity.model_validate_json(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+CHECKPOINT_MANIFEST = "finetune-manifest.json"
+"""Written last into a checkpoint: it counts when this file is there."""
 
 
 class StageResult(APIModel):
@@ -233,7 +306,7 @@ def progress_audience(namespace: str, name: str) -> str:
 
 
 class Layout:
-    """The workspace: one folder per job, and a cache that jobs share."""
+    """The workspace: one folder per job (locally per run of it), and a cache that jobs share."""
 
     def __init__(self, root: str, namespace: str, name: str, uid: str) -> None:
         self.cache = f"{root}/cache"
@@ -241,10 +314,14 @@ class Layout:
         self.data = f"{self.job}/data"
         self.checkpoints = f"{self.job}/checkpoints"
         self.output = f"{self.job}/output"
+        self.earlier = f"{self.job}/earlier"
+        """What this job made from something else: checkpoints, output and history, by `MadeFrom.key`."""
+        self.identity = f"{self.job}/identity.json"
         self.reports = f"{self.job}/reports"
         self.train_rows = f"{self.data}/train.parquet"
         self.eval_rows = f"{self.data}/eval.parquet"
         self.general_rows = f"{self.data}/general.json"
+        self.baseline = f"{self.data}/baseline.json"
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"

@@ -13,21 +13,24 @@ from .signatures import SIGNATURES
 OTHER = "Other"
 
 _OF_THE_OPERATOR = """
-    Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
+    Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateInconclusive GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
     PlanMismatch PodDeleted PodFailed Preempted RemoteCodeNotAllowed Resized Restored SourceUnavailable SpecChanged StageTimeout Suspended
     TooManyRestarts
 """
 _OF_THE_TRAINER = """
-    AdapterNotReadable AddressNotAllowed BadJSONSchema BadRegex ChatTemplateFailed ChatTemplateTooLarge ChatTemplateTooSlow
-    ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound DatasetNotGzip DatasetNotJSON DatasetNotParquet
-    DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows
-    EmptyDataset EmptyResult EndpointRefused EndpointUnreachable Hang HostNotFound InvalidRows LeakedRows MainNotFound MixedFormats
-    ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoFlashAttention NoGGUF NoPrompts
-    NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PublishFailed
-    PublishRefused RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong SharedDevice SlowTokenizer SourceNotFound
-    SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable TargetTaken TaskNotLoaded
-    TokenizerNotReadable TooFewExamples TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask
-    VerificationFailed WorkerDied WorldMismatch WrongAdapter WrongFormat
+    AdapterNotReadable AddressNotAllowed AttentionNotSupported BadJSONSchema BadRegex BadSystemPrompt ChatTemplateFailed
+    ChatTemplateTooLarge ChatTemplateTooSlow ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound
+    DatasetNotGzip DatasetNotJSON DatasetNotParquet DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb
+    DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows EmptyDataset EmptyResult EndpointRefused
+    EndpointUnreachable Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers
+    MethodNotSupported MixedFormats ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
+    NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
+    NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
+    QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
+    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
+    TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
+    UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable WorkerDied
+    WorldMismatch WrongAdapter WrongArchitecture WrongFormat
 """
 REASONS = frozenset(
     (

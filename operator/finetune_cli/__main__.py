@@ -20,7 +20,9 @@ def main() -> None:
 
     from .cluster import Refused
     from .local import MissingVolume
+    from .preview import NoSamples
     from .queues import WrongInput
+    from .runs import NoSuchRun
 
     try:
         code = app(standalone_mode=False)
@@ -34,7 +36,7 @@ def main() -> None:
             print(error, file=sys.stderr)
     except ApiException as failure:
         print(Refused(failure), file=sys.stderr)
-    except (APIError, MissingVolume, WrongInput) as failure:
+    except (APIError, MissingVolume, NoSamples, NoSuchRun, WrongInput) as failure:
         print(failure, file=sys.stderr)
     except ConfigException as failure:
         print(f"no cluster: {failure}", file=sys.stderr)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import enum
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from finetune_api.advice import advice
+from finetune_api.spec import FineTuneJobSpec
 
 from .documents import read_jobs
+from .output import Format, Output, dump
 
 app = typer.Typer(
     name="finetune",
@@ -31,19 +30,8 @@ console = Console()
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; else that of the context.")]
 Kubeconfig = Annotated[str | None, typer.Option(help="Path of a kubeconfig.")]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+Workspace = Annotated[Path, typer.Option(help="Folder for data, checkpoints and reports of local runs.")]
 Name = Annotated[str, typer.Argument(help="Name of the FineTuneJob.", autocompletion=lambda ctx, incomplete: _names(ctx, incomplete))]
-
-
-class Output(enum.StrEnum):
-    """How a list or a job is written."""
-
-    TABLE = "table"
-    JSON = "json"
-    YAML = "yaml"
-    NAME = "name"
-
-
-Format = Annotated[Output, typer.Option("--output", "-o", help="table, json, yaml or name.")]
 
 
 def _names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -62,11 +50,6 @@ def _jobs(namespace: str | None, kubeconfig: str | None, context: str | None, *,
     return Jobs(kubeconfig, context, namespace, everywhere=everywhere)
 
 
-def _dump(value: Any, output: Output) -> None:
-    text = json.dumps(value, indent=2) if output is Output.JSON else yaml.safe_dump(value, sort_keys=False)
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-
-
 @app.command()
 def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with FineTuneJobs or FineTuneQueues.")]) -> None:
     """Check manifests without a cluster."""
@@ -80,29 +63,72 @@ def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with Fi
                 console.print(f"  warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
+def _local_jobs(file: Path, pairs: list[str] | None) -> tuple[list[tuple[dict[str, Any], FineTuneJobSpec]], dict[str, str]]:
+    """The jobs of a manifest, and the folder of each claim or ConfigMap: those of plain paths, and those that are said."""
+    from .paths import LocalPaths
+
+    try:
+        said = dict(pair.split("=", 1) for pair in pairs or ())
+    except ValueError:
+        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
+    paths = LocalPaths(file.resolve().parent)
+    return read_jobs(file, paths.rewrite), {**paths.volumes, **said}
+
+
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob.")],
     local: Annotated[bool, typer.Option("--local", help="As processes on this machine, without a cluster.")] = False,
     volume: Annotated[list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Folder that stands for a claim or ConfigMap.")] = None,
-    workspace: Annotated[Path, typer.Option(help="Folder for data, checkpoints and reports.")] = Path("finetune-workspace"),
+    workspace: Workspace = Path("finetune-workspace"),
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Only check the data and say what fits; no training.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run, as `finetune list --local` names it.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin a new run, whatever there is; earlier ones are kept.")] = False,
 ) -> None:
-    """Run a manifest on this machine."""
+    """Run a manifest on this machine. An earlier run that was made from the same is gone on with; all others are kept."""
     from .local import run_local
-    from .paths import LocalPaths
 
     if not local:
         raise typer.BadParameter("only --local runs here; in a cluster: finetune create -f FILE --watch")
-    try:
-        volumes = dict(pair.split("=", 1) for pair in volume or ())
-    except ValueError:
-        raise typer.BadParameter("write NAME=FOLDER", param_hint="--volume") from None
-    folder, paths = workspace.resolve(), LocalPaths(file.resolve().parent)
-    jobs = read_jobs(file, paths.rewrite)
-    volumes = {**paths.volumes, **volumes}
-    good = [run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only) for metadata, spec in jobs]
+    if resume is not None and fresh:
+        raise typer.BadParameter("it goes on with a run, or begins one; leave one of the two out", param_hint="--resume, --fresh")
+    folder = workspace.resolve()
+    jobs, volumes = _local_jobs(file, volume)
+    if resume is not None and len(jobs) > 1:
+        raise typer.BadParameter(f"{file} holds {len(jobs)} jobs, and a run is of one: give a file with that one", param_hint="--resume")
+    good = [
+        run_local(metadata, spec, volumes, folder, console, prepare_only=prepare_only, resume=resume, fresh=fresh)
+        for metadata, spec in jobs
+    ]
     raise typer.Exit(0 if all(good) else 1)
+
+
+@app.command()
+def preview(
+    file: Annotated[Path, typer.Argument(help="YAML file with a FineTuneJob, or reports/data.json of a run.")],
+    volume: Annotated[list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Folder that stands for a claim or ConfigMap.")] = None,
+    workspace: Workspace = Path("finetune-workspace"),
+    rows: Annotated[int, typer.Option(help="Rows to show, at most.")] = 1,
+) -> None:
+    """Show rows as the model sees them, what is learned in color. Of a manifest, the data are prepared on this machine."""
+    from .local import LocalRun, job_file
+    from .preview import drawn, read_samples
+
+    if file.suffix == ".json":
+        reports = [file]
+    else:
+        reports = []
+        jobs, volumes = _local_jobs(file, volume)
+        for metadata, spec in jobs:
+            job = LocalRun(job_file(metadata, spec, volumes), workspace.resolve())
+            job.run(prepare_only=True)
+            if job.status.phase == "Failed":
+                print(next(c.message for c in job.status.conditions if c.type == "Failed"), file=sys.stderr)
+                raise typer.Exit(1)
+            reports.append(Path(job.layout.data_report))
+    for report in reports:
+        for text in drawn(read_samples(report)[:rows]):
+            console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -144,7 +170,7 @@ def create(
         found = [(metadata, spec.to_wire(exclude_unset=True)) for metadata, spec in read_jobs(file)]
     if dry_run == "client":
         for metadata, spec in found:
-            _dump({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, Output.YAML)
+            dump({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, Output.YAML)
         return
     jobs = _jobs(namespace, kubeconfig, context)
     made = None
@@ -166,7 +192,7 @@ def _write(found: list[Any], output: Output, *, everywhere: bool) -> None:
         for job in found:
             print(f"finetunejob/{job['metadata']['name']}")
     else:
-        _dump({"apiVersion": "v1", "kind": "List", "items": found}, output)
+        dump({"apiVersion": "v1", "kind": "List", "items": found}, output)
 
 
 @app.command("list")
@@ -174,11 +200,18 @@ def list_(
     all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of all namespaces.")] = False,
     phase: Annotated[str | None, typer.Option(help="Only jobs of this phase.")] = None,
     output: Format = Output.TABLE,
+    local: Annotated[bool, typer.Option("--local", help="The runs of `finetune run --local` instead.")] = False,
+    workspace: Workspace = Path("finetune-workspace"),
     namespace: Namespace = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """List jobs."""
+    """List jobs, or the runs on this machine."""
+    if local:
+        from .runs import list_runs
+
+        list_runs(workspace.resolve(), phase, output, console)
+        return
     found = _jobs(namespace, kubeconfig, context, everywhere=all_namespaces).all()
     kept = [job for job in found if phase is None or (job.get("status") or {}).get("phase", "Pending").lower() == phase.lower()]
     _write(kept, output, everywhere=all_namespaces)
@@ -193,7 +226,7 @@ def get(
     if output in (Output.TABLE, Output.NAME):
         _write([job], output, everywhere=False)
     else:
-        _dump(job, output)
+        dump(job, output)
 
 
 @app.command()

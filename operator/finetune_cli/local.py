@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -18,17 +20,20 @@ from typing import Any
 from rich.console import Console
 
 from finetune_api.contract import (
+    RESTORED,
     Env,
     ExitCode,
+    Identity,
     JobFile,
-    Layout,
     ProgressReport,
     Stage,
     StageResult,
     Unavailable,
     progress_of,
+    read_identity,
     read_stage_result,
 )
+from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
@@ -43,6 +48,7 @@ from finetune_api.status import (
 )
 from finetune_api.uris import parse_uri
 
+from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over
 from .view import JobView
 
 _FIRST_WAIT = 10.0
@@ -75,22 +81,68 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
 
 
 class LocalRun:
-    """Runs the stages and keeps a status like the operator's."""
+    """Runs the stages and keeps a status like the operator's.
 
-    def __init__(self, job: JobFile, workspace: Path) -> None:
-        self.job, self.workspace = job, workspace
-        self.layout = Layout(str(workspace), job.namespace, job.name, job.uid)
-        self.folder = Path(self.layout.job)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.job_json = self.folder / "job.json"
-        if self.job_json.exists() and self.job_json.read_text() != job.dumps():
-            for stale in (self.layout.checkpoints, self.layout.output, self.layout.reports):  # of another manifest: never resume from it
-                shutil.rmtree(stale, ignore_errors=True)
-        self.job_json.write_text(job.dumps())
-        self.logs = self.folder / "logs"
-        self.logs.mkdir(exist_ok=True)
+    Every run looks at its data in a folder of its own. Where an earlier run was made from the same, it is gone on with; `resume`
+    names the one to go on with, as it was prepared; `fresh` begins a new one whatever there is. Raises NoSuchRun.
+    """
+
+    def __init__(self, job: JobFile, workspace: Path, *, resume: str | None = None, fresh: bool = False) -> None:
+        self.workspace, self.resume, self.fresh = workspace, resume, fresh
+        self.notes: queue.Queue[str] = queue.Queue()
+        """What is told of runs: which is gone on with, and why."""
+        named, held = new_run(job, workspace) if resume is None else named_run(job, workspace, resume)
+        self._enter(named, held)
+        if resume is None:
+            carry_answers(self.layout, self._others())
         self.status = FineTuneJobStatus(phase="Preparing", total_gpus=job.spec.distribution.nodes * job.spec.distribution.gpus_per_node)
         self._lock = threading.Lock()
+
+    def _enter(self, job: JobFile, held: Lock) -> None:
+        """Work in this run's folder from here on."""
+        self.job, self._held = job, held
+        self.layout = job.layout(str(self.workspace))
+        self.folder = Path(self.layout.job)
+        self.job_json = self.folder / "job.json"
+        self.job_json.write_text(job.dumps())
+        (self.folder / STATUS).unlink(missing_ok=True)
+        self.logs = self.folder / "logs"
+        self.logs.mkdir(exist_ok=True)
+
+    def _others(self) -> list[Run]:
+        return [run for run in runs_of(self.job, self.workspace) if run.folder != self.folder]
+
+    def _choose(self) -> bool:
+        """Go on with the latest run that was made from the same, and say so; False when it cannot be had."""
+        mine, others = read_identity(self.layout.identity), self._others()
+        here = Run(self.folder, self.job.to_wire())
+        if self.resume is not None or mine is None:
+            self.notes.put(f"goes on with run {here.id} from step {here.step or 0}, as --resume asks for")
+            return True
+        kept = f"; kept: {', '.join(run.id for run in others)}" if others else ""
+        if self.fresh:
+            self.notes.put(f"run {here.id}, a new one, as --fresh asks for{kept}")
+            return True
+        earlier = next((run for run in others if (known := run.identity) is not None and known.made_from == mine.made_from), None)
+        if earlier is None:
+            self.notes.put(f"run {here.id}, a new one: {_why_new(mine, others)}")
+            return True
+        held = Lock(earlier.folder)
+        if not held.taken:
+            message = (
+                f"run {earlier.id} was made from the same, and another process runs it; wait for its end, or begin another with --fresh"
+            )
+            self._end("Failed", "RunInProgress", message)
+            shutil.rmtree(self.folder)  # it would be the latest, and holds nothing but the same rows once more
+            return False
+        take_over(self.layout, earlier)
+        self._held.close()
+        self._enter(self.job.model_copy(update={"run": earlier.job.get("run"), "uid": earlier.job["uid"]}), held)
+        self.notes.put(
+            f"goes on with run {earlier.id} from step {earlier.step or 0}: it was made from the same settings, rows and model; "
+            "--fresh begins a new one"
+        )
+        return True
 
     def read(self) -> FineTuneJobStatus:
         """The status now, with the newest line of the history."""
@@ -108,12 +160,13 @@ class LocalRun:
         with self._lock:
             self.status.dataset = DatasetStatus.model_validate(prepared.result["dataset"])
             self.status.plan = Plan.model_validate(prepared.result["plan"])
+        if not self._choose():
+            return
         if prepare_only:
             self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
             return
         if spec.publish and self._stage("check", "TargetsReady", "Preparing") is None:
             return
-        Path(self.layout.history).unlink(missing_ok=True)
         trained = self._stage("train", "Trained", "Training")
         if trained is None:
             return
@@ -122,8 +175,8 @@ class LocalRun:
             if compared is None:
                 return
             self.status.evaluation = EvaluationStatus.model_validate(compared.result)
-            if self.status.evaluation.gate == "NotPassed":
-                self._end("Failed", "GateNotPassed", f"{compared.message}; nothing was published, the result is in {self.layout.output}")
+            if (shut := shut_gate(spec, self.status.evaluation)) is not None:
+                self._end("Failed", shut.reason, f"{compared.message}; nothing was published, the result is in {self.layout.output}")
                 return
         if spec.publish:
             published = self._stage("publish", "Published", "Publishing")
@@ -159,6 +212,9 @@ class LocalRun:
         bad = [rank for rank, code in enumerate(codes) if code != ExitCode.DONE]
         if not bad:
             result = results[0] or StageResult(reason="NoResult", message=f"{stage} ended without a result")
+            if result.reason == RESTORED:  # here nothing was lost: what the earlier run published stands in its folder, too
+                message = "an earlier result of this job is there and will be replaced; the one of each run stays in its folder"
+                result = StageResult(reason="TargetsReady", message=message)
             self._set(condition, "True", result)
             return result
         telling = sorted(bad, key=lambda rank: (codes[rank] not in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY), results[rank] is None))[0]
@@ -182,10 +238,11 @@ class LocalRun:
             Env.MAIN_PORT: str(port),
             Env.ALLOW_CPU: "1",
             Env.PARENT: str(os.getpid()),
+            **({Env.RESUME: "1"} if self.resume is not None else {}),
         }
         command = [sys.executable, "-m", "finetune_trainer", stage, "--job", str(self.job_json), "--workspace", str(self.workspace)]
         with (self.logs / f"{stage}-{rank}.log").open("wb") as log:
-            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=False), words
+            return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, pass_fds=self._held.descriptors), words
 
     def _read_progress(self) -> None:
         try:
@@ -210,6 +267,23 @@ class LocalRun:
         self._set(type_, "True", StageResult(reason=reason, message=message[:3000]))
         with self._lock:
             self.status.phase = type_
+            write = self.status.model_dump_json(by_alias=True, exclude_none=True)
+        (self.folder / STATUS).write_text(write)
+        self._held.close()
+
+
+def _why_new(mine: Identity, others: list[Run]) -> str:
+    """Against the latest run: what differs."""
+    if not others:
+        return "there is no earlier one"
+    latest = others[0]
+    known = latest.identity
+    if known is None:
+        why = f"what run {latest.id} was made from is not known"
+    else:
+        what = mine.made_from.differences(known.made_from)
+        why = f"{' and '.join(what)} changed since run {latest.id}"
+    return f"{why}; run {latest.id} is kept, and --resume {latest.id} goes on with it as it was made"
 
 
 def _free_port() -> int:
@@ -243,9 +317,11 @@ def run_local(
     console: Console,
     *,
     prepare_only: bool = False,
+    resume: str | None = None,
+    fresh: bool = False,
 ) -> bool:
-    """Run a job here and draw it. Returns whether it succeeded. Raises MissingVolume."""
-    run = LocalRun(job_file(metadata, spec, volumes), workspace)
+    """Run a job here and draw it. Returns whether it succeeded. Raises MissingVolume and NoSuchRun."""
+    run = LocalRun(job_file(metadata, spec, volumes), workspace, resume=resume, fresh=fresh)
     thread = threading.Thread(target=run.run, kwargs={"prepare_only": prepare_only}, daemon=True)
     thread.start()
     view = JobView(console, run.job.name, spec)
@@ -253,6 +329,8 @@ def run_local(
     def read() -> FineTuneJobStatus:
         if not thread.is_alive() and not run.status.finished:
             run._end("Failed", "InternalError", "the run ended without a verdict")
+        with contextlib.suppress(queue.Empty):
+            console.print(f"{run.job.name}: {run.notes.get_nowait()}", highlight=False, markup=False, soft_wrap=True)
         return run.read()
 
     return view.follow(read, lambda: time.sleep(0.5)) == "Succeeded"

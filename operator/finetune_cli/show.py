@@ -16,6 +16,7 @@ from finetune_api.lenient import read_status
 from finetune_api.scalars import human_duration, printable
 from finetune_api.status import FineTuneJobStatus
 
+from .arms import request_costs
 from .cluster import Object
 from .view import JobView, sparkline
 
@@ -170,8 +171,10 @@ def _facts(job: Object) -> dict[str, str]:
     if status.progress is not None:
         found["steps"], found["loss"] = str(status.progress.step), f"{status.progress.loss}"
     if status.evaluation is not None:
-        for metric, base in status.evaluation.base.items():
-            found[f"{metric} (base -> tuned)"] = f"{base:.4g} -> {status.evaluation.tuned.get(metric, float('nan')):.4g}"
+        for metric in status.evaluation.metrics:
+            found[metric] = status.evaluation.told(metric)
+        for name, row in request_costs(status.evaluation):
+            found[name] = ", ".join(f"{arm.name} {text}" for arm, text in zip(status.evaluation.arms, row, strict=True) if text)
         found["gate"] = status.evaluation.gate
     found["GPU-hours"] = f"{status.usage.gpu_seconds / 3600:.2f}"
     if status.usage.cost is not None:

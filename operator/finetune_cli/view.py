@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import SAID_BY_OTHERS, Condition, FineTuneJobStatus
+from finetune_api.status import PROMPTING_MAY_DO, SAID_BY_OTHERS, Condition, FineTuneJobStatus
+
+from .arms import arms_table, verdict
 
 STAGES = (("Preparing", "prepare"), ("Starting", "start"), ("Training", "train"), ("Evaluating", "evaluate"), ("Publishing", "publish"))
 _ORDER = ["Pending", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing", "Succeeded"]
@@ -123,23 +125,16 @@ class JobView:
         return f"{self.name}: {status.phase} {progress.percent}% (step {progress.step}/{progress.total_steps}{loss}, ETA {progress.eta or '?'})"
 
     def summary(self, status: FineTuneJobStatus) -> RenderableType:
-        """The end: scores of base against tuned, and where the result is."""
+        """The end: scores of the tuned model beside those of its base, and where the result is."""
         parts: list[RenderableType] = []
         if status.evaluation is not None:
-            parts.append(Text(f"{self.name}: {status.evaluation.examples} held-out rows", style="italic"))
-            table = Table()
-            table.add_column("metric")
-            table.add_column("base", justify="right")
-            table.add_column("tuned", justify="right")
-            for metric, base in status.evaluation.base.items():
-                tuned = status.evaluation.tuned.get(metric, float("nan"))
-                better = tuned < base if metric.endswith(("loss", "perplexity")) else tuned > base
-                table.add_row(metric, f"{base:.4g}", Text(f"{tuned:.4g}", style="bold green" if better else "red"))
-            parts.append(table)
-            if status.evaluation.improvement is not None and status.evaluation.interval:
-                low, high = status.evaluation.interval
-                gate = "" if status.evaluation.gate == "None" else f", gate {status.evaluation.gate}"
-                parts.append(Text(f"improvement {status.evaluation.improvement:.4g}, between {low:.4g} and {high:.4g}{gate}"))
+            rows = f"{status.evaluation.examples} held-out rows of {status.evaluation.prompts} prompts"
+            parts += [Text(f"{self.name}: {rows}", style="italic"), arms_table(status.evaluation), Text(verdict(status.evaluation))]
+            evaluated = status.condition("Evaluated")
+            if evaluated is not None and evaluated.reason == PROMPTING_MAY_DO:
+                parts.append(
+                    Text(f"{PROMPTING_MAY_DO}: the base with an instruction or examples is not measurably worse", style="bold yellow")
+                )
         for artifact in status.artifacts:
             parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
         failed = status.condition("Failed")

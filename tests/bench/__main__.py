@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import faults, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
+from . import evaluation, faults, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
 
-ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "faults")
+ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "evaluation", "faults")
 
 
 def main() -> None:
@@ -32,6 +32,8 @@ def main() -> None:
         results["prepare"] = prepare.bench()
     if "trainer" in which:
         results["trainer"] = trainer.bench()
+    if "evaluation" in which:
+        results["evaluation"] = evaluation.bench()
     if "faults" in which:
         results["faults"] = faults.bench()
     print(json.dumps(results, indent=1))

@@ -135,7 +135,7 @@ def measure(case: Case, tiny: Path, folder: Path) -> tuple[int, int]:
     found: list[int] = []
     with _measured(found):
         fit(context, plan)
-    shape = describe_model(context, str(made))
+    shape = describe_model(context, str(made)).shape
     setting = Setting("ddp", 1, plan.per_device_batch_size, plan.gradient_checkpointing)
     if not torch.cuda.is_available():
         return found[0], estimate(context.spec, shape, setting, element=4).total

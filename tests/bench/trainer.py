@@ -54,7 +54,7 @@ def bench() -> dict[str, Any]:
             ("finetune", lambda: _ours(Path(scratch, "run"), folder, even)),
             ("trl_sft", lambda: _trl(Path(scratch, "run"), folder, even)),
             ("transformers_trainer", lambda: _plain(Path(scratch, "run"), folder, even)),
-            ("finetune_mixed_packed", lambda: _ours(Path(scratch, "run"), folder, mixed, packing=True)),
+            ("finetune_mixed", lambda: _ours(Path(scratch, "run"), folder, mixed, packing=True)),
             ("trl_sft_mixed", lambda: _trl(Path(scratch, "run"), folder, mixed)),
             ("transformers_trainer_mixed", lambda: _plain(Path(scratch, "run"), folder, mixed)),
         ]
@@ -73,7 +73,7 @@ def bench() -> dict[str, Any]:
     found["spread"] = {arm: [round(f(r.tokens_per_second for r in runs), 1) for f in (min, max)] for arm, runs in arms.items()}
     for ours, others in (
         ("finetune", ("trl_sft", "transformers_trainer")),
-        ("finetune_mixed_packed", ("trl_sft_mixed", "transformers_trainer_mixed")),
+        ("finetune_mixed", ("trl_sft_mixed", "transformers_trainer_mixed")),
     ):
         for other in others:
             found[f"{ours}/{other}"] = {f: round(middle(ours, f) / middle(other, f), 3) for f in FIELDS}
@@ -83,7 +83,7 @@ def bench() -> dict[str, Any]:
 def _rows(even: Path, mixed: Path) -> None:
     """Support tickets, all of about one length; and answers of 1 to 16 tickets, as real conversations differ."""
     pairs = [json.loads(line)["messages"] for line in (REPO / "examples/data/support-tickets.jsonl").read_text().splitlines()]
-    shaped = [{"prompt": f"{q['content']}\n", "completion": a["content"]} for q, a in pairs]
+    shaped = [{"prompt": f"{q['content']}\n", "completion": a["content"]} for _, q, a in pairs]
     long = [
         {
             "prompt": row["prompt"],
@@ -126,17 +126,16 @@ def _ours(folder: Path, base: Path, data: Path, *, packing: bool = False) -> Run
     checks = {"nearDuplicates": "ignore", "nearLeakage": "ignore", "duplicates": "keep"}
     spec["dataset"] = {"train": {"uri": "pvc://rows/train.jsonl"}, "checks": checks}
     length = 4 * LENGTH if data.name == "mixed" else LENGTH
-    batch = BATCH // 4 if packing else BATCH  # a pack holds several rows: about as many tokens a step
     hyper = {
         "maxSteps": STEPS,
         "learningRate": 2e-4,
-        "globalBatchSize": batch,
+        "globalBatchSize": BATCH,
         "maxLength": length,
         "packing": packing,
         "gradientCheckpointing": False,
     }
     spec["tuning"] = {"lora": {"rank": 8, "alpha": 16, "dropout": 0}, "hyperparameters": hyper}
-    spec["distribution"] = {"gpusPerNode": 0, "perDeviceBatchSize": batch}
+    spec["distribution"] = {"gpusPerNode": 0, "perDeviceBatchSize": BATCH}
     del spec["evaluation"], spec["publish"]
     metadata, parsed = parse_job(document)
     local = LocalRun(job_file(metadata, parsed, {"models": str(base.parent), "rows": str(data)}), folder)

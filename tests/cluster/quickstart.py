@@ -45,9 +45,8 @@ def main() -> None:
 
         kubectl("delete", "finetunejob", JOB, "--ignore-not-found", "--wait")
         kubectl("apply", "-f", str(EXAMPLES / "volumes.yaml"))
-        config_map = kubectl(
-            "create", "configmap", JOB, f"--from-file={EXAMPLES / 'data' / 'support-tickets.jsonl'}", "--dry-run=client", "-o", "yaml"
-        )
+        rows = [f"--from-file={EXAMPLES / 'data' / f'{name}.jsonl'}" for name in (JOB, f"{JOB}-held-out")]
+        config_map = kubectl("create", "configmap", JOB, *rows, "--dry-run=client", "-o", "yaml")
         kubectl("apply", "-f", "-", input=config_map)
         with step("copying the model into the claim models"):
             loader.put(target, NAMESPACE, "models", smollm2)

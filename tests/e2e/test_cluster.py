@@ -57,7 +57,8 @@ def test_a_single_pod(user: User, tmp_path: Path) -> None:
     status = user.ended("single")
     assert status["phase"] == "Succeeded", user.story()
     evaluation = status["evaluation"]
-    assert float(evaluation["tuned"]["loss"]) < float(evaluation["base"]["loss"])
+    losses = {arm["name"]: float(arm["metrics"]["loss"]) for arm in evaluation["arms"]}
+    assert losses["Tuned"] < min(loss for name, loss in losses.items() if name != "Tuned")
     assert evaluation["gate"] == "Passed"
     assert status["artifacts"][0]["uri"] == "pvc://published/single"
     files = loader.listing(user.cluster, user.namespace, "published", "single")

@@ -96,7 +96,8 @@ def test_every_method_and_strategy_learns(case: Case, name: str, spec: dict[str,
     log = local.logs / "train-0.log"
     assert status.phase == "Succeeded", f"{status.conditions[-1].message}\n{log.read_text()[-4000:] if log.exists() else ''}"
     assert status.evaluation is not None and status.plan is not None
-    assert status.evaluation.tuned["loss"] < 0.9 * status.evaluation.base["loss"], status.evaluation
+    base, tuned = status.evaluation.arm("Base"), status.evaluation.arm("Tuned")
+    assert base is not None and tuned is not None and tuned.metrics["loss"] < 0.9 * base.metrics["loss"], status.evaluation
     nodes = spec.get("distribution", {}).get("nodes", 1)
     assert status.plan.world_size == nodes
     files = {p.name for p in (local.workspace.parent / "published" / "tiny").iterdir()}
@@ -259,10 +260,18 @@ def test_the_view_draws_a_terminal_and_prints_to_a_pipe() -> None:
         {
             "phase": "Succeeded",
             "evaluation": {
-                "base": {"perplexity": 9.0}, "tuned": {"perplexity": 3.0}, "examples": 24, "improvement": 0.667, "interval": [0.5, 0.8], "gate": "Passed",
+                "arms": [
+                    {"name": "Base", "metrics": {"perplexity": 9.0}, "promptTokens": 7.5, "answerTokens": 2, "latencySeconds": 0.01},
+                    {"name": "FewShot", "metrics": {"perplexity": 4.0}, "shots": 8, "promptTokens": 91.5, "answerTokens": 2, "latencySeconds": 0.02},
+                    {"name": "Tuned", "metrics": {"perplexity": 3.0}, "promptTokens": 7.5, "answerTokens": 2, "latencySeconds": 0.01},
+                ],
+                "examples": 24, "prompts": 24, "comparedWith": "FewShot", "improvement": 0.25, "interval": [0.1, 0.4], "gate": "Passed",
             },
+            "conditions": [{"type": "Evaluated", "status": "True", "reason": "PromptingMayDo", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
         }
     )  # fmt: skip
     console.print(view.summary(ended))
-    assert "improvement 0.667, between 0.5 and 0.8, gate Passed" in console.file.getvalue()  # type: ignore[attr-defined]
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "improvement over FewShot 0.25, between 0.1 and 0.4, gate Passed" in drawn and "PromptingMayDo" in drawn
+    assert all(word in drawn for word in ("8 examples", "tokens sent", "91.5", "0.02 s", "24 held-out rows of 24 prompts"))
     assert sparkline([3, 2, 1]) == "█▅▁" and sparkline([]) == "" and len(sparkline(list(range(500)))) == 40

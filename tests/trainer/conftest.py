@@ -83,8 +83,14 @@ class Bench:
 
         context = self.context(rows, **spec)
         self.train(context)
-        result = evaluate(context).result
-        return result["base"], result["tuned"], context
+        base, tuned = metrics_of(evaluate(context), "Base", "Tuned")
+        return base, tuned, context
+
+
+def metrics_of(result: StageResult, *arms: str) -> list[dict[str, float]]:
+    """The metrics of some arms of an evaluation."""
+    found = {arm["name"]: arm["metrics"] for arm in result.result["arms"]}
+    return [found[name] for name in arms]
 
 
 @pytest.fixture

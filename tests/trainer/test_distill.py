@@ -38,6 +38,27 @@ def test_the_divergence_against_its_definition() -> None:
     assert float(distillation_loss(taught, taught, labels, settings.model_copy(update={"alpha": 0.0}))) == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [(7, 9), (9, 7)])
+def test_vocabularies_that_are_padded_to_other_sizes(mine: int, theirs: int) -> None:
+    """As Qwen2.5's: one tokenizer of 7 tokens, embeddings of 7 and 9. Compared is what both have."""
+    torch.manual_seed(0)
+    student, taught, labels = torch.randn(2, 4, mine), torch.randn(2, 4, theirs), torch.tensor([[-100, 1, 2, 3], [-100, -100, 4, 5]])
+    settings = Distillation(teacher=Model(uri="pvc://a/b"), alpha=0, temperature=1.0)
+    same = distillation_loss(student[..., :7], taught[..., :7], labels, settings)
+    assert float(distillation_loss(student, taught, labels, settings)) == pytest.approx(float(same), rel=1e-5)
+
+
+def test_a_student_learns_from_a_teacher_with_a_padded_vocabulary(bench: Bench) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher = AutoModelForCausalLM.from_pretrained(bench.model)
+    teacher.resize_token_embeddings(352)
+    teacher.save_pretrained(bench.data / "teacher")
+    AutoTokenizer.from_pretrained(bench.model).save_pretrained(bench.data / "teacher")
+    told = {**BASE, "hyperparameters": {**HYPER, "maxSteps": 2}, "distillation": {"teacher": {"uri": "pvc://rows/teacher"}}}
+    assert bench.train(bench.context(ROWS["messages"], tuning=told)).result["steps"] == 2
+
+
 def test_a_student_learns_what_only_its_teacher_knows(bench: Bench) -> None:
     """Rows with wrong answers, weight 0 on them: what falls is the distance to the teacher's distribution."""
     from finetune_trainer.stages.publish import publish

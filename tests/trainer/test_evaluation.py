@@ -14,7 +14,7 @@ from finetune_trainer.evaluation import answers, gate, metrics
 from finetune_trainer.process.errors import SourceUnavailable, UserError
 from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
-from tests.trainer.conftest import COLOURS, ROWS, Bench, chat
+from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, metrics_of
 from tests.trainer.server import chat_server
 
 HYPER = {"maxSteps": 16, "learningRate": 1e-2, "globalBatchSize": 16, "maxLength": 64}
@@ -89,19 +89,21 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "low", "high", "least", "passed", "why"),
+    ("gain", "low", "high", "chance", "least", "prompts", "gated", "why"),
     [
-        (0.3, 0.1, 0.5, 0.02, True, "at least 0.02 was wanted"),
-        (0.01, 0.005, 0.02, 0.02, False, "at least 0.02 is wanted"),
-        (0.3, -0.1, 0.7, 0.0, False, "no measurable difference"),
-        (-0.3, -0.5, -0.1, 0.0, False, "at least 0 is wanted"),
-        (0.0, 0.0, 0.0, 0.0, False, "at least 0 is wanted"),
-        (-1e9, -1e9, -1e9, 0.0, False, "is wanted"),
+        (0.3, 0.1, 0.5, 0.001, 0.02, 15, "Passed", "at least 0.02 was wanted"),
+        (0.01, 0.005, 0.02, 0.001, 0.02, 15, "NotPassed", "at least 0.02 is wanted"),
+        (0.3, -0.1, 0.7, 0.2, 0.0, 15, "NotPassed", "no measurable difference"),
+        (0.3, 0.1, 0.5, 0.03, 0.0, 15, "NotPassed", "by chance so much comes about in 3.0% of cases"),
+        (-0.3, -0.5, -0.1, 0.999, 0.0, 15, "NotPassed", "at least 0 is wanted"),
+        (0.0, 0.0, 0.0, 1.0, 0.0, 15, "NotPassed", "at least 0 is wanted"),
+        (0.9, 0.8, 0.95, 0.001, 0.0, 14, "Inconclusive", "14 held-out prompts, and at least 15 are needed"),
+        (-1e9, -1e9, -1e9, 1.0, 0.0, 1, "NotPassed", "no number"),
     ],
 )
-def test_the_verdict(gain: float, low: float, high: float, least: float, passed: bool, why: str) -> None:
-    found, message = gate.passes(gain, low, high, least)
-    assert found == passed and why in message
+def test_the_verdict(gain: float, low: float, high: float, chance: float, least: float, prompts: int, gated: str, why: str) -> None:
+    found, message = gate.passes(gate.Gain("Base", gain, low, high, chance, 0.95), least, prompts, metrics.least_prompts(0.95))
+    assert found == gated and why in message
 
 
 def test_all_metrics_of_answers_and_tokens(bench: Bench) -> None:
@@ -111,12 +113,12 @@ def test_all_metrics_of_answers_and_tokens(bench: Bench) -> None:
     base, tuned, context = bench.run(ROWS["messages"], tuning=LORA, evaluation=evaluation)
     assert set(base) == {*names, "general-loss"}
     assert tuned["perplexity"] == pytest.approx(np.exp(tuned["loss"]), rel=1e-4)
-    for name in ("token-accuracy", "f1", "rouge-l", "regex"):
+    for name in ("token-accuracy", "rouge-l", "regex"):
         assert tuned[name] > base[name], name
     report = json.loads(Path(context.layout.evaluation_report).read_text())
     assert report["gate"] == "Passed" and report["interval"][0] > 0 and "improvement is" in report["message"]
     page = Path(context.layout.evaluation_page).read_text()
-    assert "Answers side by side" in page and report["samples"][0]["tuned"] in page.replace("&lt;", "<").replace("&gt;", ">")
+    assert "Answers side by side" in page and report["samples"][0]["answers"]["Tuned"] in page.replace("&lt;", "<").replace("&gt;", ">")
 
 
 def test_no_measurable_difference_is_said(bench: Bench) -> None:
@@ -137,7 +139,8 @@ def test_forgetting_fails_the_gate(bench: Bench) -> None:
     context = bench.context(ROWS["messages"], tuning=hot, evaluation=evaluation)
     bench.train(context)
     result = evaluate(context)
-    assert result.result["tuned"]["general-loss"] > result.result["base"]["general-loss"]
+    base, tuned = metrics_of(result, "Base", "Tuned")
+    assert tuned["general-loss"] > base["general-loss"]
     assert result.result["gate"] == "NotPassed" and "evaluation.forgetting.maxIncrease is 0.1%" in result.message
 
 
@@ -159,7 +162,7 @@ def test_the_general_text_of_a_configmap_is_read_in_prepare_alone(bench: Bench) 
     prepared = context()
     bench.train(prepared)
     del prepared.job.sources["configmap://general"]
-    assert evaluate(prepared).result["base"]["general-loss"] > 0
+    assert metrics_of(evaluate(prepared), "Base")[0]["general-loss"] > 0
 
 
 def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
@@ -170,15 +173,15 @@ def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
     (bench.folder / "judge").mkdir()
     (bench.folder / "judge" / "token").write_text("key-of-the-judge")
 
-    def judged(answer: Any) -> tuple[dict[str, Any], Any]:
+    def judged(answer: Any) -> tuple[float, Any]:
         with chat_server(answer, failures=[503, 429]) as server:
             judge = {"url": server.url, "model": "judge", "secretRef": {"name": "j"}}
             asking = bench.context(None, tuning=LORA, evaluation={**evaluation, "judge": judge})
             asking.job.secrets["judge"] = str(bench.folder / "judge")
-            return evaluate(asking).result, server
+            return metrics_of(evaluate(asking), "Tuned")[0]["judge-win-rate"], server
 
     biased, server = judged(lambda _: "I like it. VERDICT: A")
-    assert biased["tuned"]["judge-win-rate"] == 0.5
+    assert biased == 0.5
     assert set(server.keys) == {"Bearer key-of-the-judge"}
 
     known = {answer for _, answer in COLOURS}
@@ -188,7 +191,7 @@ def test_a_judge_is_asked_in_both_orders(bench: Bench) -> None:
         a, b = (text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] in known for tag in ("answer_a", "answer_b"))
         return "VERDICT: TIE" if a == b else "VERDICT: A" if a else "VERDICT: B"
 
-    assert judged(fair)[0]["tuned"]["judge-win-rate"] > 0.5
+    assert judged(fair)[0] > 0.5
 
 
 def test_an_endpoint_that_refuses_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from transformers.utils import import_utils
 
 from finetune_api.status import Plan
 from finetune_trainer.models import kernels, load
+from finetune_trainer.models.architecture import model_class
 from finetune_trainer.models.kernels import VARLEN, PackedRows, pick_attention, use_liger_kernels
-from finetune_trainer.models.load import model_class
 from finetune_trainer.process.errors import InfrastructureError
 from finetune_trainer.training import devices
 
@@ -233,8 +233,9 @@ def test_training_with_varlen_is_training(monkeypatch: pytest.MonkeyPatch, bench
     hyper = {"packing": packing, "maxSteps": 4, "globalBatchSize": 4, "maxLength": 64, "learningRate": 1e-3}
     lora = {"rank": 4, "alpha": 8, "dropout": 0}
 
-    def losses(name: str) -> list[float]:
-        context = bench.context(ROWS["messages"], name=name, tuning={"lora": lora, "hyperparameters": hyper})
+    def losses(name: str, attention: str = "auto") -> list[float]:
+        asked = {**hyper, "attention": attention}
+        context = bench.context(ROWS["messages"], name=name, tuning={"lora": lora, "hyperparameters": asked})
         words = bench.train(context)
         assert f"{name} attention" in words.message and "Liger" not in words.message
         saved = "".join(p.read_text() for p in Path(context.layout.output).rglob("*config.json"))
@@ -242,7 +243,7 @@ def test_training_with_varlen_is_training(monkeypatch: pytest.MonkeyPatch, bench
         assert json.loads(Path(context.layout.devices).read_text())["ranks"] == []
         return [line["loss"] for line in history(context) if line.get("loss") is not None]
 
-    dense = losses("sdpa")
+    dense = losses("sdpa", "sdpa")
     calls: list[PackedRows] = []
     monkeypatch.setattr(kernels, "_varlen", lambda q, k, v, rows, scale: calls.append(rows) or plain(q, k, v, rows, scale))
     monkeypatch.setattr(

@@ -15,7 +15,9 @@ from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
 from finetune_trainer.stages.publish import publish
 from tests.cluster.quickstart import model
+from tests.trainer.bases import make
 from tests.trainer.conftest import ROWS, Bench
+from tests.trainer.test_card import paste
 
 HYPER = {"maxSteps": 6, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
 
@@ -46,6 +48,94 @@ def test_the_merged_model_answers_like_base_and_adapter(bench: Bench, method: st
     assert "merged/model.safetensors" in sums and result.result["artifacts"][0]["bytes"] > 100_000
 
 
+def test_merging_into_tied_weights_is_what_was_trained(bench: Bench) -> None:
+    """An adapter on the embedding is none on the head that shares its weights: merged, the two are two."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    make("Llama", bench.data / "tied", bench.model, tie_word_embeddings=True)
+    tuning = lora(lora={"rank": 4, "alpha": 8, "dropout": 0, "targetModules": ["q_proj", "embed_tokens"]})
+    output = {"merged": True}
+    context = bench.context(
+        ROWS["messages"], model={"uri": "pvc://rows/tied"}, tuning=tuning, output=output, publish=[{"uri": "pvc://published/m"}]
+    )
+    bench.train(context)
+    publish(context)
+    folder = bench.folder / "published" / "m"
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.data / "tied", dtype=torch.float32), folder).eval()
+    assert not merged.config.tie_word_embeddings
+    ids = torch.tensor([[3, 20, 30, 40, 1, 4]])
+    with torch.no_grad():
+        wanted = apart(input_ids=ids).logits
+        assert torch.allclose(merged(ids).logits, wanted, atol=0.02 * float(wanted.abs().max())), "equal up to bf16"
+
+
+def test_an_adapter_on_a_tied_head_is_none_on_the_embedding(bench: Bench) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    make("Llama", bench.data / "tied", bench.model, tie_word_embeddings=True)
+    base = AutoModelForCausalLM.from_pretrained(bench.data / "tied", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    ids = [[3, 20, 30, 40, 1, 4]]
+    wanted = forms._logits(model, ids)
+    forms._untie(model)
+    merged = model.merge_and_unload()
+    forms._compare(wanted, forms._logits(merged, ids))
+    assert not merged.config.tie_word_embeddings and merged.lm_head.weight is not merged.model.embed_tokens.weight
+
+
+def test_a_merge_that_changes_the_model_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    context = bench.context(ROWS["messages"], tuning=lora(), output={"merged": True}, publish=[{"uri": "pvc://published/m"}])
+    bench.train(context)
+    real = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * real(self, adapter))
+    with pytest.raises(UserError, match=r"output.merged: the merged model is not what was trained: its logits are up to") as found:
+        publish(context)
+    assert found.value.reason == "MergeDiffers" and "remove output.merged" in found.value.message
+
+
+@pytest.mark.parametrize("objective", ["sft", "reward"])
+def test_the_published_configuration_is_the_bases(bench: Bench, objective: str) -> None:
+    rows = ROWS["preference" if objective == "reward" else "messages"]
+    tuning = {"method": "full", "objective": objective, "hyperparameters": {**HYPER, "maxSteps": 1, "learningRate": 1e-4}}
+    context = bench.context(rows, tuning=tuning)
+    bench.train(context)
+    base, published = (json.loads(Path(f, "config.json").read_text()) for f in (bench.model, context.layout.output))
+    assert published["use_cache"] is True
+    differs = {key for key in base.keys() | published.keys() if base.get(key) != published.get(key)} - {"transformers_version"}
+    assert differs == ({"architectures", "id2label", "label2id"} if objective == "reward" else set())
+
+
+CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+NO_USER = "{% if messages | length < 3 %}{{ raise_exception('one turn is not enough') }}{% endif %}" + CHATML
+
+
+def test_a_template_that_refuses_a_system_turn_gets_a_modelfile_without_one(bench: Bench) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bench.model)
+    tokenizer.chat_template = NO_SYSTEM
+    text = forms.modelfile(tokenizer, "model-f16.gguf", [])
+    assert 'TEMPLATE """<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}"""' in text and ".System" not in text
+
+
+def test_what_cannot_be_published_is_refused_before_a_gpu_is_taken(bench: Bench) -> None:
+    rows = [{"messages": [{"role": "system", "content": "s"}, *row["messages"]]} for row in ROWS["messages"]]
+    tuning = lora(chatTemplate=NO_USER)
+    context = bench.context(rows, tuning=tuning, output={"gguf": ["f16"]}, publish=[{"uri": "pvc://published/m"}])
+    with pytest.raises(UserError, match=r"output.gguf: the chat template cannot render one turn of a user \(one turn is not enough\)"):
+        prepare(context)
+    tuning = lora(lora={"rank": 4, "alpha": 8, "dropout": 0, "targetModules": ["q_proj", "embed_tokens"]})
+    context = bench.context(ROWS["messages"], tuning=tuning, output={"ggufAdapter": True}, publish=[{"uri": "pvc://published/m"}])
+    with pytest.raises(UserError, match=r"output.ggufAdapter: .*embed_tokens.* has no place in a GGUF adapter"):
+        prepare(context)
+
+
 def test_a_whole_model_is_stored_as_its_base_is(bench: Bench) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +164,10 @@ def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
     card = (bench.folder / "published" / "c" / "README.md").read_text()
     for part in (
         "library_name: peft",
+        "| Metric | Base | Base, 8 examples | Tuned |",
         "| loss |",
+        "| Tokens of a prompt |",
+        "| Seconds of a request |",
         "Improvement",
         "vllm serve",
         "--max-lora-rank 8",
@@ -103,6 +196,7 @@ def test_gguf_of_a_real_model(tmp_path: Path) -> None:
     context = bench.context(ROWS["messages"], tuning=tuning, output=output, publish=[{"uri": "pvc://published/g"}])
     bench.train(context)
     publish(context)
+    paste(tmp_path / "published" / "g", tmp_path / "tools")
     folder = tmp_path / "published" / "g" / "gguf"
     forms._convert(str(bench.model), tmp_path / "base.gguf", "f16")
 

@@ -14,7 +14,7 @@ from finetune_api.status import Plan
 from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
 from finetune_trainer.stages.worker import fit
-from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, history
+from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, history, metrics_of
 
 HYPER = {"maxSteps": 8, "learningRate": 1e-2, "globalBatchSize": 16, "maxLength": 64}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0}
@@ -59,17 +59,50 @@ def test_every_epoch_is_a_shuffle_in_whole_batches() -> None:
 
 
 def test_packing_learns_from_every_row_once(bench: Bench) -> None:
-    """With packs of several rows an epoch takes fewer steps, and counts every learned token."""
+    """With packs of several rows an epoch takes fewer steps, as many as the plan says, and counts every learned token."""
     from finetune_trainer.data.store import read_rows
 
-    tuning = {"lora": LORA, "hyperparameters": {**HYPER, "packing": True, "globalBatchSize": 1, "maxSteps": None, "epochs": 1}}
-    del tuning["hyperparameters"]["maxSteps"]
-    context = bench.context(ROWS["messages"], tuning=tuning)
-    bench.train(context)
+    hyper = {"learningRate": 1e-2, "maxLength": 64, "packing": True, "attention": "sdpa", "globalBatchSize": 1, "epochs": 1}
+    context = bench.context(ROWS["messages"], tuning={"lora": LORA, "hyperparameters": hyper})
+    result = bench.train(context)
     rows = read_rows(context.layout.train_rows, ("input_ids",), 1000)
     steps = [e for e in history(context) if e.get("loss") is not None]
     assert len(steps) < len(rows) / 2
     assert steps[-1]["tokens"] >= sum(len(row["input_ids"]) for row in rows)
+    plan = json.loads(Path(context.layout.plan).read_text())
+    assert plan["totalSteps"] == len(steps) == result.result["steps"]
+
+
+def test_without_an_attention_for_packs_rows_are_sorted_by_length(bench: Bench) -> None:
+    """On a CPU: batches of like length, every row once an epoch, the steps that the plan says, the same whatever the per-device batch."""
+    hyper = {"learningRate": 1e-2, "maxLength": 64, "packing": True, "globalBatchSize": 8, "epochs": 1}
+    found: list[list[float]] = []
+    for batch in (8, 2):
+        context = bench.context(
+            [chat(q, " ".join([a] * (1 + n % 5))) for n, (q, a) in enumerate(COLOURS)],
+            name=f"by-{batch}",
+            tuning={"lora": LORA, "hyperparameters": hyper},
+            distribution={"gpusPerNode": 0, "perDeviceBatchSize": batch},
+        )
+        bench.train(context)
+        plan = json.loads(Path(context.layout.plan).read_text())
+        assert "rows are sorted by length instead" in plan["reason"]
+        found.append(losses(context))
+        assert plan["totalSteps"] == len(found[-1]) == -(-json.loads(Path(context.layout.data_report).read_text())["dataset"]["train"] // 8)
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    from finetune_trainer.training.objectives.sampler import GlobalBatchSampler
+
+    lengths = [(7 * n) % 97 + 1 for n in range(1000)]
+    orders = [list(GlobalBatchSampler(1000, 8, 1, lambda step=step: step, lengths)) for step in (0, 125)]
+    assert all(sorted(order) == list(range(1000)) for order in orders) and orders[0] != orders[1]
+    for order in orders:
+        batches = [[lengths[row] for row in order[i : i + 8]] for i in range(0, 1000, 8)]
+        assert sum(max(b) * 8 for b in batches) < 1.1 * sum(lengths), "a tenth of padding at most"
+        assert max(batches[0]) == max(lengths), "what may not fit is tried first"
+        assert batches != sorted(batches, key=max), "and the rest is shuffled"
 
 
 def test_packing_gives_exactly_the_rows_own_losses(bench: Bench) -> None:
@@ -92,6 +125,18 @@ def test_packing_gives_exactly_the_rows_own_losses(bench: Bench) -> None:
     assert "attention_mask" not in batch
 
 
+def test_lora_plus_decays_weights_as_asked(bench: Bench) -> None:
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from finetune_trainer.training.methods import METHODS, loraplus_optimizer
+
+    tuning = bench.context(None, tuning={"lora": {**LORA, "plusRatio": 8}, "hyperparameters": HYPER}).spec.tuning
+    model = METHODS["lora"].apply(tuning, AutoModelForCausalLM.from_pretrained(bench.model))
+    arguments = TrainingArguments("unused", learning_rate=1e-3, weight_decay=0.1, use_cpu=True)
+    groups = [g for g in loraplus_optimizer(tuning, arguments, model).param_groups if g["params"]]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (8e-3, 0.1)]
+
+
 def test_early_stopping_keeps_the_best(bench: Bench) -> None:
     """A learning rate that soon ruins the model: the run stops, and the best checkpoint is the result."""
     stopping = {"patience": 2, "everySteps": 2}
@@ -104,7 +149,9 @@ def test_early_stopping_keeps_the_best(bench: Bench) -> None:
     from finetune_trainer.stages.evaluate import evaluate
 
     again = bench.context(None, tuning=tuning, evaluation={"metrics": ["loss"]})
-    assert evaluate(again).result["tuned"]["loss"] == pytest.approx(best, rel=0.05), "the result is that of the best step, not of the last"
+    assert metrics_of(evaluate(again), "Tuned")[0]["loss"] == pytest.approx(best, rel=0.05), (
+        "the result is that of the best step, not of the last"
+    )
     kept = sorted(p.name for p in Path(context.layout.checkpoints).glob("checkpoint-*"))
     assert len(kept) == 2, f"the newest and the best: {kept}"
 

@@ -124,7 +124,7 @@ def test_a16_words_that_are_none(message: str) -> None:
 
 
 def test_a16_a_result_of_nan_fails_the_job_with_the_stage_named() -> None:
-    words = json.dumps({"reason": "Compared", "result": {"base": {"loss": float("nan")}, "tuned": {}, "gate": "Passed"}})
+    words = json.dumps({"reason": "Compared", "result": {"arms": [{"name": "Base", "metrics": {"loss": float("nan")}}], "gate": "Passed"}})
     status = told("evaluate", words)
     failed = status.condition("Failed")
     assert status.phase == "Failed" and failed is not None and failed.reason == "EvaluateFailed"

@@ -226,7 +226,8 @@ def test_a_uri_without_scheme(value: str, message: str | None) -> None:
     ],
 )
 def test_quantities_may_be_numbers(value: Any, text: str | None) -> None:
-    places = [path for path, node in walk(schema("FineTuneJob")["spec"]) if "x-kubernetes-int-or-string" in node]
+    found = [path for path, node in walk(schema("FineTuneJob")["spec"]) if "x-kubernetes-int-or-string" in node]
+    places = [path for path in found if path[-1] != "fewShot"]
     assert len(places) == 7
     for path in places:
         spec = with_value("FineTuneJob", path, value)

@@ -135,15 +135,39 @@ def test_sizes_for_people(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hyper", "gpus", "said"),
+    ("hyper", "gpus", "packed", "said"),
     [
-        ({"packing": True, "attention": "sdpa"}, 1, True),
-        ({"packing": True, "attention": "eager"}, 1, True),
-        ({"packing": True}, 1, False),
-        ({"attention": "sdpa"}, 1, False),
-        ({"packing": True, "attention": "sdpa"}, 0, False),
+        ({"packing": True, "attention": "sdpa"}, 1, 300, "packed rows cost the square of their tokens together with attention sdpa"),
+        ({"packing": True, "attention": "eager"}, 0, 300, "packed rows cost the square of their tokens together with attention eager"),
+        ({"packing": True}, 0, None, "packing is off: no attention on CPU keeps packed rows apart"),
+        ({"packing": True}, 1, None, "packing is off: no attention of this model keeps packed rows apart"),
+        ({"packing": True}, 1, 300, ""),
+        ({"attention": "sdpa"}, 1, None, ""),
     ],
 )
-def test_what_packing_costs_with_a_dense_mask_is_said(hyper: dict[str, Any], gpus: int, said: bool) -> None:
-    reason = make_plan(spec(gpus=gpus, hyper=hyper), 1000, TINY).reason
-    assert ("packed rows cost the square of their tokens together" in reason) is said
+def test_what_becomes_of_packing_is_said(hyper: dict[str, Any], gpus: int, packed: int | None, said: str) -> None:
+    plan = make_plan(spec(gpus=gpus, hyper={"epochs": 2, **hyper}), 1000, TINY, packed=packed, tokens=10_000)
+    assert said in plan.reason
+    assert bool(said) is ("square of their tokens together" in plan.reason)
+    assert plan.total_steps == (2 * 5 if packed else 2 * 16), "64 sequences a step, or 64 rows"
+    assert ("64 packed sequences a step" in plan.reason) is (packed is not None)
+
+
+def test_packed_sequences_are_counted_as_trl_packs_them() -> None:
+    import random
+
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    from finetune_trainer.data.packing import packed_sequences
+
+    draw = random.Random(0)
+    lengths = [draw.choice((draw.randint(1, 20), draw.randint(1, 90))) for _ in range(2500)]
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    packed = pack_dataset(rows, 64)
+    assert packed_sequences(lengths, 64) == len(packed)
+    assert packed_sequences([], 64) == 0 and packed_sequences([64, 64], 64) == 2 and packed_sequences([32] * 4, 64) == 2
+
+
+def test_what_is_done_otherwise_is_said() -> None:
+    assert "; lora.dropout is 0; memory:" in make_plan(spec(), 1000, TINY, notes=["lora.dropout is 0"]).reason

@@ -194,7 +194,7 @@ def test_a4_train_rows_inside_eval(desk: Desk, policy: str, left: int | None) ->
     (desk.folder / "rows" / "eval.jsonl").write_bytes(lines(rows(2)))
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 5, "leakage": policy}}
     if left is None:
-        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): is also eval row 1 \(eval.jsonl:1\)"):
+        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): has the prompt of eval row 1 \(eval.jsonl:1\)"):
             desk.run(lines(rows(10)), dataset=dataset)
     else:
         assert desk.run(lines(rows(10)), dataset=dataset).result["dataset"]["train"] == left
@@ -315,3 +315,23 @@ def test_errors_of_libraries_get_a_class() -> None:
     assert classify(RuntimeError("CUDA out of memory. Tried to allocate")).code == 11
     assert isinstance(classify(ValueError("x")), StageError)
     assert redact("token hf_abcdefghijkl and more") == "token *** and more"
+
+
+def test_what_a_library_refuses_is_the_users_to_mend() -> None:
+    """A ValueError that peft or transformers raise about a setting is never retried; one of this code, or of a broken file, is."""
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from finetune_trainer.process.errors import classify
+
+    def caught(act: Any) -> StageError:
+        with pytest.raises((ValueError, OSError)) as found:
+            act()
+        return classify(found.value)
+
+    refused = caught(lambda: get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["q_proj"])))
+    assert isinstance(refused, UserError) and refused.reason == "SettingsRefused"
+    assert refused.message.startswith("peft refuses these settings, or this model: Target modules")
+    assert not isinstance(caught(lambda: json.loads("{")), UserError)
+    assert not isinstance(caught(lambda: int("x")), UserError)
+    assert not isinstance(caught(lambda: Path("/nowhere").read_text()), UserError)

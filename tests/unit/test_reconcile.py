@@ -786,6 +786,30 @@ def test_f29_the_gate() -> None:
     assert not any("publish" in name for name in world.jobs)
 
 
+@pytest.mark.parametrize(("policy", "phase", "reason"), [("fail", "Failed", "GateInconclusive"), ("publish", "Publishing", None)])
+def test_a_gate_that_cannot_tell_publishes_only_when_asked_to(policy: str, phase: str, reason: str | None) -> None:
+    spec = merged(EVALUATED, evaluation={**EVALUATED["evaluation"], "gate": {"metric": "loss", "onInconclusive": policy}})
+    world = World(spec).to_training()
+    world.succeed("worker", TRAINED)
+    world.settle()
+    world.succeed("evaluate", COMPARED.model_copy(update={"result": {**COMPARED.result, "gate": "Inconclusive"}}))
+    world.settle()
+    failed = world.status.condition("Failed")
+    assert world.status.phase == phase and (failed.reason if failed is not None else None) == reason
+    assert any("publish" in name for name in world.jobs) == (policy == "publish")
+
+
+def test_prompting_may_do_is_the_reason_and_an_event() -> None:
+    world = World(EVALUATED).to_training()
+    world.succeed("worker", TRAINED)
+    world.settle()
+    world.succeed("evaluate", COMPARED.model_copy(update={"reason": "PromptingMayDo", "message": "the base with 4 examples"}))
+    world.settle()
+    evaluated = world.status.condition("Evaluated")
+    assert evaluated is not None and (evaluated.status, evaluated.reason) == ("True", "PromptingMayDo")
+    assert world.events.count("PromptingMayDo") == 1
+
+
 def test_f22_nothing_is_done_for_a_job_that_is_being_deleted() -> None:
     world = World(deletionTimestamp=stamp(NOW))
     assert reconcile(world.observed(), SETTINGS) == Plan()

@@ -16,9 +16,7 @@ from huggingface_hub import HfApi
 from finetune_api.contract import JobFile
 from finetune_api.validation import parse_spec
 from finetune_trainer.checkpointing import checkpoints
-from finetune_trainer.checkpointing.adoption import adopt_checkpoints
 from finetune_trainer.checkpointing.checkpoint_schedule import CheckpointCallback, best_interval
-from finetune_trainer.checkpointing.checkpoints import Fence, find_latest
 from finetune_trainer.export.bundle import make_bundle
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import InfrastructureError, Stopped, UserError
@@ -203,26 +201,6 @@ def test_a_target_is_asked_before_gpus_are_taken_and_not_touched(shelf: Shelf) -
     with pytest.raises(InfrastructureError, match=r"file in claim published cannot be written by uid") as refused:
         check(shelf.context(path="file/model"))
     assert refused.value.reason == "TargetNotWritable"
-
-
-def test_checkpoints_of_the_job_that_it_was_restored_from_are_taken_over(shelf: Shelf) -> None:
-    old = shelf.context()
-    assert adopt_checkpoints(old, "sha256:rows") is None
-    for step in (10, 20):
-        checkpoint(Path(old.layout.checkpoints), step)
-    Fence(old.layout.checkpoints, 3).claim()
-    assert adopt_checkpoints(old, "sha256:rows") is None, "its own"
-    for other in (
-        (shelf.context(uid="22222222-b", name="k"), "sha256:rows"),
-        (shelf.context(uid="22222222-b", tuning={"method": "dora"}), "sha256:rows"),
-        (shelf.context(uid="22222222-b"), "sha256:others"),
-    ):
-        assert adopt_checkpoints(*other) is None
-    new = shelf.context(uid="33333333-c", resources={"requests": {"cpu": "4"}})
-    assert adopt_checkpoints(new, "sha256:rows") == 20 and find_latest(new.layout.checkpoints).step == 20
-    Fence(new.layout.checkpoints, 0).claim()
-    assert not Path(old.layout.checkpoints).exists(), "who still runs of it writes nothing into the new one's"
-    assert adopt_checkpoints(new, "sha256:rows") is None, "once"
 
 
 @pytest.mark.parametrize("uid", ["11111111-a", "22222222-b"], ids=["its status was wiped", "made again from a backup"])

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from finetune_api.contract import Env, ExitCode, JobFile
 from finetune_api.spec import DatasetSource
@@ -162,7 +164,7 @@ def test_what_this_job_has_fetched_is_not_asked_for_again(server: Server, contex
     folder = tmp_path / "snapshot"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    save_file({"weight": np.zeros(2)}, folder / "model.safetensors")
     context.write_json(context.layout.reference("model"), {"path": str(folder), "uri": "hf://org/model@v1", "fingerprint": "sha256:0"})
     assert fetch_model(context, "model", "hf://org/model@v1") == str(folder) and not server.asked
     assert type(end("model", Context(context.job.model_copy(update={"uid": "8765432"}), context.workspace), "")) is SourceUnavailable

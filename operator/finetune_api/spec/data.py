@@ -54,11 +54,13 @@ class EvalDataset(APIModel):
     """The rows that are held out: either a share of the training rows, or a source of their own."""
 
     split_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training rows held out, chosen by `hyperparameters.seed`; for example 0.1."""
+    """Share of the training rows held out, whole prompts at a time, chosen by `hyperparameters.seed`; for example 0.1."""
     uri: DatasetURI | None = None
     """A source of its own for the held-out rows, with the same schemes, secret and S3 endpoint as `train.uri`."""
     split: PlainName = "test"
     """Split to load from an hf:// data set; other sources have none."""
+    group_by: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Column of the rows, for example a customer or a document: rows that agree in it are held out together. Unset: rows of one prompt are."""
 
     RULES = (
         Rule(
@@ -79,7 +81,7 @@ class DatasetChecks(APIModel):
     near_duplicates: Literal["report", "drop", "fail", "ignore"] = "report"
     """Training rows nearly equal to an earlier one (MinHash): report, drop, fail, or do not look."""
     leakage: Literal["fail", "drop", "ignore"] = "fail"
-    """Held-out rows that also stand in the training rows: fail, drop them from training, or ignore."""
+    """Training rows whose prompt (or group, by `eval.groupBy`) is also held out: fail, drop them from training, or ignore."""
     near_leakage: Literal["report", "drop", "fail", "ignore"] = "report"
     """Training rows nearly equal to a held-out one (MinHash): report, drop them from training, fail, or do not look."""
     similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.85

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..base import APIModel, Rule, Unique
+from ..base import APIModel, Format, Rule, Unique
 from ..scalars import PlainName
 from ..uris import DatasetURI, PublishURI
 from .common import SecretReference
@@ -37,7 +37,37 @@ class Gate(APIModel):
     min_improvement: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Smallest improvement: relative to the base model's value for loss and perplexity, absolute for the others."""
     confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95
-    """The improvement must be measurable: zero must lie outside this bootstrap interval of it."""
+    """The improvement must be measurable: zero must lie outside this bootstrap interval of it, which resamples prompts."""
+    compare_with: Literal["best-of-base", "base", "instructed", "few-shot"] = "best-of-base"
+    """Which of the base's arms must be surpassed: the one that does best, or a certain one. Where the job has no such arm, the base as it is."""
+    on_inconclusive: Literal["fail", "publish"] = "fail"
+    """What happens when there are too few held-out prompts to tell (docs/evaluation.md says how many are needed): fail, with nothing published, or publish."""
+
+
+FewShot = Annotated[
+    str,
+    Field(max_length=32),
+    Format(
+        pattern=r"auto|[0-9]|[1-5][0-9]|6[0-4]",
+        name="a number of examples",
+        write="auto, or a number from 0 to 64, for example 4",
+        or_integer=True,
+    ),
+]
+
+
+class Baseline(APIModel):
+    """How the base is asked, beside as it is: with the task's instruction, and with examples from the training rows."""
+
+    system_prompt: Annotated[str, Field(min_length=1, max_length=32_768)] | None = None
+    """The task's instruction, as a system prompt. Unset: the rows' own system text, where they agree on one."""
+    few_shot: FewShot = "auto"
+    """How many training rows stand before the question as examples: `auto` takes the most of 0, 4 and 8 that fit into the model's context."""
+
+    @property
+    def shots(self) -> int | None:
+        """The number that was asked for, or None for `auto`."""
+        return None if self.few_shot == "auto" else int(self.few_shot)
 
 
 class Forgetting(APIModel):
@@ -58,12 +88,14 @@ class Forgetting(APIModel):
 
 
 class Evaluation(APIModel):
-    """Comparison of base and tuned model on the held-out rows, with the same prompts and greedy decoding."""
+    """Comparison of the tuned model with its base, as it is and as it would be used, on the held-out rows with greedy decoding."""
 
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=16), Unique()] = ["loss"]
     """Metrics to compute; docs/evaluation.md defines each."""
     gate: Gate | None = None
     """Publish only if this holds. Unset: publish always."""
+    baseline: Baseline = Field(default_factory=Baseline)
+    """How the base is asked, beside as it is."""
     max_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     """Most held-out rows to use."""
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 128

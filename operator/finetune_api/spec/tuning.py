@@ -31,9 +31,9 @@ class Lora(APIModel):
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     """Scaling numerator; the update is scaled by alpha / rank (alpha / sqrt(rank) for rslora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Dropout on the input of the adapter."""
+    """Dropout on the input of the adapter; 0 where the experts of a mixture are adapted, which have none."""
     target_modules: Annotated[list[PlainName], Field(min_length=1, max_length=64), Unique()] = ["all-linear"]
-    """Module names that get an adapter; `all-linear` means every linear layer except the output head."""
+    """Module names that get an adapter; `all-linear` means every linear layer that an adapter can change, except the output head."""
     plus_ratio: Annotated[float, Field(ge=1, le=256)] | None = None
     """LoRA+ (https://arxiv.org/abs/2402.12354): learning rate of the B matrices as a multiple of learningRate, for example 16."""
 
@@ -111,7 +111,7 @@ class Hyperparameters(APIModel):
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Longest row in tokens."""
     packing: bool = False
-    """Pack several short rows into one sequence of maxLength tokens; rows in one sequence do not see each other."""
+    """Pack several short rows into one sequence of maxLength tokens; rows in one sequence do not see each other. With attention auto, where no kernel keeps them apart without a mask (CPUs, some models), rows are sorted by length instead."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time. Unset: only where the plan needs it to fit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -143,7 +143,7 @@ class Reward(APIModel):
     """A verifiable reward in 0..1 of a generated answer."""
 
     type: Literal["exact-match", "regex", "json-schema", "length"]
-    """exact-match: equals the row's answer; regex: the whole answer matches; json-schema: valid by the schema; length: at most maxCharacters."""
+    """exact-match: equals the row's answer (answer, solution, completion or the assistant's last turn); regex: the whole answer matches; json-schema: valid by the schema; length: at most maxCharacters."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Weight in the sum of the rewards."""
     pattern: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
@@ -170,7 +170,7 @@ class Grpo(APIModel):
     """Group-relative policy optimisation, https://arxiv.org/abs/2402.03300, with verifiable rewards."""
 
     rewards: Annotated[list[Reward], Field(min_length=1, max_length=8)]
-    """Rewards, summed by weight."""
+    """Rewards, summed by weight; an empty answer earns nothing."""
     generations: Annotated[int, Field(ge=2, le=256)] = 8
     """Answers sampled per prompt; globalBatchSize counts answers and must be a multiple of it."""
     max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256

@@ -16,11 +16,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.contract import CHECKPOINT_MANIFEST
+
 from ..job.files import write_text
 from ..process.errors import Stopped
 
 log = logging.getLogger("finetune.checkpoints")
-MANIFEST = "finetune-manifest.json"
+MANIFEST = CHECKPOINT_MANIFEST
 FENCE = "attempt"
 """File beside the checkpoints: the newest attempt's number"""
 
@@ -72,6 +74,8 @@ class ResumePoint:
     """Processes that wrote it."""
     skipped: tuple[int, ...] = ()
     """Steps of newer checkpoints that were passed over."""
+    finished: bool = False
+    """Whether its step is the last one: nothing is left to train."""
 
 
 def find_latest(root: str) -> ResumePoint:
@@ -81,11 +85,19 @@ def find_latest(root: str) -> ResumePoint:
         problem = find_damage(folder)
         if problem is None:
             world = int(json.loads((folder / MANIFEST).read_text())["worldSize"])
-            return ResumePoint(str(folder), step, world, tuple(skipped))
+            return ResumePoint(str(folder), step, world, tuple(skipped), finished=step >= _last_step(folder))
         log.warning("checkpoint at step %d is passed over: %s", step, problem)
         skipped.append(step)
         remove(folder)
     return ResumePoint(skipped=tuple(skipped))
+
+
+def _last_step(folder: Path) -> float:
+    """The step that its run was to end at."""
+    try:
+        return int(json.loads((folder / "trainer_state.json").read_text())["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def latest_step(root: str) -> int | None:

@@ -27,6 +27,7 @@ def save_result(context: Context, trainer: Any) -> None:
     trainer.processing_class.save_pretrained(str(output))
     if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         _as_stored(output, local_path(context))
+        restore_config(output, local_path(context), reward=context.spec.tuning.objective == "reward")
     if context.spec.tuning.objective != "reward":
         write_generation_config(context, trainer.processing_class, local_path(context), output)
     _verify(output)
@@ -47,6 +48,16 @@ def _as_stored(output: Path, base: str) -> None:
         partial.replace(file)
     written = json.loads((output / "config.json").read_text())
     write_text(output / "config.json", json.dumps({**written, "dtype": name}, indent=2) + "\n")
+
+
+def restore_config(output: Path, base: str, *, reward: bool = False) -> None:
+    """The configuration as the base's: what training switched off or filled in (cache, padding) is not the model's."""
+    was, written = (json.loads(Path(folder, "config.json").read_text()) for folder in (base, output))
+    for name in ("torch_dtype", "quantization_config"):
+        was.pop(name, None)
+    own = ("dtype", "transformers_version", *(("architectures", "id2label", "label2id", "pad_token_id") if reward else ()))
+    kept = {**was, **{name: written[name] for name in own if name in written}}
+    write_text(output / "config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def _verify(output: Path) -> None:

@@ -17,6 +17,8 @@ from finetune_api.status import DatasetStatus, Plan
 from ..job.context import Context
 from ..process.errors import UserError
 from .formats import FORMATS, RowReader, detect, rename
+from .limits import Limits, check_length, check_vocabulary
+from .packing import packed_sequences
 from .problems import SHOWN, Files, Keys, Problems
 from .reading import Row, rows
 from .rendering import NOT_RENDERED
@@ -120,7 +122,9 @@ class Pipeline:
             self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
         answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
-        scan = Scan(self.row_tokenizer, reader, similar, answers)
+        held_out = self.context.spec.dataset.eval
+        group_by = held_out.group_by if held_out is not None else None
+        scan = Scan(self.row_tokenizer, reader, similar, answers, group_by)
         if "text" in FORMATS[report.format].columns and self._wants_answers:
             raise UserError(
                 "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
@@ -177,9 +181,15 @@ class Pipeline:
         if held_out is None:
             return
         if held_out.split_fraction is not None:
-            self.store.hold_out(held_out.split_fraction, seed)
+            if not self.store.hold_out(held_out.split_fraction, seed):
+                one = f"agree in {held_out.group_by!r} (dataset.eval.groupBy)" if held_out.group_by is not None else "have one prompt"
+                raise UserError(
+                    "NoEvalRows",
+                    f"all rows {one}, so none can be held out; name another column in dataset.eval.groupBy, or set dataset.eval.uri",
+                )
         else:
-            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", "is also", "leakage")
+            relation = "has the prompt of" if held_out.group_by is None else "is of one group with"
+            self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", relation, "leakage")
         if self.checks.near_leakage != "ignore":
             look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
             self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
@@ -218,6 +228,17 @@ class Pipeline:
         if not self.rows_per_epoch:
             raise UserError("TooFewExamples", "the weights of the sources leave no training row; raise dataset.train.weight")
 
+    def check_fits(self, limits: Limits) -> None:
+        """Raise UserError for rows that the model cannot take; those that it was not made for are told."""
+        check_vocabulary(limits, self.store, self.row_tokenizer.tokenizer, self._place)
+        beyond = check_length(limits, self.store, self.row_tokenizer.max_length, self._place)
+        if beyond:
+            self.warnings["beyondContext"] = beyond
+
+    def packed_sequences(self) -> int:
+        """Sequences that the training rows are packed into."""
+        return packed_sequences(self.store.training_lengths(), self.row_tokenizer.max_length)
+
     def write(self) -> DatasetStatus:
         """The prepared rows; what is written is what trains and evaluates."""
         digests = [self.store.write(self.context.layout.train_rows, held_out=False)]
@@ -230,6 +251,8 @@ class Pipeline:
             self.warnings["lengthOutlier"] = self.lengths["outliers"]
         if len(self.systems) > 1:
             self.warnings["otherSystemPrompt"] = sum(count for _, count in self.systems[1:])
+        if other := self.store.other_system_prompts():
+            self.warnings["evalSystemPromptDiffers"] = other
         certain = {name: n for name, n in self.languages.items() if name != "unsure"}
         if sum(sorted(certain.values())[:-1]) > 0.02 * sum(self.languages.values()):
             self.warnings["otherLanguageInSample"] = sum(sorted(certain.values())[:-1])

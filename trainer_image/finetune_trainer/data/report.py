@@ -45,11 +45,11 @@ def samples(store: Store, tokenizer: Any) -> list[list[tuple[str, bool]]]:
             if not pieces or pieces[-1][1] != (label != IGNORED):
                 pieces.append(([], label != IGNORED))
             pieces[-1][0].append(token)
-        drawn.append([(tokenizer.decode(tokens), learned) for tokens, learned in pieces])
+        drawn.append([(tokenizer.decode(tokens, clean_up_tokenization_spaces=False), learned) for tokens, learned in pieces])
     return drawn
 
 
 def write_report(context: Context, report: dict[str, Any], drawn: list[list[tuple[str, bool]]]) -> None:
     """Write both files."""
-    context.write_json(context.layout.data_report, report)
+    context.write_json(context.layout.data_report, {**report, "samples": drawn})
     write_text(context.layout.data_page, render_page("data.html.j2", job=context.job.name, report=report, samples=drawn))

@@ -5,6 +5,7 @@ Memory does not grow with the data: rows travel in chunks, of which a few are un
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ class Scanned:
     """The row in its common shape, as JSON."""
     digest: int = 0
     """128 bits of the row's BLAKE2 digest."""
+    group: int = 0
+    """The same for the prompt, or for what dataset.eval.groupBy names: rows that agree in it are held out together."""
     columns: dict[str, Any] = field(default_factory=dict)
     truncated: bool = False
     length: int = 0
@@ -65,6 +68,8 @@ class Scan:
     """Whether signatures for near duplicates are wanted."""
     answers: dict[str, str] | None = None
     """Answers of a teacher by prompt digest, which replace the rows' own."""
+    group_by: str | None = None
+    """Column by which rows are held out together."""
 
     def one(self, row: Row) -> Scanned:
         """Look at one row."""
@@ -73,6 +78,7 @@ class Scan:
             return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
         try:
             shape, unused = self.reader.read(row.value)
+            group = self._group(row.value, shape)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
             texts = strings(shape)
@@ -95,6 +101,7 @@ class Scan:
             row.number,
             row=text,
             digest=digest_of(text),
+            group=group,
             columns=columns,
             truncated=truncated,
             length=len(columns["input_ids"]),
@@ -103,8 +110,15 @@ class Scan:
             system=system,
             sensitive=findings(everything),
             notes=notes,
-            unused=tuple(unused),
+            unused=tuple(key for key in unused if key != self.group_by),
         )
+
+    def _group(self, value: dict[str, Any], shape: Shape) -> int:
+        if self.group_by is None:
+            return digest_of(json.dumps(first_prompt(shape), sort_keys=True, ensure_ascii=False))
+        if value.get(self.group_by) is None:
+            raise BadRow(f"there is no {self.group_by!r}, the column that dataset.eval.groupBy names")
+        return digest_of(json.dumps(value[self.group_by], sort_keys=True, ensure_ascii=False, default=str))
 
     def chunk(self, rows: list[Row]) -> list[Scanned]:
         """Look at several rows."""
@@ -129,6 +143,18 @@ def without_answer(shape: Shape) -> Shape:
         messages = shape["messages"]
         return {**shape, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
     return {key: value for key, value in shape.items() if key != "completion"}
+
+
+def first_prompt(shape: Shape) -> Shape:
+    """What stands before the first answer of a row. Rows that agree in it are answers to one prompt, however they go on."""
+    if "messages" in shape:
+        messages = shape["messages"]
+        first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), len(messages))
+        return {**shape, "messages": messages[:first]}
+    return {key: value for key, value in shape.items() if key not in _ANSWERS}
+
+
+_ANSWERS = ("completion", "chosen", "rejected", "label", "answer", "solution")
 
 
 def with_answer(shape: Shape, answers: dict[str, str]) -> Shape:

@@ -68,6 +68,7 @@ class Store:
             "origin": pa.array([origin] * len(rows), pa.int32()),
             "number": pa.array([r.number for r in rows], pa.int64()),
             "digest": pa.array([f"{r.digest:032x}" for r in rows]),
+            "group_id": pa.array([f"{r.group:032x}" for r in rows]),
             "row": pa.array([r.row for r in rows]),
             "length": pa.array([r.length for r in rows], pa.int32()),
             "learned": pa.array([r.learned for r in rows], pa.int32()),
@@ -118,10 +119,10 @@ class Store:
         return int(self._one("SELECT count(*) FROM duplicate"))
 
     def leaked(self) -> int:
-        """Note training rows that are also held out; returns how many."""
+        """Note training rows of a prompt, or group, that is also held out; returns how many."""
         self._db.execute(
             "CREATE TABLE leaked AS SELECT k.id, e.first AS partner FROM kept k JOIN "
-            "(SELECT digest, min(id) AS first FROM kept WHERE origin < 0 GROUP BY digest) e ON k.digest = e.digest WHERE k.origin >= 0"
+            "(SELECT group_id, min(id) AS first FROM kept WHERE origin < 0 GROUP BY group_id) e ON k.group_id = e.group_id WHERE k.origin >= 0"
         )
         return int(self._one("SELECT count(*) FROM leaked"))
 
@@ -164,13 +165,27 @@ class Store:
             f"INSERT INTO gone SELECT id, '{name}', min(partner) FROM {name} WHERE id NOT IN (SELECT id FROM gone) GROUP BY id"
         )
 
-    def hold_out(self, fraction: float, seed: int) -> None:
-        """Make a share of the training rows held out. By content: equal rows fall on the same side, whatever their order."""
-        distinct = int(self._one("SELECT count(DISTINCT digest) FROM kept WHERE origin >= 0"))
+    def hold_out(self, fraction: float, seed: int) -> bool:
+        """Make a share of the training rows held out, as near to it as whole groups allow. Returns whether any group could be.
+
+        By content: rows of one prompt fall on the same side, whatever their order. A group that is larger than the share is left in
+        training, unless all are.
+        """
+        rows, groups = self._all("SELECT count(*), count(DISTINCT group_id) FROM kept WHERE origin >= 0")[0]
+        if groups < 2:
+            return False
+        share = max(1, round(rows * fraction))
         self._db.execute(
-            f"UPDATE rows SET origin = {HELD_OUT} WHERE digest IN (SELECT digest FROM (SELECT DISTINCT digest FROM kept WHERE origin >= 0) "
-            f"ORDER BY md5('{seed}:' || digest) LIMIT {max(1, round(distinct * fraction))})"
+            f"CREATE TABLE sizes AS SELECT group_id, count(*) AS size, md5('{seed}:' || group_id) AS place FROM kept WHERE origin >= 0 GROUP BY group_id"
         )
+        self._db.execute(
+            f"CREATE TABLE chosen AS SELECT group_id FROM (SELECT group_id, size, sum(size) OVER (ORDER BY place, group_id) AS upto FROM sizes "
+            f"WHERE size <= {share}) WHERE upto - size / 2.0 <= {share}"
+        )
+        if not self._one("SELECT count(*) FROM chosen"):
+            self._db.execute("INSERT INTO chosen SELECT group_id FROM sizes ORDER BY size, place LIMIT 1")
+        self._db.execute(f"UPDATE rows SET origin = {HELD_OUT} WHERE origin >= 0 AND group_id IN (SELECT group_id FROM chosen)")
+        return True
 
     def weigh(self, weights: list[float], seed: int) -> None:
         """Repeat or thin the rows of each training source; a fraction is taken by content."""
@@ -184,7 +199,8 @@ class Store:
         """Write the rows of one side to Parquet, in a stable order, a window at a time. Returns the SHA-256 over them."""
         partial, digest, writer = Path(f"{path}.partial"), hashlib.sha256(), None
         for window in self._evaluation_windows() if held_out else self._training_windows():
-            table = self._db.sql(f"SELECT k.digest, k.row, {self._columns} FROM kept k {window}").to_arrow_table()
+            more = "k.group_id, " if held_out else ""
+            table = self._db.sql(f"SELECT k.digest, k.row, {more}{self._columns} FROM kept k {window}").to_arrow_table()
             if not table.num_rows:
                 continue
             digest.update("\n".join(table.column("digest").to_pylist()).encode())
@@ -216,6 +232,36 @@ class Store:
         rows, tokens = self._all("SELECT sum(c.n), sum(c.n * k.length) FROM kept k JOIN copies c ON c.id = k.id")[0]
         return int(rows or 0), int(tokens or 0)
 
+    def _lists(self) -> list[str]:
+        """The columns of tokens, without labels."""
+        return [name for name, kind in _COLUMNS.items() if kind == _TOKENS and name in self._columns.split(", ") and name != "labels"]
+
+    def rows_with_tokens_from(self, first: int) -> tuple[int, int, int, int] | None:
+        """(rows, a token, origin and number of the first row) of those with a token ID of `first` or more; None when there are none."""
+        largest = f"greatest({', '.join(f'coalesce(list_max({name}), 0)' for name in self._lists())}, 0)"
+        found = self._all(
+            f"SELECT count(*) OVER (), {largest}, origin, number FROM kept WHERE {largest} >= {first} ORDER BY origin < 0, id LIMIT 1"
+        )
+        return found[0] if found else None
+
+    def longer_than(self, limit: int, *, prompts: bool = False) -> tuple[int, int, int, int]:
+        """(rows, tokens, origin and number of the longest row) of those that have more tokens; of prompts alone, if wanted."""
+        lists = self._lists()
+        whole = [f"len({name})" for name in lists if name != "prompt_ids"] if "prompt_ids" not in lists else ["len(input_ids)"]
+        whole += [f"len(prompt_ids) + len({name})" for name in lists if name in ("chosen_ids", "rejected_ids") and "prompt_ids" in lists]
+        tokens = "length - learned" if prompts else f"greatest({', '.join(whole)}, 0)"
+        found = self._all(
+            f"SELECT count(*) OVER (), {tokens} AS tokens, origin, number FROM kept WHERE {tokens} > {limit} ORDER BY tokens DESC, id LIMIT 1"
+        )
+        return found[0] if found else (0, 0, 0, 0)
+
+    def training_lengths(self) -> Iterator[int]:
+        """Tokens of each training row, with repetitions, in the order of the prepared rows."""
+        found = self._db.cursor().execute("SELECT k.length, c.n FROM kept k JOIN copies c ON c.id = k.id ORDER BY k.id")
+        while batch := found.fetchmany(_WINDOW):
+            for length, copies in batch:
+                yield from (length for _ in range(copies))
+
     def lengths(self) -> dict[str, Any]:
         """Statistics and a histogram of tokens per training row."""
         found = self._all(
@@ -243,6 +289,12 @@ class Store:
     def system_prompts(self) -> list[tuple[str, int]]:
         """Different system prompts of training rows with their counts, the commonest first."""
         return self._all("SELECT system, count(*) AS n FROM kept WHERE origin >= 0 GROUP BY system ORDER BY n DESC, system LIMIT 20")
+
+    def other_system_prompts(self) -> int:
+        """Held-out rows whose system prompt no training row has."""
+        return int(
+            self._one("SELECT count(*) FROM kept WHERE origin < 0 AND system NOT IN (SELECT DISTINCT system FROM kept WHERE origin >= 0)")
+        )
 
     def sample(self, count: int, columns: str) -> Iterator[tuple[Any, ...]]:
         """Some training rows, spread over all, the same for the same data."""

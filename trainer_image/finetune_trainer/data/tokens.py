@@ -34,7 +34,11 @@ class RowTokenizer:
     `pairs` gives what the objective's trainer reads beside or instead of it.
     """
 
-    def __init__(self, tokenizer: Any, *, objective: Objective = "sft", max_length: int, assistant_only: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, *, objective: Objective = "sft", max_length: int, assistant_only: bool, needs_answer: str | None = None
+    ) -> None:
+        """`needs_answer`: what compares with the row's own answer, where something does."""
+        self.needs_answer = needs_answer
         self.tokenizer, self.objective, self.max_length, self.assistant_only = tokenizer, objective, max_length, assistant_only
         self.template = ChatTemplate(tokenizer)
         self.renderer = Renderer(self.template)
@@ -77,10 +81,15 @@ class RowTokenizer:
         """(columns of the row, whether it was cut to max_length). Raises BadRow when no answer token is left."""
         if self.objective == "grpo":
             prompt, answer = self.prompt_and_answer(row)
-            length = len(self._encode(prompt))
-            if length >= self.max_length:
-                raise RowTooLong(f"the prompt has {length} tokens, maxLength is {self.max_length}")
-            return {**self._answer_columns(row, answer), "prompt": prompt, "answer": answer}, False
+            if self.needs_answer is not None and not answer.strip():
+                raise BadRow(
+                    f"{self.needs_answer} compares with the row's own answer, and it has none; give it as answer, solution or completion, or as "
+                    "the assistant's last turn"
+                )
+            ids = self._encode(prompt)
+            if len(ids) >= self.max_length:
+                raise RowTooLong(f"the prompt has {len(ids)} tokens, maxLength is {self.max_length}")
+            return {**self._answer_columns(row, answer), "prompt": prompt, "answer": answer, "prompt_ids": ids}, False
         if "chosen" in row:
             prompt, chosen, rejected = self._pair_texts(row)
             columns, cut = self._preference(prompt, chosen, rejected)

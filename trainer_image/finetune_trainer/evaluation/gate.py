@@ -2,52 +2,169 @@
 
 from __future__ import annotations
 
-from finetune_api.spec import Evaluation, Metric
-from finetune_api.status import EvaluationStatus
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.spec import Evaluation, Gate, Metric
+from finetune_api.status import PROMPTING_MAY_DO, ArmName, EvaluationArm, EvaluationStatus, Gated
 
 from .forgetting import GENERAL_LOSS
 from .measure import Measured
-from .metrics import improvement, interval, value
+from .metrics import Values, chance, improvement, interval, least_prompts, value
+
+_NAMED: dict[str, ArmName] = {"base": "Base", "instructed": "Instructed", "few-shot": "FewShot"}
+_ASKED = {"Base": "as it is", "Instructed": "with an instruction", "FewShot": "with {} examples"}
 
 
-def decide(
-    spec: Evaluation, seed: int, base: Measured, tuned: Measured, base_scores: dict[str, float], tuned_scores: dict[str, float]
-) -> tuple[EvaluationStatus, str]:
-    """The status and what people are told: both models' metrics, how sure the difference is, and whether it is enough."""
-    metric: Metric = spec.gate.metric if spec.gate is not None else spec.metrics[0]
-    before: dict[str, float] = {m: round(value(m, base.values[m]), 6) for m in spec.metrics}
-    after: dict[str, float] = {m: round(value(m, tuned.values[m]), 6) for m in spec.metrics}
-    gain = improvement(metric, value(metric, base.values[metric]), value(metric, tuned.values[metric]))
-    confidence = spec.gate.confidence if spec.gate is not None else 0.95
-    low, high = interval(metric, base.values[metric], tuned.values[metric], confidence, seed)
-    rows = len(base.values[metric])
-    message = f"base -> tuned on {rows} held-out rows: " + ", ".join(f"{m} {before[m]:.4g} -> {after[m]:.4g}" for m in spec.metrics)
-    gate = "None"
+@dataclass(frozen=True)
+class Verdict:
+    """What is told of an evaluation."""
+
+    status: EvaluationStatus
+    reason: str
+    """Of the condition Evaluated."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better the tuned model is than one arm of its base, and how sure that is."""
+
+    arm: ArmName
+    gain: float
+    low: float
+    high: float
+    chance: float
+    """How often so much comes about where there is no difference."""
+    confidence: float
+
+    @property
+    def measurable(self) -> bool:
+        """Whether it is better beyond chance."""
+        return self.low > 0 and self.chance <= (1 - self.confidence) / 2
+
+    @property
+    def span(self) -> str:
+        """For people."""
+        return f"{self.gain:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def decide(spec: Evaluation, seed: int, arms: Sequence[Measured], groups: Sequence[Any] | None = None) -> Verdict:
+    """The verdict on the arms, of which the tuned model's is the last. `groups`: the prompt that each row belongs to."""
+    gate = spec.gate or Gate(metric=spec.metrics[0])
+    metric, tuned = gate.metric, arms[-1]
+    compared = {arm.name: _pair(metric, arm, tuned) for arm in arms[:-1]}
+    strongest = _strongest(metric, compared)
+    against = strongest if gate.compare_with == "best-of-base" else _NAMED[gate.compare_with]
+    found = _gain(gate, seed, against if against in compared else "Base", compared, groups)
+    rows = len(compared["Base"][0])
+    prompts = rows if groups is None else len(set(groups))
+    least = least_prompts(gate.confidence)
+
+    gated: Gated = "None"
+    message = f"{rows} held-out rows of {prompts} prompts: {_told(spec, arms)}"
+    shown = f"the tuned model and its base {_asked(found.arm, arms)}"
     if spec.gate is not None:
-        passed, why = passes(gain, low, high, spec.gate.min_improvement)
-        message += f"; gate on {metric}: {why}"
-        gate = "Passed" if passed else "NotPassed"
-    elif low <= 0 <= high:
-        message += f"; {metric}: no measurable difference, the improvement is {gain:.4g} [{low:.4g}, {high:.4g}]"
-    for name in base_scores:
-        message += f"; {name} {base_scores[name]:.4g} -> {tuned_scores[name]:.4g}"
+        gated, why = passes(found, gate.min_improvement, prompts, least)
+        message += f"; gate on {metric}, {shown}: {why}"
+    elif found.low <= 0 <= found.high:
+        message += f"; {metric}: no measurable difference between {shown}, the improvement is {found.span}"
+    reason = "Compared"
+    prompted = [name for name in compared if name != "Base"]
+    if prompted and prompts >= least:
+        best = _strongest(metric, {name: compared[name] for name in prompted})
+        other = found if best == found.arm else _gain(gate, seed, best, compared, groups)
+        if not other.measurable:
+            reason = PROMPTING_MAY_DO
+            message += f"; prompting may do: the base {_asked(best, arms)} is not measurably worse, the improvement over it is {other.span}"
+    base = arms[0]
+    for name in base.scores:
+        message += f"; {name} {base.scores[name]:.4g} -> {tuned.scores[name]:.4g}"
     if spec.forgetting is not None and spec.forgetting.max_increase is not None:
-        rise = (tuned_scores[GENERAL_LOSS] - base_scores[GENERAL_LOSS]) / max(1e-9, base_scores[GENERAL_LOSS])
+        rise = (tuned.scores[GENERAL_LOSS] - base.scores[GENERAL_LOSS]) / max(1e-9, base.scores[GENERAL_LOSS])
         if not rise <= spec.forgetting.max_increase:
-            gate = "NotPassed"
+            gated = "NotPassed"
             message += f": it rose by {rise:.1%}, evaluation.forgetting.maxIncrease is {spec.forgetting.max_increase:.1%}"
     status = EvaluationStatus(
-        base={**before, **base_scores}, tuned={**after, **tuned_scores}, examples=rows, improvement=round(gain, 6),
-        interval=[round(low, 6), round(high, 6)], gate=gate,  # type: ignore[arg-type]
+        arms=[_wire(spec, arm, tuned, found.arm) for arm in arms], examples=rows, prompts=prompts, compared_with=found.arm,
+        improvement=_short(found.gain), interval=[_short(found.low), _short(found.high)], gate=gated,
     )  # fmt: skip
-    return status, message
+    return Verdict(status, reason, message)
 
 
-def passes(gain: float, low: float, high: float, least: float) -> tuple[bool, str]:
-    """Whether a gate passes, and why: the improvement must be large enough, and measurable."""
-    span = f"{gain:.4g} [{low:.4g}, {high:.4g}]"
-    if low <= 0 <= high and not low == high == gain:
-        return False, f"no measurable difference: the improvement is {span}"
-    if gain < least or gain <= 0:
-        return False, f"the improvement is {span}, at least {least:g} is wanted"
-    return True, f"the improvement is {span}, at least {least:g} was wanted"
+def passes(found: Gain, wanted: float, prompts: int, least: int) -> tuple[Gated, str]:
+    """Whether a gate passes, and why: there must be enough to tell by, and the improvement must be large enough, and measurable."""
+    if found.gain <= -1e9:
+        return "NotPassed", "the tuned model's metric is no number"
+    if prompts < least:
+        return "Inconclusive", (
+            f"inconclusive: {prompts} held-out prompts, and at least {least} are needed to tell at a confidence of {found.confidence:g}. "
+            "Hold out more (dataset.eval, evaluation.maxExamples), or set evaluation.gate.onInconclusive: publish"
+        )
+    if found.low <= 0 <= found.high and not found.low == found.high == found.gain:
+        return "NotPassed", f"no measurable difference: the improvement is {found.span}"
+    if found.gain < wanted or found.gain <= 0:
+        return "NotPassed", f"the improvement is {found.span}, at least {wanted:g} is wanted"
+    if not found.measurable:
+        return (
+            "NotPassed",
+            f"no measurable difference: the improvement is {found.span}, by chance so much comes about in {found.chance:.1%} of cases",
+        )
+    return "Passed", f"the improvement is {found.span}, at least {wanted:g} was wanted"
+
+
+def _pair(metric: Metric, arm: Measured, tuned: Measured) -> tuple[Values, Values]:
+    return arm.values[metric], tuned.against.get(arm.name, {}).get(metric, tuned.values.get(metric))  # type: ignore[return-value]
+
+
+def _improvement(metric: Metric, base: Values, tuned: Values) -> float:
+    return improvement(metric, value(metric, base), value(metric, tuned))
+
+
+def _strongest(metric: Metric, compared: dict[ArmName, tuple[Values, Values]]) -> ArmName:
+    """The arm that the tuned model surpasses by least; one whose metric is no number is surpassed by all."""
+    sound = {name: pair for name, pair in compared.items() if math.isfinite(value(metric, pair[0]))} or compared
+    return min(sound, key=lambda name: _improvement(metric, *sound[name]))
+
+
+def _gain(gate: Gate, seed: int, arm: ArmName, compared: dict[ArmName, tuple[Values, Values]], groups: Sequence[Any] | None) -> Gain:
+    base, tuned = compared[arm]
+    low, high = interval(gate.metric, base, tuned, gate.confidence, seed, groups)
+    by_chance = chance(gate.metric, base, tuned, seed, groups)
+    return Gain(arm, _improvement(gate.metric, base, tuned), low, high, by_chance, gate.confidence)
+
+
+def _asked(name: ArmName, arms: Sequence[Measured]) -> str:
+    return _ASKED[name].format(next(arm.shots for arm in arms if arm.name == name))
+
+
+def _told(spec: Evaluation, arms: Sequence[Measured]) -> str:
+    """Each metric in all arms, in their order."""
+    told = []
+    for metric in spec.metrics:
+        numbers = [f"{arm.name} {value(metric, _own(metric, arm)):.4g}" for arm in arms]
+        told.append(f"{metric} {', '.join(numbers)}")
+    return "; ".join(told)
+
+
+def _own(metric: Metric, arm: Measured, against: ArmName | None = None) -> Values:
+    if metric in arm.values:
+        return arm.values[metric]
+    return arm.against[next(iter(arm.against)) if against is None else against][metric]
+
+
+def _wire(spec: Evaluation, arm: Measured, tuned: Measured, against: ArmName) -> EvaluationArm:
+    found = {m: value(m, _own(m, arm, against if arm is tuned else None)) for m in spec.metrics}
+    metrics: dict[str, float] = {m: _short(number) for m, number in found.items() if math.isfinite(number)}
+    return EvaluationArm(
+        name=arm.name, metrics=metrics | arm.scores, shots=arm.shots,
+        prompt_tokens=None if arm.prompt_tokens is None else round(arm.prompt_tokens, 1),
+        answer_tokens=None if arm.answer_tokens is None else round(arm.answer_tokens, 1),
+        latency_seconds=None if arm.latency is None else float(f"{arm.latency:.3g}"),
+    )  # fmt: skip
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")

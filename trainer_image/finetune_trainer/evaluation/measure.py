@@ -1,89 +1,133 @@
-"""One model measured on the held-out rows: token statistics, answers, preferences."""
+"""One model measured on the held-out rows, asked in one way: token statistics, answers, preferences, and what a request costs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 
 from finetune_api.spec import Evaluation, Metric
+from finetune_api.status import ArmName
 
 from ..data.tokens import IGNORED
-from ..models.generate import generate
+from ..models.generate import batches, encode, generate, latency
+from ..models.likelihood import learned_values
+from ..models.shared_prefix import share
 from ..process.errors import UserError
 from .metrics import METRICS, Values
 
-_BATCH = 8
+_TIMED, _TIMED_TOKENS = 3, 16
+"""Requests and tokens of each that the latency is measured on"""
 Row = dict[str, Any]
 
 
 @dataclass
-class Measured:
-    """What one model did."""
+class Asked:
+    """The held-out rows as one arm is asked them."""
 
+    name: ArmName
+    rows: list[Row]
+    """Tokens of each row: what is asked, what is learned, what is preferred."""
+    prompts: list[tuple[str, str]] = field(default_factory=list)
+    """(prompt, wanted answer) of each row that has an answer worth giving; empty where rows have none."""
+    shots: int = 0
+    """Examples before each question."""
+
+
+@dataclass
+class Measured:
+    """What one arm did."""
+
+    name: ArmName
     values: dict[Metric, Values] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    shots: int = 0
+    prompt_tokens: float | None = None
+    answer_tokens: float | None = None
+    latency: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of the model, on other texts than the rows."""
+    against: dict[ArmName, dict[Metric, Values]] = field(default_factory=dict)
+    """Of the tuned model: metrics that are a comparison with one of the other arms."""
 
 
-def measure(model: Any, tokenizer: Any, rows: list[Row], prompts: list[tuple[str, str]], spec: Evaluation, *, reward: bool) -> Measured:
-    """All metrics but the judge's. `prompts`: (prompt, wanted answer) of each row, empty when nothing is generated."""
-    found = Measured()
+def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, reward: bool) -> Measured:
+    """All metrics but the judge's."""
+    found = Measured(asked.name, shots=asked.shots)
     kinds = {METRICS[metric].needs for metric in spec.metrics}
     if "tokens" in kinds:
-        loss, correct = token_values(model, _good(rows), tokenizer.pad_token_id)
+        loss, correct = token_values(model, good_rows(asked.rows), tokenizer.pad_token_id)
         found.values |= {"loss": loss, "perplexity": loss, "token-accuracy": correct}
     if "pairs" in kinds:
-        found.values["preference-accuracy"] = _preferences(model, rows, tokenizer.pad_token_id, reward=reward)
+        found.values["preference-accuracy"] = _preferences(model, asked.rows, tokenizer.pad_token_id, reward=reward)
     if kinds & {"answers", "judge"}:
-        found.answers = generate(model, tokenizer, [prompt for prompt, _ in prompts], spec.max_new_tokens)
+        found.answers = generate(model, tokenizer, [prompt for prompt, _ in asked.prompts], spec.max_new_tokens)
         for metric in spec.metrics:
             score = METRICS[metric].score
             if score is not None:
                 rate = score(spec)
-                points = [rate(answer, wanted) for answer, (_, wanted) in zip(found.answers, prompts, strict=True)]
+                points = [rate(answer, wanted) for answer, (_, wanted) in zip(found.answers, asked.prompts, strict=True)]
                 found.values[metric] = np.array([[point, 1.0] for point in points])
     found.values = {metric: values for metric, values in found.values.items() if metric in spec.metrics}
+    if asked.prompts and not reward:
+        _cost(model, tokenizer, asked, spec, found)
     return found
 
 
-def _good(rows: list[Row]) -> list[Row]:
+def _cost(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, found: Measured) -> None:
+    """What a request costs: the tokens that it sends and gets back, and the time that it takes."""
+    sent = encode(tokenizer, [prompt for prompt, _ in asked.prompts])
+    given = found.answers or [wanted for _, wanted in asked.prompts]
+    found.prompt_tokens = usual = fmean(map(len, sent))
+    found.answer_tokens = fmean(map(len, encode(tokenizer, given)))
+    typical = sorted(sent, key=lambda ids: abs(len(ids) - usual))[:_TIMED]
+    found.latency = latency(model, tokenizer.pad_token_id, typical, found.answer_tokens, min(_TIMED_TOKENS, spec.max_new_tokens))
+
+
+def good_rows(rows: list[Row]) -> list[Row]:
     """Rows with an answer worth learning: not those labelled bad."""
     return [row for row in rows if row.get("label") is not False]
 
 
-def _batches(rows: list[tuple[list[int], list[int]]], pad: int, device: Any) -> Any:
-    """(ids, labels, mask) of rows of like length, with their places."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    for start in range(0, len(order), _BATCH):
-        part = order[start : start + _BATCH]
-        width = max(len(rows[i][0]) for i in part)
-
-        def padded(index: int, filler: int, part: list[int] = part, width: int = width) -> torch.Tensor:
-            return torch.tensor([rows[i][index] + [filler] * (width - len(rows[i][index])) for i in part], device=device)
-
-        ids, labels = padded(0, pad), padded(1, IGNORED)
-        mask = torch.tensor([[1] * len(rows[i][0]) + [0] * (width - len(rows[i][0])) for i in part], device=device)
-        yield part, ids, labels, mask
+def _padded(rows: list[list[int]], filler: int, device: Any) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
 
 
 @torch.inference_mode()
 def token_values(model: Any, rows: list[Row], pad: int) -> tuple[Values, Values]:
-    """(negative log-likelihood, correct predictions) of each row's learned tokens, each with their count."""
+    """(negative log-likelihood, correct predictions) of each row's learned tokens, each with their count.
+
+    What all rows begin with and do not learn is computed once.
+    """
     loss, correct = np.zeros((len(rows), 2)), np.zeros((len(rows), 2))
-    pairs = [(row["input_ids"], row["labels"]) for row in rows]
-    for part, ids, labels, mask in _batches(pairs, pad, model.device):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :][:, :-1].float()  # virtual tokens stand in front
-        targets = labels[:, 1:]
-        learned = targets != IGNORED
-        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        right = (logits.argmax(-1) == targets) & learned
-        for place, index in enumerate(part):
-            count = float(learned[place].sum())
-            loss[index] = float(nll[place].double().sum()), count
-            correct[index] = float(right[place].sum()), count
+    unlearned = [row["input_ids"][: max(1, _first_learned(row["labels"]))] for row in rows]
+    prefix = share(model, unlearned)
+    shared = len(prefix) if prefix is not None else 0
+    for part in batches([len(row["input_ids"]) for row in rows]):
+        ids = [rows[i]["input_ids"][shared:] for i in part]
+        labels = _padded([[*rows[i]["labels"][shared + 1 :], IGNORED] for i in part], IGNORED, model.device)
+        mask = _padded([[1] * (shared + len(row)) for row in ids], 0, model.device)
+        more: dict[str, Any] = {}
+        if prefix is not None:
+            width = max(map(len, ids))
+            places = torch.arange(shared, shared + width, device=model.device).expand(len(part), -1)
+            more = {"past_key_values": prefix.lent(), "use_cache": True, "position_ids": places}
+        learned = labels != IGNORED
+        nll, right = learned_values(model, labels, learned, input_ids=_padded(ids, pad, model.device), attention_mask=mask, **more)
+        counts = learned.sum(dim=1).tolist()
+        for index, row_nll, row_right in zip(part, nll.split(counts), right.split(counts), strict=True):
+            count = float(len(row_nll))
+            loss[index] = float(row_nll.double().sum()), count
+            correct[index] = float(row_right.sum()), count
     return loss, correct
+
+
+def _first_learned(labels: list[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _preferences(model: Any, rows: list[Row], pad: int, *, reward: bool) -> Values:
@@ -109,7 +153,9 @@ def _preferences(model: Any, rows: list[Row], pad: int, *, reward: bool) -> Valu
 @torch.inference_mode()
 def _scores(model: Any, sequences: list[list[int]], pad: int) -> np.ndarray[Any, Any]:
     points = np.zeros(len(sequences))
-    for part, ids, _, mask in _batches([(s, s) for s in sequences], pad, model.device):
+    for part in batches([len(s) for s in sequences]):
+        ids = _padded([sequences[i] for i in part], pad, model.device)
+        mask = _padded([[1] * len(sequences[i]) for i in part], 0, model.device)
         points[part] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu().numpy()
     return points
 

@@ -16,6 +16,7 @@ from finetune_api.status import Artifact
 from ..job.context import Context
 from ..process.errors import InfrastructureError
 from .card import CardFacts, model_card
+from .usage import Usage
 
 LINEAGE = "finetune.json"
 SUMS = "SHA256SUMS"
@@ -41,11 +42,14 @@ def make_bundle(context: Context) -> Path:
 
         export(context, bundle)
     evaluation = _optional(context, context.layout.evaluation_report)
-    dataset = context.read_json(context.layout.data_report)["dataset"]
+    report = context.read_json(context.layout.data_report)
+    dataset = report["dataset"]
     base = context.read_json(context.layout.reference("model"))
     parents = _parents(context)
     versions = {name: version(name) for name in _LIBRARIES}
-    facts = CardFacts(context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan))
+    facts = CardFacts(
+        context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan), _usage(context, base, report)
+    )
     (bundle / "README.md").write_text(model_card(facts))
     lineage = {
         "job": {"name": context.job.name, "namespace": context.job.namespace, "uid": context.job.uid, "spec": result_digest(context.spec)},
@@ -59,6 +63,18 @@ def make_bundle(context: Context) -> Path:
     (bundle / LINEAGE).write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
     (bundle / SUMS).write_text(digests(bundle))
     return bundle
+
+
+def _usage(context: Context, base: dict[str, Any], report: dict[str, Any]) -> Usage:
+    """How it was trained is how it is used: with the chat template where the rows had turns, with the system text that all had."""
+    shape: dict[str, Any] = {}
+    if Path(context.layout.train_rows).exists():
+        from ..data.store import read_rows
+
+        shape = json.loads(read_rows(context.layout.train_rows, ("row",), 1)[0]["row"])
+    systems = [text for text, _ in report.get("systemPrompts") or []]
+    conversations = "messages" in shape or isinstance(shape.get("prompt"), list)
+    return Usage(context.job, base, conversations, systems[0] if len(systems) == 1 and systems[0] else None)
 
 
 def _parents(context: Context) -> list[dict[str, Any]]:

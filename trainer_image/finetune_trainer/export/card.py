@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.contract import JobFile
-from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
+from finetune_api.spec import WHOLE_MODEL_METHODS
+from finetune_api.status import PROMPTING_MAY_DO
+
+from .usage import Usage
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class CardFacts:
     parents: list[dict[str, Any]]
     versions: dict[str, str]
     plan: dict[str, Any] | None
+    usage: Usage
 
     @property
     def whole(self) -> bool:
@@ -63,7 +67,7 @@ def model_card(facts: CardFacts) -> str:
         f"| Method | {tuning.objective}, {tuning.method} |",
         f"| Learning rate | {hyper.learning_rate:g}, {hyper.lr_scheduler_type}, {hyper.optimizer} |",
         f"| Batch | {hyper.global_batch_size} rows a step |",
-        f"| Length | {hyper.max_length} tokens{', packed' if hyper.packing else ''} |",
+        f"| Length | {hyper.max_length} tokens{', packed' if 'packed sequences a step' in (facts.plan or {}).get('reason', '') else ''} |",
         *(
             [f"| Steps | {facts.plan['totalSteps']} on {facts.plan['worldSize']} process(es), {facts.plan['strategy']} |"]
             if facts.plan
@@ -74,7 +78,8 @@ def model_card(facts: CardFacts) -> str:
         "",
         "## Use",
         "",
-        *_usage(facts),
+        *_served(facts.evaluation),
+        *facts.usage.lines(),
         "",
         "`finetune.json` holds the full lineage, `SHA256SUMS` the digests of all files.",
     ]
@@ -84,53 +89,33 @@ def model_card(facts: CardFacts) -> str:
 def _scores(evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
-    rows = [f"| {metric} | {evaluation['base'][metric]:.4g} | {evaluation['tuned'][metric]:.4g} |" for metric in evaluation["base"]]
+    arms = evaluation["arms"]
+    titles = {
+        "Base": "Base",
+        "Instructed": "Base, instructed",
+        "FewShot": f"Base, {next((arm['shots'] for arm in arms if arm['name'] == 'FewShot'), 0)} examples",
+        "Tuned": "Tuned",
+    }
+    metrics = list(dict.fromkeys(metric for arm in arms for metric in arm["metrics"]))
+    rows = [_row(metric, [arm["metrics"].get(metric) for arm in arms]) for metric in metrics]
+    costs = {"promptTokens": "Tokens of a prompt", "answerTokens": "Tokens of an answer", "latencySeconds": "Seconds of a request"}
+    rows += [_row(title, [arm.get(key) for arm in arms]) for key, title in costs.items() if any(key in arm for arm in arms)]
     span = evaluation.get("interval") or []
-    gain = f"Improvement {evaluation['improvement']:.4g}" + (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
-    told = f"On {evaluation['examples']} held-out rows that were not trained on. {gain}"
-    return [told, "", "| Metric | Base | Tuned |", "|---|---|---|", *rows]
+    gain = f"Improvement over {titles[evaluation['comparedWith']].lower()} {evaluation['improvement']:.4g}"
+    gain += (f", between {span[0]:.4g} and {span[1]:.4g}" if span else "") + "."
+    told = f"On {evaluation['examples']} held-out rows of {evaluation['prompts']} prompts that were not trained on. {gain}"
+    if evaluation["reason"] == PROMPTING_MAY_DO:
+        told += " The base with an instruction or examples is not measurably worse: prompting may do."
+    return [told, "", "| Metric | " + " | ".join(titles[arm["name"]] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|", *rows]
 
 
-def _code(language: str, *lines: str) -> list[str]:
-    return [f"```{language}", *lines, "```"]
+def _row(name: str, numbers: list[float | None]) -> str:
+    return f"| {name} | " + " | ".join("" if number is None else f"{number:.4g}" for number in numbers) + " |"
 
 
-def _usage(facts: CardFacts) -> list[str]:
-    spec, base = facts.job.spec, facts.hub or "BASE"
-    tuning, output = spec.tuning, spec.output
-    kind = "AutoModelForSequenceClassification" if tuning.objective == "reward" else "AutoModelForCausalLM"
-    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("PATH")'
-    if facts.whole:
-        lines = _code("python", f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("PATH")', tokenizer)
-        served = ["", "vLLM:", "", *_code("sh", "vllm serve PATH")]
-    else:
-        labels = ", num_labels=1" if tuning.objective == "reward" else ""
-        lines = _code(
-            "python",
-            "from peft import PeftModel",
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f'base = {kind}.from_pretrained("{base}"{labels})',
-            'model = PeftModel.from_pretrained(base, "PATH")',
-            tokenizer,
-        )
-        rank = (tuning.lora or Lora()).rank
-        served = [
-            "",
-            "vLLM:",
-            "",
-            *_code("sh", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {facts.job.name}=PATH"),
-        ]
-        if tuning.method not in ("lora", "qlora", "rslora"):
-            served = [
-                "",
-                "vLLM loads no adapter of this method" + ("; serve `merged` instead: `vllm serve PATH/merged`." if output.merged else "."),
-            ]
-    if tuning.objective == "reward":
-        served = []
-    ollama = []
-    if output.gguf:
-        ollama = ["", "Ollama:", "", *_code("sh", f"ollama create {facts.job.name} -f PATH/gguf/Modelfile", f"ollama run {facts.job.name}")]
-    elif output.gguf_adapter:
-        ollama = ["", "Ollama, with a Modelfile of two lines:", "", *_code("", "FROM BASE.gguf", "ADAPTER PATH/gguf/adapter.gguf")]
-    return [*lines, *served, *ollama]
+def _served(evaluation: dict[str, Any] | None) -> list[str]:
+    """The system text that the model was trained with, where all rows agree on one."""
+    system = (evaluation or {}).get("systemPrompt") or ""
+    if not system:
+        return []
+    return ["Serve it with the system text that it was trained with:", "", "```text", system, "```", ""]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from finetune_api.contract import JobFile, Layout
+from finetune_api.contract import JobFile
 from finetune_api.uris import URI
 
 from ..process import redaction
@@ -20,7 +20,7 @@ class Context:
 
     def __init__(self, job: JobFile, workspace: str) -> None:
         self.job, self.spec, self.workspace = job, job.spec, workspace
-        self.layout = Layout(workspace, job.namespace, job.name, job.uid)
+        self.layout = job.layout(workspace)
         for folder in (self.layout.data, self.layout.checkpoints, self.layout.output, self.layout.reports, self.layout.cache):
             Path(folder).mkdir(parents=True, exist_ok=True)
 

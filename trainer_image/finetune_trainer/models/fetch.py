@@ -5,7 +5,6 @@ Fetching is prepare's; later stages ask `local_path` and reach no hub.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from finetune_api.uris import parse_uri
 from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
+from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+_FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
 
@@ -25,14 +25,19 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
     if parsed.scheme == "pvc":
         folder = context.mounted(parsed)
         if not (folder / config).is_file():
-            raise UserError("ModelNotFound", f"{uri} holds no {config}; name the folder that from_pretrained would load")
+            raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     else:
         folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
-    _require_safetensors(folder)
+    check_whole(folder, shown(name, uri), config)
     if not remote_code:
-        _refuse_code(folder, uri)
+        _refuse_code(folder, shown(name, uri))
     context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
     return str(folder)
+
+
+def shown(name: str, uri: str) -> str:
+    """What messages call a model: the field that names it, and its value."""
+    return f"{_FIELDS[name]} {uri}"
 
 
 def fetch_base_model(context: Context) -> str:
@@ -76,12 +81,13 @@ def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
     return Path(with_retries(download, hub_host(), refused))
 
 
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    found = f"it has {', '.join(others[:3])}, which can run code when loaded" if others else "it has none"
-    raise UserError("NoSafetensors", f"the model's weights must be .safetensors files; {found}. Convert it with save_pretrained")
+def _instead(folder: Path) -> str:
+    """What to name in place of a folder that holds no model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "it is an adapter: name its base in model.uri and the adapter in tuning.continueFrom"
+    inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    more = f"; {', '.join(inside[:3])} inside it would do" if inside else ""
+    return f"name the folder that from_pretrained would load{more}"
 
 
 def _refuse_code(folder: Path, uri: str) -> None:
@@ -98,11 +104,3 @@ def _refuse_code(folder: Path, uri: str) -> None:
                 "RemoteCode",
                 f"{uri} brings Python code ({name}: auto_map). Read that code, then set model.trustRemoteCode: true; an administrator must allow it for the namespace",
             )
-
-
-def fingerprint(folder: Path, config: str = "config.json") -> str:
-    """A digest of the model's configuration and of its files' names and sizes: tells one base from another."""
-    digest = hashlib.sha256((folder / config).read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    return f"sha256:{digest.hexdigest()}"

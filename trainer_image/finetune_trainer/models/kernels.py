@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .architecture import supports
+
 VARLEN = "varlen"
 PADDING_FREE = ("flash_attention_2", VARLEN)
 """Attentions that tell rows apart without a mask."""
@@ -44,12 +46,12 @@ def pick_attention(
     if wanted != "auto":
         return {"flash-attention-2": "flash_attention_2"}.get(wanted, wanted)
     half = cuda and dtype != torch.float32
-    if half and is_flash_attn_2_available() and getattr(kind, "_supports_flash_attn", True):
+    if half and is_flash_attn_2_available() and supports(kind, "_supports_flash_attn"):
         return "flash_attention_2"
     if half and padding_free and not compiled and supports_varlen(kind, config) and torch.cuda.get_device_capability() >= _AMPERE:
         register_varlen()
         return VARLEN
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    return "sdpa" if supports(kind, "_supports_sdpa") else "eager"
 
 
 def supports_varlen(kind: Any, config: Any) -> bool:
@@ -66,6 +68,18 @@ def supports_varlen(kind: Any, config: Any) -> bool:
     head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     special = ("attn_logit_softcapping", "v_head_dim", "attention_dropout", "attn_pdrop")
     return head <= LARGEST_HEAD and head % 8 == 0 and not any(getattr(text, name, None) for name in special)
+
+
+def keeps_rows_apart(wanted: str, kind: Any, config: Any, *, compiled: bool = False) -> bool:
+    """Whether, on a GPU of today, an attention is picked that tells rows of one sequence apart without a mask.
+
+    Asked in prepare, which has no GPU: on one before Ampere, `pick_attention` picks another after all.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if wanted == "flash-attention-2" or (wanted == "auto" and is_flash_attn_2_available() and supports(kind, "_supports_flash_attn")):
+        return True
+    return wanted == "auto" and not compiled and supports_varlen(kind, config)
 
 
 def register_varlen() -> None:

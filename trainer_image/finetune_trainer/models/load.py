@@ -9,6 +9,7 @@ import torch
 from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import hub_host, unavailable_error
+from .architecture import auto_class, check_loaded, dequantizing, model_class
 from .fetch import local_path
 from .kernels import pick_attention
 
@@ -21,19 +22,33 @@ def load_tokenizer(context: Context, folder: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as failure:
+    except Exception as failure:  # the Rust side raises bare Exceptions
         raise unavailable_error(failure, hub_host()) or UserError(
-            "TokenizerNotReadable", f"the model's tokenizer cannot be loaded: {str(failure)[:500]}"
+            "TokenizerNotReadable",
+            f"the model's tokenizer cannot be loaded ({str(failure)[:400]}); put the tokenizer.json and tokenizer_config.json of the base beside its weights",
         ) from failure
     if not tokenizer.is_fast:
         raise UserError("SlowTokenizer", "the model has no fast tokenizer (tokenizer.json), which the loss mask needs")
-    if tokenizer.pad_token_id is None:
+    size = _embedded_tokens(context, folder)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:  # one that was added, and that the model has no embedding for
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= size:
+            raise UserError(
+                "TokenizerNotReadable",
+                "the model's tokenizer has neither a padding nor an end token that the model knows; name its eos_token in tokenizer_config.json",
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if context.spec.tuning.chat_template is not None:
         tokenizer.chat_template = context.spec.tuning.chat_template
     if len(str(tokenizer.chat_template or "")) > _TEMPLATE_LIMIT:
         raise UserError("ChatTemplateTooLarge", f"the model's chat template is over {_TEMPLATE_LIMIT // 1024} KiB; set tuning.chatTemplate")
     return tokenizer
+
+
+def _embedded_tokens(context: Context, folder: str) -> float:
+    """Tokens that a model has an embedding for, by its configuration; no bound where that does not say."""
+    config = context.read_json(f"{folder}/config.json")
+    text = config.get("text_config")
+    return float(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None) or "inf")
 
 
 def compute_dtype(cuda: bool, precision: str = "auto") -> torch.dtype:
@@ -66,7 +81,7 @@ def load_model(
 
     `padding_free`: rows may come one behind the other, and an attention that can tell them apart is picked where there is one.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
     hyper, trust = context.spec.tuning.hyperparameters, context.spec.model.trust_remote_code
     options: dict[str, Any] = {}
@@ -81,18 +96,22 @@ def load_model(
         options["device_map"] = {"": device or "cpu"}
     if reward:
         options["num_labels"] = 1
-    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    kind = auto_class(reward=reward)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     computed = compute_dtype(cuda, hyper.precision)  # weights in fp32 are computed with under autocast
     attention = pick_attention(
         hyper.attention, model_class(kind, config), config, computed, cuda=cuda, padding_free=padding_free, compiled=hyper.torch_compile
     )
-    return kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, attn_implementation=attention, trust_remote_code=trust, **options
+    if (undone := dequantizing(config)) is not None:
+        options["quantization_config"] = undone
+    model, info = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        attn_implementation=attention,
+        trust_remote_code=trust,
+        output_loading_info=True,
+        **options,
     )
-
-
-def model_class(auto: Any, config: Any) -> Any:
-    """The class that an Auto class would load, or None for one that the model brings along."""
-    found = auto._model_mapping.get(type(config), None)
-    return found[0] if isinstance(found, (tuple, list)) else found
+    check_loaded(model, info, folder)
+    return model if undone is None else model.to(dtype)  # what was turned back is 16 bit, whatever was asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from finetune_api.contract import WAITING_FOR_SOURCE, ExitCode, StageResult, Unavailable
@@ -72,6 +73,7 @@ class Stopped(StageError):
     code = ExitCode.STOPPED
 
 
+_LIBRARIES = ("transformers", "peft", "trl", "accelerate", "bitsandbytes")
 BY_CODE: dict[ExitCode, type[StageError]] = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Hang, Stopped)}
 
 
@@ -85,7 +87,18 @@ def classify(failure: BaseException) -> StageError:
     name = type(failure).__name__
     if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "DatasetNotFoundError"):
         return UserError("SourceNotFound", f"{failure}; check the uri, and secretRef if it is gated or private")
+    if (library := _refused_by(failure)) is not None:
+        return UserError("SettingsRefused", f"{library} refuses these settings, or this model: {failure}")
     return InfrastructureError("UnexpectedError", text)
+
+
+def _refused_by(failure: BaseException) -> str | None:
+    """The library that raised a ValueError of its own: it says what is wrong with what it was asked for, and would again."""
+    if not isinstance(failure, ValueError | NotImplementedError | ImportError) or isinstance(failure, OSError | UnicodeError):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(failure.__traceback__)]
+    library = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    return library if library in _LIBRARIES else None
 
 
 def combine(failed: list[tuple[str, StageError]], rest: str) -> StageError:

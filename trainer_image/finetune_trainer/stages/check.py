@@ -35,6 +35,9 @@ def check(context: Context) -> StageResult:
         raise combine(failed, "; no GPU was taken")
     targets = ", ".join(target.uri for target in context.spec.publish)
     if held and len(held) == len(context.spec.publish):
-        message = f"{targets}: this job's result is there already, from before its status was lost"
+        message = (
+            f"{targets}: this job's result is there already, from before its status was lost; "
+            "where its rows or weights have changed since, remove it to train anew"
+        )
         return StageResult(reason=RESTORED, message=message, result={"artifacts": [a.to_wire() for a in held]})
     return StageResult(reason="TargetsReady", message=targets)

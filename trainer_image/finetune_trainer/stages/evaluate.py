@@ -1,4 +1,4 @@
-"""evaluate: base and tuned model on the held-out rows, with the same prompts and greedy decoding.
+"""evaluate: the tuned model and its base, as it is and as it would be used, on the held-out rows with greedy decoding.
 
     python -m finetune_trainer evaluate --job job.json --workspace DIR
 
@@ -17,9 +17,9 @@ from finetune_api.contract import StageResult
 from finetune_api.spec import ANSWER_METRICS, WHOLE_MODEL_METHODS
 
 from ..data.store import read_rows
-from ..data.tokens import RowTokenizer
 from ..evaluation import forgetting, gate, harness, judge
-from ..evaluation.measure import Measured, measure
+from ..evaluation.arms import asked_rows, read_baseline
+from ..evaluation.measure import Asked, Measured, good_rows, measure
 from ..evaluation.metrics import value
 from ..job.context import Context
 from ..job.files import write_text
@@ -32,11 +32,9 @@ from ..remote.chat import check_reachable
 from ..training.objectives import OBJECTIVES
 
 log = logging.getLogger("finetune.evaluate")
-_COLUMNS = ("row", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label")
+_COLUMNS = ("row", "group_id", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label")
 _SHOWN = 20
 Rows = list[dict[str, Any]]
-Prompts = list[tuple[str, str]]
-"""(prompt, wanted answer) of each row."""
 
 
 def evaluate(context: Context) -> StageResult:
@@ -44,7 +42,7 @@ def evaluate(context: Context) -> StageResult:
     spec, seed = context.spec.evaluation, context.spec.tuning.hyperparameters.seed
     assert spec is not None
 
-    # 1. What both models are asked
+    # 1. What is asked, in each arm
     if spec.judge is not None:
         check_reachable(spec.judge)
     folder = local_path(context)
@@ -52,34 +50,46 @@ def evaluate(context: Context) -> StageResult:
     rows = read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples)
     if all(row.get("label") is False for row in rows):
         raise UserError("NoEvalRows", "no held-out row has a good answer (label true) to compare on")
-    prompts = _prompts(context, tokenizer, rows) if set(spec.metrics) & set(ANSWER_METRICS) else []
+    baseline = read_baseline(context)
+    *before, after = asked_rows(context, tokenizer, rows, baseline, answers=_has_answers(context, rows))
 
-    # 2. The base, then what was made of it
+    # 2. The base in all its arms, then what was made of it
     cuda = torch.cuda.is_available()
     torch.manual_seed(seed)
     model = _load(context, folder, cuda)
-    base, base_scores = _measure(context, model, tokenizer, rows, prompts)
+    arms = [_measure(context, model, tokenizer, asked) for asked in before]
+    arms[0].scores = _scores(context, model, tokenizer)
     model = _tuned(context, model, cuda)
-    tuned, tuned_scores = _measure(context, model, tokenizer, rows, prompts)
+    tuned = _measure(context, model, tokenizer, after)
+    tuned.scores = _scores(context, model, tokenizer)
     if spec.judge is not None:
-        found = judge.compare(spec.judge, context.secret("judge"), prompts, base.answers, tuned.answers)
-        base.values["judge-win-rate"], tuned.values["judge-win-rate"] = found
+        for arm in arms:
+            found = judge.compare(spec.judge, context.secret("judge"), after.prompts, arm.answers, tuned.answers)
+            arm.values["judge-win-rate"], tuned.against[arm.name] = found[0], {"judge-win-rate": found[1]}
+    arms.append(tuned)
 
     # 3. Whether that is enough
-    status, message = gate.decide(spec, seed, base, tuned, base_scores, tuned_scores)
-    told = status.model_dump(by_alias=True, exclude_none=True)  # numbers: text they are in the Kubernetes API alone
-    _report(context, told, message, prompts, base, tuned)
-    return StageResult(reason="Compared", message=message, result=told)
+    groups = [row["group_id"] for row in good_rows(rows)] if "group_id" in rows[0] else None
+    verdict = gate.decide(spec, seed, arms, groups)
+    told = verdict.status.model_dump(by_alias=True, exclude_none=True)  # numbers: text they are in the Kubernetes API alone
+    message = "; ".join([verdict.message, *baseline.notes])
+    _report(context, {**told, "reason": verdict.reason, "message": message, "systemPrompt": baseline.system}, after, arms)
+    return StageResult(reason=verdict.reason, message=message, result=told)
 
 
-def _prompts(context: Context, tokenizer: Any, rows: Rows) -> Prompts:
-    row_tokenizer = RowTokenizer(tokenizer, max_length=context.spec.tuning.hyperparameters.max_length, assistant_only=True)
-    shapes = [json.loads(row["row"]) for row in rows if row.get("label") is not False]
-    if any("text" in shape for shape in shapes):
+def _has_answers(context: Context, rows: Rows) -> bool:
+    """Whether requests can be made of the rows. Raises UserError where a metric needs that and they cannot."""
+    spec = context.spec.evaluation
+    assert spec is not None
+    if context.spec.tuning.objective == "reward":
+        return False
+    if not any("text" in json.loads(row["row"]) for row in rows):
+        return True
+    if set(spec.metrics) & set(ANSWER_METRICS):
         raise UserError(
             "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
         )
-    return [row_tokenizer.prompt_and_answer(shape) for shape in shapes]
+    return False
 
 
 def _load(context: Context, folder: str, cuda: bool) -> Any:
@@ -101,28 +111,37 @@ def _tuned(context: Context, base: Any, cuda: bool) -> Any:
     return PeftModel.from_pretrained(base, context.layout.output).to(base.device).eval()
 
 
-def _measure(context: Context, model: Any, tokenizer: Any, rows: Rows, prompts: Prompts) -> tuple[Measured, dict[str, float]]:
-    """The metrics on the held-out rows, and the scores on other texts."""
+def _measure(context: Context, model: Any, tokenizer: Any, asked: Asked) -> Measured:
+    """The metrics of one arm on the held-out rows."""
     spec = context.spec.evaluation
     assert spec is not None
-    general = forgetting.read_general_rows(context) if spec.forgetting is not None else None
     reward = OBJECTIVES[context.spec.tuning.objective].reward_model
-    found = measure(model, tokenizer, rows, prompts, spec, reward=reward)
+    found = measure(model, tokenizer, asked, spec, reward=reward)
+    log.info("%s %s", asked.name, {m: value(m, v) for m, v in found.values.items()})
+    return found
+
+
+def _scores(context: Context, model: Any, tokenizer: Any) -> dict[str, float]:
+    """The scores of a model on other texts."""
+    spec = context.spec.evaluation
+    assert spec is not None
     scores: dict[str, float] = {}
-    if general is not None:
+    if spec.forgetting is not None:
+        general = forgetting.read_general_rows(context)
         scores[forgetting.GENERAL_LOSS] = round(forgetting.general_loss(model, general, tokenizer.pad_token_id), 6)
     if spec.harness_tasks:
         seed = context.spec.tuning.hyperparameters.seed
         scores |= harness.run_tasks(model, tokenizer, spec.harness_tasks, spec.harness_limit, seed)
-    log.info("%s %s", {m: value(m, v) for m, v in found.values.items()}, scores)
-    return found, scores
+    return scores
 
 
-def _report(context: Context, told: dict[str, Any], message: str, prompts: Prompts, base: Measured, tuned: Measured) -> None:
+def _report(context: Context, told: dict[str, Any], asked: Asked, arms: list[Measured]) -> None:
+    names, given = [arm.name for arm in arms], [arm.answers for arm in arms]
     samples = [
-        {"prompt": prompt, "expected": wanted, "base": old, "tuned": new}
-        for (prompt, wanted), old, new in list(zip(prompts, base.answers, tuned.answers, strict=True))[:_SHOWN]
+        {"prompt": prompt, "expected": wanted, "answers": dict(zip(names, answers, strict=True))}
+        for (prompt, wanted), *answers in list(zip(asked.prompts, *given, strict=False))[:_SHOWN]
     ]
-    context.write_json(context.layout.evaluation_report, {**told, "message": message, "samples": samples})
-    page = render_page("evaluation.html.j2", job=context.job.name, status=told, message=message, samples=samples)
+    context.write_json(context.layout.evaluation_report, {**told, "samples": samples})
+    metrics = list(dict.fromkeys(metric for arm in told["arms"] for metric in arm["metrics"]))
+    page = render_page("evaluation.html.j2", job=context.job.name, status=told, metrics=metrics, message=told["message"], samples=samples)
     write_text(context.layout.evaluation_page, page)

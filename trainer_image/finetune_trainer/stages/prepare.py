@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 
-from finetune_api.contract import StageResult
+from finetune_api.contract import Env, Identity, StageResult, read_identity
 from finetune_api.status import DatasetStatus
 
-from ..checkpointing.adoption import adopt_checkpoints
+from ..checkpointing.adoption import made_from, settle_checkpoints
 from ..data.fetch import remove_downloads
 from ..data.pipeline import Pipeline
 from ..data.report import samples, write_report
 from ..data.store import Store
 from ..data.tokens import RowTokenizer
 from ..evaluation import harness
+from ..evaluation.arms import write_baseline
 from ..evaluation.forgetting import write_general_rows
 from ..export import forms
 from ..job.context import Context
@@ -30,8 +32,9 @@ from ..models.load import load_tokenizer
 from ..process.errors import UserError
 from ..training import teacher
 from ..training.adapter import fetch_adapter
+from ..training.objectives.grpo import COMPARING
 from ..training.plan import make_plan
-from ..training.shape import describe_model
+from ..training.shape import describe_model, packs
 
 
 def prepare(context: Context) -> StageResult:
@@ -45,11 +48,11 @@ def prepare(context: Context) -> StageResult:
     # 2. The models: fetched, and looked at as far as their configuration tells
     folder = fetch_base_model(context)
     tokenizer = load_tokenizer(context, folder)
-    teacher.fetch_teacher(context, tokenizer)
-    shape = describe_model(context, folder)
-    forms.check_convertible(context, folder)
+    resident = teacher.fetch_teacher(context, tokenizer)
     if spec.tuning.continue_from is not None:
         fetch_adapter(context)
+    base = describe_model(context, folder)
+    forms.check_convertible(context, folder, tokenizer, base.modules)
 
     # 3. What evaluate will need of the network
     if evaluation is not None and evaluation.harness_tasks:
@@ -57,9 +60,16 @@ def prepare(context: Context) -> StageResult:
     if evaluation is not None and evaluation.forgetting is not None:
         write_general_rows(context, tokenizer, evaluation.forgetting)
 
+    if os.environ.get(Env.RESUME) and (known := read_identity(context.layout.identity)) is not None:
+        return _as_prepared(context, known)
+
     # 4. The rows: read, compared, counted; then the plan, and the rows written
     row_tokenizer = RowTokenizer(
-        tokenizer, objective=spec.tuning.objective, max_length=hyper.max_length, assistant_only=spec.tuning.assistant_only_loss
+        tokenizer,
+        objective=spec.tuning.objective,
+        max_length=hyper.max_length,
+        assistant_only=spec.tuning.assistant_only_loss,
+        needs_answer=_needs_answer(context),
     )
     store = Store(context.layout.data)
     try:
@@ -67,18 +77,40 @@ def prepare(context: Context) -> StageResult:
         pipeline.read_all()
         pipeline.compare()
         pipeline.check_enough()
-        plan = make_plan(spec, pipeline.rows_per_epoch, shape, teacher=teacher.resident_parameters(context), tokens=pipeline.tokens)
+        pipeline.check_fits(base.limits)
+        packed = pipeline.packed_sequences() if packs(spec, base) else None
+        plan = make_plan(
+            spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
+        )
         status = pipeline.write()
+        notes = write_baseline(context, tokenizer, folder).notes if evaluation is not None else []
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:
         store.close()
     remove_downloads(context)
 
-    # 5. What the job had saved that this one was restored from
-    adopted = adopt_checkpoints(context, status.digest)
-    message = _message(status) + (f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else "")
+    # 5. The checkpoints to go on from: those made from this, or what the job had saved that this one was restored from
+    adopted = settle_checkpoints(context, made_from(context, status.digest, plan.strategy))
+    message = "; ".join([_message(status), *notes]) + (
+        f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else ""
+    )
     return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+
+
+def _as_prepared(context: Context, known: Identity) -> StageResult:
+    """Go on with the rows of this run; what they would be now does not count. Raises UserError when its model or settings changed."""
+    dataset, plan = context.read_json(context.layout.data_report)["dataset"], context.read_json(context.layout.plan)
+    found = made_from(context, known.made_from.rows, plan["strategy"])
+    if found != known.made_from:
+        what = " and ".join(found.differences(known.made_from))
+        raise UserError(
+            "RunChanged",
+            f"{what} changed since run {context.job.run} was prepared, and it goes on with what it was made from alone: put that back, "
+            "or leave --resume out: a new run begins, and this one is kept",
+        )
+    message = f"{_message(DatasetStatus.model_validate(dataset))}, as prepared for this run"
+    return StageResult(reason="DataReady", message=message, result={"dataset": dataset, "plan": plan})
 
 
 def _check_settings(context: Context) -> None:
@@ -102,6 +134,13 @@ def _check_settings(context: Context) -> None:
         raise UserError(
             "NoFlashAttention", "hyperparameters.attention is flash-attention-2, which this image does not have; set it to auto or sdpa"
         )
+
+
+def _needs_answer(context: Context) -> str | None:
+    """What compares sampled answers with the rows' own."""
+    grpo = context.spec.tuning.grpo
+    comparing = [reward.type for reward in grpo.rewards if reward.type in COMPARING] if grpo is not None else []
+    return f"tuning.grpo.rewards {comparing[0]}" if comparing else None
 
 
 def _check_schema(place: str, text: str) -> None:

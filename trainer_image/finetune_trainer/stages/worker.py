@@ -93,6 +93,8 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     log.info("starting from %s, with %s", resume.folder or "the base model", kernels)
 
     # 4. Train; transformers returns from a stopped run as from a finished one
+    if resume.finished:
+        trainer.get_batch_samples = lambda *_: ([], None)  # in the middle of an epoch it would do one step too many
     output, state = trainer.train(resume_from_checkpoint=resume.folder), trainer.state
     if (step := checkpointing.stopped_at) is not None:
         message = f"stopped on request at step {step} of {state.max_steps}; a checkpoint of that step is saved"

@@ -5,12 +5,14 @@ A method either gives PEFT a configuration, or freezes and releases weights of t
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, Lora, Method, Partial, Tuning, VirtualTokens
+from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Lora, Method, Objective, Partial, Tuning, VirtualTokens
 from finetune_api.status import Plan
 
 from ..job.context import Context
@@ -23,22 +25,46 @@ from ..process.errors import UserError
 class MethodKind:
     """One way to choose what learns."""
 
-    config: Callable[[Tuning, str], Any] | None = None
-    """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS), or None."""
+    config: Callable[[Tuning, str, Any], Any] | None = None
+    """The adapter's PEFT configuration for a task type (CAUSAL_LM or SEQ_CLS) and a model, or None."""
     set_trainable: Callable[[Tuning, Any], None] = lambda _tuning, _model: None
     """Set `requires_grad` of the model's own weights."""
     quantized: bool = False
     """Whether the frozen base is held in 4 bit."""
 
-    def trainable(self, tuning: Tuning, model: Any) -> int:
-        """Parameters that learn, of a model on the meta device (which is changed)."""
+    def apply(self, tuning: Tuning, model: Any) -> Any:
+        """The model (on the meta device) with what learns released, or with its adapter. Raises UserError when that cannot be."""
         if self.config is None:
             self.set_trainable(tuning, model)
-        else:
-            from peft import get_peft_model
+            return model
+        from peft import get_peft_model
 
-            model = get_peft_model(model, self.config(tuning, task_type(tuning)), autocast_adapter_dtype=False)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        kind = model.config.model_type
+        try:
+            return get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as failure:
+            # PEFT has tables of models, and looks for what it needs in the rest
+            linear = f"tuning.lora.targetModules to linear layers of the model ({_linear_names(model)}), or tuning.method to another"
+            raise UserError(
+                "MethodNotSupported",
+                f"tuning.method {tuning.method} does not work on models of type {kind}: {_words(failure)}. "
+                f"Set {linear if tuning.method in LORA_METHODS else 'tuning.method to lora'}",
+            ) from failure
+
+
+def _words(failure: Exception) -> str:
+    """A library's message, without its advice about its own names."""
+    text = str(failure) if not isinstance(failure, KeyError) else f"no setting for {failure}"
+    return text.partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
+
+
+def _linear_names(model: Any) -> str:
+    """The last part of the names of linear layers, most frequent first."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = Counter(name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    return ", ".join(name for name, _ in found.most_common(16) if name not in ("lm_head", "default")) or "it has none"
 
 
 def task_type(tuning: Tuning) -> str:
@@ -46,36 +72,127 @@ def task_type(tuning: Tuning) -> str:
     return "SEQ_CLS" if tuning.objective == "reward" else "CAUSAL_LM"
 
 
-def _lora(**options: Any) -> Callable[[Tuning, str], Any]:
-    def config(tuning: Tuning, task: str) -> Any:
+_UNADAPTED = {kind: ["out_proj", "conv1d"] for kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")}
+"""Linear layers that the model reads the weights of itself, past any adapter: PEFT refuses them by name."""
+
+
+def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
+    def config(tuning: Tuning, task: str, model: Any) -> Any:
         from peft import LoraConfig
 
         lora = tuning.lora or Lora()
-        modules = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
-        return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type=task, **options)
+        every = lora.target_modules == ["all-linear"]
+        made = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules="all-linear" if every else lora.target_modules,
+            exclude_modules=_not_adapted(model) if every else None,
+            task_type=task,
+            **options,
+        )
+        modules, parameters = _targets(made, model)
+        if not every:
+            _check_targets(modules, model, tuning.objective)
+        if parameters:  # an input cannot be dropped in front of what is no layer
+            if options.get("use_dora"):
+                raise UserError(
+                    "MethodNotSupported",
+                    "tuning.method dora does not work on the experts of a mixture; set tuning.lora.targetModules to the layers of the attention "
+                    "(q_proj, k_proj, v_proj, o_proj), or method to lora",
+                )
+            made.lora_dropout = 0.0
+        return made
 
     return config
 
 
-def _ia3(_: Tuning, task: str) -> Any:
+def _not_adapted(model: Any) -> list[str] | str | None:
+    """What `all-linear` leaves out, as PEFT takes it."""
+    others = _besides_language(model)
+    return rf"({'|'.join(map(re.escape, others))})\..*" if others else _UNADAPTED.get(model.config.model_type)
+
+
+def _besides_language(model: Any) -> list[str]:
+    """The parts of a model of text and images that text never passes: they have no gradient, for which DDP would wait."""
+    if model.config.get_text_config() is model.config:
+        return []
+    decoder = model.get_decoder()
+    place = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not place:
+        return []
+    depth, head = place.count(".") + 1, model.get_output_embeddings()
+    parts = {
+        ".".join(name.split(".")[:depth]) for name, module in model.named_modules() if name.count(".") >= depth - 1 and module is not head
+    }
+    return sorted(parts - {place})
+
+
+def _full(_: Tuning, model: Any) -> None:
+    """Release every weight that text passes."""
+    parts = tuple(f"{part}." for part in _besides_language(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (parts and name.startswith(parts)))
+
+
+def _targets(config: Any, model: Any) -> tuple[set[str], set[str]]:
+    """(modules, parameters that are no module's own) that an adapter changes, by PEFT's names for this model.
+
+    The experts of a mixture are one parameter in transformers, whatever the names in the files; PEFT knows both names.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = copy.deepcopy(config)
+    convert_peft_config_for_transformers(found, model, None)
+    modules = {found.target_modules} if isinstance(found.target_modules, str) else set(found.target_modules or ())
+    names = [name for name, _ in model.named_parameters()]
+    return modules, {p for p in found.target_parameters or () if any(name.endswith(f".{p}") for name in names)}
+
+
+def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
+    """Raise UserError for a name that no module has: PEFT passes over it when another one is found; and for the output head."""
+    head = model.get_output_embeddings()
+    names = [name for name, _ in model.named_modules()]
+    missing = sorted(w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names))
+    heads = [name for name, module in model.named_modules() if module is head and head is not None]
+    if objective != "orpo" and (on_head := sorted(w for w in wanted if any(name == w or name.endswith(f".{w}") for name in heads))):
+        raise UserError(
+            "MethodNotSupported",
+            f"tuning.lora.targetModules: with objective {objective} the loss is computed from the weights of {on_head[0]} directly, past an adapter, "
+            "which would learn nothing; remove it from the list",
+        )
+    if missing:
+        raise UserError(
+            "NoSuchModule",
+            f"tuning.lora.targetModules: no module of this model ({model.config.model_type}) is named {', '.join(missing)}; its linear layers are "
+            f"{_linear_names(model)}. Name some of these, or all-linear",
+        )
+
+
+def adapter_dropout(model: Any) -> float:
+    """The dropout that an adapter came to have."""
+    return max((float(getattr(c, "lora_dropout", 0.0) or 0.0) for c in getattr(model, "peft_config", {}).values()), default=0.0)
+
+
+def _ia3(_: Tuning, task: str, __: Any) -> Any:
     from peft import IA3Config
 
     return IA3Config(task_type=task)
 
 
-def _prompt(tuning: Tuning, task: str) -> Any:
+def _prompt(tuning: Tuning, task: str, _: Any) -> Any:
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
 
 
-def _prefix(tuning: Tuning, task: str) -> Any:
+def _prefix(tuning: Tuning, task: str, _: Any) -> Any:
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, task_type=task)
 
 
-def _p_tuning(tuning: Tuning, task: str) -> Any:
+def _p_tuning(tuning: Tuning, task: str, _: Any) -> Any:
     from peft import PromptEncoderConfig
 
     return PromptEncoderConfig(num_virtual_tokens=(tuning.virtual_tokens or VirtualTokens()).count, encoder_hidden_size=128, task_type=task)
@@ -87,6 +204,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
     layers = int(model.config.get_text_config().num_hidden_layers)
     last = {str(index) for index in range(max(0, layers - partial.last_layers), layers)}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    others = tuple(f"{part}." for part in _besides_language(model))
     found = 0
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.", name)
@@ -97,6 +215,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
             or (partial.norms and "norm" in name.lower())
             or any(module in name for module in partial.modules)
         )
+        learns = learns and not (others and name.startswith(others))
         parameter.requires_grad_(learns)
         found += learns
     missing = [module for module in partial.modules if not any(module in name for name, _ in model.named_parameters())]
@@ -105,7 +224,7 @@ def _partial(tuning: Tuning, model: Any) -> None:
 
 
 METHODS: dict[Method, MethodKind] = {
-    "full": MethodKind(),
+    "full": MethodKind(set_trainable=_full),
     "partial": MethodKind(set_trainable=_partial),
     "lora": MethodKind(_lora()),
     "qlora": MethodKind(_lora(), quantized=True),
@@ -139,7 +258,7 @@ def build_model(context: Context, plan: Plan, folder: str, arguments: Any, *, re
     if tuning.continue_from is not None:
         adapter = local_path(context, "adapter")
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=not sharded)
-    return get_peft_model(model, kind.config(tuning, task_type(tuning)), autocast_adapter_dtype=not sharded)
+    return get_peft_model(model, kind.config(tuning, task_type(tuning), model), autocast_adapter_dtype=not sharded)
 
 
 def loraplus_optimizer(tuning: Tuning, arguments: Any, model: Any) -> Any:
@@ -151,4 +270,11 @@ def loraplus_optimizer(tuning: Tuning, arguments: Any, model: Any) -> Any:
 
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     rate = options.pop("lr")
-    return create_loraplus_optimizer(model, kind, lr=rate, loraplus_lr_ratio=tuning.lora.plus_ratio, **options)
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        lr=rate,
+        loraplus_lr_ratio=tuning.lora.plus_ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **options,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from finetune_api.scalars import quantity
 from finetune_api.spec import UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, WHOLE_MODEL_METHODS, FineTuneJobSpec
@@ -18,9 +18,21 @@ _SHARD_PARAMETERS = 3_000_000_000
 """Models over this size get their parameters sharded when every weight is trained and the GPUs' memory is not known."""
 
 
-def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: int = 0, tokens: int = 0) -> Plan:
-    """The plan for so many rows (of so many tokens together) and a model of this shape. Raises UserError when nothing fits `resources.gpuMemory`."""
-    hyper = spec.tuning.hyperparameters
+def make_plan(
+    spec: FineTuneJobSpec,
+    rows: int,
+    shape: ModelShape,
+    *,
+    teacher: int = 0,
+    tokens: int = 0,
+    packed: int | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan for so many rows (of so many tokens together) and a model of this shape. Raises UserError when nothing fits `resources.gpuMemory`.
+
+    `packed`: sequences that the rows are packed into, None where they are not packed; `notes`: what else is to be said of the plan.
+    """
+    hyper, rows = spec.tuning.hyperparameters, packed if packed is not None else rows
     element = 4 if hyper.precision == "fp32" or spec.distribution.gpus_per_node == 0 else 2
     known = spec.resources.gpu_memory
     limit = int(quantity(known)) if known is not None and spec.distribution.gpus_per_node > 0 else None
@@ -50,8 +62,9 @@ def make_plan(spec: FineTuneJobSpec, rows: int, shape: ModelShape, *, teacher: i
         estimated_memory_per_gpu=human_bytes(memory.total),
         total_steps=total,
         estimated_petaflops=_work(spec, shape, chosen, total * hyper.global_batch_size * tokens / rows),
-        reason=f"{_why(spec, chosen, shape, limit)}; {spec.world_size} process(es) x {chosen.batch} rows x {accumulation} accumulation = "
-        f"{hyper.global_batch_size} rows a step; memory: {_parts(memory)}",
+        reason=f"{_why(spec, chosen, shape, limit, packed is not None)}; {spec.world_size} process(es) x {chosen.batch} rows x {accumulation} accumulation = "
+        f"{hyper.global_batch_size} {'packed sequences' if packed is not None else 'rows'} a step"
+        f"{''.join(f'; {note}' for note in notes)}; memory: {_parts(memory)}",
     )
 
 
@@ -104,7 +117,7 @@ def _strategies(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> list[tu
     return [*zero2, *zero3, *spare]
 
 
-def _why(spec: FineTuneJobSpec, chosen: Setting, shape: ModelShape, limit: int | None) -> str:
+def _why(spec: FineTuneJobSpec, chosen: Setting, shape: ModelShape, limit: int | None, packed: bool) -> str:
     size = f"{shape.parameters / 1e9:.1f} B" if shape.parameters >= 1e9 else f"{shape.parameters / 1e6:.1f} M"
     if spec.distribution.strategy != "auto":
         reason = f"strategy {chosen.strategy} as asked for"
@@ -121,8 +134,14 @@ def _why(spec: FineTuneJobSpec, chosen: Setting, shape: ModelShape, limit: int |
     if limit is None and spec.distribution.gpus_per_node > 0:
         reason += "; whether it fits is not checked, set resources.gpuMemory"
     hyper = spec.tuning.hyperparameters
-    if hyper.packing and spec.distribution.gpus_per_node > 0 and hyper.attention in ("sdpa", "eager"):
+    if hyper.packing and packed and hyper.attention in ("sdpa", "eager"):
         reason += f"; packed rows cost the square of their tokens together with attention {hyper.attention}, auto avoids that"
+    if hyper.packing and not packed:
+        where = "on CPU" if spec.distribution.gpus_per_node == 0 else "of this model"
+        reason += (
+            f"; packing is off: no attention {where} keeps packed rows apart without a mask, which would cost the square of their tokens "
+            "together; rows are sorted by length instead, and globalBatchSize counts rows"
+        )
     if chosen.gradient_checkpointing and hyper.gradient_checkpointing is None:
         reason += "; gradient checkpointing is needed to fit"
     return reason

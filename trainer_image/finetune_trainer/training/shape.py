@@ -1,41 +1,93 @@
-"""The sizes of a model that memory and work depend on, read off its configuration: no weight is loaded."""
+"""What prepare knows of the base: its sizes, what it can take, what is adapted. Read off its configuration and its files' headers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from finetune_api.spec import VIRTUAL_TOKEN_METHODS, FineTuneJobSpec, VirtualTokens
+from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, FineTuneJobSpec, Lora, VirtualTokens
 
+from ..data.limits import Limits
 from ..job.context import Context
+from ..models import architecture
+from ..models.fetch import shown
+from ..models.kernels import keeps_rows_apart
 from ..process.errors import UserError
-from ..remote.retry import hub_host, unavailable_error
+from .adapter import adapt
 from .memory import ModelShape
-from .methods import METHODS
+from .methods import METHODS, adapter_dropout
 
 
-def describe_model(context: Context, folder: str) -> ModelShape:
-    """The model's sizes from its configuration alone: it is built without memory on the meta device, with its adapter."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+@dataclass(frozen=True)
+class Base:
+    """A base model with what is to learn."""
 
-    spec, trust = context.spec, context.spec.model.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        kind = AutoModelForSequenceClassification if spec.tuning.objective == "reward" else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = kind.from_config(config, trust_remote_code=trust)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as failure:
-        raise unavailable_error(failure, hub_host()) or UserError(
-            "ModelNotReadable", f"the model's config.json is not understood: {str(failure)[:500]}"
-        ) from failure
-    return shape_of(spec, config.get_text_config(), model, METHODS[spec.tuning.method].trainable(spec.tuning, model))
+    shape: ModelShape
+    limits: Limits
+    modules: tuple[str, ...]
+    """Names of the parameters that learn."""
+    keeps_rows_apart: bool
+    """Whether an attention computes it, on some GPU, that knows where each of several rows in a sequence begins."""
+    notes: tuple[str, ...] = ()
+    """What is done otherwise than it was asked for, and why: goes into the plan."""
 
 
-def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> ModelShape:
-    """The sizes of a loaded or meta model."""
+def describe_model(context: Context, folder: str) -> Base:
+    """The base, built without memory on the meta device, with its adapter. Raises UserError for one that cannot be trained so."""
+    spec, uri = context.spec, shown("model", context.spec.model.uri)
+    reward, trust = spec.tuning.objective == "reward", spec.model.trust_remote_code
+    config = architecture.read_config(folder, uri, trust=trust)
+    architecture.check_architecture(config, uri, reward=reward)
+    architecture.check_quantization(config, uri)
+    if spec.tuning.method == "qlora" and architecture.quantization(config) is not None:
+        raise UserError(
+            "QuantizedBase", f"tuning.method qlora: the weights of {uri} are stored quantized already; set tuning.method to lora"
+        )
+    kind = architecture.model_class(architecture.auto_class(reward=reward), config)
+    hyper = spec.tuning.hyperparameters
+    architecture.check_attention(hyper.attention, kind, config)
+    model = architecture.on_meta(config, folder, uri, reward=reward, trust=trust)
+    limits = Limits(
+        vocabulary=architecture.vocabulary(model),
+        positions=architecture.positions(model),
+        context=architecture.context_length(config),
+        front=_virtual_tokens(spec),
+        sampled=spec.tuning.grpo.max_new_tokens if spec.tuning.grpo is not None else None,
+    )
+    shape = shape_of(spec, config.get_text_config(), model)
+    learns = adapt(context, model) if spec.tuning.continue_from is not None else METHODS[spec.tuning.method].apply(spec.tuning, model)
+    trainable = {name: p.numel() for name, p in learns.named_parameters() if p.requires_grad}
+    asked, notes = (spec.tuning.lora or Lora()).dropout, []
+    if spec.tuning.method in LORA_METHODS and spec.tuning.continue_from is None and adapter_dropout(learns) != asked:
+        notes.append(f"lora.dropout is 0 instead of {asked:g}: the experts of a mixture are adapted as parameters, which have none")
+    return Base(
+        shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
+        limits=limits,
+        modules=tuple(trainable),
+        keeps_rows_apart=keeps_rows_apart(hyper.attention, kind, config, compiled=hyper.torch_compile),
+        notes=tuple(notes),
+    )
+
+
+def packs(spec: FineTuneJobSpec, base: Base) -> bool:
+    """Whether rows are packed where that is asked for: with an attention that keeps them apart, or one that was asked for by name.
+
+    objectives/sft.py sees to it.
+    """
+    hyper = spec.tuning.hyperparameters
+    return hyper.packing and (hyper.attention != "auto" or (spec.distribution.gpus_per_node > 0 and base.keeps_rows_apart))
+
+
+def _virtual_tokens(spec: FineTuneJobSpec) -> int:
+    return (spec.tuning.virtual_tokens or VirtualTokens()).count if spec.tuning.method in VIRTUAL_TOKEN_METHODS else 0
+
+
+def shape_of(spec: FineTuneJobSpec, config: Any, model: Any) -> ModelShape:
+    """The sizes of a loaded or meta model; what learns is not known yet."""
     hidden = int(config.hidden_size)
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     experts = int(getattr(config, "num_experts_per_tok", None) or 1)
     width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -43,12 +95,12 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any, trainable: int) -> 
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output and m.out_features > 1)
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        trainable=trainable,
+        trainable=0,
         linear=linear,
         hidden=hidden,
         layers=int(config.num_hidden_layers),
         attention=heads * head,
         intermediate=experts * width,
         vocabulary=0 if spec.tuning.objective == "reward" else int(config.vocab_size),
-        position=(spec.tuning.virtual_tokens or VirtualTokens()).count if spec.tuning.method in VIRTUAL_TOKEN_METHODS else 0,
+        position=_virtual_tokens(spec),
     )

@@ -17,7 +17,8 @@ from ..data.scan import prompt_digest, without_answer
 from ..data.shape import BadRow, Shape
 from ..data.tokens import RowTokenizer
 from ..job.context import Context
-from ..models.fetch import fetch_model, local_path
+from ..models import architecture
+from ..models.fetch import fetch_model, local_path, shown
 from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
 from ..remote.chat import complete
@@ -26,33 +27,42 @@ log = logging.getLogger("finetune.teacher")
 _BATCH = 8
 
 
-def fetch_teacher(context: Context, tokenizer: Any) -> None:
-    """Fetch the teacher. Raises UserError when its logits are not over the student's vocabulary."""
+def fetch_teacher(context: Context, tokenizer: Any) -> int:
+    """Fetch the teacher. Returns the parameters that stay in memory while training: none of one that only writes answers.
+
+    Raises UserError for a teacher that cannot be asked, or whose logits are not over the student's vocabulary.
+    """
     settings = context.spec.tuning.distillation
     if settings is None or settings.teacher is None:
-        return
-    place = fetch_model(context, "teacher", settings.teacher.uri, remote_code=settings.teacher.trust_remote_code)
-    if settings.mode == "logits":
-        from transformers import AutoTokenizer
-
-        theirs = AutoTokenizer.from_pretrained(place).get_vocab()
-        if theirs != tokenizer.get_vocab():
-            raise UserError(
-                "OtherVocabulary",
-                f"the teacher's vocabulary ({len(theirs)} tokens) is not the student's ({len(tokenizer.get_vocab())}); set tuning.distillation.mode: generate",
-            )
-
-
-def resident_parameters(context: Context) -> int:
-    """Parameters of a teacher that stays in memory while training; 0 when none does."""
-    settings = context.spec.tuning.distillation
-    if settings is None or settings.teacher is None or settings.mode != "logits":
         return 0
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    uri, trust = settings.teacher.uri, settings.teacher.trust_remote_code
+    place = fetch_model(context, "teacher", uri, remote_code=trust)
+    named = shown("teacher", uri)
+    config = architecture.read_config(place, named, trust=trust)
+    architecture.check_architecture(config, named, reward=False)
+    architecture.check_quantization(config, named)
+    model = architecture.on_meta(config, place, named, reward=False, trust=trust)
+    if settings.mode != "logits":
+        return 0
+    from transformers import AutoTokenizer
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(local_path(context, "teacher")))
+    try:
+        theirs = AutoTokenizer.from_pretrained(place).get_vocab()
+    except Exception as failure:  # the Rust side raises bare Exceptions
+        raise UserError(
+            "TokenizerNotReadable", f"tuning.distillation.teacher: its tokenizer cannot be loaded: {str(failure)[:400]}"
+        ) from failure
+    if theirs != tokenizer.get_vocab():
+        raise UserError(
+            "OtherVocabulary",
+            f"the teacher's vocabulary ({len(theirs)} tokens) is not the student's ({len(tokenizer.get_vocab())}); set tuning.distillation.mode: generate",
+        )
+    length, most = context.spec.tuning.hyperparameters.max_length, architecture.positions(model)
+    if most is not None and length > most:
+        raise UserError(
+            "LongerThanPositions",
+            f"the teacher has {most} positions, hyperparameters.maxLength is {length}; set maxLength to {most} or less",
+        )
     return int(sum(p.numel() for p in model.parameters()))
 
 
@@ -66,13 +76,14 @@ def answer_writer(context: Context, row_tokenizer: RowTokenizer) -> AnswerWriter
 
 def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[Row], reader: RowReader) -> dict[str, str]:
     """The teacher's answer to each row's prompt, by digest. What it said already, before a retry, is not asked again."""
-    path = Path(context.layout.teacher_answers)
+    path, author = Path(context.layout.teacher_answers), _author(context)
     known: dict[str, str] = {}
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                known[entry["digest"]] = entry["answer"]
+                if entry["author"] == author:
+                    known[entry["digest"]] = entry["answer"]
             except (ValueError, KeyError, TypeError):  # the last line of an interrupted run
                 continue
     ask = _from_endpoint(context) if context.spec.tuning.distillation.endpoint is not None else _from_model(context, row_tokenizer)  # type: ignore[union-attr]
@@ -81,10 +92,21 @@ def write_answers(context: Context, row_tokenizer: RowTokenizer, rows: Iterable[
         while batch := list(islice(missing, _BATCH)):
             for (digest, _), answer in zip(batch, ask([prompt for _, prompt in batch]), strict=True):
                 known[digest] = answer
-                sink.write(json.dumps({"digest": digest, "answer": answer}) + "\n")
+                sink.write(json.dumps({"digest": digest, "answer": answer, "author": author}) + "\n")
             sink.flush()
     log.info("the teacher wrote %d answers", len(known))
     return known
+
+
+def _author(context: Context) -> str:
+    """Who answers, and how much may be said: the answers of another are asked for anew."""
+    settings = context.spec.tuning.distillation
+    assert settings is not None
+    if settings.endpoint is not None:
+        who = f"{settings.endpoint.url} {settings.endpoint.model}"
+    else:
+        who = str(context.read_json(context.layout.reference("teacher"))["fingerprint"])
+    return f"{who} {settings.max_new_tokens}"
 
 
 def _missing(rows: Iterable[Row], reader: RowReader, known: dict[str, str]) -> Iterator[tuple[str, Shape]]:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
 from finetune_api.contract import RESTORED, Prepared, Published, Stage, StageResult, TrainingResult
+from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
+from finetune_api.status import PROMPTING_MAY_DO, CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ...model.job import Observed
@@ -152,12 +153,13 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
         status.evaluation = evaluation
         draft.set("Evaluated", "True", result.reason, result.message)
-        draft.event("Normal", "Evaluated", result.message)
-    if status.evaluation is not None and status.evaluation.gate == "NotPassed":
+        doubted = result.reason == PROMPTING_MAY_DO
+        draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else "Evaluated", result.message)
+    if (shut := shut_gate(spec, status.evaluation)) is not None:
         condition = status.condition("Evaluated")
-        message = f"training succeeded, but the gate did not pass: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
-        draft.set("Published", "False", "GateNotPassed", message)
-        draft.fail("GateNotPassed", message)
+        message = f"training succeeded, but {shut.message}: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
+        draft.set("Published", "False", shut.reason, message)
+        draft.fail(shut.reason, message)
         return
     if spec.publish and not status.is_true("Published"):
         draft.phase("Publishing")
@@ -267,9 +269,9 @@ def _found(draft: Draft, stage: Stage, model: type[Words], raw: dict[str, Any]) 
 
 def _summary(status: FineTuneJobStatus) -> str:
     parts = []
-    if status.evaluation is not None and status.evaluation.base:
-        metric = next(iter(status.evaluation.base))
-        parts.append(f"{metric} {status.evaluation.base[metric]:.4g} -> {status.evaluation.tuned.get(metric, float('nan')):.4g}")
+    if status.evaluation is not None and status.evaluation.metrics:
+        metric = status.evaluation.metrics[0]
+        parts.append(f"{metric} {status.evaluation.told(metric)}")
     if status.artifacts:
         parts.append("published to " + ", ".join(a.uri for a in status.artifacts))
     if parts:

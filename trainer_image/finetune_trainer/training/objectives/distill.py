@@ -22,13 +22,17 @@ from .sft import trainer as sft_trainer
 def distillation_loss(student: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, settings: Distillation) -> torch.Tensor:
     """Sum over the learned tokens of alpha CE(labels) + (1 - alpha) T^2 KL(teacher || student).
 
-    student, taught: logits [batch, length, vocabulary]; labels: [batch, length], -100 where nothing is learned.
+    student, taught: logits [batch, length, vocabulary]; labels: [batch, length], -100 where nothing is learned. Models of one
+    tokenizer may be padded to different sizes behind its last token: what both have is compared.
     """
-    learned = labels[:, 1:] != -100
+    learned, shared = labels[:, 1:] != -100, min(student.shape[-1], taught.shape[-1])
     theirs, ours, targets = taught[:, :-1][learned].float(), student[:, :-1][learned].float(), labels[:, 1:][learned]
     temperature = settings.temperature
     gap = torch.nn.functional.kl_div(
-        torch.log_softmax(ours / temperature, -1), torch.log_softmax(theirs / temperature, -1), log_target=True, reduction="sum"
+        torch.log_softmax(ours[:, :shared] / temperature, -1),
+        torch.log_softmax(theirs[:, :shared] / temperature, -1),
+        log_target=True,
+        reduction="sum",
     )
     return settings.alpha * torch.nn.functional.cross_entropy(ours, targets, reduction="sum") + (1 - settings.alpha) * temperature**2 * gap
 

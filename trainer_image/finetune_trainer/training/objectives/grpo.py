@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,8 @@ def _length(reward: Reward) -> Score:
     return lambda answer, _: max(0.0, min(1.0, 2.0 - len(answer) / most))
 
 
+COMPARING = ("exact-match",)
+"""Rewards that compare with the row's own answer."""
 REWARDS: dict[str, Callable[[Reward], Score]] = {
     "exact-match": lambda _: answers.exact_match,
     "regex": lambda reward: lambda answer, _: answers.matches(str(reward.pattern), answer),
@@ -29,12 +30,11 @@ REWARDS: dict[str, Callable[[Reward], Score]] = {
 
 
 def reward_function(reward: Reward) -> Any:
-    """The reward as TRL calls it: over a batch of sampled answers, with the rows' columns by name."""
+    """The reward as TRL calls it: over a batch of sampled answers, with the rows' columns by name. An empty answer earns nothing."""
     score = REWARDS[reward.type](reward)
 
-    def function(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else "".join(str(turn.get("content") or "") for turn in c) for c in completions]
-        return [score(text, wanted) for text, wanted in zip(texts, answer, strict=True)]
+    def function(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        return [score(text, wanted) if text.strip() else 0.0 for text, wanted in zip(completions, answer, strict=True)]
 
     function.__name__ = reward.type
     return function
@@ -57,27 +57,23 @@ def _arguments(context: Context, common: dict[str, Any]) -> Any:
     )
 
 
-def _prompt_and_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL samples from `prompt`: a text, or messages that it renders with the model's own template."""
-    shape = json.loads(row["row"])
-    if "messages" in shape:
-        turns = shape["messages"]
-        told = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
-        prompt = [{"role": t["role"], "content": t["content"]} for t in (turns[:-1] if told else turns)]
-        return {"prompt": prompt, "answer": told}
-    return {"prompt": shape["prompt"], "answer": shape.get("completion", "")}
-
-
 def _trainer(setup: TrainerSetup) -> Any:
     from trl import GRPOTrainer
 
     grpo = setup.context.spec.tuning.grpo
     assert grpo is not None
-    parts = setup.trainer_kwargs()
-    for side in ("train_dataset", "eval_dataset"):
-        if parts[side] is not None:
-            parts[side] = parts[side].map(_prompt_and_answer, remove_columns=["row"])
-    return GRPOTrainer(**parts, reward_funcs=[reward_function(reward) for reward in grpo.rewards])
+
+    class Trainer(GRPOTrainer):  # type: ignore[misc]
+        """Samples behind the prompts that prepare rendered, with their tools: TRL knows tools as functions that it calls."""
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+            self._rendered = [row["prompt_ids"] for row in inputs]
+            return super()._generate_and_score_completions(inputs)
+
+        def _tokenize_prompts(self, prompts: list[str]) -> Any:
+            return self._rendered, None, {}
+
+    return Trainer(**setup.trainer_kwargs(), reward_funcs=[reward_function(reward) for reward in grpo.rewards])
 
 
-GRPO = ObjectiveKind(("row",), _arguments, _trainer)
+GRPO = ObjectiveKind(("prompt", "answer", "prompt_ids"), _arguments, _trainer)

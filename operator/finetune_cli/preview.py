@@ -1,0 +1,40 @@
+"""`finetune preview`: rows as the model sees them, in the terminal. What is learned is in color."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from finetune_api.scalars import printable
+
+LEARNED, CONTEXT = "bold green", "dim"
+
+
+class NoSamples(ValueError):
+    """The report has no row to show."""
+
+
+def read_samples(report: Path) -> list[list[tuple[str, bool]]]:
+    """The rows that prepare drew in reports/data.json, as (text, whether it is learned) pieces. Raises NoSamples."""
+    try:
+        told: Any = json.loads(report.read_text())
+        found = [[(str(text), bool(learned)) for text, learned in row] for row in told["samples"]]
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise NoSamples(f"{report} is no report of prepare (reports/data.json of a run): {failure}") from None
+    if not found:
+        raise NoSamples(f"{report} holds no row")
+    return found
+
+
+def drawn(rows: list[list[tuple[str, bool]]]) -> Iterator[Text]:
+    """Each row as one text, with a line before it that says what the colors mean."""
+    for number, row in enumerate(rows, start=1):
+        learned = sum(len(text) for text, so in row if so)
+        share = 100 * learned / max(1, sum(len(text) for text, _ in row))
+        yield Text.assemble(f"row {number}: ", ("learned", LEARNED), ", ", ("context", CONTEXT), f"; {share:.0f} % of the text is learned")
+        yield Text.assemble(*((printable(text), LEARNED if so else CONTEXT) for text, so in row))
+        yield Text("")

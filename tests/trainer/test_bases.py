@@ -1,0 +1,370 @@
+"""Bases that cannot be trained are refused in prepare, by field and with what to do; common ones of other families train."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune_trainer.models.fetch import fetch_base_model
+from finetune_trainer.models.weights import fingerprint
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.training.shape import describe_model
+from tests.trainer.bases import MIXTURE, SIZES, copied, make
+from tests.trainer.conftest import ROWS, Bench, chat, history
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0}
+HYPER = {"maxSteps": 2, "learningRate": 1e-3, "globalBatchSize": 4, "maxLength": 128}
+Sizes = dict[str, Any]
+
+
+def tuning(**more: Any) -> dict[str, Any]:
+    return {"lora": LORA, "hyperparameters": HYPER, **more}
+
+
+def refused(bench: Bench, folder: Path, rows: list[dict[str, Any]] | None = None, **spec: Any) -> UserError:
+    """What prepare says to a base in the bench's own volume."""
+    model = {"uri": f"pvc://rows/{folder.name}"}
+    with pytest.raises(UserError) as found:
+        prepare(bench.context(rows or ROWS["messages"], **{"model": model, "tuning": tuning(), **spec}))
+    return found.value
+
+
+def _pointer(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4965799096\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def _pointer_for_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9085657\n")
+
+
+def _cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _shards(folder: Path, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(places.values())):
+        save_file({n: weights[n] for n in names if places[n] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    change(folder, places)
+
+
+def _no_second_shard(folder: Path) -> None:
+    _shards(folder, lambda f, _: (f / "model-00002-of-00002.safetensors").unlink())
+
+
+def _index_of_more(folder: Path) -> None:
+    def more(f: Path, places: dict[str, str]) -> None:
+        (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**places, "lm_head.bias": next(iter(places.values()))}}))
+
+    _shards(folder, more)
+
+
+def _other_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+
+
+def _part_of_the_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _other_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        (_pointer, "LFSPointer", "model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (_pointer_for_tokenizer, "LFSPointer", "tokenizer.json is a Git LFS pointer"),
+        (_cut_off, "WeightsNotReadable", "no whole .safetensors file"),
+        (_no_second_shard, "WeightsMissing", "names 2 files, of which 1 are not there: model-00002-of-00002.safetensors"),
+        (_index_of_more, "WeightsMissing", "1 tensors that no file holds, for example lm_head.bias"),
+        (_other_name, "WeightsMissing", "holds no model.safetensors, only model.fp16.safetensors"),
+        (_part_of_the_weights, "WeightsMissing", "9 weights of LlamaForCausalLM are in no file, for example model.layers.1."),
+        (_other_shape, "WeightsMismatch", "model.embed_tokens.weight: [100, 64] in the file, [327, 64] by config.json"),
+        (_no_tokenizer, "TokenizerNotReadable", "put the tokenizer.json and tokenizer_config.json of the base beside its weights"),
+    ],
+)
+def test_a_model_that_is_not_whole(bench: Bench, change: Any, reason: str, words: str) -> None:
+    folder = copied(bench.model, bench.data / "base")
+    change(folder)
+    found = refused(bench, folder)
+    assert found.reason == reason and words in found.message
+    assert reason == "TokenizerNotReadable" or found.message.startswith("model.uri pvc://rows/base")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_a_quantized_base(bench: Bench, method: str) -> None:
+    folder = copied(bench.model, bench.data / "base", quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
+    found = refused(bench, folder)
+    assert found.reason == "QuantizedBase"
+    assert f"model.uri pvc://rows/base: its weights are stored quantized ({method})" in found.message and "in 16 bit" in found.message
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "settings", "words"),
+    [
+        ("Bert", "ForMaskedLM", {}, "BertForMaskedLM, an encoder"),
+        ("Roberta", "ForMaskedLM", {}, "RobertaForMaskedLM, an encoder"),
+        ("T5", "ForConditionalGeneration", {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4}, "an encoder-decoder"),
+        ("Bart", "ForConditionalGeneration", {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1}, "an encoder-decoder"),
+        ("Llama", "ForSequenceClassification", {"tie_word_embeddings": True}, "whose output are classes and not words"),
+        ("ViT", "ForImageClassification", {}, "ViTForImageClassification, which transformers has no causal language model for"),
+    ],
+)
+def test_what_writes_no_text(bench: Bench, family: str, kind: str, settings: Sizes, words: str) -> None:
+    found = refused(bench, make(family, bench.data / "base", bench.model, kind=kind, **settings))
+    assert found.reason == "WrongArchitecture" and words in found.message and "name a decoder" in found.message
+    assert found.message.startswith("model.uri pvc://rows/base is ")
+
+
+def test_a_reward_model_needs_a_class_for_it(bench: Bench) -> None:
+    folder = make("Mamba", bench.data / "base", bench.model, state_size=8)
+    found = refused(bench, folder, ROWS["preference"], tuning=tuning(objective="reward"))
+    assert found.reason == "WrongArchitecture" and "tuning.objective reward" in found.message
+
+
+def test_an_adapter_is_no_base(bench: Bench) -> None:
+    folder = bench.data / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "name its base in model.uri and the adapter in tuning.continueFrom" in refused(bench, folder).message
+
+
+def test_tokens_beyond_the_vocabulary(bench: Bench) -> None:
+    """Refused when rows hold them; a tokenizer that is larger and whose tokens do not occur does no harm."""
+    from transformers import AutoTokenizer
+
+    folder = copied(bench.model, bench.data / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[PRODUCT]"])
+    tokenizer.save_pretrained(folder)
+    rows = [*ROWS["messages"][:3], chat("buy [PRODUCT] red", "yes [PRODUCT]")]
+    found = refused(bench, folder, rows, dataset={"train": {"uri": "pvc://rows/train.jsonl"}, "checks": {"minExamples": 1}})
+    assert found.reason == "TokensBeyondVocabulary"
+    assert "1 row(s), the first train" in found.message and "'[PRODUCT]' (ID 327; the model has 327)" in found.message
+    prepare(bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning()))
+
+
+def test_padding_that_the_model_does_not_know_is_not_used(bench: Bench) -> None:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.models.load import load_tokenizer
+
+    folder = copied(bench.model, bench.data / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 327
+    tokenizer.save_pretrained(folder)
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning())
+    assert load_tokenizer(context, str(folder)).pad_token == "<|end|>"
+    bench.train(context)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "eos_token": None, "pad_token": None}))
+    assert "name its eos_token in tokenizer_config.json" in refused(bench, folder).message
+
+
+LONG = [chat(" ".join(["red"] * 50), " ".join(["yes"] * (n + 20))) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "more", "words"),
+    [
+        ("GPT2", {}, {}, "the model has 64 positions"),
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}, {}, "the model has 64 positions"),
+        (
+            "GPT2",
+            {"n_positions": 64},
+            {"method": "prompt", "lora": None, "virtualTokens": {"count": 20}},
+            "with 20 virtual tokens in front",
+        ),
+        ("GPTJ", {"rotary_dim": 8}, {}, "the model has 64 positions"),
+    ],
+)
+def test_rows_longer_than_the_positions(bench: Bench, family: str, settings: Sizes, more: Sizes, words: str) -> None:
+    folder = make(family, bench.data / "base", bench.model, **{"max_position_embeddings": 64, **settings})
+    asked = {key: value for key, value in tuning(**more).items() if value is not None}
+    found = refused(bench, folder, LONG, tuning=asked)
+    assert found.reason == "LongerThanPositions" and words in found.message and "Set hyperparameters.maxLength to" in found.message
+    room = 64 - (20 if "virtualTokens" in asked else 0)
+    assert f"maxLength to {room}" in found.message
+    prepare(bench.context(ROWS["messages"], name="short", model={"uri": "pvc://rows/base"}, tuning=asked))
+
+
+def test_rows_beyond_what_rotary_positions_were_made_for_are_told(bench: Bench) -> None:
+    folder = copied(bench.model, bench.data / "base", max_position_embeddings=32)
+    result = prepare(bench.context(LONG, model={"uri": "pvc://rows/base"}, tuning=tuning())).result
+    assert result["dataset"]["warnings"]["beyondContext"] == len(LONG)
+    scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "rope_parameters": scaled}))
+    result = prepare(bench.context(LONG, name="scaled", model={"uri": "pvc://rows/base"}, tuning=tuning())).result
+    assert "beyondContext" not in result["dataset"].get("warnings", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "lora", "words"),
+    [
+        (
+            "GPT2",
+            {},
+            {"targetModules": ["q_proj", "v_proj"]},
+            "no module of this model (gpt2) is named q_proj, v_proj; its linear layers are ",
+        ),
+        ("GPT2", {}, {"targetModules": ["c_attn", "v_proj"]}, "is named v_proj"),
+        (
+            "GPT2",
+            {},
+            {"targetModules": ["c_attn", "lm_head"]},
+            "with objective sft the loss is computed from the weights of lm_head directly",
+        ),
+        ("GPT2", {}, {"targetModules": ["ln_f"]}, "tuning.method lora does not work on models of type gpt2"),
+        ("Mamba", {"state_size": 8}, {"targetModules": ["out_proj"]}, "incompatible with Mamba-based models"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(bench: Bench, family: str, settings: Sizes, lora: Sizes, words: str) -> None:
+    found = refused(bench, make(family, bench.data / "base", bench.model, **settings), tuning=tuning(lora={**LORA, **lora}))
+    assert words in found.message and "targetModules" in found.message
+
+
+def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
+    folder = make("Mixtral", bench.data / "base", bench.model, **MIXTURE)
+    assert "the experts of a mixture" in refused(bench, folder, tuning=tuning(method="dora")).message
+    folder = make("GptOss", bench.data / "other", bench.model, head_dim=8, **MIXTURE)
+    found = refused(bench, folder, tuning={"method": "ia3", "hyperparameters": HYPER})
+    assert found.reason == "MethodNotSupported" and "tuning.method ia3 does not work on models of type gpt_oss" in found.message
+    hyper = {**HYPER, "attention": "sdpa"}
+    found = refused(bench, folder, tuning={"hyperparameters": hyper, "lora": LORA})
+    assert found.message == "hyperparameters.attention sdpa is not supported by models of type gpt_oss; set it to auto"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("GPT2", {}),
+        ("GptOss", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, **MIXTURE}),
+        ("Mamba", {"state_size": 8}),
+        ("Mixtral", MIXTURE),
+        ("Qwen3Moe", {"head_dim": 8, **MIXTURE}),
+    ],
+)
+def test_common_families_train_with_what_is_set_by_default(bench: Bench, family: str, settings: Sizes) -> None:
+    make(family, bench.data / "base", bench.model, **settings)
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning={"hyperparameters": {**HYPER, "learningRate": 1e-2}})
+    bench.train(context)
+    saved = load_file(Path(context.layout.output) / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
+    losses = [line["loss"] for line in history(context) if line.get("loss") is not None]
+    assert len(losses) == 2 and all(loss < 20 for loss in losses)
+    plan = json.loads(Path(context.layout.plan).read_text())
+    assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe"))
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+IMAGES = {"vision_config": VISION, "mm_tokens_per_image": 4, "boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7}
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "partial"])
+def test_of_a_base_of_text_and_images_the_language_model_learns(bench: Bench, method: str) -> None:
+    """The rest has no gradient from text: DDP would wait for it, and what serves adapters may refuse it."""
+    text = {**SIZES, "head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    make("Gemma3", bench.data / "base", bench.model, kind="ForConditionalGeneration", text_config=text, **IMAGES)
+    asked = {"method": method, "hyperparameters": HYPER, **({"lora": LORA} if method == "lora" else {})}
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=asked)
+    base = describe_model(context, str(fetch_base_model(context)))
+    assert base.modules and all(("language_model" in name or name.startswith("lm_head")) for name in base.modules)
+    if method == "lora":
+        bench.train(context)
+        assert load_file(Path(context.layout.output) / "adapter_model.safetensors")
+
+
+def _as_fp8(folder: Path) -> None:
+    """Linear layers in FP8 with a scale for each block, as DeepSeek and Qwen publish them."""
+    weights = load_file(folder / "model.safetensors")
+    linear = [name for name, tensor in weights.items() if "_proj" in name and tensor.ndim == 2]
+    for name in linear:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[name.replace(".weight", ".weight_scale_inv")] = torch.ones(1, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _as_mxfp4(folder: Path) -> None:
+    """Experts in MXFP4, as OpenAI publishes gpt-oss: blocks of 32 numbers in 4 bit, and their exponents."""
+    weights = load_file(folder / "model.safetensors")
+    for name in [n for n in weights if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, height = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.randint(0, 255, (experts, height, width // 32, 16), dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.full((experts, height, width // 32), 120, dtype=torch.uint8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "change", "stored"),
+    [
+        ("Llama", {}, _as_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}),
+        ("GptOss", {"head_dim": 8, **MIXTURE}, _as_mxfp4, {"quant_method": "mxfp4"}),
+    ],
+)
+def test_what_is_published_in_fewer_bits_trains_in_sixteen(bench: Bench, family: str, settings: Sizes, change: Any, stored: Sizes) -> None:
+    folder = make(family, bench.data / "base", bench.model, **settings)
+    change(folder)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "quantization_config": stored}))
+    model = {"uri": "pvc://rows/base"}
+    context = bench.context(ROWS["messages"], model=model, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}))
+    assert bench.train(context).result["steps"] == 2
+    assert "tuning.method to lora" in refused(bench, folder, name="qlora", tuning=tuning(method="qlora")).message
+
+
+def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:
+    from finetune_trainer.stages.publish import publish
+
+    first = bench.context(ROWS["messages"], name="first", tuning=tuning(), publish=[{"uri": "pvc://published/first"}])
+    bench.train(first)
+    publish(first)
+    shutil.rmtree(bench.folder / "workspace-first")
+    make("Llama", bench.data / "base", bench.model, hidden_size=96)
+    asked = {"continueFrom": "pvc://published/first", "hyperparameters": HYPER}
+    found = refused(bench, bench.data / "base", name="other", tuning=asked)
+    assert found.reason == "WrongAdapter" and "was made on another base" in found.message and "set model.uri" in found.message
+    plan = prepare(bench.context(ROWS["messages"], name="same", tuning=asked)).result["plan"]
+    assert plan["totalSteps"] == 2
+
+
+def test_a_fingerprint_tells_weights_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """Of equal names and sizes; and the same model is the same wherever it lies, as files or as the hub's cache links them."""
+    one, other = (copied(tiny_model, tmp_path / name) for name in ("one", "other"))
+    assert fingerprint(one) == fingerprint(other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(one) != fingerprint(other)
+    import hashlib
+
+    blob = tmp_path / hashlib.sha256((one / "model.safetensors").read_bytes()).hexdigest()
+    before = fingerprint(one)
+    (one / "model.safetensors").rename(blob)
+    (one / "model.safetensors").symlink_to(blob)
+    assert fingerprint(one) == before
+    assert torch.equal(load_file(one / "model.safetensors")["model.norm.weight"] + 1, weights["model.norm.weight"])

@@ -1,0 +1,67 @@
+"""What a model can take of the rows: tokens that it has an embedding for, positions. Beyond them an index is out of range on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..process.errors import UserError
+from .store import Store
+
+Place = Callable[[int, int], str]
+"""Names a row, by its origin and number."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take."""
+
+    vocabulary: int
+    """Tokens that it has an embedding for."""
+    positions: int | None = None
+    """Tokens that it has positions for, where it can have no more."""
+    context: int | None = None
+    """Tokens that it was made for, where more can be computed."""
+    front: int = 0
+    """Virtual tokens in front of each row."""
+    sampled: int | None = None
+    """Tokens sampled behind each prompt; None where rows are learned as they are."""
+
+
+def check_vocabulary(limits: Limits, store: Store, tokenizer: Any, place: Place) -> None:
+    """Raise UserError when a token of the rows has no embedding. A larger tokenizer whose tokens do not occur does no harm."""
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= limits.vocabulary}
+    if not beyond:
+        return
+    found = store.rows_with_tokens_from(limits.vocabulary)
+    if found is None:
+        return
+    count, token, origin, number = found
+    raise UserError(
+        "TokensBeyondVocabulary",
+        f"{count} row(s), the first {place(origin, number)}, hold tokens that the tokenizer has and the model has no embedding for, such as "
+        f"{beyond.get(token, token)!r} (ID {token}; the model has {limits.vocabulary}). Give the model more with "
+        "model.resize_token_embeddings(len(tokenizer)) and save it, or use the tokenizer that belongs to it",
+    )
+
+
+def check_length(limits: Limits, store: Store, max_length: int, place: Place) -> int:
+    """Raise UserError for rows that are longer than the model has positions for. Returns how many it was not made for."""
+    behind = limits.sampled or 0
+    most = max_length + limits.front + behind
+    if limits.positions is not None and most > limits.positions:
+        room = limits.positions - limits.front - behind
+        count, longest, origin, number = store.longer_than(room, prompts=limits.sampled is not None)
+        if count:
+            extra = f" with {limits.front} virtual tokens in front" if limits.front else ""
+            extra += f" and tuning.grpo.maxNewTokens {behind} behind" if behind else ""
+            fewer = "lower maxNewTokens" if room < 16 else f"set hyperparameters.maxLength to {room}"
+            raise UserError(
+                "LongerThanPositions",
+                f"the model has {limits.positions} positions, and {count} row(s) need more{extra}; the longest, {place(origin, number)}, has {longest} "
+                f"tokens. {fewer[:1].upper()}{fewer[1:]} (dataset.checks.tooLong says what becomes of longer rows), or use a model with more positions",
+            )
+    if limits.context is None or most <= limits.context:
+        return 0
+    return int(store.longer_than(limits.context - limits.front - behind, prompts=limits.sampled is not None)[0])

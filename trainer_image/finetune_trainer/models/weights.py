@@ -1,0 +1,102 @@
+"""A model's files as they lie on disk: whole, complete and told apart by content. Reads headers, no tensor; starts no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..process.errors import UserError
+
+MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def weight_files(folder: Path, uri: str, config: str = "config.json") -> list[Path]:
+    """The files that transformers or PEFT would load. Raises UserError when there are none, or some are not there."""
+    whole = ADAPTER if config == ADAPTER_CONFIG else MODEL
+    if (folder / whole).is_file():
+        return [folder / whole]
+    if whole == MODEL and (folder / INDEX).is_file():
+        names = sorted(set(_index(folder, uri).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                "WeightsMissing",
+                f"{uri}: {INDEX} names {len(names)} files, of which {len(missing)} are not there: {', '.join(missing[:3])}; copy or download the model again",
+            )
+        return [folder / name for name in names]
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if found:
+        raise UserError(
+            "WeightsMissing",
+            f"{uri} holds no {whole}, only {', '.join(found[:3])}; name the files as save_pretrained does",
+        )
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    told = f"it has {', '.join(others[:3])}, which can run code when loaded" if others else "it has none"
+    raise UserError("NoSafetensors", f"the model's weights must be .safetensors files; {told}. Convert it with save_pretrained")
+
+
+def shapes(folder: Path, uri: str, config: str = "config.json") -> dict[str, tuple[int, ...]]:
+    """Every tensor's name and shape, from the headers. Raises UserError for a file that is cut off or is none."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder, uri, config):
+        try:
+            with safe_open(file, "np") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, ValueError) as failure:
+            raise UserError(
+                "WeightsNotReadable",
+                f"{uri}: {file.name} ({file.stat().st_size} bytes) is no whole .safetensors file ({failure}); copy or download the model again",
+            ) from None
+    if config == "config.json" and (folder / INDEX).is_file() and not (folder / MODEL).is_file():
+        lost = sorted(set(_index(folder, uri)) - set(found))
+        if lost:
+            raise UserError("WeightsMissing", f"{uri}: {INDEX} names {len(lost)} tensors that no file holds, for example {lost[0]}")
+    return found
+
+
+def check_whole(folder: Path, uri: str, config: str = "config.json") -> None:
+    """Raise UserError for a model that was cloned without its large files, or whose weights are missing or cut off."""
+    for file in sorted({*folder.glob("*.safetensors"), *(f for pattern in _SMALL for f in folder.glob(pattern))}):
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    "LFSPointer",
+                    f"{uri}: {file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder, or download the model with `hf download`",
+                )
+    shapes(folder, uri, config)
+
+
+def fingerprint(folder: Path, config: str = "config.json") -> str:
+    """A digest of the model's configuration and of all its weights: tells one base from another, wherever they lie."""
+    digest = hashlib.sha256((folder / config).read_bytes())
+    files = weight_files(folder, str(folder), config)
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+        for file, content in zip(files, pool.map(_content_digest, files), strict=True):
+            digest.update(f"{file.name} {content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _content_digest(file: Path) -> str:
+    """SHA-256 of a file; the hub's cache names its files so."""
+    name = file.resolve().name
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name):
+        return name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _index(folder: Path, uri: str) -> dict[str, str]:
+    try:
+        return {str(key): os.path.basename(str(name)) for key, name in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("WeightsNotReadable", f"{uri}: {INDEX} is no index of weights; copy or download the model again") from None
