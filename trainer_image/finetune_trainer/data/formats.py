@@ -227,8 +227,6 @@ class RowReader:
     format: str
     columns: Mapping[str, str]
     """The user's name of a column -> the format's."""
-    needs_answer: bool = False
-    """Whether something compares with the row's own answer."""
     chat: bool = False
     """Whether rows are conversations, also those that could be plain text: some of the source have a system text."""
 
@@ -236,10 +234,7 @@ class RowReader:
         """The row in its common shape, and the paths of what is not read of it. Raises BadRow."""
         unused: Unused = set()
         row = rename(value, self.columns, unused)
-        shape = FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused)
-        if self.needs_answer and self.format == "prompt-only" and "completion" not in shape and not _answered(shape):
-            raise BadRow("the row has no answer, which reward exact-match compares with; write it as answer or solution")
-        return shape, unused
+        return FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused), unused
 
     def reads_conversation(self, values: Iterable[Values]) -> bool:
         """Whether one of some rows is a conversation, which needs a chat template."""
@@ -251,10 +246,6 @@ class RowReader:
             if "messages" in shape or isinstance(shape.get("prompt"), list):
                 return True
         return False
-
-
-def _answered(shape: Shape) -> bool:
-    return "messages" in shape and shape["messages"][-1]["role"] == "assistant"
 
 
 def rename(row: Values, columns: Mapping[str, str], unused: Unused | None = None) -> Values:

@@ -112,12 +112,10 @@ class Pipeline:
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
-        grpo = self.context.spec.tuning.grpo
-        compared = grpo is not None and any(reward.type == "exact-match" for reward in grpo.rewards)
         columns = self.context.spec.dataset.columns
         values = [row.value for row in head if row.value is not None]
         chat = any(rename(value, columns).get("system") for value in values)
-        reader = RowReader(report.format, columns, needs_answer=compared, chat=chat)
+        reader = RowReader(report.format, columns, chat=chat)
         if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
