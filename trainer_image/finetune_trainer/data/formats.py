@@ -14,7 +14,7 @@ from typing import Any
 
 from ..process.errors import UserError
 from .shape import BadRow, Message, Shape
-from .turns import Unused, as_turns, check_order, parse_json, read_tools, text, turns
+from .turns import Unused, as_turns, check_order, is_nothing, parse_json, read_tools, text, turns
 
 Values = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Format:
         left: Unused = set() if unused is None else unused
         shape = self.read(row, left)
         for key in row.keys() - self.known:
-            if row[key] not in (None, "", [], {}):
+            if not is_nothing(row[key]) and row[key] != "":
                 left.add(str(key))
         return shape
 
@@ -57,7 +57,7 @@ def _column(row: Values, field: str, *, empty: bool = False) -> str:
 def _optional(row: Values, field: str) -> str:
     """The text of a column that a row may lack: empty where it has none."""
     value = row.get(field)
-    return "" if value is None or value != value or value == "" else _column(row, field, empty=True)
+    return "" if is_nothing(value) else _column(row, field, empty=True)
 
 
 def _head(row: Values, messages: list[Message]) -> list[Message]:
@@ -274,6 +274,7 @@ def looks_like(row: Values, wanted: Collection[str] = tuple(FORMATS)) -> str | N
 
 
 _GUESSES = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("question", "query", "problem", "user", "input", "instruction"),
     "completion": ("answer", "response", "output", "target", "solution", "assistant"),
 }
@@ -282,10 +283,12 @@ _GUESSES = {
 def _proposal(columns: Collection[str], wanted: Collection[str]) -> str:
     """What dataset.columns could be for columns of these names."""
     needed = {"completion": "answer"} if "prompt-completion" not in wanted else {}
+    if (found := next((g for g in _GUESSES["messages"] if g in columns), None)) is not None and "messages" in wanted:
+        return f"; or name yours: dataset.columns: {{{found}: messages}}"
     pairs = {
         found: needed.get(name, name)
         for name, guesses in _GUESSES.items()
-        if name not in columns and (found := next((g for g in guesses if g in columns), None)) is not None
+        if name not in (*columns, "messages") and (found := next((g for g in guesses if g in columns), None)) is not None
     }
     if not pairs or not {"prompt-completion", "prompt-only"} & set(wanted):
         return ""

@@ -29,7 +29,7 @@ from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
-_SAMPLE, _STATUS_KEYS = 50, 20
+_SAMPLE = 50
 AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
 """Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
@@ -261,7 +261,7 @@ class Pipeline:
             format=self.reports[0].format,
             dropped={kind: count for kind, count in self.dropped.items() if count},
             warnings={kind: count for kind, count in self.warnings.items() if count},
-            unused_keys=self.unused.most_common(_STATUS_KEYS),
+            unused_keys=self.unused.brief(),
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
@@ -279,7 +279,7 @@ class Pipeline:
             "dataset": {**status.to_wire(), "dropped": status.dropped},
             "sources": [report.wire() for report in self.reports.values()],
             "problems": self.problems.wire(),
-            "unusedKeys": self.unused.most_common(),
+            "unusedKeys": self.unused.all(),
             "lengths": self.lengths,
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],
