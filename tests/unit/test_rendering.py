@@ -301,3 +301,48 @@ def test_the_answer_that_is_wanted_is_what_is_compared(desk: Desk, turn: dict[st
     assert prompt.endswith("<|user|>paint red<|end|><|assistant|>") and answer == wanted
     assert final_answer(f"<think>hm</think>{wanted}", answer) == answer == final_answer(answer, answer)
     assert final_answer("<think>a</think>b", "<think>c</think>d") == "<think>a</think>b", "thoughts are compared where they are wanted"
+
+
+def test_a_template_that_shows_a_part_of_an_id(desk: Desk) -> None:
+    row = {"messages": [QUESTION, called("", "call_abcdefgh0"), {**RESULT, "tool_call_id": "call_abcdefgh0"}, ANSWER]}
+    template = (
+        NINE_LETTERS.replace("c.id|length != 9", "c.id|length < 9")
+        .replace("+c.id }}", "+c.id[-9:] }}")
+        .replace("m.tool_call_id|length != 9", "false")
+    )
+    assert learned(desk, row, template)[1] == 'paint{"colour": "red"}abcdefgh0<|end|>done<|end|>'
+
+
+def test_a_template_whose_own_words_change_with_the_row(desk: Desk) -> None:
+    row = {"messages": [QUESTION, ANSWER]}
+    template = TURNS + "{{ m.content|length }}{{ m.content }}<|end|>{% endfor %}" + ASK
+    problem = refused(desk, row, template)
+    assert "train row 1" in problem.message and "assistantOnlyLoss: false" in problem.message
+    _, answer, _ = learned(desk, row, template, tuning={"assistantOnlyLoss": False})
+    assert answer == "<|user|>9paint red<|end|><|assistant|>4done<|end|>", "as the message says"
+
+
+def test_rows_that_are_refused_are_refused_quickly() -> None:
+    """Every form is tried on the first of a kind, not on each of a million."""
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.data.shape import BadRow
+    from finetune_trainer.data.tokens import RowTokenizer
+    from tests.cluster.quickstart import model
+
+    tokenizer = AutoTokenizer.from_pretrained(model("tiny.py", "tiny"))
+    for template in (
+        TURNS + "{{ m.content or '' }}<|end|>{% endfor %}" + ASK,
+        "{% if messages[0] %}{{ raise_exception('no') }}{% endif %}",
+    ):
+        tokenizer.chat_template = template
+        row_tokenizer, renders = RowTokenizer(tokenizer, max_length=4096, assistant_only=True), []
+        render = row_tokenizer.template.render
+        row_tokenizer.template.render = lambda *a, render=render, renders=renders, **k: (renders.append(1), render(*a, **k))[1]  # type: ignore[method-assign]
+        counts = []
+        for number in range(40):
+            before = len(renders)
+            with pytest.raises(BadRow):
+                row_tokenizer({"messages": [QUESTION, called("", colour=f"red {number}"), RESULT, ANSWER], "tools": PAINT})
+            counts.append(len(renders) - before)
+        assert counts[0] > 10 and counts[-1] <= 6, counts

@@ -10,19 +10,18 @@ Rows of one shape share a skeleton, so a row costs one rendering and one compari
 from __future__ import annotations
 
 import hashlib
-import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from .chat_template import ChatTemplate, Form, forms_for, shared_prefix
+from .markers import Probe, extent_of, places_of, probed
 from .shape import BadRow, Shape
 from .verification import absent_arguments, escaped, same_text, schema, stands
 
 NOT_RENDERED = "notRendered"
 """What a row is noted with whose key the template leaves out."""
-_MOST_SKELETONS = 2_000
-_REASONED = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)", re.DOTALL)
-_PADDED = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
+_MOST_SKELETONS, _TRIED_IN_FULL = 500, 20
 
 
 @dataclass(frozen=True)
@@ -51,32 +50,6 @@ class Rendered:
 
 class Unaligned(BadRow):
     """A row whose turns cannot be told apart in the text."""
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a marker stands for."""
-
-    index: int
-    key: str
-    needed: bool
-
-
-@dataclass
-class _Probe:
-    """A conversation with markers for its texts."""
-
-    turns: list[Shape] = field(default_factory=list)
-    markers: list[str] = field(default_factory=list)
-    marks: list[_Mark] = field(default_factory=list)
-    values: list[str] = field(default_factory=list)
-
-    def mark(self, index: int, key: str, value: str, marker: str = "", *, needed: bool = True) -> str:
-        marker = marker or f"probe{len(self.markers):04d}q"
-        self.markers.append(marker)
-        self.marks.append(_Mark(index, key, needed))
-        self.values.append(value)
-        return marker
 
 
 @dataclass(frozen=True)
@@ -118,8 +91,9 @@ class Renderer:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
-        self._skeletons: dict[str, _Skeleton] = {}
-        self._usual: dict[tuple[Any, ...], tuple[Form, tuple[str, ...]]] = {}
+        self._skeletons: dict[bytes, _Skeleton] = {}
+        self._usual: dict[tuple[Any, ...], tuple[Form, tuple[bool, ...]]] = {}
+        self._refused: Counter[tuple[Any, ...]] = Counter()
         self._bare: str | None = None
         self._notes: set[str] = set()
 
@@ -130,12 +104,29 @@ class Renderer:
 
     def row(self, messages: list[Shape], tools: list[Shape] | None = None) -> Rendered:
         """The text of a conversation, and where the assistant's turns stand in it. Raises BadRow for what does not reach the text."""
-        probe = _probe(messages)
-        key = repr((probe.turns, tools))
+        probe = probed(messages)
+        key = hashlib.blake2b(repr((probe.turns, tools)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         skeleton = self._skeletons.get(key)
-        known = skeleton is not None
         if skeleton is None:
-            skeleton = self._remember(key, self._find(probe, tools))
+            if len(self._skeletons) >= _MOST_SKELETONS:
+                self._skeletons.clear()
+            skeleton = self._skeletons[key] = self._find(probe, tools)
+        self._check(skeleton, messages)
+        try:
+            return self._fit(skeleton, probe, messages, tools)
+        except Unaligned as failure:  # a template that writes the date, or a part of an id
+            again = probed(messages, ids=False)
+            try:
+                fresh = self._find(again, tools)
+                self._check(fresh, messages)
+                rendered = self._fit(fresh, again, messages, tools)
+            except BadRow:
+                raise failure from None
+            self._skeletons.pop(key)
+            return rendered
+
+    @staticmethod
+    def _check(skeleton: _Skeleton, messages: list[Shape]) -> None:
         untold = list(skeleton.missing)
         if skeleton.silent and not any(is_learned(messages[t[0]]) and t[0] not in skeleton.silent for t in skeleton.turns):
             untold += [f"messages[{index}].reasoning_content" for index in sorted(skeleton.silent)]
@@ -144,33 +135,21 @@ class Renderer:
                 f"the model's chat template leaves out {', '.join(untold[:5])}: use a model whose template knows it, set "
                 "tuning.chatTemplate, or take it out of the row"
             )
-        try:
-            return self._fit(skeleton, probe, messages, tools)
-        except Unaligned:
-            if not known:
-                raise
-        return self._fit(self._remember(key, self._find(probe, tools)), probe, messages, tools)  # a template that writes the date
 
     def text(self, messages: list[Shape], tools: list[Shape] | None = None) -> str:
         """The text of a conversation that is learned as a whole: its turns need not be told apart."""
         try:
             return self.row(messages, tools).text
         except Unaligned:
-            text, probe = self.template.render(messages, tools), _probe(messages)
+            text, probe = self.template.render(messages, tools), probed(messages)
             for mark, value in zip(probe.marks, probe.values, strict=True):
                 if mark.needed and not stands(value, text):
                     raise
             return text
 
-    def _remember(self, key: str, skeleton: _Skeleton) -> _Skeleton:
-        if len(self._skeletons) >= _MOST_SKELETONS:
-            self._skeletons.clear()
-        self._skeletons[key] = skeleton
-        return skeleton
-
     # --- a row in its skeleton
 
-    def _fit(self, skeleton: _Skeleton, probe: _Probe, messages: list[Shape], tools: list[Shape] | None) -> Rendered:
+    def _fit(self, skeleton: _Skeleton, probe: Probe, messages: list[Shape], tools: list[Shape] | None) -> Rendered:
         text = self.template.render(messages, tools, form=skeleton.form)
         values, expected = probe.values, skeleton.fill(probe.values)
         if skeleton.form.served:
@@ -197,7 +176,7 @@ class Renderer:
         return Rendered(text, tuple(turns), skeleton.lost, skeleton.form)
 
     @staticmethod
-    def _regions(skeleton: _Skeleton, probe: _Probe, text: str) -> list[str]:
+    def _regions(skeleton: _Skeleton, probe: Probe, text: str) -> list[str]:
         """What stands in place of each marker, where the template writes a text in another way."""
         values, place = list(probe.values), len(skeleton.frames[0])
         if not text.startswith(skeleton.frames[0]):
@@ -222,17 +201,19 @@ class Renderer:
 
     # --- the skeleton of a kind of rows
 
-    def _find(self, probe: _Probe, tools: list[Shape] | None) -> _Skeleton:
+    def _find(self, probe: Probe, tools: list[Shape] | None) -> _Skeleton:
         """The skeleton in the first form that loses nothing, else in the one that loses least."""
         kind = (
             bool(tools),
             *sorted({(t["role"], bool(t.get("content")), "tool_calls" in t, "reasoning_content" in t) for t in probe.turns}),
         )
-        usual = self._usual.get(kind)
+        usual, least = self._usual.get(kind, (None, None))
         best: _Skeleton | None = None
         failure: BadRow | None = None
         forms = forms_for(probe.turns, inline=not self.template.knows_reasoning)
-        for form in ([usual[0]] if usual else []) + [form for form in forms if not usual or form != usual[0]]:
+        if usual is None and self._refused[kind] > _TRIED_IN_FULL:
+            forms = forms[:1]
+        for form in ([usual] if usual is not None else []) + [form for form in forms if form != usual]:
             try:
                 found = self._skeleton(form, probe, tools)
             except BadRow as problem:
@@ -240,15 +221,15 @@ class Renderer:
                 continue
             if best is None or found.losses < best.losses:
                 best = found
-            if not any(found.losses) or (not found.missing and usual == (form, found.lost)):
+            if not any(found.losses) or (form == usual and tuple(map(bool, found.losses)) == least):
                 break
         if best is None:
+            self._refused[kind] += 1
             raise failure or BadRow("the chat template makes no text of the row")
-        if not best.missing:
-            self._usual[kind] = (best.form, best.lost)
+        self._usual[kind] = best.form, tuple(map(bool, best.losses))
         return best
 
-    def _skeleton(self, form: Form, probe: _Probe, tools: list[Shape] | None) -> _Skeleton:
+    def _skeleton(self, form: Form, probe: Probe, tools: list[Shape] | None) -> _Skeleton:
         text = self.template.render(probe.turns, tools, form=form)
         begins: dict[int, int] = {}
         if form.served:
@@ -256,9 +237,9 @@ class Renderer:
                 raise BadRow(_UNTOLD)
             last = len(probe.turns) - 1
             asked = self.template.render(probe.turns[:-1], tools, form=form, prompt=True)
-            text = asked + text[self._begin(last, text, _places(text, probe), probe, tools, form) :]
+            text = asked + text[self._begin(last, text, places_of(text, probe), probe, tools, form) :]
             begins[last] = len(asked)
-        places = _places(text, probe)
+        places = places_of(text, probe)
         there = {number for _, number in places}
         missing: list[str] = []
         lost: list[str] = []
@@ -271,7 +252,7 @@ class Renderer:
         edges: list[tuple[int, _Edge, _Edge, int, str]] = []
         outside, after = [], 0
         for index, turn in enumerate(probe.turns):
-            if turn["role"] != "assistant" or not _extent(index, places, probe)[1]:
+            if turn["role"] != "assistant" or not extent_of(index, places, probe)[1]:
                 continue
             begin = begins[index] if index in begins else self._begin(index, text, places, probe, tools, form)
             end, closing, behind = self._end(index, text, places, probe, tools, form)
@@ -299,32 +280,32 @@ class Renderer:
             frozenset(silent),
         )
 
-    def _begin(self, index: int, text: str, places: list[tuple[int, int]], probe: _Probe, tools: Any, form: Form) -> int:
+    def _begin(self, index: int, text: str, places: list[tuple[int, int]], probe: Probe, tools: Any, form: Form) -> int:
         """Where a turn of the assistant begins: behind the words with which the model is asked for it, as far as they stand there."""
-        first, _ = _extent(index, places, probe)
+        first, _ = extent_of(index, places, probe)
         if index == 0:
             return first
         asked = self.template.render(probe.turns[:index], tools, form=form, prompt=True)
         if text.startswith(asked) and len(asked) <= first:
             return len(asked)
         before = max((p + len(probe.markers[n]) for p, n in places if p < first), default=0)
-        words = asked[max((p + len(probe.markers[n]) for p, n in _places(asked, probe)), default=0) :]
+        words = asked[max((p + len(probe.markers[n]) for p, n in places_of(asked, probe)), default=0) :]
         shared = self.template.whole_tokens(text[before:first], len(shared_prefix(text[before:first], words)))
         return before + shared if shared else first
 
-    def _end(self, index: int, text: str, places: list[tuple[int, int]], probe: _Probe, tools: Any, form: Form) -> tuple[int, int, str]:
+    def _end(self, index: int, text: str, places: list[tuple[int, int]], probe: Probe, tools: Any, form: Form) -> tuple[int, int, str]:
         """(where a turn of the assistant ends, characters of its end token, what is to be put behind the text).
 
         An end token that the model does not stop with (gpt-oss closes earlier turns with another) is left out.
         """
-        _, last = _extent(index, places, probe)
+        _, last = extent_of(index, places, probe)
         following = min((p for p, n in places if p >= last and probe.marks[n].index != index), default=len(text))
         end = self.template.turn_end
         if (place := text.find(end, last, following)) >= 0:
             return place + len(end), len(end), ""
         if probe.turns[index].get("tool_calls"):
             alone = self.template.render(probe.turns[: index + 1], tools, form=form)
-            token = self.template.last_token(alone, _extent(index, _places(alone, probe), probe)[1])
+            token = self.template.last_token(alone, extent_of(index, places_of(alone, probe), probe)[1])
             if token is not None and (place := text.find(token, last, following)) >= 0:
                 return place + len(token), len(token), ""
         if (found := self.template.next_token(text, last, following)) is not None:
@@ -336,7 +317,10 @@ class Renderer:
     def _absent_tools(self, tools: list[Shape], words: str) -> tuple[list[str], list[str]]:
         """Tools whose name is not told to the model, and what else of their schema is not."""
         if self._bare is None:
-            self._bare = self.template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            try:
+                self._bare = self.template.render([{"role": "user", "content": "."}, {"role": "assistant", "content": "."}])
+            except BadRow:
+                self._bare = ""
         missing: list[str] = []
         lost: list[str] = []
         for tool in tools:
@@ -359,72 +343,7 @@ def is_learned(turn: Shape) -> bool:
     return turn.get("weight") != 0
 
 
-def _probe(messages: list[Shape]) -> _Probe:
-    probe = _Probe()
-    ids: dict[str, str] = {}
-
-    def marked_id(index: int, key: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value:
-            return value
-        if value not in ids:  # as long, for some templates count: https://github.com/mistralai/mistral-common
-            length = max(6, len(value))
-            digits = hashlib.sha1(str(len(probe.markers)).encode(), usedforsecurity=False).hexdigest()
-            ids[value] = probe.mark(index, key, value, (digits * (length // 40 + 1))[:length], needed=False)
-        return ids[value]
-
-    for index, turn in enumerate(messages):
-        told = {key: value for key, value in turn.items() if key != "weight"}
-        content, role = turn.get("content"), turn["role"]
-        reasoning = turn.get("reasoning_content")
-        if isinstance(reasoning, str) and reasoning.strip():
-            lead, core, trail = _PADDED.fullmatch(reasoning).groups()  # type: ignore[union-attr]
-            told["reasoning_content"] = lead + probe.mark(index, "reasoning_content", core, needed=False) + trail
-        if isinstance(content, str) and content.strip():
-            if role == "assistant" and "</think>" in content and (parts := _REASONED.fullmatch(content)):
-                lead, core, between, answer, trail = parts.groups()
-                inner = probe.mark(index, "reasoning_content", core, needed=False) if core else ""
-                told["content"] = lead + inner + between + (probe.mark(index, "content", answer) if answer else "") + trail
-            elif not (content[0].isspace() or content[-1].isspace()):
-                told["content"] = probe.mark(index, "content", content)
-            else:
-                lead, core, trail = _PADDED.fullmatch(content).groups()  # type: ignore[union-attr]
-                told["content"] = lead + probe.mark(index, "content", core) + trail
-        if turn.get("tool_calls"):
-            told["tool_calls"] = []
-            for number, call in enumerate(turn["tool_calls"]):
-                function = call["function"]
-                name = probe.mark(index, f"tool_calls[{number}]", str(function["name"]))
-                new = {**call, "function": {**function, "name": name}}
-                if "id" in call:
-                    new["id"] = marked_id(index, "tool_calls.id", call["id"])
-                told["tool_calls"].append(new)
-        if "tool_call_id" in turn:
-            told["tool_call_id"] = marked_id(index, "tool_call_id", turn["tool_call_id"])
-        probe.turns.append(told)
-    return probe
-
-
-def _places(text: str, probe: _Probe) -> list[tuple[int, int]]:
-    """(place, number) of each marker in a text, in order."""
-    found = []
-    for number, marker in enumerate(probe.markers):
-        place = text.find(marker)
-        while place >= 0:
-            found.append((place, number))
-            place = text.find(marker, place + len(marker))
-    return sorted(found)
-
-
-def _extent(index: int, places: list[tuple[int, int]], probe: _Probe) -> tuple[int, int]:
-    """From where to where a turn's own texts stand; ids and names are told again with a call's result."""
-    first: dict[int, int] = {}
-    for place, number in places:
-        if probe.marks[number].index == index and not probe.marks[number].key.endswith("id"):
-            first.setdefault(number, place)
-    return min(first.values(), default=0), max((p + len(probe.markers[n]) for n, p in first.items()), default=0)
-
-
-def _edge(place: int, places: list[tuple[int, int]], probe: _Probe) -> _Edge:
+def _edge(place: int, places: list[tuple[int, int]], probe: Probe) -> _Edge:
     """A place of a skeleton's text, by the template's words that it stands in."""
     frame, begin = 0, 0
     for where, number in places:

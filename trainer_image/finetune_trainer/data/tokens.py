@@ -15,7 +15,7 @@ from finetune_api.spec import Objective
 
 from ..process.errors import UserError
 from .chat_template import ChatTemplate, shared_prefix
-from .rendering import Renderer
+from .rendering import Renderer, Unaligned
 from .shape import BadRow, Shape
 
 IGNORED = -100
@@ -176,7 +176,10 @@ class RowTokenizer:
         """The tokens that learned turns of a conversation end with."""
         if "messages" not in row or row["messages"][-1]["role"] != "assistant":
             return set()
-        turns = self.renderer.row(row["messages"], row.get("tools")).turns
+        try:
+            turns = self.renderer.row(row["messages"], row.get("tools")).turns
+        except Unaligned:  # learned as a whole
+            return set()
         return {turn.token for turn in turns if turn.learned and turn.token}
 
     def _opened(self, text: str) -> str:
@@ -188,7 +191,13 @@ class RowTokenizer:
         if messages[-1]["role"] != "assistant":
             form = self.renderer.row([*messages, _ANSWER], tools).form
             return self.template.render(messages, tools, form=replace(form, training=False), prompt=True), ""
-        rendered, last = self.renderer.row(messages, tools), messages[-1]
+        last = messages[-1]
+        try:
+            rendered = self.renderer.row(messages, tools)
+        except Unaligned:
+            if end or self.assistant_only or last.get("tool_calls"):
+                raise
+            return self.template.render(messages[:-1], tools, prompt=True), last["content"]
         turn = rendered.turns[-1]
         if end:
             return rendered.text[: turn.start], rendered.text[turn.start : turn.end]
