@@ -320,6 +320,16 @@ def test_a_template_whose_own_words_change_with_the_row(desk: Desk) -> None:
     assert "train row 1" in problem.message and "assistantOnlyLoss: false" in problem.message
     _, answer, _ = learned(desk, row, template, tuning={"assistantOnlyLoss": False})
     assert answer == "<|user|>9paint red<|end|><|assistant|>4done<|end|>", "as the message says"
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.data.tokens import RowTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(desk.model)
+    tokenizer.chat_template = template
+    row_tokenizer = RowTokenizer(tokenizer, max_length=99, assistant_only=True)
+    for end in (False, True):
+        wanted = "done<|end|>" if end else "done"
+        assert row_tokenizer.prompt_and_answer(row, end=end) == ("<|user|>9paint red<|end|><|assistant|>", wanted)
 
 
 def test_rows_that_are_refused_are_refused_quickly() -> None:

@@ -195,9 +195,9 @@ class RowTokenizer:
         try:
             rendered = self.renderer.row(messages, tools)
         except Unaligned:
-            if end or self.assistant_only or last.get("tool_calls"):
+            if last.get("tool_calls"):
                 raise
-            return self.template.render(messages[:-1], tools, prompt=True), last["content"]
+            return self.template.render(messages[:-1], tools, prompt=True), last["content"] + (self.template.turn_end if end else "")
         turn = rendered.turns[-1]
         if end:
             return rendered.text[: turn.start], rendered.text[turn.start : turn.end]
