@@ -192,7 +192,7 @@ def test_padding_that_the_model_does_not_know_is_not_used(bench: Bench) -> None:
     assert "name its eos_token in tokenizer_config.json" in refused(bench, folder).message
 
 
-LONG = [chat(" ".join(["red"] * 50), " ".join(["yes"] * (n + 20))) for n in range(8)]
+LONG = [chat(" ".join(["red"] * (50 + n)), " ".join(["yes"] * 20)) for n in range(8)]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def test_numbers_are_answers(bench: Bench) -> None:
 
 
 def test_a_reward_without_anything_to_compare_with_is_refused(bench: Bench) -> None:
-    with pytest.raises(UserError, match=r"row 1: tuning.grpo.rewards exact-match compares with the row's own answer, and it has none"):
+    with pytest.raises(
+        UserError, match=r"train row 1 .*: tuning.grpo.rewards exact-match compares with the row's own answer, and it has none"
+    ):
         prepare(bench.context(ROWS["prompt-only"], tuning=TUNING))
     free = {**GRPO, "rewards": [{"type": "length", "maxCharacters": 9}]}
     prepare(bench.context(ROWS["prompt-only"], name="free", tuning={**TUNING, "grpo": free}))
