@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,8 @@ def test_a_format_that_the_objective_learns_from_is_preferred() -> None:
     assert looks_like({"prompt": "a", "completion": None}, ("prompt-completion",)) == "prompt-only"
     with pytest.raises(UserError, match=r"or name yours: dataset.columns: \{question: prompt, answer: completion\}"):
         detect([{"question": "a", "answer": "b"}], ("prompt-completion",))
+    with pytest.raises(UserError, match=r"or name yours: dataset.columns: \{dialog: messages\}"):
+        detect([{"dialog": []}], ("messages",))
     with pytest.raises(UserError, match=r"format prompt-only.*dataset.columns: \{response: completion\}"):
         detect([{"prompt": "a", "response": "b"}], ("prompt-completion",))
 
@@ -191,17 +194,31 @@ def test_columns_of_other_names() -> None:
     reader = RowReader("prompt-completion", {"question": "prompt", "answer": "completion"})
     assert reader.read({"question": "a", "answer": "b", "id": 1}) == ({"prompt": "a", "completion": "b"}, {"id"})
     assert reader.read({"question": "a", "prompt": "x", "answer": "b"}) == ({"prompt": "a", "completion": "b"}, {"prompt"})
-    with pytest.raises(BadRow, match="makes prompt of several columns"):
-        rename({"question": "a", "query": "b"}, {"question": "prompt", "query": "prompt"})
+    both = RowReader("prompt-only", {"question": "prompt", "query": "prompt"})
+    assert both.read({"question": "a", "query": "b"}) == ({"prompt": "a"}, {"query"})
+    assert both.read({"question": None, "query": "b"}) == ({"prompt": "b"}, set())
+    assert rename({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"}) == {
+        "prompt": "b",
+        "completion": "a",
+    }
 
 
-def test_an_answer_is_needed_where_something_compares_with_it() -> None:
-    reader = RowReader("prompt-only", {}, needs_answer=True)
-    assert reader.read({"prompt": "a", "solution": "b"})[0]["completion"] == "b"
-    assert reader.read({"prompt": [ASK], "answer": "b"})[0]["messages"][-1] == turn("assistant", "b")
-    for row in ({"prompt": "a"}, {"prompt": [ASK]}, {"prompt": "a", "answer": ""}):
-        with pytest.raises(BadRow, match="no answer, which reward exact-match compares with; write it as answer or solution"):
-            reader.read(row)
+def test_rows_of_a_source_are_all_conversations_or_none(desk: Desk) -> None:
+    """Plain text has no place for a system text: where some rows have one, the template is used for all."""
+    items = [{"prompt": f"what {i}", "completion": "yes", **({"system": "the cat"} if i % 2 else {})} for i in range(8)]
+    desk.run(lines(items))
+    assert all("messages" in json.loads(row) for row in rows_of(desk.context(None).layout.train_rows))
+
+
+def test_a_pair_with_a_system_text_needs_a_chat_template(desk: Desk) -> None:
+    bare = desk.folder / "bare" / "tiny"
+    shutil.copytree(desk.model, bare)
+    (bare / "chat_template.jinja").unlink()
+    desk.model = bare
+    pairs = [{"prompt": f"what {i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    desk.run(lines(pairs), tuning={"objective": "dpo"})
+    with pytest.raises(UserError, match="has no chat template"):
+        desk.run(lines([{**pair, "system": "be nice"} for pair in pairs]), tuning={"objective": "dpo"})
 
 
 def parquet(path: Path, items: list[dict[str, Any]]) -> Path:
@@ -288,8 +305,11 @@ def test_names_of_keys_are_bounded() -> None:
     keys = Keys()
     for index in range(3000):
         keys.add((f"key{index}", "id"))
-    assert (keys.most_common(1) == {"(other keys)": 2001} and keys.most_common()["id"] == 3000) or keys.most_common()["id"] == 3000
-    assert len(keys.most_common()) == 1001
+    assert list(keys.all().items())[:2] == [("id", 3000), ("(other keys)", 2001)] and len(keys.all()) == 1001
+    assert list(keys.brief())[:2] == ["id", "(other keys)"] and len(json.dumps(keys.brief())) <= 700
+    keys = Keys()
+    keys.add(("\x1b[31mred",))
+    assert keys.all() == {"?[31mred": 1}
 
 
 ERRORS = [
@@ -421,7 +441,7 @@ def test_a_users_names_of_columns(desk: Desk) -> None:
 
 def test_rows_without_an_answer_are_refused_before_a_gpu_is_taken(desk: Desk) -> None:
     tuning = {"objective": "grpo", "grpo": {"generations": 2, "maxNewTokens": 4, "rewards": [{"type": "exact-match"}]}}
-    with pytest.raises(UserError, match=r"8 row\(s\): train row 1 \(train.jsonl:1\): the row has no answer"):
+    with pytest.raises(UserError, match=r"8 row\(s\): train row 1 \(train.jsonl:1\): .*has none; give it as answer, solution"):
         desk.run(lines([{"prompt": f"what {i}"} for i in range(8)]), tuning=tuning)
     desk.run(lines([{"prompt": f"what {i}", "answer": "a colour"} for i in range(8)]), tuning=tuning)
     assert json.loads(rows_of(desk.context(None).layout.train_rows)[0])["completion"] == "a colour"

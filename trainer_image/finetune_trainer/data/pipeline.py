@@ -29,8 +29,7 @@ from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
-_SAMPLE, _STATUS_KEYS = 50, 20
-_CONVERSATIONS = ("messages", "sharegpt", "alpaca")
+_SAMPLE = 50
 AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
 """Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
@@ -113,11 +112,12 @@ class Pipeline:
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
-        if report.format in _CONVERSATIONS:
+        columns = self.context.spec.dataset.columns
+        values = [row.value for row in head if row.value is not None]
+        chat = any(rename(value, columns).get("system") for value in values)
+        reader = RowReader(report.format, columns, chat=chat)
+        if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
-        grpo = self.context.spec.tuning.grpo
-        compared = grpo is not None and any(reward.type == "exact-match" for reward in grpo.rewards)
-        reader = RowReader(report.format, self.context.spec.dataset.columns, needs_answer=compared)
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
         answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
         held_out = self.context.spec.dataset.eval
@@ -190,7 +190,8 @@ class Pipeline:
             self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", relation, "leakage")
         if self.checks.near_leakage != "ignore":
             look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
-            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
+            relation = "is nearly" if held_out.split_fraction is None else "is nearly the held-out"
+            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", relation, "nearLeakage")
 
     def _apply(self, kind: str, look: Callable[[], int], policy: str, reason: str, relation: str, setting: str) -> None:
         """Look for a kind of pair of rows, and keep, report, drop or refuse them."""
@@ -261,7 +262,7 @@ class Pipeline:
             format=self.reports[0].format,
             dropped={kind: count for kind, count in self.dropped.items() if count},
             warnings={kind: count for kind, count in self.warnings.items() if count},
-            unused_keys=self.unused.most_common(_STATUS_KEYS),
+            unused_keys=self.unused.brief(),
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
@@ -279,7 +280,7 @@ class Pipeline:
             "dataset": {**status.to_wire(), "dropped": status.dropped},
             "sources": [report.wire() for report in self.reports.values()],
             "problems": self.problems.wire(),
-            "unusedKeys": self.unused.most_common(),
+            "unusedKeys": self.unused.all(),
             "lengths": self.lengths,
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],

@@ -61,7 +61,8 @@ def prepare(context: Context) -> StageResult:
         write_general_rows(context, tokenizer, evaluation.forgetting)
 
     if os.environ.get(Env.RESUME) and (known := read_identity(context.layout.identity)) is not None:
-        return _as_prepared(context, known, write_baseline(context, tokenizer, folder).notes if evaluation is not None else [])
+        again = evaluation is not None and os.path.exists(context.layout.eval_rows)  # it may have changed: the rows are the same
+        return _as_prepared(context, known, write_baseline(context, tokenizer, base.limits).notes if again else [])
 
     # 4. The rows: read, compared, counted; then the plan, and the rows written
     row_tokenizer = RowTokenizer(
@@ -83,7 +84,7 @@ def prepare(context: Context) -> StageResult:
             spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
         )
         status = pipeline.write()
-        notes = write_baseline(context, tokenizer, folder).notes if evaluation is not None else []
+        notes = write_baseline(context, tokenizer, base.limits).notes if evaluation is not None else []
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:
