@@ -56,7 +56,7 @@ _FIRST_WAIT = 10.0
 
 
 class MissingVolume(ValueError):
-    """The manifest refers to a claim or ConfigMap that has no folder on this machine."""
+    """What the manifest or the command line refers to has no folder on this machine."""
 
 
 def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str, str]) -> JobFile:
@@ -75,7 +75,8 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
         elif not Path(folder).is_dir():
             raise MissingVolume(f"--volume {uri.name}={folder}: there is no such folder")
         places[f"{uri.scheme}://{uri.name}"] = str(Path(folder).resolve())
-    name, namespace = str(metadata["name"]), str(metadata.get("namespace", "local"))
+    name = str(metadata.get("name") or str(metadata.get("generateName", "")).rstrip("-.") or "job")
+    namespace = str(metadata.get("namespace") or "local")
     uid = hashlib.sha256(f"{namespace}/{name}".encode()).hexdigest()[:32]
     return JobFile(name=name, namespace=namespace, uid=uid, spec=spec, sources=sources, targets=targets)
 
@@ -321,7 +322,11 @@ def run_local(
     fresh: bool = False,
 ) -> bool:
     """Run a job here and draw it. Returns whether it succeeded. Raises MissingVolume and NoSuchRun."""
-    run = LocalRun(job_file(metadata, spec, volumes), workspace, resume=resume, fresh=fresh)
+    job = job_file(metadata, spec, volumes)
+    try:
+        run = LocalRun(job, workspace, resume=resume, fresh=fresh)
+    except OSError as failure:
+        raise MissingVolume(f"--workspace {workspace}: {failure.strerror or failure}; name a folder that you may write to") from None
     thread = threading.Thread(target=run.run, kwargs={"prepare_only": prepare_only}, daemon=True)
     thread.start()
     view = JobView(console, run.job.name, spec)

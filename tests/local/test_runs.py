@@ -93,3 +93,8 @@ def test_what_cannot_be_asked_for(desk: Desk) -> None:
     two = desk.finetune("run", "--local", "job.yaml", "--resume", "1", *desk.volumes)
     assert two.returncode == 2 and "holds 2 jobs" in two.stderr
     assert "no runs in" in desk.finetune("list", "--local").stdout
+    (desk.folder / "file").write_text("")
+    (desk.folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+    command = [sys.executable, "-m", "finetune_cli", "run", "--local", "job.yaml", "--workspace", "file", *desk.volumes]
+    refused = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--workspace" in refused.stderr and "Traceback" not in refused.stderr

@@ -143,3 +143,5 @@ def test_where_the_base_is() -> None:
     remote = usage("hf://org/base", model={"uri": "hf://org/base", "trustRemoteCode": True})
     assert "from_pretrained(base, trust_remote_code=True)" in remote
     assert "hf download org/base --local-dir base" in usage("hf://org/base", output={"ggufAdapter": True})
+    wide = usage("hf://org/base", tuning={"lora": {"rank": 1024}})
+    assert "vllm serve" not in wide and "vLLM loads no adapter of this kind; `output.merged: true`" in wide

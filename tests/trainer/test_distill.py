@@ -83,6 +83,9 @@ def test_a_teacher_behind_an_endpoint_writes_the_answers(bench: Bench) -> None:
         asked = len(server.asked)
         prepare(context)
         assert len(server.asked) == asked, "a retry asks nothing again"
+        another = {**BASE, "distillation": {**distillation, "endpoint": {"url": server.url, "model": "bigger"}}}
+        prepare(bench.context(ROWS["prompt-only"], tuning=another))
+        assert len(server.asked) == 2 * asked, "what another teacher wrote is not taken for this one's"
     assert tuned["loss"] < 0.8 * base["loss"]
     rows = [json.loads(r["row"]) for r in read_rows(context.layout.train_rows, ("row",), 100)]
     assert all(right[row["prompt"]] == row["completion"] for row in rows)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from finetune_api.spec.evaluation import Baseline, Evaluation
 from finetune_trainer.checkpointing.checkpoints import find_damage, find_latest, list_checkpoints
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import UserError
@@ -83,6 +84,9 @@ def test_a_run_that_is_named_goes_on_as_it_was_prepared(bench: Bench, monkeypatc
     again = prepare(run)
     assert again.result == prepared.result and again.message.endswith("as prepared for this run")
     assert Path(run.layout.train_rows).read_bytes() == rows
+    evaluated = run.job.spec.model_copy(update={"evaluation": Evaluation(baseline=Baseline(system_prompt="Answer shortly."))})
+    prepare(Context(run.job.model_copy(update={"spec": evaluated}), run.workspace))
+    assert "Answer shortly." in Path(run.layout.baseline).read_text(), "how the base is asked may change"
     Path(run.layout.train_rows).write_bytes(rows + b"\0")
     with pytest.raises(
         UserError, match=r"what the tokenizer and chat template make of the rows changed since run 1 was prepared.*leave --resume out"

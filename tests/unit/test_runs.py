@@ -15,7 +15,7 @@ from rich.console import Console
 
 from finetune_api.contract import Identity, JobFile, MadeFrom, StageResult, read_identity, result_digest
 from finetune_api.validation import parse_spec
-from finetune_cli.local import LocalRun
+from finetune_cli.local import LocalRun, job_file
 from finetune_cli.output import Output
 from finetune_cli.runs import Lock, NoSuchRun, Run, list_runs, runs_in
 from finetune_trainer.checkpointing import checkpoints
@@ -131,6 +131,11 @@ def test_checkpoints_of_unknown_make_are_not_taken(tmp_path: Path) -> None:
 
 
 # on this machine: what `finetune run --local` does
+
+
+def test_a_manifest_without_a_name_of_its_own() -> None:
+    spec = parse_spec({**MINIMAL, "model": {"uri": "hf://org/base"}, "dataset": {"train": {"uri": "hf://org/rows"}}, "publish": []})
+    assert [job_file(metadata, spec, {}).name for metadata in ({"generateName": "sweep-"}, {"name": "j"})] == ["sweep", "j"]
 
 
 class Played(LocalRun):

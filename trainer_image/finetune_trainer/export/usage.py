@@ -123,15 +123,14 @@ class Usage:
         title = ["", "vLLM:", ""]
         if self._whole:
             return [*title, *_block("sh", "vllm serve .")]
-        if tuning.method in ("lora", "qlora", "rslora"):
-            wanted = (tuning.lora or Lora()).rank
-            rank = next((rank for rank in _VLLM_RANKS if rank >= wanted), _VLLM_RANKS[-1])
+        rank = next((rank for rank in _VLLM_RANKS if rank >= (tuning.lora or Lora()).rank), None)
+        if tuning.method in ("lora", "qlora", "rslora") and rank is not None:
             setting, base = self._shell_base()
             serve = f'vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "{self.job.name}=$PWD"'
             return [*title, *_block("sh", *setting, serve)]
         if output.merged:
-            return ["", "vLLM loads no adapter of this method, but the merged model:", "", *_block("sh", "vllm serve ./merged")]
-        return ["", "vLLM loads no adapter of this method; `output.merged: true` publishes the whole model beside it."]
+            return ["", "vLLM loads no adapter of this kind, but the merged model:", "", *_block("sh", "vllm serve ./merged")]
+        return ["", "vLLM loads no adapter of this kind; `output.merged: true` publishes the whole model beside it."]
 
     def _ollama(self) -> list[str]:
         output, name = self.job.spec.output, self.job.name

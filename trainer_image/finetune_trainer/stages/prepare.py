@@ -61,9 +61,8 @@ def prepare(context: Context) -> StageResult:
         write_general_rows(context, tokenizer, evaluation.forgetting)
 
     if os.environ.get(Env.RESUME) and (known := read_identity(context.layout.identity)) is not None:
-        if evaluation is not None and os.path.exists(context.layout.eval_rows):  # which may have changed: the rows are the same
-            write_baseline(context, tokenizer, base.limits)
-        return _as_prepared(context, known)
+        again = evaluation is not None and os.path.exists(context.layout.eval_rows)  # it may have changed: the rows are the same
+        return _as_prepared(context, known, write_baseline(context, tokenizer, base.limits).notes if again else [])
 
     # 4. The rows: read, compared, counted; then the plan, and the rows written
     row_tokenizer = RowTokenizer(
@@ -100,7 +99,7 @@ def prepare(context: Context) -> StageResult:
     return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
-def _as_prepared(context: Context, known: Identity) -> StageResult:
+def _as_prepared(context: Context, known: Identity, notes: list[str]) -> StageResult:
     """Go on with the rows of this run; what they would be now does not count. Raises UserError when its model or settings changed."""
     dataset, plan = context.read_json(context.layout.data_report)["dataset"], context.read_json(context.layout.plan)
     found = made_from(context, known.made_from.rows, plan["strategy"])
@@ -111,7 +110,7 @@ def _as_prepared(context: Context, known: Identity) -> StageResult:
             f"{what} changed since run {context.job.run} was prepared, and it goes on with what it was made from alone: put that back, "
             "or leave --resume out: a new run begins, and this one is kept",
         )
-    message = f"{_message(DatasetStatus.model_validate(dataset))}, as prepared for this run"
+    message = "; ".join([f"{_message(DatasetStatus.model_validate(dataset))}, as prepared for this run", *notes])
     return StageResult(reason="DataReady", message=message, result={"dataset": dataset, "plan": plan})
 
 
