@@ -104,7 +104,7 @@ class DatasetStatus(APIModel):
     warnings: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
     unused_keys: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
-    """Rows by key that holds something and is not used, the commonest twenty."""
+    """Rows by key that holds something and is not used: the commonest; the report in the workspace has all."""
     digest: str = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..process.errors import UserError
 from .shape import BadRow, Message, Shape
-from .turns import Unused, as_turns, check_order, parse_json, read_tools, text, turns
+from .turns import Unused, as_turns, check_order, is_nothing, parse_json, read_tools, text, turns
 
 Values = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Format:
         left: Unused = set() if unused is None else unused
         shape = self.read(row, left)
         for key in row.keys() - self.known:
-            if row[key] not in (None, "", [], {}):
+            if not is_nothing(row[key]) and row[key] != "":
                 left.add(str(key))
         return shape
 
@@ -57,7 +57,7 @@ def _column(row: Values, field: str, *, empty: bool = False) -> str:
 def _optional(row: Values, field: str) -> str:
     """The text of a column that a row may lack: empty where it has none."""
     value = row.get(field)
-    return "" if value is None or value != value or value == "" else _column(row, field, empty=True)
+    return "" if is_nothing(value) else _column(row, field, empty=True)
 
 
 def _head(row: Values, messages: list[Message]) -> list[Message]:
@@ -227,8 +227,6 @@ class RowReader:
     format: str
     columns: Mapping[str, str]
     """The user's name of a column -> the format's."""
-    needs_answer: bool = False
-    """Whether something compares with the row's own answer."""
     chat: bool = False
     """Whether rows are conversations, also those that could be plain text: some of the source have a system text."""
 
@@ -236,10 +234,7 @@ class RowReader:
         """The row in its common shape, and the paths of what is not read of it. Raises BadRow."""
         unused: Unused = set()
         row = rename(value, self.columns, unused)
-        shape = FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused)
-        if self.needs_answer and self.format == "prompt-only" and "completion" not in shape and not _answered(shape):
-            raise BadRow("the row has no answer, which reward exact-match compares with; write it as answer or solution")
-        return shape, unused
+        return FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused), unused
 
     def reads_conversation(self, values: Iterable[Values]) -> bool:
         """Whether one of some rows is a conversation, which needs a chat template."""
@@ -251,10 +246,6 @@ class RowReader:
             if "messages" in shape or isinstance(shape.get("prompt"), list):
                 return True
         return False
-
-
-def _answered(shape: Shape) -> bool:
-    return "messages" in shape and shape["messages"][-1]["role"] == "assistant"
 
 
 def rename(row: Values, columns: Mapping[str, str], unused: Unused | None = None) -> Values:
@@ -283,6 +274,7 @@ def looks_like(row: Values, wanted: Collection[str] = tuple(FORMATS)) -> str | N
 
 
 _GUESSES = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("question", "query", "problem", "user", "input", "instruction"),
     "completion": ("answer", "response", "output", "target", "solution", "assistant"),
 }
@@ -291,10 +283,12 @@ _GUESSES = {
 def _proposal(columns: Collection[str], wanted: Collection[str]) -> str:
     """What dataset.columns could be for columns of these names."""
     needed = {"completion": "answer"} if "prompt-completion" not in wanted else {}
+    if (found := next((g for g in _GUESSES["messages"] if g in columns), None)) is not None and "messages" in wanted:
+        return f"; or name yours: dataset.columns: {{{found}: messages}}"
     pairs = {
         found: needed.get(name, name)
         for name, guesses in _GUESSES.items()
-        if name not in columns and (found := next((g for g in guesses if g in columns), None)) is not None
+        if name not in (*columns, "messages") and (found := next((g for g in guesses if g in columns), None)) is not None
     }
     if not pairs or not {"prompt-completion", "prompt-only"} & set(wanted):
         return ""

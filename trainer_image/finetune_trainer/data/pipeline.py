@@ -29,7 +29,7 @@ from .store import HELD_OUT, Store
 from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
-_SAMPLE, _STATUS_KEYS = 50, 20
+_SAMPLE = 50
 AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
 """Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
@@ -112,12 +112,10 @@ class Pipeline:
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
         report.format, report.reason = self._format(head, origin)
         log.info("%s: format %s: %s", source.uri, report.format, report.reason)
-        grpo = self.context.spec.tuning.grpo
-        compared = grpo is not None and any(reward.type == "exact-match" for reward in grpo.rewards)
         columns = self.context.spec.dataset.columns
         values = [row.value for row in head if row.value is not None]
         chat = any(rename(value, columns).get("system") for value in values)
-        reader = RowReader(report.format, columns, needs_answer=compared, chat=chat)
+        reader = RowReader(report.format, columns, chat=chat)
         if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
@@ -264,7 +262,7 @@ class Pipeline:
             format=self.reports[0].format,
             dropped={kind: count for kind, count in self.dropped.items() if count},
             warnings={kind: count for kind, count in self.warnings.items() if count},
-            unused_keys=self.unused.most_common(_STATUS_KEYS),
+            unused_keys=self.unused.brief(),
             digest=f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}",
         )
 
@@ -282,7 +280,7 @@ class Pipeline:
             "dataset": {**status.to_wire(), "dropped": status.dropped},
             "sources": [report.wire() for report in self.reports.values()],
             "problems": self.problems.wire(),
-            "unusedKeys": self.unused.most_common(),
+            "unusedKeys": self.unused.all(),
             "lengths": self.lengths,
             "languages": self.languages,
             "systemPrompts": [[text, count] for text, count in self.systems],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -105,9 +106,19 @@ class Keys:
     def add(self, names: tuple[str, ...]) -> None:
         """Those of one row."""
         for name in names:
-            shown = name[:100]
+            shown = "".join(c if c.isprintable() else "?" for c in name[:100])
             self._rows[shown if shown in self._rows or len(self._rows) < _KEYS else "(other keys)"] += 1
 
-    def most_common(self, count: int | None = None) -> dict[str, int]:
+    def all(self) -> dict[str, int]:
         """Rows by key, the commonest first."""
-        return dict(sorted(self._rows.items(), key=lambda entry: (-entry[1], entry[0]))[:count])
+        return dict(sorted(self._rows.items(), key=lambda entry: (-entry[1], entry[0])))
+
+    def brief(self, size: int = 700) -> dict[str, int]:
+        """The commonest of them: as many as so many bytes of a pod's last words hold."""
+        found = {}
+        for name, rows in self.all().items():
+            size -= len(json.dumps(name)) + 12
+            if size < 0:
+                break
+            found[name] = rows
+        return found

@@ -83,7 +83,7 @@ def _turn(turn: Any, place: str, unused: Unused, field: str) -> Message:
     role = turn.get("role")
     if turn.keys() == _PLAIN and role in ROLES and isinstance(said := turn["content"], str) and said:  # nearly every turn
         return {"role": cast(Role, role), "content": text(said, f"{place}.content", empty=role in ("system", "tool"))}
-    left = {key: value for key, value in turn.items() if not _nothing(value)}
+    left = {key: value for key, value in turn.items() if not is_nothing(value)}
     role, key = _role(left, place)
     content = left.pop(key, None)
     if isinstance(content, list):
@@ -112,9 +112,9 @@ def _turn(turn: Any, place: str, unused: Unused, field: str) -> Message:
     return read
 
 
-def _nothing(value: Any) -> bool:
+def is_nothing(value: Any) -> bool:
     """Whether a value is what Arrow, or a client that writes all its fields, puts where nothing was."""
-    return value is None or value != value or (isinstance(value, list | dict) and not value)
+    return value is None or (isinstance(value, float) and value != value) or (isinstance(value, list | dict) and not value)
 
 
 def _role(left: dict[str, Any], place: str) -> tuple[str, str]:
@@ -207,8 +207,10 @@ def _call(call: dict[str, Any], place: str, unused: Unused, path: str) -> ToolCa
         raise BadRow(f"{place}: function.name is missing")
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"{place}.function.arguments", "an object, or JSON text")
-    unused.update(f"{path}.{key}" for key, value in call.items() if key not in ("id", "type", "function", "index") and not _nothing(value))
-    unused.update(f"{path}.function.{key}" for key, value in function.items() if key not in ("name", "arguments") and not _nothing(value))
+    unused.update(
+        f"{path}.{key}" for key, value in call.items() if key not in ("id", "type", "function", "index") and not is_nothing(value)
+    )
+    unused.update(f"{path}.function.{key}" for key, value in function.items() if key not in ("name", "arguments") and not is_nothing(value))
     read: ToolCall = {"type": "function", "function": Function(name=name, arguments={} if arguments is None else arguments)}
     if (identifier := call.get("id")) is not None:
         return {"id": str(identifier), **read}
@@ -219,7 +221,7 @@ def read_tools(value: Any, field: str = "tools") -> list[dict[str, Any]]:
     """Tool definitions, each as {"type": "function", "function": {...}}; an empty list where there are none."""
     if isinstance(value, str):
         value = parse_json(value, field, "a list of tool definitions") if value.strip() else None
-    if _nothing(value):
+    if is_nothing(value):
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow(f"{field} is no list of tool definitions")
