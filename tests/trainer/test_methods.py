@@ -41,8 +41,8 @@ WORKING = {
 
 def tuning(objective: str, method: str, **hyper: Any) -> dict[str, Any]:
     """Settings that learn in a few seconds."""
-    steps = {"grpo": 60, "dpo": 30, "kto": 30, "reward": 40}.get(objective, 150 if method in VIRTUAL_TOKEN_METHODS else 24)
-    rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 0.5, "reward": 0.5}.get(objective, 1.0)
+    steps = {"grpo": 60, "dpo": 30, "kto": 60, "reward": 40}.get(objective, 150 if method in VIRTUAL_TOKEN_METHODS else 24)
+    rate = RATES.get(method, 1e-2) * {"dpo": 0.5, "kto": 2.0, "reward": 0.5}.get(objective, 1.0)
     made: dict[str, Any] = {
         "objective": objective,
         "method": method,
