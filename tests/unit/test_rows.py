@@ -226,6 +226,26 @@ def parquet(path: Path, items: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_a_teacher_behind_an_endpoint_is_asked_with_the_tools(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.training import teacher
+
+    asked: list[tuple[Any, Any]] = []
+
+    def complete(_: Any, messages: Any, *, tools: Any, **__: Any) -> str:
+        asked.append((messages, tools))
+        return "yes"
+
+    monkeypatch.setattr(teacher, "complete", complete)
+    distillation = {"mode": "generate", "endpoint": {"url": "http://teacher.example/v1", "model": "big"}}
+    context = desk.context(b"", tuning={"objective": "distill", "distillation": distillation})
+    turns = [ASK, turn("assistant", None, tool_calls=[{**CALL, "id": "c0"}], weight=0), {**RESULT, "tool_call_id": "c0"}, YES]
+    items = [reading.Row(1, {"messages": turns, "tools": [TOOL]})]
+    assert list(teacher.write_answers(context, None, items, RowReader("messages", {})).values()) == ["yes"]  # type: ignore[arg-type]
+    ((messages, tools),) = asked
+    called = {"id": "c0", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red"}'}}
+    assert tools == [TOOL] and messages == [ASK, turn("assistant", None, tool_calls=[called]), turns[2]]
+
+
 def test_nulls_that_arrow_invented_are_removed(tmp_path: Path) -> None:
     """A struct column has every field that any row has."""
     other = {"type": "function", "function": {"name": "move", "arguments": {"by": 3}}}
