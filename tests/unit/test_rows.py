@@ -291,6 +291,19 @@ def test_a_json_file_with_one_object_a_line(tmp_path: Path, blank: bytes) -> Non
         list(reading.file_rows(path))
 
 
+def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
+    """A reader that keeps the last of two would lose the first in silence."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "prompt": "b"}\n' + lines([{"prompt": "c"}]))
+    first, second = (row.parsed() for row in reading.file_rows(tmp_path / "a.jsonl"))
+    assert "key 'prompt' stands twice in one object" in first.problem and second.value == {"prompt": "c"}
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "prompt": "b"}]')
+    (tmp_path / "a.csv").write_text("prompt,prompt\na,b\n")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    for name in ("a.json", "a.csv", "a.parquet"):
+        with pytest.raises(UserError, match="'prompt' stands twice"):
+            list(reading.file_rows(tmp_path / name))
+
+
 def test_lines_of_csv_are_lines_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"a\nb",c\nd\n')
