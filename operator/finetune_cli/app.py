@@ -111,23 +111,15 @@ def preview(
     rows: Annotated[int, typer.Option(help="Rows to show, at most.")] = 1,
 ) -> None:
     """Show rows as the model sees them, what is learned in color. Of a manifest, the data are prepared on this machine."""
-    from .local import LocalRun, job_file
-    from .preview import drawn, read_samples
+    from .preview import drawn, prepared, read_samples
 
     if file.suffix == ".json":
-        reports = [file]
+        found = [read_samples(file)]
     else:
-        reports = []
         jobs, volumes = _local_jobs(file, volume)
-        for metadata, spec in jobs:
-            job = LocalRun(job_file(metadata, spec, volumes), workspace.resolve())
-            job.run(prepare_only=True)
-            if job.status.phase == "Failed":
-                print(next(c.message for c in job.status.conditions if c.type == "Failed"), file=sys.stderr)
-                raise typer.Exit(1)
-            reports.append(Path(job.layout.data_report))
-    for report in reports:
-        for text in drawn(read_samples(report)[:rows]):
+        found = [prepared(metadata, spec, volumes, workspace.resolve()) for metadata, spec in jobs]
+    for samples in found:
+        for text in drawn(samples[:rows]):
             console.print(text, soft_wrap=True)
 
 

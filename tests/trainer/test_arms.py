@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune_api.contract import TERMINATION_MESSAGE_LIMIT
 from finetune_api.spec import Evaluation
 from finetune_api.status import EvaluationStatus
+from finetune_trainer.data.limits import Limits
 from finetune_trainer.evaluation import gate, metrics
 from finetune_trainer.evaluation.arms import Prompting, asked_rows, read_baseline
 from finetune_trainer.evaluation.measure import Measured, token_values
@@ -123,6 +124,15 @@ def test_a_template_without_system_turns_gets_the_text_in_the_first_turn(bench: 
     assert found["FewShot"].prompts[0][0].count("name what it is") == 1
 
 
+ONE_EXCHANGE = "{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{% endif %}" + NO_SYSTEM
+
+
+@pytest.mark.parametrize("examples", ["auto", 4])
+def test_what_a_template_cannot_say_is_left_out_with_a_note(bench: Bench, examples: str | int) -> None:
+    found = asked(bench, ROWS["messages"], {"fewShot": examples}, tuning={**LAZY, "chatTemplate": ONE_EXCHANGE})
+    assert list(found)[:2] == ["Base", "Tuned"] and "FewShot was left out: " in found["message"] and "one exchange" in found["message"]
+
+
 @pytest.mark.parametrize(
     ("rows", "objective", "first"),
     [
@@ -190,13 +200,14 @@ def test_what_cannot_be_asked_is_refused_in_prepare(bench: Bench, baseline: dict
 
 
 def test_auto_takes_the_most_examples_that_fit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.evaluation import arms
+    from finetune_trainer.stages import prepare as stage
 
     most = asked(bench, ROWS["messages"])["FewShot"]
     assert most.shots == 8
-    longest = max(len(row["input_ids"]) for row in most.rows)
+    longest, write = max(len(row["input_ids"]) for row in most.rows), stage.write_baseline
     for room, shots in ((longest + 20, 8), (longest - 20, 4), (20, 0)):
-        monkeypatch.setattr(arms, "_context_length", lambda *_, room=room: room)
+        limits = Limits(vocabulary=500, context=room)
+        monkeypatch.setattr(stage, "write_baseline", lambda context, tokenizer, _, limits=limits: write(context, tokenizer, limits))
         found = asked(bench, None)
         assert (found["FewShot"].shots if "FewShot" in found else 0) == shots, room
 

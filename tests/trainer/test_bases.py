@@ -114,6 +114,13 @@ def test_a_model_that_is_not_whole(bench: Bench, change: Any, reason: str, words
     assert reason == "TokenizerNotReadable" or found.message.startswith("model.uri pvc://rows/base")
 
 
+def test_weights_that_the_model_has_no_place_for_are_told(bench: Bench) -> None:
+    """A config.json with fewer layers than there are: transformers would leave the others out in silence."""
+    copied(bench.model, bench.data / "base", num_hidden_layers=1)
+    plan = prepare(bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning())).result["plan"]
+    assert "9 tensors of the base's files belong to no part of the model by its config.json, for example model.layers.1." in plan["reason"]
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_a_quantized_base(bench: Bench, method: str) -> None:
     folder = copied(bench.model, bench.data / "base", quantization_config={"quant_method": method, "bits": 4, "group_size": 128})

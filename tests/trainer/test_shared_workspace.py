@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from finetune_trainer.checkpointing.checkpoints import find_latest, list_checkpoints
+from finetune_trainer.checkpointing.checkpoints import find_damage, find_latest, list_checkpoints
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
@@ -86,3 +88,35 @@ def test_a_run_that_is_named_goes_on_as_it_was_prepared(bench: Bench, monkeypatc
         UserError, match=r"what the tokenizer and chat template make of the rows changed since run 1 was prepared.*leave --resume out"
     ):
         prepare(run)
+
+
+@pytest.mark.parametrize("uid", ["11111111-a", "22222222-b"], ids=["the same job", "another of its name"])
+def test_other_weights_under_the_same_name(bench: Bench, uid: str) -> None:
+    """Of the same size, in the same place."""
+    moved = bench.folder / "models" / bench.model.name
+    shutil.copytree(bench.model, moved)
+    bench.model = moved
+    first = job(bench, "11111111-a", ROWS)
+    bench.train(first)
+    before = find_latest(first.layout.checkpoints)
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    assert bench.train(job(bench, uid, ROWS)).result["resumedFrom"] == 0
+    kept = [p for p in Path(first.layout.job).rglob("checkpoint-6") if find_damage(p) is None]
+    assert kept and before.step == 6
+
+
+def test_a_run_that_is_named_is_not_gone_on_with_over_other_weights(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = bench.folder / "models" / bench.model.name
+    shutil.copytree(bench.model, moved)
+    bench.model = moved
+    made = job(bench, "11111111-a", ROWS)
+    run = Context(made.job.model_copy(update={"run": "1"}), made.workspace)
+    prepare(run)
+    weights = load_file(moved / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    monkeypatch.setenv("FINETUNE_RESUME", "1")
+    with pytest.raises(UserError, match=r"the model's weights changed since run 1 was prepared.*leave --resume out") as found:
+        prepare(run)
+    assert found.value.reason == "RunChanged"

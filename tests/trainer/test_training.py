@@ -266,7 +266,7 @@ def test_tracking_of_the_spec_sets_the_trackers_environment(bench: Bench, monkey
 
 
 def test_a_model_without_chat_template_learns_with_one_given(bench: Bench) -> None:
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     context = bench.context(ROWS["messages"], tuning={**lora(), "chatTemplate": template})
     bench.train(context)
     saved = (Path(context.layout.output) / "chat_template.jinja").read_text()

@@ -108,3 +108,25 @@ def test_exit_codes_and_messages(tmp_path: Path) -> None:
     assert yaml.safe_load(made.stdout)["kind"] == "FineTuneJob" and finetune("validate", str(path)).returncode == 0
     nowhere = finetune("list", "--kubeconfig", str(tmp_path / "none"))
     assert nowhere.returncode == 2 and "no cluster" in nowhere.stderr and "Traceback" not in nowhere.stderr
+
+
+def test_a_preview_shows_what_is_learned_in_color(tmp_path: Path) -> None:
+    import json
+
+    from finetune_cli.preview import LEARNED, NoSamples, drawn, read_samples
+
+    report = tmp_path / "data.json"
+    report.write_text(json.dumps({"samples": [[["<|user|>red\x1b[2J", False], ["a colour<|end|>", True]], [["more", False]]]}))
+    head, text, _ = list(drawn(read_samples(report)[:1]))
+    assert "learned" in head.plain and text.plain == "<|user|>red\ufffd[2Ja colour<|end|>"
+    spans = [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNED]
+    assert spans == ["a colour<|end|>"]
+    shown = finetune("preview", str(report))
+    assert shown.returncode == 0 and "a colour<|end|>" in shown.stdout and "row 2" not in shown.stdout
+    for broken in ("{", '{"samples": []}', "[]"):
+        report.write_text(broken)
+        with pytest.raises(NoSamples):
+            read_samples(report)
+    wrong = finetune("preview", str(report))
+    assert wrong.returncode == 2 and "reports/data.json" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert finetune("preview", str(tmp_path / "none.json")).returncode == 2

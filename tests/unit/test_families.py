@@ -8,6 +8,7 @@ import pytest
 
 from finetune_trainer.data.shape import BadRow
 from finetune_trainer.data.tokens import IGNORED, RowTokenizer
+from tests.cluster.shell import REPO
 from tests.families import FAMILIES, tokenizer_of
 
 SYSTEM = {"role": "system", "content": "be nice"}
@@ -149,3 +150,14 @@ def test_rows_of_every_kind_in_the_template_of_a_family(name: str, kind: str) ->
     told = row_tokenizer.renderer.take_notes()
     silent = [t for t in row["messages"] if t.get("reasoning_content") and t["reasoning_content"] not in text]
     assert bool(silent) == ("notRendered reasoning_content" in told), "what is not in the text is told"
+
+
+def test_the_docs_say_of_every_family_what_was_run() -> None:
+    page = (REPO / "docs" / "templates.md").read_text()
+    for name, family in FAMILIES.items():
+        source = "llama.cpp" if family.source.parent == REPO / "tests" / "templates" else "TRL"
+        line = next(
+            (line for line in page.splitlines() if line.startswith(f"| {name} | {family.config.removesuffix('Config')} | {source}")), ""
+        )
+        assert line, f"{name} is not in the table"
+        assert ("refused" in line) == any(isinstance(wanted, str) for wanted in LEARNED[name].values()), name

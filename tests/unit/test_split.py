@@ -106,3 +106,12 @@ def test_a_held_out_group_is_a_leak(desk: Desk) -> None:
     dataset = {"eval": {"uri": "pvc://rows/eval.jsonl", "groupBy": "customer"}}
     with pytest.raises(UserError, match=r"3 row\(s\): train row 1 .*: is of one group with eval row 1"):
         desk.run(lines(train), dataset=dataset)
+
+
+def test_a_near_leak_names_the_held_out_row_where_it_was_read(desk: Desk) -> None:
+    """A row that was split off stands in the training file, under its own number."""
+    words = " ".join(f"word{i}" for i in range(40))
+    items = [chat(f"{words} what is {i}") for i in range(20)]
+    dataset = {"eval": {"splitFraction": 0.2}, "checks": {"minExamples": 1, "nearDuplicates": "ignore", "nearLeakage": "fail"}}
+    with pytest.raises(UserError, match=r"train row \d+ \(train.jsonl:\d+\): is nearly the held-out train row \d+ \(train.jsonl:\d+\)"):
+        desk.run(lines(items), dataset=dataset)

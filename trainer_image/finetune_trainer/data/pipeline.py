@@ -190,7 +190,8 @@ class Pipeline:
             self._apply("leaked", self.store.leaked, self.checks.leakage, "LeakedRows", relation, "leakage")
         if self.checks.near_leakage != "ignore":
             look = lambda: self.store.near("nearLeaked", self.checks.similarity, with_held_out=True)  # noqa: E731
-            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", "is nearly", "nearLeakage")
+            relation = "is nearly" if held_out.split_fraction is None else "is nearly the held-out"
+            self._apply("nearLeaked", look, self.checks.near_leakage, "NearLeakedRows", relation, "nearLeakage")
 
     def _apply(self, kind: str, look: Callable[[], int], policy: str, reason: str, relation: str, setting: str) -> None:
         """Look for a kind of pair of rows, and keep, report, drop or refuse them."""

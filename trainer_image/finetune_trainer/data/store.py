@@ -1,7 +1,8 @@
 """The scanned rows in a database on the workspace: duplicates, leakage, split and mixture are queries over it.
 
 DuckDB sorts and joins on disk when its share of memory is used up, so a data set of any size can be prepared.
-Table `rows`: one line per usable row. `origin` is the number of the training source, -1 for the held-out source.
+Table `rows`: one line per usable row. `origin` is the number of the training source, -1 where it is held out;
+`source` is where it was read, -1 for the held-out source.
 Table `gone`: rows that are left out, with the reason.
 """
 
@@ -66,6 +67,7 @@ class Store:
         table = {
             "id": pa.array(ids),
             "origin": pa.array([origin] * len(rows), pa.int32()),
+            "source": pa.array([origin] * len(rows), pa.int32()),
             "number": pa.array([r.number for r in rows], pa.int64()),
             "digest": pa.array([f"{r.digest:032x}" for r in rows]),
             "group_id": pa.array([f"{r.group:032x}" for r in rows]),
@@ -153,9 +155,9 @@ class Store:
         return int(self._one(f"SELECT count(DISTINCT id) FROM {name}"))
 
     def places(self, name: str, limit: int) -> list[tuple[int, int, int, int]]:
-        """(origin, number, partner's origin, partner's number) of the first rows of a table of pairs."""
+        """(source, number, partner's source, partner's number) of the first rows of a table of pairs."""
         return self._all(
-            f"SELECT r.origin, r.number, p.origin, p.number FROM (SELECT id, min(partner) AS partner FROM {name} GROUP BY id) t "
+            f"SELECT r.source, r.number, p.source, p.number FROM (SELECT id, min(partner) AS partner FROM {name} GROUP BY id) t "
             f"JOIN rows r ON r.id = t.id JOIN rows p ON p.id = t.partner ORDER BY r.id LIMIT {limit}"
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 from finetune_api.spec import ANSWER_METRICS
 from finetune_api.status import ArmName
 
+from ..data.limits import Limits
 from ..data.shape import BadRow, Shape, system_prompt
 from ..data.store import read_rows
 from ..data.tokens import IGNORED, RowTokenizer
@@ -74,8 +75,8 @@ class Baseline:
     """What people should know of it."""
 
 
-def write_baseline(context: Context, tokenizer: Any, folder: str) -> Baseline:
-    """In prepare, when the rows are written: decide how the base in that folder is asked."""
+def write_baseline(context: Context, tokenizer: Any, limits: Limits) -> Baseline:
+    """In prepare, when the rows are written: decide how the base is asked, within what it can take."""
     spec = context.spec.evaluation
     assert spec is not None
     found = Baseline()
@@ -83,16 +84,10 @@ def write_baseline(context: Context, tokenizer: Any, folder: str) -> Baseline:
     own = {system_prompt(row) for row in rows}
     found.system = own.pop() if len(own) == 1 else ""
     if context.spec.tuning.objective not in ("pretrain", "reward") and rows and not any("text" in row for row in rows):
-        _Planner(context, tokenizer, rows, _context_length(context, folder), found).plan()
+        room = min((n for n in (limits.positions, limits.context) if n is not None), default=_UNBOUNDED)
+        _Planner(context, tokenizer, rows, room, found).plan()
     context.write_json(context.layout.baseline, asdict(found))
     return found
-
-
-def _context_length(context: Context, folder: str) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=context.spec.model.trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED
 
 
 def read_baseline(context: Context) -> Baseline:
@@ -129,12 +124,14 @@ class _Planner:
         instruction = asked or own or None
         if instruction is not None:
             instructed = self._with_system(Prompting("Instructed", system=instruction))
-            if asked is not None and (over := self._over(instructed)) > 0:
+            over = self._over(instructed)
+            if asked is not None and over is not None and over > 0:
                 raise UserError(
                     "PromptTooLong",
                     f"evaluation.baseline.systemPrompt: a held-out row with it is {over} tokens longer than the model's context of {self.room}; shorten it",
                 )
-            self.found.arms = [Prompting("Base", bare=bool(own)), instructed]
+            if over is not None:
+                self.found.arms = [Prompting("Base", bare=bool(own)), instructed]
         self._few_shot(replace(self.found.arms[-1], name="FewShot"))
 
     def _with_system(self, arm: Prompting) -> Prompting:
@@ -156,7 +153,10 @@ class _Planner:
             if len(examples) < count:
                 continue
             tried = replace(arm, examples=tuple(examples[:count]))
-            if (over := self._over(tried)) <= 0:
+            over = self._over(tried)
+            if over is None:
+                return
+            if over <= 0:
                 self.found.arms.append(tried)
                 return
             if wanted is not None:
@@ -172,13 +172,17 @@ class _Planner:
                 "as text, no tool calls); set fewer, or auto",
             )
 
-    def _over(self, arm: Prompting) -> int:
-        """Tokens by which the longest row does not fit."""
+    def _over(self, arm: Prompting) -> int | None:
+        """Tokens by which the longest row does not fit; None, with a note, where the chat template cannot say what the arm says."""
         assert self.spec is not None
         longest, limit = 0, self.context.spec.tuning.hyperparameters.max_length
         for shape in sorted(self.rows, key=lambda row: -len(json.dumps(row)))[:_LONGEST]:
             own, answer = self.rendering.prompt_and_answer(shape, end=True)
-            told = self.rendering.prompt_and_answer(arm.apply(shape))[0]
+            try:
+                told = self.rendering.prompt_and_answer(arm.apply(shape))[0]
+            except (BadRow, UserError) as failure:
+                self.found.notes.append(f"{arm.name} was left out: {failure}")
+                return None
             before, given, now = (len(ids) for ids in encode(self.tokenizer, [own, answer, told]))
             needed = max(min(before + given, limit), before + self.spec.max_new_tokens if self.wants_answers else 0)
             longest = max(longest, needed + now - before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,4 +119,5 @@ def _served(evaluation: dict[str, Any] | None) -> list[str]:
     system = (evaluation or {}).get("systemPrompt") or ""
     if not system:
         return []
-    return ["Serve it with the system text that it was trained with:", "", "```text", system, "```", ""]
+    fence = "`" * (max(3, *(len(run) + 1 for run in re.findall("`+", system)), 0))
+    return ["Serve it with the system text that it was trained with:", "", f"{fence}text", system, fence, ""]

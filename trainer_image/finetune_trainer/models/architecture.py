@@ -123,8 +123,8 @@ def supports(kind: Any, flag: str) -> bool:
     return bool(getattr(kind, flag, True))
 
 
-def on_meta(config: Any, folder: str, uri: str, *, reward: bool, trust: bool) -> Any:
-    """The model without memory, after its weights' names and shapes were matched with it as loading them would.
+def on_meta(config: Any, folder: str, uri: str, *, reward: bool, trust: bool) -> tuple[Any, list[str]]:
+    """The model without memory, after its weights' names and shapes were matched with it as loading them would; and what was left over.
 
     Raises UserError when weights are missing, which transformers makes up at random, or have another shape.
     """
@@ -135,7 +135,7 @@ def on_meta(config: Any, folder: str, uri: str, *, reward: bool, trust: bool) ->
     try:
         if kind is None:  # load_model looks for what is missing
             with torch.device("meta"):
-                return auto.from_config(config, trust_remote_code=trust)
+                return auto.from_config(config, trust_remote_code=trust), []
         tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes(Path(folder), uri).items()}
         model, info = kind.from_pretrained(
             None,
@@ -151,7 +151,7 @@ def on_meta(config: Any, folder: str, uri: str, *, reward: bool, trust: bool) ->
     except Exception as failure:  # a configuration that contradicts itself fails anywhere in the model's own code
         raise unavailable_error(failure, hub_host()) or _not_understood(uri, failure) from failure
     check_loaded(model, info, uri)
-    return model
+    return model, sorted(info["unexpected_keys"])
 
 
 def check_loaded(model: Any, info: dict[str, Any], uri: str) -> None:

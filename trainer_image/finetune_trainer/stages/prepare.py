@@ -61,6 +61,8 @@ def prepare(context: Context) -> StageResult:
         write_general_rows(context, tokenizer, evaluation.forgetting)
 
     if os.environ.get(Env.RESUME) and (known := read_identity(context.layout.identity)) is not None:
+        if evaluation is not None and os.path.exists(context.layout.eval_rows):  # which may have changed: the rows are the same
+            write_baseline(context, tokenizer, base.limits)
         return _as_prepared(context, known)
 
     # 4. The rows: read, compared, counted; then the plan, and the rows written
@@ -83,7 +85,7 @@ def prepare(context: Context) -> StageResult:
             spec, pipeline.rows_per_epoch, base.shape, teacher=resident, tokens=pipeline.tokens, packed=packed, notes=base.notes
         )
         status = pipeline.write()
-        notes = write_baseline(context, tokenizer, folder).notes if evaluation is not None else []
+        notes = write_baseline(context, tokenizer, base.limits).notes if evaluation is not None else []
         context.write_json(context.layout.plan, plan.to_wire())
         write_report(context, pipeline.report(status, plan), samples(store, tokenizer))
     finally:

@@ -48,7 +48,7 @@ def describe_model(context: Context, folder: str) -> Base:
     kind = architecture.model_class(architecture.auto_class(reward=reward), config)
     hyper = spec.tuning.hyperparameters
     architecture.check_attention(hyper.attention, kind, config)
-    model = architecture.on_meta(config, folder, uri, reward=reward, trust=trust)
+    model, unused = architecture.on_meta(config, folder, uri, reward=reward, trust=trust)
     limits = Limits(
         vocabulary=architecture.vocabulary(model),
         positions=architecture.positions(model),
@@ -62,6 +62,10 @@ def describe_model(context: Context, folder: str) -> Base:
     asked, notes = (spec.tuning.lora or Lora()).dropout, []
     if spec.tuning.method in LORA_METHODS and spec.tuning.continue_from is None and adapter_dropout(learns) != asked:
         notes.append(f"lora.dropout is 0 instead of {asked:g}: the experts of a mixture are adapted as parameters, which have none")
+    if unused:
+        notes.append(
+            f"{len(unused)} tensors of the base's files belong to no part of the model by its config.json, for example {unused[0]}"
+        )
     return Base(
         shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
         limits=limits,

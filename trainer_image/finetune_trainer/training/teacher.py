@@ -41,7 +41,7 @@ def fetch_teacher(context: Context, tokenizer: Any) -> int:
     config = architecture.read_config(place, named, trust=trust)
     architecture.check_architecture(config, named, reward=False)
     architecture.check_quantization(config, named)
-    model = architecture.on_meta(config, place, named, reward=False, trust=trust)
+    model, _ = architecture.on_meta(config, place, named, reward=False, trust=trust)
     if settings.mode != "logits":
         return 0
     from transformers import AutoTokenizer
