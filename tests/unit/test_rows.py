@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from finetune_api.status import DatasetStatus
-from finetune_trainer.data import reading, workers
 from finetune_trainer.data.formats import FORMATS, RowReader, detect, looks_like, rename
-from finetune_trainer.data.problems import Files, Keys, Problems
-from finetune_trainer.data.scan import Scan, scan_rows
 from finetune_trainer.data.shape import BadRow, all_strings, dumps, strings
-from finetune_trainer.data.tokens import IGNORED, RowTokenizer
-from finetune_trainer.process import errors
-from finetune_trainer.process.errors import InfrastructureError, OutOfMemory, StageError, UserError
+from finetune_trainer.data.tokens import IGNORED
+from finetune_trainer.process.errors import UserError
 from tests.unit.test_prepare import Desk, chat, desk, lines, rows, rows_of
 
 __all__ = ["desk"]
@@ -219,186 +209,6 @@ def test_a_pair_with_a_system_text_needs_a_chat_template(desk: Desk) -> None:
     desk.run(lines(pairs), tuning={"objective": "dpo"})
     with pytest.raises(UserError, match="has no chat template"):
         desk.run(lines([{**pair, "system": "be nice"} for pair in pairs]), tuning={"objective": "dpo"})
-
-
-def parquet(path: Path, items: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(items), path)
-    return path
-
-
-def test_nulls_that_arrow_invented_are_removed(tmp_path: Path) -> None:
-    """A struct column has every field that any row has."""
-    other = {"type": "function", "function": {"name": "move", "arguments": {"by": 3}}}
-    items = [
-        {
-            "messages": [ASK, turn("assistant", None, tool_calls=[{**CALL, "id": "c0"}]), {**RESULT, "tool_call_id": "c0"}, YES],
-            "note": None,
-        },
-        {"messages": [ASK, turn("assistant", None, tool_calls=[other]), RESULT, YES], "note": "n"},
-    ]
-    found = [RowReader("messages", {}).read(row.value or {}) for row in reading.file_rows(parquet(tmp_path / "a.parquet", items))]
-    assert [shape for shape, _ in found] == [{"messages": item["messages"]} for item in items]
-    assert [unused for _, unused in found] == [set(), {"note"}]
-
-
-def test_values_of_arrow_that_are_no_json(tmp_path: Path) -> None:
-    import datetime
-    import decimal
-
-    items = [{"prompt": "when", "completion": "b", "at": datetime.date(2026, 1, 2), "n": decimal.Decimal("1.5"), "raw": b"\xff"}]
-    value = next(iter(reading.file_rows(parquet(tmp_path / "a.parquet", items)))).value
-    assert value == {"prompt": "when", "completion": "b", "at": "2026-01-02", "n": "1.5", "raw": b"\xff"}
-    assert read("prompt-completion", value) == ({"prompt": "when", "completion": "b"}, {"at", "n", "raw"})
-
-
-def test_a_json_list_in_a_jsonl_file(desk: Desk) -> None:
-    for indent in (None, 1):
-        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): .*where the file is a JSON list, rename it to .json"):
-            desk.run(json.dumps(rows(9), indent=indent).encode())
-
-
-@pytest.mark.parametrize("blank", [b"", b"\n  \n"])
-def test_a_json_file_with_one_object_a_line(tmp_path: Path, blank: bytes) -> None:
-    path = tmp_path / "train.json"
-    path.write_bytes(lines(rows(1)) + blank + lines(rows(3)[1:]))
-    found = [row.parsed() for row in reading.file_rows(path)]
-    assert [row.value for row in found] == rows(3)
-    assert [row.number for row in found] == ([1, 2, 3] if not blank else [1, 4, 5])
-    path.write_text(json.dumps(rows(3), indent=1))
-    assert [row.value for row in reading.file_rows(path)] == rows(3)
-    path.write_text("".join(json.dumps(row, indent=1) + "\n" for row in rows(2)))
-    with pytest.raises(UserError, match="one object a line, rename it to .jsonl"):
-        list(reading.file_rows(path))
-
-
-def test_lines_of_csv_are_lines_of_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('prompt,completion\n"a\nb",c\nd\n')
-    assert [(row.number, bool(row.problem)) for row in reading.file_rows(path)] == [(2, False), (4, True)]
-
-
-def test_a_row_is_told_by_file_and_line() -> None:
-    files = Files()
-    assert files.place(3) == "row 3"
-    files.begin("a.jsonl", 0, by_line=True)
-    files.begin("b.jsonl", 4, by_line=True)
-    assert [files.place(n) for n in (1, 4, 5)] == ["row 1 (a.jsonl:1)", "row 4 (a.jsonl:4)", "row 5 (b.jsonl:1)"]
-    files = Files()
-    files.begin("a.parquet", 0, by_line=False)
-    assert files.place(2) == "row 2 (a.parquet row 2)"
-
-
-def test_a_cause_is_told_once_with_its_first_ten_places() -> None:
-    problems = Problems()
-    for index in range(12):
-        problems.add("invalid", f"train row {index}", f"messages[{index % 3}].content is empty" if index % 2 else "role is missing")
-    text = problems.describe("invalid")
-    assert text.startswith("12 row(s): train row 0: role is missing; the same in train row 2, train row 4")
-    assert text.count("role is missing") == 1 and "messages[1].content is empty" in text
-    for index in range(200):
-        problems.add("many", f"row {index}", f"cause {'x' * index}")
-    assert len(problems.causes["many"]) == 50 and problems.counts["many"] == 200 and "of other causes" in problems.describe("many")
-    assert problems.wire()["many"]["rows"] == 200  # type: ignore[index]
-
-
-def test_names_of_keys_are_bounded() -> None:
-    keys = Keys()
-    for index in range(3000):
-        keys.add((f"key{index}", "id"))
-    assert list(keys.all().items())[:2] == [("id", 3000), ("(other keys)", 2001)] and len(keys.all()) == 1001
-    assert list(keys.brief())[:2] == ["id", "(other keys)"] and len(json.dumps(keys.brief())) <= 700
-    keys = Keys()
-    keys.add(("\x1b[31mred",))
-    assert keys.all() == {"?[31mred": 1}
-
-
-ERRORS = [
-    *(kind("Reason", "what happened", {"a": 1}) for kind in errors.BY_CODE.values()),
-    errors.SourceUnavailable("hub", "is away", 3.5),
-    StageError("Reason", "what happened"),
-]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_every_error_survives_the_way_between_processes(error: StageError) -> None:
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error) and again.__dict__ == error.__dict__ and str(again) == str(error)
-
-
-def test_no_class_of_errors_is_left_out() -> None:
-    def all_of(kind: type) -> set[type]:
-        return {kind, *(inner for sub in kind.__subclasses__() for inner in all_of(sub))}
-
-    ours = {kind for kind in all_of(StageError) if kind.__module__.startswith("finetune_")}
-    assert all(kind.__reduce__ is StageError.__reduce__ for kind in ours) and {type(error) for error in ERRORS} <= ours
-
-
-class _Strange(Exception):
-    """As libraries raise them: made of more than it keeps, so it does not unpickle."""
-
-    def __init__(self, one: str, two: str) -> None:
-        super().__init__(one)
-
-
-def _raise(problem: BaseException) -> Any:
-    raise problem
-
-
-def _abort() -> Any:
-    import faulthandler
-
-    faulthandler._sigabrt()
-
-
-@pytest.mark.parametrize(
-    ("ends", "kind", "words"),
-    [
-        (lambda: _raise(UserError("ChatTemplateTooSlow", "too slow")), UserError, "too slow"),
-        (lambda: _raise(_Strange("one", "two")), InfrastructureError, "_Strange: one"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), OutOfMemory, r"died \(SIGKILL\) at chunk 30.*memory"),
-        (_abort, InfrastructureError, r"died \(SIGABRT\) at chunk 30; its last words: .*Fatal Python error: Aborted"),
-        (lambda: os._exit(7), InfrastructureError, r"died \(exit code 7\) at chunk 30"),
-    ],
-    ids=["our error", "a library's error", "killed", "crashed", "gone"],
-)
-def test_what_happens_in_a_worker_process_is_known(ends: Callable[[], Any], kind: type[StageError], words: str) -> None:
-    def work(number: int) -> int:
-        if number == 30:
-            ends()
-        return number * number
-
-    done: list[int] = []
-    with pytest.raises(kind, match=words):
-        done.extend(workers.map_in_order(work, iter(range(100)), 2, lambda number: f"chunk {number}"))
-
-
-def test_chunks_come_in_order_and_are_not_read_ahead_without_end() -> None:
-    taken: list[int] = []
-
-    def chunks() -> Any:
-        for number in range(200):
-            taken.append(number)
-            yield number
-
-    found = workers.map_in_order(lambda number: number * 2, chunks(), 2, str)
-    assert next(found) == 0 and len(taken) <= 9
-    assert list(found) == [number * 2 for number in range(1, 200)]
-
-
-def test_a_refused_row_among_many_never_hangs(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoTokenizer
-
-    row_tokenizer = RowTokenizer(AutoTokenizer.from_pretrained(desk.model), max_length=64, assistant_only=True)
-
-    class Refusing(Scan):
-        def one(self, row: reading.Row) -> Any:
-            if row.number == 4000:
-                raise UserError("UnstableChatTemplate", "of this row")
-            return super().one(row)
-
-    items = [reading.Row(i, raw=json.dumps(chat(f"what {i}")).encode()) for i in range(5000)]
-    with pytest.raises(UserError, match="of this row"):
-        list(scan_rows(Refusing(row_tokenizer, RowReader("messages", {}), False), items, processes=2))
 
 
 def learned(desk: Desk) -> list[str]:

@@ -10,7 +10,7 @@ import io
 import json
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -161,13 +161,30 @@ def _depth(value: Any, left: int = DEPTH_LIMIT) -> bool:
     return all(_depth(child, left - 1) for child in children)
 
 
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key stands twice: Python would keep the last of them in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"key {_twice([key for key, _ in pairs])!r} stands twice in one object")
+    return value
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that stands twice."""
+    seen: set[str] = set()
+    return next((_excerpt(name, 40) for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_pairs).decode
+
+
 def _parse(number: int, data: bytes) -> Row:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as failure:
         return Row(number, problem=f"not UTF-8 at byte {failure.start + 1} of the line", excerpt=_excerpt(data.decode("utf-8", "replace")))
     try:
-        value = json.loads(text)
+        value = _decode(text)
     except RecursionError:
         return Row(number, problem="nested too deeply", excerpt=_excerpt(text))
     except ValueError as failure:
@@ -207,7 +224,7 @@ def _json_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
     if len(data) > JSON_LIMIT:
         raise UserError("DatasetTooLarge", f"{name} is over {JSON_LIMIT // 2**20} MiB; a .json file is read at once, use .jsonl")
     try:
-        document = json.loads(data.removeprefix(_BOM).decode("utf-8"))
+        document = _decode(data.removeprefix(_BOM).decode("utf-8"))
     except (ValueError, RecursionError) as failure:
         hint = "; where it holds one object a line, rename it to .jsonl" if "Extra data" in str(failure) else ""
         raise UserError("DatasetNotJSON", f"{name} is no JSON document in UTF-8: {_excerpt(str(failure), 200)}{hint}") from None
@@ -246,12 +263,13 @@ class _Chained:
         return self._lines.pop(0) if self._lines else self._rest.readline(size)
 
 
-def _csv_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
+def _csv_rows(stream: BinaryIO, shown: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT)
     try:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(text, strict=True)
-        _ = reader.fieldnames
+        if (name := _twice(reader.fieldnames or ())) is not None:
+            raise UserError("DatasetNotCSV", f"{shown}: column {name!r} stands twice in the header; rename one")
         number = reader.line_num + 1
         for value in reader:
             if None in value or None in value.values():
@@ -260,9 +278,9 @@ def _csv_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
                 yield Row(number, value=dict(value))
             number = reader.line_num + 1
     except UnicodeDecodeError as failure:
-        raise UserError("DatasetNotUTF8", f"{name} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv") from None
+        raise UserError("DatasetNotUTF8", f"{shown} is not UTF-8 at byte {failure.start + 1}; convert it, for example with iconv") from None
     except csv.Error as failure:
-        raise UserError("DatasetNotCSV", f"{name}: {failure}") from None
+        raise UserError("DatasetNotCSV", f"{shown}: {failure}") from None
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +307,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            if (name := _twice(file.schema_arrow.names)) is not None:
+                raise UserError("DatasetNotParquet", f"{path.name}: column {name!r} stands twice; rename one")
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1

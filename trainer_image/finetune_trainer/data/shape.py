@@ -96,3 +96,17 @@ def system_prompt(row: Shape) -> str:
 def dumps(row: Shape) -> str:
     """A row as JSON, its keys in the order that the row has: a template shows a tool's schema and arguments in that order."""
     return json.dumps(row, ensure_ascii=False)
+
+
+def on_the_wire(messages: list[Message]) -> list[dict[str, Any]]:
+    """Turns as the chat completions API takes them: a call's arguments are text there, and weights unknown."""
+    sent = []
+    for turn in messages:
+        told: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+        if "tool_calls" in turn:
+            told["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+                for call in turn["tool_calls"]
+            ]
+        sent.append(told)
+    return sent

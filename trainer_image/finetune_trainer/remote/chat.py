@@ -21,9 +21,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def complete(endpoint: Endpoint, messages: list[dict[str, Any]], *, key: str | None, max_tokens: int) -> str:
+def complete(
+    endpoint: Endpoint, messages: list[dict[str, Any]], *, key: str | None, max_tokens: int, tools: list[dict[str, Any]] | None = None
+) -> str:
     """The server's answer, sampled at temperature 0. Raises UserError when it refuses, SourceUnavailable when it stays away."""
-    body = json.dumps({"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}).encode()
+    asked = {
+        "model": endpoint.model,
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        **({"tools": tools} if tools else {}),
+    }
+    body = json.dumps(asked).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/chat/completions", data=body, headers=headers, method="POST")
     opener, host = urllib.request.build_opener(_NoRedirect), str(urlsplit(endpoint.url).hostname)

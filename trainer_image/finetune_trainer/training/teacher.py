@@ -14,7 +14,7 @@ from ..data.formats import RowReader
 from ..data.pipeline import AnswerWriter
 from ..data.reading import Row
 from ..data.scan import prompt_digest, without_answer
-from ..data.shape import BadRow, Shape
+from ..data.shape import BadRow, Shape, on_the_wire
 from ..data.tokens import RowTokenizer
 from ..job.context import Context
 from ..models import architecture
@@ -137,8 +137,9 @@ def _from_endpoint(context: Context) -> Any:
     key, endpoint, limit = context.secret("endpoint"), settings.endpoint, settings.max_new_tokens
 
     def ask(prompts: list[Shape]) -> list[str]:
-        turns = [p["messages"] if "messages" in p else [{"role": "user", "content": p["prompt"]}] for p in prompts]
-        return [complete(endpoint, messages, key=key, max_tokens=limit) for messages in turns]
+        turns = [on_the_wire(p["messages"]) if "messages" in p else [{"role": "user", "content": p["prompt"]}] for p in prompts]
+        tools = [p.get("tools") for p in prompts]
+        return [complete(endpoint, m, key=key, max_tokens=limit, tools=t) for m, t in zip(turns, tools, strict=True)]
 
     return ask
 
