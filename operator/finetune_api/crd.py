@@ -152,9 +152,11 @@ def policy() -> list[dict[str, Any]]:
     what was stored before a rule came is not held against it while the spec stays as it is.
     """
     api, name = "admissionregistration.k8s.io/v1", f"{PLURAL}.{GROUP}"
-    rule = {"apiGroups": [GROUP], "apiVersions": ["*"], "operations": ["CREATE", "UPDATE"], "resources": [PLURAL]}
+    rule = {"apiGroups": [GROUP], "apiVersions": ["*"], "operations": ["CREATE", "UPDATE"], "resources": [PLURAL], "scope": "*"}
+    # with defaults written out: what is one value to a server is then the same to whoever else applies it
     spec = {
-        "matchConstraints": {"resourceRules": [rule]},
+        "failurePolicy": "Fail",
+        "matchConstraints": {"matchPolicy": "Equivalent", "namespaceSelector": {}, "objectSelector": {}, "resourceRules": [rule]},
         "matchConditions": [{"name": "spec-is-new", "expression": "oldObject == null || object.spec != oldObject.spec"}],
         "validations": [*_rules(structural_schema(FineTuneJobSpec), "object.spec"), *(field.to_cel() for field in FROZEN)],
     }
