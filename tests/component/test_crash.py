@@ -79,6 +79,8 @@ async def _live(api: Api, life: int | None, name: str) -> int:
                 break
         else:
             raise AssertionError(f"no end: {store.job((api.namespace, name))}")
+        while manager.events._some.is_set() and not cluster.dead.is_set() and not task.done():
+            await asyncio.sleep(0.05)  # what a calm life tells is what the others are held against, to its last word
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
