@@ -79,8 +79,10 @@ async def _live(api: Api, life: int | None, name: str) -> int:
                 break
         else:
             raise AssertionError(f"no end: {store.job((api.namespace, name))}")
-        while manager.events._some.is_set() and not cluster.dead.is_set() and not task.done():
-            await asyncio.sleep(0.05)  # what a calm life tells is what the others are held against, to its last word
+        for _ in range(200):  # what a calm life tells is what the others are held against, to its last word
+            if not manager.events._some.is_set() or cluster.dead.is_set() or task.done():
+                break
+            await asyncio.sleep(0.05)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
