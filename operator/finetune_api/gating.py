@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .evaluation_status import EvaluationStatus
 from .spec import FineTuneJobSpec
-from .status import EvaluationStatus
 
 
 @dataclass(frozen=True)

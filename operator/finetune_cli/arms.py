@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.status import EvaluationArm, EvaluationStatus
+from finetune_api.evaluation_status import EvaluationArm, EvaluationStatus
 
 _LOWER = ("loss", "perplexity")
 

@@ -33,19 +33,11 @@ from finetune_api.contract import (
     read_identity,
     read_stage_result,
 )
+from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import (
-    Artifact,
-    CheckpointStatus,
-    Condition,
-    ConditionType,
-    DatasetStatus,
-    EvaluationStatus,
-    FineTuneJobStatus,
-    Plan,
-)
+from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, DatasetStatus, FineTuneJobStatus, Plan
 from finetune_api.uris import parse_uri
 
 from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over

@@ -11,8 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.evaluation_status import PROMPTING_MAY_DO
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import PROMPTING_MAY_DO, SAID_BY_OTHERS, Condition, FineTuneJobStatus
+from finetune_api.status import SAID_BY_OTHERS, Condition, FineTuneJobStatus
 
 from .arms import arms_table, verdict
 

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune_api.contract import TERMINATION_MESSAGE_LIMIT
+from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.spec import Evaluation
-from finetune_api.status import EvaluationStatus
 from finetune_trainer.data.limits import Limits
 from finetune_trainer.evaluation import gate, metrics
 from finetune_trainer.evaluation.arms import Prompting, asked_rows, read_baseline

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetune_api.evaluation_status import ArmName
 from finetune_api.spec import ANSWER_METRICS
-from finetune_api.status import ArmName
 
 from ..data.limits import Limits
 from ..data.shape import BadRow, Shape, system_prompt

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.evaluation_status import PROMPTING_MAY_DO, ArmName, EvaluationArm, EvaluationStatus, Gated
 from finetune_api.spec import Evaluation, Gate, Metric
-from finetune_api.status import PROMPTING_MAY_DO, ArmName, EvaluationArm, EvaluationStatus, Gated
 
 from .forgetting import GENERAL_LOSS
 from .measure import Measured

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune_api.evaluation_status import ArmName
 from finetune_api.spec import Evaluation, Metric
-from finetune_api.status import ArmName
 
 from ..data.tokens import IGNORED
 from ..models.generate import batches, encode, generate, latency

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.contract import JobFile
+from finetune_api.evaluation_status import PROMPTING_MAY_DO
 from finetune_api.spec import WHOLE_MODEL_METHODS
-from finetune_api.status import PROMPTING_MAY_DO
 
 from .usage import Usage
 

@@ -11,10 +11,11 @@ from typing import Any, TypeVar, get_args
 
 from finetune_api.base import APIModel
 from finetune_api.contract import RESTORED, Prepared, Published, Stage, StageResult, TrainingResult
+from finetune_api.evaluation_status import PROMPTING_MAY_DO, EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import PROMPTING_MAY_DO, CheckpointStatus, EvaluationStatus, FineTuneJobStatus, Progress
+from finetune_api.status import CheckpointStatus, FineTuneJobStatus, Progress
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ...model.job import Observed
