@@ -244,7 +244,7 @@ def test_a_bad_dataset_is_refused_in_prepare(user: User) -> None:
     status = user.ended("bad-data")
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
     assert (status["phase"], failed["reason"]) == ("Failed", "InvalidRows")
-    assert "train row 21: not JSON" in failed["message"] and "{not json" in failed["message"]
+    assert "train row 21 (rows.jsonl:21): not JSON" in failed["message"] and "{not json" in failed["message"]
     assert not [p for p in user.pods("bad-data") if p["metadata"]["labels"][names.LABEL_STAGE] == "train"], "no GPU was ever asked for"
     assert status.get("attempt") == 0
 
