@@ -12,7 +12,9 @@ import celpy
 import celpy.celtypes
 import jsonschema
 
-from finetune_api.crd import crd, policy, queue_crd
+from finetune_api.crd import crd, policy, queue_crd, structural_schema
+from finetune_api.queue import FineTuneQueueSpec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.transitions import FROZEN
 from finetune_api.validation import parse_queue, parse_spec
 from tests.factory import FULL, MINIMAL, merged
@@ -21,6 +23,8 @@ Path = tuple[str, ...]
 """Names of fields; `[]` is an item of a list, `{}` a value of a map."""
 PARSERS = {"FineTuneJob": parse_spec, "FineTuneQueue": lambda spec: parse_queue({"spec": spec})}
 CRDS = {"FineTuneJob": crd(), "FineTuneQueue": queue_crd()}
+RULED = {"FineTuneJob": structural_schema(FineTuneJobSpec), "FineTuneQueue": structural_schema(FineTuneQueueSpec)}
+"""Schemas of the specs with all rules where they were declared, also those of jobs that a policy says in their place."""
 
 
 def schema(kind: str) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def _evaluate(expression: str, value: str) -> Any:
     return _program(expression).evaluate({"self": celpy.json_to_cel(json.loads(value))})
 
 
-def _refused(new: dict[str, Any], old: dict[str, Any] | None = None) -> Iterator[str]:
+def refused_by_policy(new: dict[str, Any], old: dict[str, Any] | None = None) -> Iterator[str]:
     """Messages of what the policy has against a job, as it is with its defaults, in the place of another."""
     said = policy()[0]["spec"]
     seen = {"object": celpy.json_to_cel(new), "oldObject": celpy.json_to_cel(old)}
@@ -104,7 +108,7 @@ def _refused(new: dict[str, Any], old: dict[str, Any] | None = None) -> Iterator
 def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What the policy has against a write of a whole job: message by field."""
     before, after = ({**raw, "spec": filled(schema("FineTuneJob")["spec"], raw["spec"])} for raw in (old, new))
-    told = set(_refused(after, before))
+    told = set(refused_by_policy(after, before))
     return {field.path: field.message for field in FROZEN if field.message in told}
 
 
@@ -128,6 +132,11 @@ def refusals(node: dict[str, Any], value: Any, path: str = "spec") -> Iterator[t
             yield from refusals(node.get("items", {}), item, f"{path}[{index}]")
 
 
+def well_typed(kind: str, spec: Any) -> bool:
+    """Whether types and bounds hold, and there is no unknown field."""
+    return not list(_validator(kind).iter_errors(spec))
+
+
 def server_refusals(kind: str, spec: Any) -> list[tuple[str, str]]:
     """What an API server has against a spec: rules are looked at when types and bounds hold."""
     whole = filled(schema(kind)["spec"], spec)
@@ -135,8 +144,7 @@ def server_refusals(kind: str, spec: Any) -> list[tuple[str, str]]:
     wrong = [(error.json_path.replace("$", "spec", 1), error.message) for error in errors]
     if any(error.validator != "uniqueItems" for error in errors):
         return wrong
-    between = [("spec", message) for message in _refused({"spec": whole})] if kind == "FineTuneJob" else []
-    return [*wrong, *refusals(schema(kind)["spec"], whole), *between]
+    return [*wrong, *refusals(RULED[kind], whole)]
 
 
 def model_accepts(kind: str, spec: Any) -> bool:

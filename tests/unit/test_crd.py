@@ -24,17 +24,22 @@ from tests.factory import MINIMAL, merged
 from tests.schemas import (
     CRDS,
     PARSERS,
+    RULED,
     SPECS,
     bad_defaults,
     filled,
     formatted,
     model_accepts,
     placements,
+    refusals,
+    refused_by_policy,
     schema,
     server_refusals,
     walk,
+    well_typed,
     with_value,
 )
+from tests.unit.test_validation import BAD
 
 REPO = Path(__file__).parents[2]
 KINDS = list(CRDS)
@@ -67,6 +72,16 @@ def test_defaults_keep_their_own_rules(kind: str) -> None:
     for path, node in walk(spec):
         if "default" in node:
             assert node["default"] == filled(node, node["default"]), f"{path}: not every default inside is written out"
+
+
+@pytest.mark.parametrize("change", [{}, *(row[1] for row in BAD)], ids=["good", *(row[0] for row in BAD)])
+def test_the_policy_says_what_the_rules_say(change: dict[str, Any]) -> None:
+    """Of whatever has the types and bounds of the schema, which a server looks at first."""
+    specs = SPECS["FineTuneJob"] if not change else [merged(MINIMAL, **change)]
+    for whole in (filled(RULED["FineTuneJob"], spec) for spec in specs):
+        if well_typed("FineTuneJob", whole):
+            in_place, of_one = (refusals(node, whole) for node in (RULED["FineTuneJob"], schema("FineTuneJob")["spec"]))
+            assert {message for _, message in of_one} | set(refused_by_policy({"spec": whole})) == {message for _, message in in_place}
 
 
 def test_defaults_that_are_not_written_out_are_found() -> None:
