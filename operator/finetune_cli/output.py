@@ -9,6 +9,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Console
+
+console = Console()
+"""Of all commands"""
 
 
 class Output(enum.StrEnum):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from finetune_cli.__main__ import main
-from finetune_cli.app import console
+from finetune_cli.output import console
 from tests.component.conftest import Api
 
 
