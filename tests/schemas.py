@@ -23,6 +23,7 @@ Path = tuple[str, ...]
 """Names of fields; `[]` is an item of a list, `{}` a value of a map."""
 PARSERS = {"FineTuneJob": parse_spec, "FineTuneQueue": lambda spec: parse_queue({"spec": spec})}
 CRDS = {"FineTuneJob": crd(), "FineTuneQueue": queue_crd()}
+POLICY = policy()[0]["spec"]
 RULED = {"FineTuneJob": structural_schema(FineTuneJobSpec), "FineTuneQueue": structural_schema(FineTuneQueueSpec)}
 """Schemas of the specs with all rules where they were declared, also those of jobs that a policy says in their place."""
 
@@ -99,10 +100,9 @@ def _evaluate(expression: str, value: str) -> Any:
 
 def refused_by_policy(new: dict[str, Any], old: dict[str, Any] | None = None) -> Iterator[str]:
     """Messages of what the policy has against a job, as it is with its defaults, in the place of another."""
-    said = policy()[0]["spec"]
     seen = {"object": celpy.json_to_cel(new), "oldObject": celpy.json_to_cel(old)}
-    if all(_program(condition["expression"]).evaluate(seen) for condition in said["matchConditions"]):
-        yield from (v["message"] for v in said["validations"] if not _program(v["expression"]).evaluate(seen))
+    if all(_program(condition["expression"]).evaluate(seen) for condition in POLICY["matchConditions"]):
+        yield from (v["message"] for v in POLICY["validations"] if not _program(v["expression"]).evaluate(seen))
 
 
 def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -141,7 +141,7 @@ def queue_columns() -> list[dict[str, Any]]:
 def crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneJob."""
     text = "FineTuneJob turns a base model and a data set into a fine-tuned, evaluated and published model."
-    spec = _of_one_field(structural_schema(FineTuneJobSpec))
+    spec = without(structural_schema(FineTuneJobSpec), "x-kubernetes-validations", beside="properties")  # the policy's
     return _definition(KIND, PLURAL, ["ftj"], "Namespaced", text, spec, FineTuneJobStatus, printer_columns(), ["all", "finetune"])
 
 
@@ -179,14 +179,6 @@ def _rules(node: dict[str, Any], here: str, guard: str = "{}") -> Iterator[dict[
         yield from _rules(node["items"], "item", guard.format(f"{here}.all(item, {{}})"))
 
 
-def _of_one_field(node: Any) -> Any:
-    """A schema whose rules are about the look of a single field; those between fields are the policy's."""
-    if isinstance(node, dict):
-        between = "properties" in node
-        return {key: _of_one_field(value) for key, value in node.items() if not (between and key == "x-kubernetes-validations")}
-    return [_of_one_field(item) for item in node] if isinstance(node, list) else node
-
-
 def queue_crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FineTuneQueue."""
     text = "FineTuneQueue says how many GPUs of which kind the jobs of some namespaces may use, and who goes first."
@@ -216,7 +208,7 @@ def _definition(
             "spec": spec,
             # the operator writes it in full: no defaults, and one owner, since servers would keep who wrote which of its fields,
             # more than half of what they store of a job, and read it at each write
-            "status": {**_without(structural_schema(status), "default"), "x-kubernetes-map-type": "atomic"},
+            "status": {**without(structural_schema(status), "default"), "x-kubernetes-map-type": "atomic"},
         },
     }
     return {
@@ -268,10 +260,12 @@ def render(*documents: dict[str, Any]) -> str:
     return HEADER + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def _without(node: Any, keyword: str) -> Any:
+def without(node: Any, keyword: str, *, beside: str | None = None) -> Any:
+    """A schema without a keyword: anywhere, or in those nodes that have another one beside it."""
     if isinstance(node, dict):
-        return {key: _without(value, keyword) for key, value in node.items() if key != keyword}
-    return [_without(item, keyword) for item in node] if isinstance(node, list) else node
+        drops = beside is None or beside in node
+        return {key: without(value, keyword, beside=beside) for key, value in node.items() if not (drops and key == keyword)}
+    return [without(item, keyword, beside=beside) for item in node] if isinstance(node, list) else node
 
 
 def generated(root: Path) -> dict[Path, str]:

@@ -19,7 +19,7 @@ import aiohttp
 from kubernetes import client, config
 
 from finetune_api import GROUP, VERSION
-from finetune_api.crd import crd, policy
+from finetune_api.crd import crd, policy, without
 from tests.bench.api_server import APIServer, api_server
 from tests.factory import CHECKED, COMPARED, PREPARED, PUBLISHED, TRAINED
 from tests.unit.test_reconcile import EVALUATED, World
@@ -27,12 +27,6 @@ from tests.unit.test_reconcile import EVALUATED, World
 NAME = "bench-status"
 OBJECTS, WRITES, ROUNDS = 50, 400, 5
 Node = dict[str, Any]
-
-
-def _without_rules(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _without_rules(value) for key, value in node.items() if key != "x-kubernetes-validations"}
-    return [_without_rules(item) for item in node] if isinstance(node, list) else node
 
 
 def variants() -> dict[str, Node]:
@@ -49,7 +43,7 @@ def variants() -> dict[str, Node]:
     return {
         "installed": installed,
         "rules of the policy in it": ruled,
-        "without rules": _without_rules(installed),
+        "without rules": without(installed, "x-kubernetes-validations"),
         "without a schema": opened,
     }
 

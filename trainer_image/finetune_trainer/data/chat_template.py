@@ -98,12 +98,6 @@ def forms_for(messages: list[Shape], *, inline: bool) -> list[Form]:
     return found
 
 
-def shared_prefix(one: str, other: str) -> str:
-    """What two texts begin with."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
-
-
 class ChatTemplate:
     """The chat template of one tokenizer."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..process.errors import UserError
-from .shape import BadRow, Message, Shape
+from .shape import BadRow, Message, Shape, is_conversation
 from .turns import Unused, as_turns, check_order, is_nothing, parse_json, read_tools, text, turns
 
 Values = dict[str, Any]
@@ -243,7 +243,7 @@ class RowReader:
                 shape, _ = self.read(value)
             except BadRow:
                 continue
-            if "messages" in shape or isinstance(shape.get("prompt"), list):
+            if is_conversation(shape):
                 return True
         return False
 

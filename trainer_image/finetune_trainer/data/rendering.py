@@ -10,11 +10,12 @@ Rows of one shape share a skeleton, so a row costs one rendering and one compari
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .chat_template import ChatTemplate, Form, forms_for, shared_prefix
+from .chat_template import ChatTemplate, Form, forms_for
 from .markers import Probe, extent_of, places_of, probed
 from .shape import BadRow, Shape
 from .verification import absent_arguments, escaped, same_text, schema, stands
@@ -290,7 +291,8 @@ class Renderer:
             return len(asked)
         before = max((p + len(probe.markers[n]) for p, n in places if p < first), default=0)
         words = asked[max((p + len(probe.markers[n]) for p, n in places_of(asked, probe)), default=0) :]
-        shared = self.template.whole_tokens(text[before:first], len(shared_prefix(text[before:first], words)))
+        alike = os.path.commonprefix([text[before:first], words])  # noqa: RUF071 - no paths
+        shared = self.template.whole_tokens(text[before:first], len(alike))
         return before + shared if shared else first
 
     def _end(self, index: int, text: str, places: list[tuple[int, int]], probe: Probe, tools: Any, form: Form) -> tuple[int, int, str]:

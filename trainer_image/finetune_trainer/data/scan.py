@@ -154,7 +154,7 @@ def first_prompt(shape: Shape) -> Shape:
     return {key: value for key, value in shape.items() if key not in _ANSWERS}
 
 
-_ANSWERS = ("completion", "chosen", "rejected", "label", "answer", "solution")
+_ANSWERS = ("completion", "chosen", "rejected", "label")
 
 
 def with_answer(shape: Shape, answers: dict[str, str]) -> Shape:

@@ -59,6 +59,11 @@ class Message(TypedDict):
     """The assistant's turn is context, and is not learned."""
 
 
+def is_conversation(row: Shape) -> bool:
+    """Whether a row holds turns, which a chat template renders."""
+    return "messages" in row or isinstance(row.get("prompt"), list)
+
+
 def messages_of(row: Shape) -> list[Message]:
     """Every turn of a row, of both answers where it has two."""
     return [turn for key, value in row.items() if isinstance(value, list) and key != "tools" for turn in value]

@@ -7,6 +7,7 @@ mark the assistant's turns. Where a turn's text stands, data/rendering.py tells.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from finetune_api.spec import Objective
 
 from ..process.errors import UserError
-from .chat_template import ChatTemplate, shared_prefix
+from .chat_template import ChatTemplate
 from .rendering import Renderer, Unaligned
 from .shape import BadRow, Shape
 
@@ -89,7 +90,8 @@ class RowTokenizer:
             ids = self._encode(prompt)
             if len(ids) >= self.max_length:
                 raise RowTooLong(f"the prompt has {len(ids)} tokens, maxLength is {self.max_length}")
-            return {**self._answer_columns(row, answer), "prompt": prompt, "answer": answer, "prompt_ids": ids}, False
+            columns = self._learned(row)[0] if answer else _joined(ids, [])
+            return {**columns, "prompt": prompt, "answer": answer, "prompt_ids": ids}, False
         if "chosen" in row:
             prompt, chosen, rejected = self._pair_texts(row)
             columns, cut = self._preference(prompt, chosen, rejected)
@@ -105,12 +107,6 @@ class RowTokenizer:
                 raise RowTooLong(f"no answer token is left within maxLength {self.max_length}")
             raise BadRow("there is no answer token")
         return columns, cut
-
-    def _answer_columns(self, row: Shape, answer: str) -> dict[str, Any]:
-        if not answer:  # a prompt alone
-            ids = self._encode(self.prompt_and_answer(row)[0])
-            return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
-        return self._learned(row)[0]
 
     def _learned(self, row: Shape) -> tuple[dict[str, Any], bool]:
         if "messages" in row:
@@ -217,7 +213,7 @@ class RowTokenizer:
             sides.append((rendered.text[:start], rendered.text[start : rendered.turns[-1].end]))
         (head, chosen), (other, rejected) = sides
         if head != other:  # a template that opens the turn by what it holds
-            shared = shared_prefix(head, other)
+            shared = os.path.commonprefix([head, other])  # noqa: RUF071 - no paths
             return shared, head[len(shared) :] + chosen, other[len(shared) :] + rejected
         return head, chosen, rejected
 

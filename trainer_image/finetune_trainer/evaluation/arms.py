@@ -6,6 +6,7 @@ the base is told is decided in prepare, where a prompt that does not fit is refu
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -235,14 +236,21 @@ def asked_rows(context: Context, tokenizer: Any, rows: list[Row], baseline: Base
     rendering = unbounded(context, tokenizer)
     shapes = [json.loads(row["row"]) for row in rows]
     good = [row.get("label") is not False for row in rows]
+
+    @functools.cache
+    def whole(place: int) -> list[int]:
+        return _learned(rendering(shapes[place])[0]["labels"])
+
+    def told(arm: Prompting, rows: list[Row]) -> list[Row]:
+        return [_told(rendering, row, shapes[place], arm, whole(place)) for place, row in enumerate(rows)]
+
     if len(baseline.arms) > 1 and not context.spec.tuning.assistant_only_loss:  # of prompts that differ, answers alone can be compared
-        rows = [_told(rendering, {**row, "labels": None}, shape, Prompting("Tuned")) for row, shape in zip(rows, shapes, strict=True)]
+        rows = told(Prompting("Tuned"), [{**row, "labels": None} for row in rows])
 
     def asked(arm: Prompting) -> Asked:
         changed = arm != Prompting(arm.name)
-        told = [_told(rendering, row, shape, arm) for row, shape in zip(rows, shapes, strict=True)] if changed else rows
         texts = [rendering.prompt_and_answer(arm.apply(shape)) for shape, fine in zip(shapes, good, strict=True) if answers and fine]
-        return Asked(arm.name, told, texts, len(arm.examples))
+        return Asked(arm.name, told(arm, rows) if changed else rows, texts, len(arm.examples))
 
     for arm in baseline.arms:
         try:
@@ -254,13 +262,12 @@ def asked_rows(context: Context, tokenizer: Any, rows: list[Row], baseline: Base
     yield asked(Prompting("Tuned"))
 
 
-def _told(rendering: RowTokenizer, row: Row, shape: Shape, arm: Prompting) -> Row:
-    """A prepared row with what the arm says before it. What is learned stays the same, to the token."""
+def _told(rendering: RowTokenizer, row: Row, shape: Shape, arm: Prompting, whole: list[int]) -> Row:
+    """A prepared row with what the arm says before it. What is learned stays the same, to the token. `whole`: that of the uncut row."""
     columns = rendering(arm.apply(shape))[0]
     found = dict(row)
     if row.get("prompt_ids") is not None:
         found["prompt_ids"] = columns["prompt_ids"]
-    whole = _learned(rendering(shape)[0]["labels"])
     learned = whole if row["labels"] is None else _learned(row["labels"])  # fewer where the row was cut
     places = [place for place, label in enumerate(columns["labels"]) if label != IGNORED]
     places = places[len(places) - len(whole) :]

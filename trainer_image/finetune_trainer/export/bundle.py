@@ -13,6 +13,7 @@ from finetune_api.contract import result_digest
 from finetune_api.spec import Output
 from finetune_api.status import Artifact
 
+from ..data.shape import is_conversation
 from ..job.context import Context
 from ..process.errors import InfrastructureError
 from .card import CardFacts, model_card
@@ -73,8 +74,7 @@ def _usage(context: Context, base: dict[str, Any], report: dict[str, Any]) -> Us
 
         shape = json.loads(read_rows(context.layout.train_rows, ("row",), 1)[0]["row"])
     systems = [text for text, _ in report.get("systemPrompts") or []]
-    conversations = "messages" in shape or isinstance(shape.get("prompt"), list)
-    return Usage(context.job, base, conversations, systems[0] if len(systems) == 1 and systems[0] else None)
+    return Usage(context.job, base, is_conversation(shape), systems[0] if len(systems) == 1 and systems[0] else None)
 
 
 def _parents(context: Context) -> list[dict[str, Any]]:

@@ -6,11 +6,14 @@ on where padding stands, so there each row is computed whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .likelihood import causal_model
 
 _WORTH = 16
 """Tokens from which on sharing saves more than it costs."""
@@ -39,9 +42,7 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
     """How many tokens all sequences begin with; each keeps one of its own."""
     if len(sequences) < 2:
         return 0
-    first, last = min(sequences), max(sequences)  # what the least and the greatest share, all between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(shared, min(map(len, sequences)) - 1)
+    return min(len(os.path.commonprefix(sequences)), min(map(len, sequences)) - 1)  # noqa: RUF071 - no paths
 
 
 @torch.inference_mode()
@@ -65,8 +66,7 @@ def share(model: Any, sequences: Sequence[list[int]]) -> SharedPrefix | None:
 def _takes(model: Any, argument: str) -> bool:
     import inspect
 
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(causal.forward).parameters
+    return argument in inspect.signature(causal_model(model).forward).parameters
 
 
 def _cache(layers: list[Any]) -> Any:

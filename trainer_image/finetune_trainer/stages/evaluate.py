@@ -56,10 +56,10 @@ def evaluate(context: Context) -> StageResult:
     # 2. The base in all its arms, then what was made of it
     cuda = torch.cuda.is_available()
     torch.manual_seed(seed)
-    model = _load(context, folder, cuda)
+    model = _load(context, folder, tokenizer, cuda)
     arms = [_measure(context, model, tokenizer, asked) for asked in before]
     arms[0].scores = _scores(context, model, tokenizer)
-    model = _tuned(context, model, cuda)
+    model = _tuned(context, model, tokenizer, cuda)
     tuned = _measure(context, model, tokenizer, after)
     tuned.scores = _scores(context, model, tokenizer)
     if spec.judge is not None:
@@ -92,20 +92,19 @@ def _has_answers(context: Context, rows: Rows) -> bool:
     return False
 
 
-def _load(context: Context, folder: str, cuda: bool) -> Any:
+def _load(context: Context, folder: str, tokenizer: Any, cuda: bool) -> Any:
     reward = OBJECTIVES[context.spec.tuning.objective].reward_model
     model = load_model(context, folder, dtype=compute_dtype(cuda), reward=reward, cuda=cuda)
-    tokenizer = load_served_tokenizer(context, local_path(context))
     stop_model(context, model, tokenizer, local_path(context))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.to("cuda" if cuda else "cpu").eval()
 
 
-def _tuned(context: Context, base: Any, cuda: bool) -> Any:
+def _tuned(context: Context, base: Any, tokenizer: Any, cuda: bool) -> Any:
     if context.spec.tuning.method in WHOLE_MODEL_METHODS:
         del base
-        return _load(context, context.layout.output, cuda)
+        return _load(context, context.layout.output, tokenizer, cuda)
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, context.layout.output).to(base.device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def describe_model(context: Context, folder: str) -> Base:
             f"{len(unused)} tensors of the base's files belong to no part of the model by its config.json, for example {unused[0]}"
         )
     return Base(
-        shape=ModelShape(**{**shape.__dict__, "trainable": sum(trainable.values())}),
+        shape=replace(shape, trainable=sum(trainable.values())),
         limits=limits,
         modules=tuple(trainable),
         keeps_rows_apart=keeps_rows_apart(hyper.attention, kind, config, compiled=hyper.torch_compile),
