@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,28 +152,30 @@ def test_f11_f25_a_stop_saves_and_the_next_attempt_goes_on(user: User) -> None:
     assert f"from the checkpoint at step {suspended}" in trained and "300 steps" in trained
 
 
-@pytest.fixture
-def queue(user: User) -> Iterator[str]:
-    """A queue of two GPUs, and a PriorityClass of the same name."""
-    name = user.namespace
-    flavor = {"name": "any", "nominalQuota": 2}
-    spec = {"flavors": [flavor], "preemption": {"minimumRunTime": "1s"}}
-    user.apply(
-        {"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": name}, "spec": spec},
-        {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": 1000},
-    )
-    yield name
-    user.kubectl("delete", f"finetunequeue/{name}", f"priorityclass/{name}")
-
-
-def test_f12_urgent_work_gets_the_gpus_and_the_other_goes_on_where_it_was(user: User, queue: str) -> None:
+def test_f12_urgent_work_gets_the_gpus_and_the_other_goes_on_where_it_was(user: User) -> None:
+    """Both are prepared before the queue they name is there: what trains does not end while the other is still being prepared."""
+    queue = user.namespace
     document = trained_only(gang("modest", steps=400, scheduling={"queue": queue}))
     document["spec"]["checkpoint"] = {"every": "1h"}
     user.apply(document)
-    user.until("it is admitted", lambda: user.status("modest")["admission"], 240)
+    user.until("it is seen", lambda: user.status("modest")["phase"], 60)
     user.apply(manifest("urgent", distribution={"gpusPerNode": 1}, scheduling={"queue": queue}))
-    user.until("urgent waits", lambda: user.status("urgent")["phase"] == "Queued", 240)
+    for name in ("modest", "urgent"):
+        user.until(f"{name} waits", lambda name=name: user.status(name)["phase"] == "Queued", 240)
+    spec = {"flavors": [{"name": "any", "nominalQuota": 2}], "preemption": {"minimumRunTime": "1s"}}
+    user.apply(
+        {"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": queue}, "spec": spec},
+        {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": queue}, "value": 1000},
+    )
+    try:
+        _preempts(user, queue)
+    finally:
+        user.kubectl("delete", f"finetunequeue/{queue}", f"priorityclass/{queue}")
+
+
+def _preempts(user: User, queue: str) -> None:
     user.until("modest trains", lambda: user.status("modest")["progress"]["step"] > 3, 240)
+    assert user.status("urgent")["phase"] == "Queued"
     patch = {"spec": {"scheduling": {"priorityClassName": queue}}}
     user.kubectl("patch", "finetunejob", "urgent", "--type=merge", "-p", json.dumps(patch))
     user.until("modest gives way", lambda: user.status("modest")["phase"] == "Queued", 60)
@@ -323,7 +324,7 @@ def test_a11_a20_the_operator_holds_no_more_than_it_says(user: User) -> None:
 
 def test_an_uninstalled_operator_strands_nothing(user: User) -> None:
     """Training goes on, jobs can be deleted with all that is theirs, and what is installed again takes over."""
-    user.apply(gang("stays", steps=400))
+    user.apply(gang("stays", steps=100_000))  # it does not end before it is deleted, however fast the machine is
     user.until("training", lambda: user.status("stays").get("phase") == "Training", 180)
     helm.uninstall(user.cluster.kubeconfig)
     try:

@@ -68,7 +68,7 @@ def admitted_at(workload: dict[str, Any]) -> str:
 
 def test_a_gang_is_admitted_whole_and_its_evaluation_goes_before_the_next(team: User) -> None:
     """The second waits with Kueue's reason, and starts when what came before it has ended, the evaluation included."""
-    first = gang("first", steps=150, scheduling={"queue": QUEUE})
+    first = gang("first", steps=300, scheduling={"queue": QUEUE})
     del first["spec"]["publish"]
     team.apply(first)
     team.until("first trains", lambda: phase(team, "first") == "Training", 240)
