@@ -69,7 +69,7 @@ def test_common_shapes(format_: str, row: dict[str, Any], shape: dict[str, Any])
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}]}, "turn 1 is of assistant, expected user"),
         ("preference", {"prompt": "p", "chosen": "x", "rejected": "x"}, "there is nothing to prefer"),
         ("preference", {"chosen": chat("a")["messages"], "rejected": chat("b")["messages"]}, "share no prompt"),
-        ("unpaired-preference", {"prompt": "p", "completion": "c", "label": 1}, "label is int, expected true"),
+        ("unpaired-preference", {"prompt": "p", "completion": "c", "label": 2}, "label is 2; write true"),
         ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "user", "content": "b"}]}, "expected tool"),
         ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "arguments is text, and no JSON"),
         ("messages", {"messages": [{"role": "user", "content": "a\x00"}]}, "NUL character"),

@@ -124,7 +124,7 @@ BAD: list[tuple[str, bytes, str, list[str]]] = [
     ("mixed formats", lines([*rows(5), *({"text": f"x {i}"} for i in range(5))]), "MixedFormats", ["5 messages", "5 text"]),
     ("unknown columns", lines([{"question": "a", "answer": "b"}] * 9), "UnknownFormat", ["answer, question", '"prompt": "..."']),
     ("missing role", lines([*rows(9), {"messages": [{"content": "x"}]}]), "InvalidRows", ["train row 10", "role is missing"]),
-    ("unknown role", lines([*rows(9), {"messages": [{"role": "human", "content": "x"}]}]), "InvalidRows", ["'human' is not one of"]),
+    ("unknown role", lines([*rows(9), {"messages": [{"role": "alien", "content": "x"}]}]), "InvalidRows", ["'alien' is not one of"]),
     ("empty answer", lines([*rows(9), chat("a", "  ")]), "InvalidRows", ["messages[1].content is empty"]),
     ("no answer", lines([*rows(9), {"messages": [{"role": "user", "content": "x"}]}]), "InvalidRows", ["there is no answer to learn"]),
     ("role order", lines([*rows(9), {"messages": [{"role": "assistant", "content": "x"}]}]), "InvalidRows", ["must alternate"]),

@@ -12,6 +12,7 @@ import pytest
 
 from finetune_trainer.data import reading
 from finetune_trainer.data.formats import RowReader
+from finetune_trainer.data.nulls import filled_in
 from finetune_trainer.data.problems import Files, Keys, Problems
 from finetune_trainer.process.errors import UserError
 from tests.unit.test_prepare import Desk, desk, lines, rows
@@ -58,6 +59,36 @@ def test_nulls_that_arrow_invented_are_removed(tmp_path: Path) -> None:
     found = [RowReader("messages", {}).read(row.value or {}) for row in reading.file_rows(parquet(tmp_path / "a.parquet", items))]
     assert [shape for shape, _ in found] == [{"messages": item["messages"]} for item in items]
     assert [unused for _, unused in found] == [set(), {"note"}]
+
+
+def _calls(*functions: tuple[str, dict[str, Any]], tools: Any = None) -> dict[str, Any]:
+    calls = [{"function": {"name": name, "arguments": arguments}} for name, arguments in functions]
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": tools}
+
+
+def test_nulls_that_arrow_invented_in_a_file_of_json() -> None:
+    """datasets' to_json writes the fields of all calls into each."""
+    paint, add = ("paint", {"colour": "red", "a": None}), ("add", {"colour": None, "a": 1})
+    definition = {"name": "paint", "parameters": {"properties": {"colour": {"type": "string"}, "a": None}}}
+    for found in (
+        [_calls(paint), _calls(add)],
+        [_calls(paint, add)],
+        [_calls(paint, tools=[definition])],
+        [_calls(paint, tools=json.dumps([{"type": "function", "function": definition}]))],
+    ):
+        assert filled_in(found), found
+    own = {"name": "paint", "parameters": {"properties": {"colour": {}, "a": {}}}}
+    for found in (
+        [_calls(paint, tools=[own])],
+        [_calls(paint)],
+        [_calls(paint), _calls(("add", {"a": 1}))],
+        [_calls(("paint", {"colour": "red"}), ("add", {"colour": "red"}))],
+        [_calls(paint, ("add", {"colour": "red", "a": None}), tools=[own, {**own, "name": "add"}])],
+        [{"messages": "text", "tools": "text"}, {"messages": [None, {"tool_calls": [5, {"function": 5}], "function_call": "f"}]}],
+    ):
+        assert not filled_in(found), found
+    shape, _ = RowReader("messages", {}, filled=True).read(_calls(paint))
+    assert shape["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"colour": "red"}
 
 
 def test_values_of_arrow_that_are_no_json(tmp_path: Path) -> None:

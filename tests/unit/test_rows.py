@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_api.status import DatasetStatus
-from finetune_trainer.data.formats import FORMATS, RowReader, detect, looks_like, rename
+from finetune_trainer.data.formats import FORMATS, RowReader, detect, looks_like, rename, usual_names
 from finetune_trainer.data.shape import BadRow, all_strings, dumps, strings
 from finetune_trainer.data.tokens import IGNORED
 from finetune_trainer.process.errors import UserError
@@ -99,6 +99,14 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("one turn as an answer", "preference", {"prompt": "a", "chosen": turn("assistant", "good"), "rejected": turn("assistant", "bad")}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
     ("Anthropic's dialogs", "preference", {"chosen": "\n\nHuman: a\n\nAssistant: good", "rejected": "\n\nHuman: a\n\nAssistant: bad"}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
+    ("a call without its cover", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL["function"]]), RESULT, YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}),
+    ("calls as text, without their cover", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=json.dumps([CALL["function"]]))]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL])]}),
+    ("a tool's result as a list", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", [{"id": 1, "type": "shade"}]), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", '[{"id": 1, "type": "shade"}]'), YES]}),
+    ("a tool's result as text parts", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", [{"type": "text", "text": "done"}]), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}),
+    ("ShareGPT's names in messages", "messages", {"messages": [turn("human", "paint red"), turn("gpt", "yes"), turn("user", "paint red"), turn("model", "yes")]}, {"messages": [ASK, YES, ASK, YES]}),
+    ("a label of 1", "unpaired-preference", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
+    ("a label of 0, as text", "unpaired-preference", {"prompt": "a", "completion": "b", "label": "0"}, {"prompt": "a", "completion": "b", "label": False}),
+    ("a label as CSV has it", "unpaired-preference", {"prompt": "a", "completion": "b", "label": "True"}, {"prompt": "a", "completion": "b", "label": True}),
     ("an answer to compare with", "prompt-only", {"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
     ("a solution to compare with", "prompt-only", {"prompt": [turn("user", "a")], "solution": 7}, chat("a", "7")),
     ("tools beside a prompt", "prompt-only", {"prompt": [ASK], "tools": [TOOL]}, {"messages": [ASK], "tools": [TOOL]}),
@@ -130,6 +138,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("prompt-completion", {"prompt": "a", "completion": "[{'role': 'assistant', 'content': 'b'}]"}, "completion looks like a list of turns"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "paint"}]}, r"conversations\[1\].value is text, and no JSON"),
     ("preference", {"prompt": "other", "chosen": chat("a", "good")["messages"], "rejected": chat("a", "bad")["messages"]}, "another prompt than the column prompt"),
+    ("preference", {"chosen": "a", "rejected": "b"}, "prompt is missing.*name yours in dataset.columns"),
+    ("preference", {"system": "s", "chosen": "a", "rejected": "b"}, "prompt is missing"),
+    ("unpaired-preference", {"prompt": "a", "completion": "b", "label": "perhaps"}, "label is perhaps; write true .a good answer. or false, also as 1 or 0"),
+    ("unpaired-preference", {"prompt": "a", "completion": "b", "label": -1}, "label is -1"),
+    ("messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", [{"type": "image_url", "image_url": {}}]), YES]}, "a part of type image_url; only text"),
     ("prompt-only", {"prompt": "a", "answer": {"b": 1}}, "answer is dict, expected a string"),
 ]  # fmt: skip
 
@@ -178,6 +191,20 @@ def test_a_format_that_the_objective_learns_from_is_preferred() -> None:
         detect([{"dialog": []}], ("messages",))
     with pytest.raises(UserError, match=r"format prompt-only.*dataset.columns: \{response: completion\}"):
         detect([{"prompt": "a", "response": "b"}], ("prompt-completion",))
+
+    with pytest.raises(UserError, match=r"columns: \{instruction: prompt, chosen_response: chosen, rejected_response: rejected\}"):
+        detect([{"instruction": "a", "chosen_response": "b", "rejected_response": "c"}], ("preference",))
+
+
+def test_well_known_data_sets_are_read_by_their_own_names(desk: Desk) -> None:
+    done = desk.run(lines([{"instruction": f"what {i}", "context": "red", "response": "yes", "category": "qa"} for i in range(8)]))
+    assert done.result["dataset"]["format"] == "alpaca" and done.result["dataset"]["unusedKeys"] == {"category": 8}
+    assert json.loads(rows_of(desk.context(None).layout.train_rows)[0]) == chat("what 0\n\nred", "yes")
+    report = json.loads(Path(desk.context(None).layout.data_report).read_text())
+    assert report["sources"][0]["reason"].endswith("context is read as input, response is read as output")
+    desk.run(lines([{"question": f"what {i}", "chosen": "yes", "rejected": "no"} for i in range(8)]), tuning={"objective": "dpo"})
+    assert json.loads(rows_of(desk.context(None).layout.train_rows)[0])["prompt"] == "what 0"
+    assert usual_names([{"instruction": "a", "output": "b", "response": None}]) == {}
 
 
 def test_columns_of_other_names() -> None:
@@ -237,6 +264,26 @@ def test_keys_that_nothing_reads_are_named_and_counted_once_each(desk: Desk) -> 
     report = json.loads(Path(desk.context(None).layout.data_report).read_text())
     assert report["unusedKeys"] == {"id": 4, "score": 4}
     assert "score" in Path(desk.context(None).layout.data_page).read_text()
+
+
+def test_keys_of_a_refused_row_are_named_too(desk: Desk) -> None:
+    data = lines([*rows(8), {**chat("what", ""), "score": 5}])
+    done = desk.run(data, dataset={"checks": {"minExamples": 5, "invalidRows": "drop"}})
+    assert done.result["dataset"]["dropped"] == {"invalid": 1} and done.result["dataset"]["unusedKeys"] == {"score": 1}
+
+
+def test_every_kind_of_refused_row_is_told_at_once(desk: Desk) -> None:
+    data = lines([*rows(8), *[chat(f"bad {i}", "") for i in range(12)], chat("cat " * 30, "no")]) + b"{oops\n"
+    with pytest.raises(UserError) as problem:
+        desk.run(data, tuning={"hyperparameters": {"maxLength": 16}})
+    told = problem.value.message
+    assert problem.value.reason == "InvalidRows" and "unreadable: 1 row(s): train row 22" in told
+    assert "invalid: 12 row(s): train row 9" in told and "train row 18 (train.jsonl:18); and 2 more" in told
+    assert "tooLong: 1 row(s): train row 21" in told and told.endswith("set dataset.checks.tooLong to drop")
+    with pytest.raises(
+        UserError, match=r"no readable row; of its first rows, 2 row.*train row 1 .train.jsonl:1.*train row 2 .train.jsonl:2"
+    ):
+        desk.run(b"{oops\n[]\n")
 
 
 def test_a_users_names_of_columns(desk: Desk) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..process.errors import UserError
+from .nulls import without_nulls
 from .shape import BadRow, Message, Shape, is_conversation
-from .turns import Unused, as_turns, check_order, is_nothing, parse_json, read_tools, text, turns
+from .turns import Unused, as_turns, check_order, is_nothing, parse_json, read_tools, text, truth, turns
 
 Values = dict[str, Any]
 
@@ -39,11 +40,10 @@ class Format:
     def normalize(self, row: Values, unused: Unused | None = None) -> Shape:
         """The row in its common shape; paths of keys that hold something and were not read go into `unused`. Raises BadRow."""
         left: Unused = set() if unused is None else unused
-        shape = self.read(row, left)
         for key in row.keys() - self.known:
             if not is_nothing(row[key]) and row[key] != "":
                 left.add(str(key))
-        return shape
+        return self.read(row, left)
 
 
 def _column(row: Values, field: str, *, empty: bool = False) -> str:
@@ -134,11 +134,16 @@ def _dialog(row: Values, field: str) -> list[Message]:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]  # type: ignore[typeddict-item]
 
 
+_NO_PROMPT = "prompt is missing, and chosen and rejected are answers alone; give the question as prompt, or name yours in dataset.columns"
+
+
 def _preference(row: Values, unused: Unused) -> Shape:
     if row.get("prompt") is None and all(isinstance(row.get(side), str) and _HUMAN.match(row[side]) for side in ("chosen", "rejected")):
         shape = _conversations(row, _dialog(row, "chosen"), _dialog(row, "rejected"), unused)
     elif _is_chat(row, "prompt", "chosen", "rejected"):
         shape = _conversations(row, _side(row, "chosen", "assistant", unused), _side(row, "rejected", "assistant", unused), unused)
+    elif row.get("prompt") is None:
+        raise BadRow(_NO_PROMPT)
     else:
         shape = {field: _column(row, field) for field in ("prompt", "chosen", "rejected")}
     if shape["chosen"] == shape["rejected"]:
@@ -160,7 +165,7 @@ def _conversations(row: Values, good: list[Message], bad: list[Message], unused:
             raise BadRow("chosen and rejected begin with another prompt than the column prompt; give answers alone, or remove prompt")
         head = head or prompt
     elif not head:
-        raise BadRow("chosen and rejected share no prompt")
+        raise BadRow(_NO_PROMPT)
     head = _head(row, head)
     for field, answer in (("chosen", good), ("rejected", bad)):
         try:
@@ -175,11 +180,7 @@ def _said(messages: list[Message]) -> list[tuple[str, str]]:
 
 
 def _unpaired(row: Values, unused: Unused) -> Shape:
-    label = row.get("label")
-    if isinstance(label, str) and label.lower() in ("true", "false"):  # CSV
-        label = label.lower() == "true"
-    if not isinstance(label, bool):
-        raise BadRow(f"label is {type(label).__name__}, expected true (a good answer) or false")
+    label = truth(row.get("label"), "label", "true (a good answer) or false, also as 1 or 0")
     return {**_prompt_completion(row, unused), "label": label}
 
 
@@ -229,12 +230,14 @@ class RowReader:
     """The user's name of a column -> the format's."""
     chat: bool = False
     """Whether rows are conversations, also those that could be plain text: some of the source have a system text."""
+    filled: bool = False
+    """Whether nulls stand where a row had nothing (nulls.py)."""
 
-    def read(self, value: Values) -> tuple[Shape, Unused]:
-        """The row in its common shape, and the paths of what is not read of it. Raises BadRow."""
-        unused: Unused = set()
-        row = rename(value, self.columns, unused)
-        return FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, unused), unused
+    def read(self, value: Values, unused: Unused | None = None) -> tuple[Shape, Unused]:
+        """The row in its common shape, and the paths of what is not read of it, also in `unused`. Raises BadRow."""
+        left: Unused = set() if unused is None else unused
+        row = rename(without_nulls(value) if self.filled else value, self.columns, left)
+        return FORMATS[self.format].normalize({"system": None, **row} if self.chat else row, left), left
 
     def reads_conversation(self, values: Iterable[Values]) -> bool:
         """Whether one of some rows is a conversation, which needs a chat template."""
@@ -273,26 +276,48 @@ def looks_like(row: Values, wanted: Collection[str] = tuple(FORMATS)) -> str | N
     return next((name for name in found if name in wanted), found[0] if found else None)
 
 
+_PUBLIC: tuple[tuple[set[str], dict[str, str]], ...] = (
+    ({"instruction", "response"}, {"context": "input", "response": "output"}),  # Dolly
+    *(({name, "chosen", "rejected"}, {name: "prompt"}) for name in ("question", "instruction", "query")),  # Orca's pairs
+)
+"""Names that well-known data sets have for a format's columns: (the columns that tell them, their names)."""
+
+
+def usual_names(sample: Iterable[Values]) -> dict[str, str]:
+    """What dataset.columns would be for rows of a well-known form; empty where they need none."""
+    columns: set[str] = set()
+    for row in sample:
+        columns.update(str(key) for key, value in row.items() if value is not None)
+    for told, names in _PUBLIC:
+        if told <= columns and not columns & set(names.values()):
+            return {key: name for key, name in names.items() if key in columns}
+    return {}
+
+
 _GUESSES = {
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("question", "query", "problem", "user", "input", "instruction"),
     "completion": ("answer", "response", "output", "target", "solution", "assistant"),
+    "chosen": ("chosen_response", "accepted", "preferred", "winner", "better", "positive"),
+    "rejected": ("rejected_response", "dispreferred", "loser", "worse", "negative"),
 }
 
 
 def _proposal(columns: Collection[str], wanted: Collection[str]) -> str:
     """What dataset.columns could be for columns of these names."""
-    needed = {"completion": "answer"} if "prompt-completion" not in wanted else {}
     if (found := next((g for g in _GUESSES["messages"] if g in columns), None)) is not None and "messages" in wanted:
         return f"; or name yours: dataset.columns: {{{found}: messages}}"
+    fitting = next((kind for kind in ("preference", "prompt-completion", "unpaired-preference", "prompt-only") if kind in wanted), None)
+    if fitting is None:
+        return ""
+    needed = {"completion": "answer"} if fitting == "prompt-only" else {}
     pairs = {
         found: needed.get(name, name)
-        for name, guesses in _GUESSES.items()
-        if name not in (*columns, "messages") and (found := next((g for g in guesses if g in columns), None)) is not None
+        for name in ("prompt", *FORMATS[fitting].columns, *needed)
+        if name not in columns and (found := next((g for g in _GUESSES.get(name, ()) if g in columns), None)) is not None
     }
-    if not pairs or not {"prompt-completion", "prompt-only"} & set(wanted):
-        return ""
-    return f"; or name yours: dataset.columns: {{{', '.join(f'{found}: {name}' for found, name in pairs.items() if found != name)}}}"
+    told = ", ".join(f"{found}: {name}" for found, name in pairs.items() if found != name)
+    return f"; or name yours: dataset.columns: {{{told}}}" if told else ""
 
 
 def detect(sample: Iterable[Values], wanted: Iterable[str]) -> tuple[str, str]:

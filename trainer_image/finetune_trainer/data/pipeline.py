@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -16,8 +16,9 @@ from finetune_api.status import DatasetStatus, Plan
 
 from ..job.context import Context
 from ..process.errors import UserError
-from .formats import FORMATS, RowReader, detect, rename
+from .formats import FORMATS, RowReader, detect, rename, usual_names
 from .limits import Limits, check_length, check_vocabulary
+from .nulls import filled_in
 from .packing import packed_sequences
 from .problems import SHOWN, Files, Keys, Problems
 from .reading import Row, rows
@@ -75,19 +76,22 @@ class Pipeline:
             self.reports[HELD_OUT] = SourceReport(held_out.uri)
             self._read(HELD_OUT, source, "train")
         self._check_columns()
-        for kind in ("unreadable", "invalid"):
-            if self.problems.counts[kind]:
-                if self.checks.invalid_rows == "fail":
-                    raise UserError("InvalidRows", f"{self.problems.describe(kind)}. Mend them, or set dataset.checks.invalidRows: drop")
-                self.dropped[kind] = self.problems.counts[kind]
-        if self.problems.counts["tooLong"]:
-            if not self._drops_long:
-                other = "drop" if self.checks.too_long == "truncate" else "truncate or drop"
-                raise UserError(
-                    "RowsTooLong",
-                    f"{self.problems.describe('tooLong')}. Raise hyperparameters.maxLength, or set dataset.checks.tooLong to {other}",
-                )
-            self.dropped["tooLong"] = self.problems.counts["tooLong"]
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Raise UserError with every kind of row that `checks` refuses; count those that it leaves out."""
+        kinds = [kind for kind in ("unreadable", "invalid", "tooLong") if self.problems.counts[kind]]
+        refused = [kind for kind in kinds if (not self._drops_long if kind == "tooLong" else self.checks.invalid_rows == "fail")]
+        self.dropped.update({kind: self.problems.counts[kind] for kind in kinds})
+        if not refused:
+            return
+        told = [f"{kind}: {self.problems.describe(kind, len(refused))}" for kind in refused]
+        fixes = ["Mend them, or set dataset.checks.invalidRows: drop"] if refused != ["tooLong"] else []
+        if "tooLong" in refused:
+            other = "drop" if self.checks.too_long == "truncate" else "truncate or drop"
+            fixes.append(f"Raise hyperparameters.maxLength, or set dataset.checks.tooLong to {other}")
+        found = "; ".join(told) if len(told) > 1 else self.problems.describe(refused[0])
+        raise UserError("RowsTooLong" if refused == ["tooLong"] else "InvalidRows", f"{found}. {'. '.join(fixes)}")
 
     @property
     def _drops_long(self) -> bool:
@@ -110,12 +114,13 @@ class Pipeline:
         report = self.reports[origin]
         iterator = rows(self.context, source, name, report.files)
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
-        report.format, report.reason = self._format(head, origin)
-        log.info("%s: format %s: %s", source.uri, report.format, report.reason)
-        columns = self.context.spec.dataset.columns
         values = [row.value for row in head if row.value is not None]
+        self._columns_seen.update(*values)
+        columns = self.context.spec.dataset.columns or usual_names(values)
+        report.format, report.reason = self._format(head, origin, columns)
+        log.info("%s: format %s: %s", source.uri, report.format, report.reason)
         chat = any(rename(value, columns).get("system") for value in values)
-        reader = RowReader(report.format, columns, chat=chat)
+        reader = RowReader(report.format, columns, chat=chat, filled=filled_in(values))
         if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
@@ -131,17 +136,21 @@ class Pipeline:
             report.rows += len(chunk)
             self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
 
-    def _format(self, head: list[Row], origin: int) -> tuple[str, str]:
-        wanted, columns = self.context.spec.dataset.format, self.context.spec.dataset.columns
-        good = [row.value for row in head if row.value is not None]
-        self._columns_seen.update(*good)
+    def _format(self, head: list[Row], origin: int, columns: Mapping[str, str]) -> tuple[str, str]:
+        wanted = self.context.spec.dataset.format
+        good = [rename(row.value, columns) for row in head if row.value is not None]
         if wanted != "auto" and origin <= 0:
             return wanted, "as dataset.format says"
         if not good:
-            first = f"; {self._place(origin, head[0].number)}: {head[0].problem} [{head[0].excerpt}]" if head else ""
+            found = Problems()
+            for row in head:
+                found.add("unreadable", self._place(origin, row.number), row.problem, row.excerpt)
+            first = f"; of its first rows, {found.describe('unreadable')}" if head else ""
             hint = "; where the file is a JSON list, rename it to .json" if head and head[0].excerpt.startswith("[") else ""
             raise UserError("EmptyDataset", f"the data set has no readable row{first}{hint}")
-        return detect((rename(row, columns) for row in good), FORMATS_OF[self.context.spec.tuning.objective])
+        name, reason = detect(good, FORMATS_OF[self.context.spec.tuning.objective])
+        named = ", ".join(f"{key} is read as {name}" for key, name in columns.items() if key not in self.context.spec.dataset.columns)
+        return name, f"{reason}; {named}" if named else reason
 
     def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
         for row in chunk:

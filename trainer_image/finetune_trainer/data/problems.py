@@ -77,12 +77,12 @@ class Problems:
         if len(cause.places) < SHOWN:
             cause.places.append((place, detail + (f" [{excerpt}]" if excerpt else "")))
 
-    def describe(self, kind: str) -> str:
-        """Count, causes and first places, for a message."""
+    def describe(self, kind: str, kinds: int = 1) -> str:
+        """Count, causes and first places, for a message that tells so many kinds."""
         causes = list(self.causes[kind].values())
         told = "; ".join(cause.describe() for cause in causes[:_TOLD])
         left = sum(cause.rows for cause in causes[_TOLD:])
-        told = told if len(told) <= _LENGTH else f"{told[:_LENGTH]}..."
+        told = told if len(told) <= _LENGTH // kinds else f"{told[: _LENGTH // kinds]}..."
         return f"{self.counts[kind]} row(s): {told}" + (f"; and {left} row(s) of other causes" if left else "")
 
     def wire(self) -> dict[str, object]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import datetime
-import decimal
 import gzip
 import io
 import json
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import error_for_exception, hub_host, with_retries
 from .fetch import fetch
+from .nulls import without_nulls
 from .problems import Files
 
 LINE_LIMIT = 16 * 1024 * 1024
@@ -283,23 +281,6 @@ def _csv_rows(stream: BinaryIO, shown: str) -> Iterator[Row]:
         raise UserError("DatasetNotCSV", f"{shown}: {failure}") from None
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's as JSON has it. A struct has every field that any row has: those that are null are not there."""
-    return {key: _plain(value) for key, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str | int | float | None):
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return str(value) if isinstance(value, decimal.Decimal | datetime.timedelta | uuid.UUID) else value
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -312,7 +293,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
-                    yield _row(number, _without_nulls(value))
+                    yield _row(number, without_nulls(value))
     except (pa.ArrowException, OSError) as failure:
         raise UserError("DatasetNotParquet", f"{path.name}, after row {number}: {_excerpt(str(failure), 200)}") from None
 
@@ -334,7 +315,7 @@ def _hub_rows(source: DatasetSource, token: str | None) -> Iterator[Row]:
     try:
         loaded = load_dataset(uri.name, revision=known.sha or uri.revision or None, split=source.split, token=token, streaming=True)
         for number, value in enumerate(loaded, start=1):
-            yield _row(number, _without_nulls(dict(value)))
+            yield _row(number, without_nulls(dict(value)))
     except Exception as failure:
         if (error := error_for_exception(failure, host, refused)) is None:
             raise

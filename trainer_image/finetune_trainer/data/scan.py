@@ -21,6 +21,7 @@ from .reading import Row
 from .sensitive import findings
 from .shape import BadRow, Shape, all_strings, dumps, strings, system_prompt
 from .tokens import IGNORED, RowTokenizer, RowTooLong
+from .turns import Unused
 from .workers import map_in_order
 
 CHUNK = 512
@@ -76,8 +77,9 @@ class Scan:
         row = row.parsed()
         if row.value is None:
             return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
+        unused: Unused = set()
         try:
-            shape, unused = self.reader.read(row.value)
+            shape, _ = self.reader.read(row.value, unused)
             group = self._group(row.value, shape)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
@@ -89,7 +91,7 @@ class Scan:
             columns, truncated = self.row_tokenizer(shape)
             notes = self.row_tokenizer.renderer.take_notes()
         except BadRow as failure:
-            return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong))
+            return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong), unused=self._untouched(unused))
         except RecursionError:
             return Scanned(row.number, "nested too deeply")
         try:
@@ -110,8 +112,11 @@ class Scan:
             system=system,
             sensitive=findings(everything),
             notes=notes,
-            unused=tuple(key for key in unused if key != self.group_by),
+            unused=self._untouched(unused),
         )
+
+    def _untouched(self, unused: Unused) -> tuple[str, ...]:
+        return tuple(key for key in unused if key != self.group_by)
 
     def _group(self, value: dict[str, Any], shape: Shape) -> int:
         if self.group_by is None:

@@ -15,13 +15,30 @@ Unused = set[str]
 """Paths of keys that hold something and are not read, for example `messages[].score`."""
 _PLAIN = {"role", "content"}
 _SAYS, _REASONING, _LEARNED = ("content", "value"), ("reasoning_content", "reasoning", "thinking"), ("weight", "train", "loss")
-_SHAREGPT: dict[str, Role | str] = {
+_NAMES: dict[str, Role | str] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function": "tool",
+    "bard": "assistant", "model": "assistant", "system": "system", "developer": "system", "tool": "tool", "observation": "tool", "function": "tool",
     "tool_response": "tool", "function_response": "tool", "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+"""Who says a turn, by the names that rows have for it; `call` is ShareGPT's turn of a call."""
+_PARTS = {
+    "text",
+    "thinking",
+    "reasoning",
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "input_audio",
+    "video",
+    "video_url",
+    "file",
+    "document",
+}
+"""Types of the parts of a content. A tool's result may be a list of anything else."""
 _LOOKS_LIKE_TURNS = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _SHOWN = 40
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def text(value: Any, field: str, *, empty: bool = False) -> str:
@@ -86,7 +103,7 @@ def _turn(turn: Any, place: str, unused: Unused, field: str) -> Message:
     left = {key: value for key, value in turn.items() if not is_nothing(value)}
     role, key = _role(left, place)
     content = left.pop(key, None)
-    if isinstance(content, list):
+    if isinstance(content, list) and not (role == "tool" and _is_data(content)):
         content = _joined(content, f"{place}.{key}", left)
     if role == "call":
         role, content = "assistant", _called(content, left, f"{place}.{key}")
@@ -121,18 +138,25 @@ def _role(left: dict[str, Any], place: str) -> tuple[str, str]:
     """The role, and the key of what is said."""
     key = next((name for name in _SAYS if name in left), "value" if "from" in left else "content")
     if "role" in left:
-        role = left.pop("role")
-        role = {"developer": "system", "function": "tool"}.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES and not (place.startswith("conversations") and isinstance(role, str) and role in _SHAREGPT):
-            raise BadRow(f"{place}: role {str(role)[:_SHOWN]!r} is not one of {', '.join(ROLES)}")
-        return str(_SHAREGPT.get(role, role)), key
+        said = left.pop("role")
+        role = _NAMES.get(said) if isinstance(said, str) else None
+        if role is None:
+            raise BadRow(f"{place}: role {str(said)[:_SHOWN]!r} is not one of {', '.join(ROLES)}")
+        return role, key
     if "from" not in left:
         raise BadRow(f"{place}: role is missing")
     said = left.pop("from")
-    role = _SHAREGPT.get(said) if isinstance(said, str) else None
+    role = _NAMES.get(said) if isinstance(said, str) else None
     if role is None:
-        raise BadRow(f"{place}: from {str(said)[:_SHOWN]!r} is not one of {', '.join(_SHAREGPT)}")
+        raise BadRow(f"{place}: from {str(said)[:_SHOWN]!r} is not one of {', '.join(_NAMES)}")
     return role, key
+
+
+def _is_data(value: list[Any]) -> bool:
+    """Whether a list is a tool's result itself, and no list of the parts of a content."""
+    if not value or all(isinstance(part, str) for part in value):
+        return bool(value)
+    return not any(isinstance(part, dict) and part.get("type") in _PARTS for part in value)
 
 
 def _joined(parts: list[Any], place: str, left: dict[str, Any]) -> str:
@@ -179,10 +203,16 @@ def _assistant(read: Message, left: dict[str, Any], place: str) -> None:
 
 def _weight(value: Any, place: str) -> bool:
     """Whether a turn is learned."""
-    value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value) if isinstance(value, str) else value
+    return truth(value, place, "true or false" if not place.endswith("weight") else "0 (context, not learned) or 1")
+
+
+def truth(value: Any, place: str, expected: str) -> bool:
+    """Yes or no, also as 1 or 0, and as the text of either (CSV files hold those). Raises BadRow."""
+    value = _TRUTHS.get(value.strip().lower(), value) if isinstance(value, str) else value
     if not isinstance(value, bool | int | float) or value not in (0, 1):
-        what = "true or false" if not place.endswith("weight") else "0 (context, not learned) or 1"
-        raise BadRow(f"{place} is {str(value)[:_SHOWN]}; write {what}")
+        raise BadRow(
+            f"{place} is {str(value)[:_SHOWN]}; write {expected}" if value is not None else f"{place} is missing; write {expected}"
+        )
     return bool(value)
 
 
@@ -190,11 +220,13 @@ def _called(content: Any, left: dict[str, Any], place: str) -> str | None:
     """ShareGPT's turn of a call: its value is the call, or a list of calls, as JSON."""
     found = parse_json(content, place, '{"name": ..., "arguments": {...}}') if isinstance(content, str) else content
     found = found if isinstance(found, list) else [found]
-    left["tool_calls"] = [call if isinstance(call, dict) and "function" in call else {"function": call} for call in found]
+    left["tool_calls"] = found
     return None
 
 
 def _calls(calls: Any, place: str, unused: Unused, path: str) -> list[ToolCall]:
+    if isinstance(calls, list):  # Hermes' spelling has no cover around a call
+        calls = [{"function": call} if isinstance(call, dict) and "function" not in call and "name" in call else call for call in calls]
     if not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls):
         raise BadRow(f'{place} is no list of {{"function": {{"name", "arguments"}}}} of the assistant')
     return [_call(call, f"{place}[{index}]", unused, path) for index, call in enumerate(calls)]
