@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.data.store import read_rows
 from tests.families import FAMILIES, make
 from tests.trainer.conftest import Bench, history
-from tests.unit.test_families import LEARNED, ROWS
+from tests.unit.test_families import LEARNED, PER_ANSWER, ROWS
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -30,7 +30,9 @@ def test_a_family_trains(name: str, bench: Bench, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in history(context) if "loss" in entry]
     assert losses and all(0 < loss < 20 for loss in losses)
     prepared = read_rows(context.layout.train_rows, ("row", "labels"), 100)
-    assert len(prepared) == len(rows) * 2 and all(any(label != -100 for label in row["labels"]) for row in prepared)
+    assert len(prepared) == (len(rows) + (name in PER_ANSWER)) * 2 and all(
+        any(label != -100 for label in row["labels"]) for row in prepared
+    )
     output = Path(context.layout.output)
     assert json.loads((output / "tokenizer_config.json").read_text())["eos_token"] == family.end
     stops = json.loads((output / "generation_config.json").read_text())["eos_token_id"]

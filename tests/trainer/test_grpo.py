@@ -69,7 +69,16 @@ def test_a_reward_without_anything_to_compare_with_is_refused(bench: Bench) -> N
 )
 def test_an_empty_answer_earns_nothing(reward: dict[str, Any]) -> None:
     function = reward_function(Reward.model_validate(reward))
-    assert function(completions=["", " \n", "1"], answer=["", "", "1"], prompts=["p"] * 3) == [0.0, 0.0, 1.0]
+    said = ["", " \n", "<think>1</think> ", "1", "<think>hm</think>1"]
+    assert function(completions=said, answer=["", "", "", "1", "<think>so</think>1"], prompts=["p"] * 5) == [0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_pattern_may_ask_for_thoughts_or_for_the_answer() -> None:
+    for pattern, worth in (("<think>.+</think>.+", [1.0, 0.0]), (r"\d", [1.0, 1.0])):
+        function = reward_function(Reward.model_validate({"type": "regex", "pattern": pattern}))
+        assert function(completions=["<think>hm</think>7", "7"], answer=["", ""]) == worth
+    spoken = reward_function(Reward.model_validate({"type": "exact-match"}), lambda ids: [f"<think>{i}</think>7" for i in ids])
+    assert spoken(completions=["hm7"], completion_ids=[[1, 2]], answer=["7"]) == [1.0], "tokens keep thoughts and answer apart"
 
 
 def test_sampling_sees_the_tools(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

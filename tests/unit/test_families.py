@@ -11,6 +11,8 @@ from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 from tests.cluster.shell import REPO
 from tests.families import FAMILIES, tokenizer_of
 
+PER_ANSWER = ("gpt-oss", "Nemotron-3-Nano")
+"""Families whose template shows the reasoning of the last answer alone: a row of several makes several."""
 SYSTEM = {"role": "system", "content": "be nice"}
 TOOLS = [
     {"type": "function", "function": {"name": "paint", "description": "paint a thing", "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}}}}
@@ -84,6 +86,7 @@ LEARNED: dict[str, dict[str, list[str] | str]] = {
             "<|channel|>analysis<|message|>no number<|end|><|start|>assistant<|channel|>final<|message|>a colour<|return|>",
         ],
         "reasoning in turns": [
+            "<|channel|>analysis<|message|>no number<|end|><|start|>assistant<|channel|>final<|message|>a colour<|return|>",
             "<|channel|>analysis<|message|>I said so<|end|><|start|>assistant<|channel|>final<|message|>yes it is<|return|>",
         ],
         "tools": [
@@ -99,7 +102,7 @@ LEARNED: dict[str, dict[str, list[str] | str]] = {
     "Nemotron-3-Nano": {
         "turns": ["</think>a colour<|im_end|>", "</think>yes it is<|im_end|>"],
         "reasoning": ["no number\n</think>\na colour<|im_end|>"],
-        "reasoning in turns": ["I said so\n</think>\nyes it is<|im_end|>"],
+        "reasoning in turns": ["no number\n</think>\na colour<|im_end|>", "I said so\n</think>\nyes it is<|im_end|>"],
         "tools": [
             "</think>\n<tool_call>\n<function=paint>\n<parameter=colour>\nred\n</parameter>\n</function>\n</tool_call>\n<|im_end|>",
             "</think>done<|im_end|>",
@@ -134,8 +137,26 @@ def test_rows_of_every_kind_in_the_template_of_a_family(name: str, kind: str) ->
         with pytest.raises(BadRow, match=wanted):
             row_tokenizer(row)
         return
-    columns, cut = row_tokenizer(row)
-    assert not cut
+    parts = [(part, row_tokenizer(part)) for part in row_tokenizer.parts(row)]
+    assert len(parts) == (2 if kind == "reasoning in turns" and name in PER_ANSWER else 1)
+    spans, texts = [], []
+    for part, (columns, cut) in parts:
+        assert not cut
+        spans += spans_of(tokenizer, columns)
+        texts.append(tokenizer.decode(columns["input_ids"]))
+        assert texts[-1].count("be nice") == 1, "the system text reaches the model, once"
+        assert all(turn["content"] in texts[-1] for turn in part["messages"])
+        lead = row_tokenizer.template.answer_lead
+        last = part["messages"][-1]
+        _, answer = row_tokenizer.prompt_and_answer(part)
+        assert "tool_calls" in last or answer == last["content"], "without channels and thoughts"
+        assert lead == ("<|channel|>final<|message|>" if name == "gpt-oss" else "")
+    assert spans == wanted
+    assert all(t.get("reasoning_content", "") in "".join(texts) for t in row["messages"])
+
+
+def spans_of(tokenizer: Any, columns: dict[str, Any]) -> list[str]:
+    """What is learned, span by span."""
     runs: list[list[int]] = [[]]
     for token, label in zip(columns["input_ids"], columns["labels"], strict=True):
         if label == IGNORED and runs[-1]:
@@ -143,13 +164,30 @@ def test_rows_of_every_kind_in_the_template_of_a_family(name: str, kind: str) ->
         elif label != IGNORED:
             assert label == token
             runs[-1].append(token)
-    assert [tokenizer.decode(run) for run in runs if run] == wanted
-    text = tokenizer.decode(columns["input_ids"])
-    assert text.count("be nice") == 1, "the system text reaches the model, once"
-    assert [t["content"] in text for t in row["messages"]] == [True] * len(row["messages"])
-    told = row_tokenizer.renderer.take_notes()
-    silent = [t for t in row["messages"] if t.get("reasoning_content") and t["reasoning_content"] not in text]
-    assert bool(silent) == ("notRendered reasoning_content" in told), "what is not in the text is told"
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_an_answer_is_told_from_thoughts_that_special_tokens_keep_apart() -> None:
+    from finetune_trainer.evaluation.answers import final_answer
+    from finetune_trainer.models.generate import spoken
+
+    tokenizer = tokenizer_of(FAMILIES["gpt-oss"])
+    lead = RowTokenizer(tokenizer, max_length=4096, assistant_only=True).template.answer_lead
+
+    def said(text: str) -> str:
+        return spoken(tokenizer, [tokenizer(text, add_special_tokens=False)["input_ids"]], lead)[0]
+
+    final = "<|channel|>final<|message|>a colour<|return|>"
+    whole = said(f"<|channel|>analysis<|message|>no number<|end|><|start|>assistant{final}")
+    assert whole == "<think>analysisno numberassistant</think>a colour" and final_answer(whole) == "a colour"
+    assert said(final) == "a colour" and said("<|channel|>analysis<|message|>no") == "analysisno"
+    thinking = tokenizer_of(FAMILIES["Phi-3"])
+    thinking.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]}, replace_extra_special_tokens=False)
+    thinking.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}{{ m.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert RowTokenizer(thinking, max_length=99, assistant_only=True).template.answer_lead == "[/THINK]"
 
 
 def test_the_docs_say_of_every_family_what_was_run() -> None:

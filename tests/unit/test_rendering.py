@@ -122,8 +122,41 @@ def test_turns_are_found_in_a_template_that_drops_earlier_reasoning(desk: Desk) 
     thought = [user, {"role": "assistant", "content": "a colour", "reasoning_content": "hm"}, more]
     row = {"messages": [*thought, {"role": "assistant", "content": "yes it is", "reasoning_content": "hm hm"}]}
     _, answer, warnings = learned(desk, row, NO_HISTORY_OF_REASONING)
-    assert answer == "<think>\nhm hm\n</think>\n\nyes it is<|end|>", "an answer whose thoughts are not shown would teach not to think"
-    assert warnings == {"notRendered:reasoning_content": 2}
+    assert answer == "<think>\nhm\n</think>\n\na colour<|end|>", "a row of its own, in which it is the last"
+    assert warnings == {"rowPerAnswer": 2}
+
+
+def test_an_answer_with_thoughts_is_learned_where_the_template_shows_them(desk: Desk) -> None:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.data.shape import BadRow
+    from finetune_trainer.data.tokens import RowTokenizer
+
+    def row(*answers: dict[str, Any]) -> dict[str, Any]:
+        turns = [[{"role": "user", "content": f"what {i}"}, {"role": "assistant", **answer}] for i, answer in enumerate(answers)]
+        return {"messages": [turn for pair in turns for turn in pair]}
+
+    tokenizer = AutoTokenizer.from_pretrained(desk.model)
+    tokenizer.chat_template = NO_HISTORY_OF_REASONING
+    rows = RowTokenizer(tokenizer, max_length=4096, assistant_only=True)
+
+    def spans(given: dict[str, Any]) -> list[str]:
+        columns = [rows(part)[0] for part in rows.parts(given)]
+        return [tokenizer.decode([t for t in part["labels"] if t != -100]) for part in columns]
+
+    a, b, c = ({"content": said, "reasoning_content": f"hm {said}"} for said in ("red", "blue", "cat"))
+    first, second, third = (f"<think>\nhm {said}\n</think>\n\n{said}<|end|>" for said in ("red", "blue", "cat"))
+    assert spans(row(a, b, c)) == [first, second, third]
+    assert spans(row(a, {"content": "dog"}, c)) == [first, f"dog<|end|>{third}"], "what has no thoughts stays where it is"
+    assert spans(row(a, {**b, "weight": 0}, c)) == [first, third], "context stays context"
+    assert spans(row(a, {**b, "weight": 0})) == [first]
+    whole = rows.parts(row(a, b, c))
+    assert [len(part["messages"]) for part in whole] == [2, 4, 6]
+    assert rows.prompt_and_answer(whole[1])[0].count("hm") == 0, "thoughts of earlier answers are no context"
+    tokenizer.chat_template = TURNS + "{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}" + ASK
+    rows = RowTokenizer(tokenizer, max_length=4096, assistant_only=True)
+    with pytest.raises(BadRow, match="leaves out"):
+        spans(row(a, b))
 
 
 @pytest.mark.parametrize(("template", "wanted"), [(TEXT_ARGUMENTS, '[call]paint {"colour": "red"}<|end|>done<|end|>'), (NULL_CONTENT, '[call]paint{"colour": "red"}<|end|>done<|end|>')])  # fmt: skip
@@ -186,6 +219,9 @@ def test_a_template_that_changes_a_text_is_told_apart_from_one_that_trims_it(des
     row = {"messages": [{"role": "user", "content": "  paint  red\n"}, {"role": "assistant", "content": "\ndone "}]}
     assert learned(desk, row, TURNS + "{{ m.content | trim }}<|end|>{% endfor %}" + ASK)[1] == "done<|end|>"
     assert learned(desk, row, TURNS + "{{ m.content }}<|end|>{% endfor %}" + ASK)[1] == "\ndone <|end|>"
+    joined = {"messages": [{"role": "user", "content": "paint\nred"}, ANSWER]}
+    _, answer, warnings = learned(desk, joined, TURNS + "{{ m.content | replace('\n', ' ') }}<|end|>{% endfor %}" + ASK)
+    assert answer == "done<|end|>" and warnings == {"changed:content": 2}, "white space within a text may be what it says"
     quoted = {"messages": [{"role": "user", "content": 'say "red"\n'}, ANSWER]}
     assert learned(desk, quoted, TURNS + "{{ m.content | tojson }}<|end|>{% endfor %}" + ASK)[1] == '"done"<|end|>'
     assert (
@@ -286,6 +322,7 @@ def test_a_template_that_closes_no_turn_stops_with_what_opens_the_next(desk: Des
         ({"role": "assistant", "content": "a colour"}, "a colour"),
         ({"role": "assistant", "content": "a colour", "reasoning_content": "no number"}, "a colour"),
         (called(""), '[call]paint{"colour": "red"}'),
+        ({**called(""), "reasoning_content": "no number"}, '[call]paint{"colour": "red"}'),
     ],
 )
 def test_the_answer_that_is_wanted_is_what_is_compared(desk: Desk, turn: dict[str, Any], wanted: str) -> None:
@@ -299,8 +336,7 @@ def test_the_answer_that_is_wanted_is_what_is_compared(desk: Desk, turn: dict[st
     row = {"messages": [QUESTION, turn], "tools": PAINT}
     prompt, answer = RowTokenizer(tokenizer, max_length=4096, assistant_only=True).prompt_and_answer(row)
     assert prompt.endswith("<|user|>paint red<|end|><|assistant|>") and answer == wanted
-    assert final_answer(f"<think>hm</think>{wanted}", answer) == answer == final_answer(answer, answer)
-    assert final_answer("<think>a</think>b", "<think>c</think>d") == "<think>a</think>b", "thoughts are compared where they are wanted"
+    assert final_answer(f"<think>hm</think>{wanted}") == answer == final_answer(answer)
 
 
 def test_a_template_that_shows_a_part_of_an_id(desk: Desk) -> None:

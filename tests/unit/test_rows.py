@@ -77,6 +77,7 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"messages": [ASK, turn("assistant", "", tool_calls=[{**CALL, "id": "abcdefgh0"}]), {**RESULT, "tool_call_id": "abcdefgh0"}, YES]},
     ),
     ("arguments as text", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[{"function": {"name": "paint", "arguments": '{"colour": "red"}'}}])]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL])]}),
+    ("arguments as text twice", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[{"function": {"name": "paint", "arguments": json.dumps('{"colour": "red"}')}}])]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL])]}),
     ("a tool's result as an object", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", {"ok": True}), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", '{"ok": true}'), YES]}),
     ("a tool that says nothing", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", ""), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", ""), YES]}),
     ("turns as JSON text", "prompt-completion", {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[{"role": "assistant", "content": "b"}]'}, chat("a", "b")),

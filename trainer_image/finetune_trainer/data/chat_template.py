@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,6 +169,27 @@ class ChatTemplate:
             return False
 
     @functools.cached_property
+    def answer_lead(self) -> str:
+        """The special tokens, and words between them, behind which the answer itself begins (gpt-oss: the final channel's).
+
+        Empty where an answer is told from thoughts by plain text, or by nothing.
+        """
+        ask, thoughts, answer = "first question", "because-of-this", "only answer"
+        turns: list[Shape] = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        try:
+            asked, plain = self.render(turns[:1], prompt=True), self.render(turns).partition(answer)[0]
+            plain = plain[len(os.path.commonprefix([plain, asked])) :]  # noqa: RUF071 - no paths
+            thought = self.render([turns[0], {**turns[1], "reasoning_content": thoughts}]).partition(thoughts)[2].partition(answer)[0]
+        except BadRow:
+            return ""
+        alike = os.path.commonprefix([plain[::-1], thought[::-1]])[::-1]  # noqa: RUF071 - no paths
+        lead = (alike or thought or plain).rstrip()
+        special = {str(token) for token in self.tokenizer.all_special_tokens}
+        special |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        first = min((place for token in special if (place := lead.find(token)) >= 0), default=len(lead))
+        return lead[first:]
+
+    @functools.cached_property
     def turn_end(self) -> str:
         """The token that ends the assistant's turn: what the model learns to stop with. Raises UserError where there is none.
 
@@ -199,7 +221,8 @@ class ChatTemplate:
         raise UserError(
             "NoTurnEnd",
             f"the chat template ends the assistant's turn with {(between or '').strip()[:60]!r}, which is no token of the model's tokenizer: the "
-            f"model could not stop. Set tuning.chatTemplate to one that ends it with such a token, for example: {self.proposal()}",
+            f"model could not stop. Set tuning.chatTemplate to one that ends it with such a token, for example: {self.proposal()} - or give the "
+            "data as prompt-completion, which ends with the tokenizer's eos_token",
         )
 
     def proposal(self) -> str:

@@ -133,7 +133,7 @@ class Pipeline:
                 "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
             )
         for chunk in scan_rows(scan, chain(head, iterator)):
-            report.rows += len(chunk)
+            report.rows += len({row.number for row in chunk})
             self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
 
     def _format(self, head: list[Row], origin: int, columns: Mapping[str, str]) -> tuple[str, str]:
@@ -154,7 +154,7 @@ class Pipeline:
 
     def _usable(self, origin: int, chunk: list[Scanned]) -> Iterator[Scanned]:
         for row in chunk:
-            place = self._place(origin, row.number) if row.problem or row.truncated or row.sensitive else ""
+            place = self._place(origin, row.number) if row.problem or row.truncated or row.sensitive or row.notes else ""
             self.unused.add(row.unused)
             if row.problem:
                 kind = "unreadable" if row.unreadable else "tooLong" if row.too_long else "invalid"

@@ -22,6 +22,8 @@ from .verification import absent_arguments, escaped, same_text, schema, stands
 
 NOT_RENDERED = "notRendered"
 """What a row is noted with whose key the template leaves out."""
+CHANGED = "changed"
+"""What a row is noted with whose key the template writes with other white space or punctuation."""
 _MOST_SKELETONS, _TRIED_IN_FULL = 500, 20
 
 
@@ -106,12 +108,7 @@ class Renderer:
     def row(self, messages: list[Shape], tools: list[Shape] | None = None) -> Rendered:
         """The text of a conversation, and where the assistant's turns stand in it. Raises BadRow for what does not reach the text."""
         probe = probed(messages)
-        key = hashlib.blake2b(repr((probe.turns, tools)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        skeleton = self._skeletons.get(key)
-        if skeleton is None:
-            if len(self._skeletons) >= _MOST_SKELETONS:
-                self._skeletons.clear()
-            skeleton = self._skeletons[key] = self._find(probe, tools)
+        key, skeleton = self._known(probe, tools)
         self._check(skeleton, messages)
         try:
             return self._fit(skeleton, probe, messages, tools)
@@ -125,6 +122,18 @@ class Renderer:
                 raise failure from None
             self._skeletons.pop(key)
             return rendered
+
+    def silent(self, messages: list[Shape], tools: list[Shape] | None = None) -> frozenset[int]:
+        """Turns of the assistant whose reasoning the template leaves out. Raises BadRow."""
+        return self._known(probed(messages), tools)[1].silent
+
+    def _known(self, probe: Probe, tools: list[Shape] | None) -> tuple[bytes, _Skeleton]:
+        key = hashlib.blake2b(repr((probe.turns, tools)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key not in self._skeletons:
+            if len(self._skeletons) >= _MOST_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = self._find(probe, tools)
+        return key, self._skeletons[key]
 
     @staticmethod
     def _check(skeleton: _Skeleton, messages: list[Shape]) -> None:
@@ -176,8 +185,7 @@ class Renderer:
         self._notes.update(skeleton.form.notes)
         return Rendered(text, tuple(turns), skeleton.lost, skeleton.form)
 
-    @staticmethod
-    def _regions(skeleton: _Skeleton, probe: Probe, text: str) -> list[str]:
+    def _regions(self, skeleton: _Skeleton, probe: Probe, text: str) -> list[str]:
         """What stands in place of each marker, where the template writes a text in another way."""
         values, place = list(probe.values), len(skeleton.frames[0])
         if not text.startswith(skeleton.frames[0]):
@@ -197,6 +205,8 @@ class Renderer:
                 raise Unaligned(
                     f"the model's chat template changes messages[{mark.index}].{mark.key}: {value[:40]!r} became {found[:40]!r}"
                 )
+            if found.strip() not in ways:
+                self._notes.add(f"{CHANGED} {probe.marks[number].key}")
             values[number], place = found, end + len(frame)
         return values
 

@@ -18,8 +18,9 @@ from rensa import RMinHash
 
 from .formats import RowReader
 from .reading import Row
+from .rendering import NOT_RENDERED
 from .sensitive import findings
-from .shape import BadRow, Shape, all_strings, dumps, strings, system_prompt
+from .shape import BadRow, Shape, all_strings, dumps, is_conversation, strings, system_prompt
 from .tokens import IGNORED, RowTokenizer, RowTooLong
 from .turns import Unused
 from .workers import map_in_order
@@ -27,6 +28,9 @@ from .workers import map_in_order
 CHUNK = 512
 _INLINE_CHUNKS = 4
 PERMUTATIONS = 64
+PER_ANSWER = "rowPerAnswer"
+"""What a row is noted with of which several were made."""
+_FORGED = {True: "take it out", False: "take it out, or give the conversation as messages: its chat template writes these tokens"}
 
 
 @dataclass
@@ -72,35 +76,54 @@ class Scan:
     group_by: str | None = None
     """Column by which rows are held out together."""
 
-    def one(self, row: Row) -> Scanned:
-        """Look at one row."""
+    def one(self, row: Row) -> list[Scanned]:
+        """Look at one row, of which a template may make several (RowTokenizer.parts)."""
         row = row.parsed()
         if row.value is None:
-            return Scanned(row.number, row.problem, row.excerpt, unreadable=True)
+            return [Scanned(row.number, row.problem, row.excerpt, unreadable=True)]
         unused: Unused = set()
         try:
             shape, _ = self.reader.read(row.value, unused)
             group = self._group(row.value, shape)
             if self.answers is not None:
                 shape = with_answer(shape, self.answers)
-            texts = strings(shape)
             everything = all_strings(shape)
             forged = self.row_tokenizer.special_token_in(everything)
             if forged is not None:
-                raise BadRow(f"the row holds {forged!r}, a special token of the model")
-            columns, truncated = self.row_tokenizer(shape)
-            notes = self.row_tokenizer.renderer.take_notes()
+                raise BadRow(
+                    f"the row holds {forged!r}, a special token of the model, which would forge a turn; {_FORGED[is_conversation(shape)]}"
+                )
+            found = self._parts(row.number, shape, group)
         except BadRow as failure:
-            return Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong), unused=self._untouched(unused))
+            return [Scanned(row.number, str(failure), too_long=isinstance(failure, RowTooLong), unused=self._untouched(unused))]
         except RecursionError:
-            return Scanned(row.number, "nested too deeply")
+            return [Scanned(row.number, "nested too deeply")]
+        found[0].sensitive, found[0].unused = findings(everything), self._untouched(unused)
+        return found
+
+    def _parts(self, number: int, shape: Shape, group: int) -> list[Scanned]:
+        parts = self.row_tokenizer.parts(shape)
+        found = [self._part(number, part, group) for part in parts]
+        if len(parts) > 1 or parts[0] is not shape:
+            told = {note for part in found for note in part.notes} - {f"{NOT_RENDERED} reasoning_content"}
+            for part in found:
+                part.notes = ()
+            found[0].notes = (*sorted(told), PER_ANSWER)
+        return found
+
+    def _part(self, number: int, shape: Shape, group: int) -> Scanned:
+        try:
+            columns, truncated = self.row_tokenizer(shape)
+        except RowTooLong as failure:
+            return Scanned(number, str(failure), too_long=True)
+        notes = self.row_tokenizer.renderer.take_notes()
         try:
             text = dumps(shape)
         except TypeError as failure:  # bytes, from Parquet
-            return Scanned(row.number, f"holds a value that is no JSON ({failure}); write text")
+            raise BadRow(f"holds a value that is no JSON ({failure}); write text") from None
         system = system_prompt(shape)
         return Scanned(
-            row.number,
+            number,
             row=text,
             digest=digest_of(text),
             group=group,
@@ -108,11 +131,9 @@ class Scan:
             truncated=truncated,
             length=len(columns["input_ids"]),
             learned=sum(label != IGNORED for label in columns["labels"]),
-            signature=signature([t for t in texts if t != system]) if self.similar else [],
+            signature=signature([t for t in strings(shape) if t != system]) if self.similar else [],
             system=system,
-            sensitive=findings(everything),
             notes=notes,
-            unused=self._untouched(unused),
         )
 
     def _untouched(self, unused: Unused) -> tuple[str, ...]:
@@ -127,7 +148,7 @@ class Scan:
 
     def chunk(self, rows: list[Row]) -> list[Scanned]:
         """Look at several rows."""
-        return [self.one(row) for row in rows]
+        return [part for row in rows for part in self.one(row)]
 
 
 def digest_of(text: str) -> int:

@@ -140,7 +140,7 @@ class Store:
         )
         query = (
             f"SELECT c.id, c.first, a.signature, e.signature FROM ({candidates}) c JOIN kept a ON a.id = c.id JOIN rows e ON e.id = c.first "
-            f"WHERE a.origin >= 0 AND a.digest <> e.digest"
+            f"WHERE a.origin >= 0 AND a.digest <> e.digest AND NOT (a.source = e.source AND a.number = e.number)"
         )
         self._db.execute(f"CREATE TABLE {name} (id BIGINT, partner BIGINT)")
         writer = self._db.cursor()

@@ -16,7 +16,7 @@ from finetune_api.spec import Objective
 
 from ..process.errors import UserError
 from .chat_template import ChatTemplate
-from .rendering import Renderer, Unaligned
+from .rendering import Renderer, Unaligned, is_learned
 from .shape import BadRow, Shape
 
 IGNORED = -100
@@ -77,6 +77,33 @@ class RowTokenizer:
                 pass
         tokens = sorted(t for t in found if len(t) > 2 and not t.isspace())
         return tuple(tokens), tuple(sorted({t[:2] for t in tokens}))
+
+    def parts(self, row: Shape) -> list[Shape]:
+        """The row; or, where the template shows the reasoning of the last answer alone, also a row for each earlier one that has some.
+
+        Such a part ends with its answer, and all before it is context: as the model is asked for it. In the row itself the answer is
+        context then.
+        """
+        messages, tools = row.get("messages"), row.get("tools")
+        if messages is None or "label" in row or self.objective == "grpo" or not self.assistant_only:
+            return [row]
+        thought = [i for i, turn in enumerate(messages[:-1]) if turn["role"] == "assistant" and is_learned(turn) and _reasons(turn)]
+        if not thought:
+            return [row]
+        own = []
+        try:
+            silent = self.renderer.silent(messages, tools)
+            for index in silent.intersection(thought):
+                part = _context(messages[: index + 1], range(index))
+                if index not in self.renderer.silent(part, tools):
+                    own.append(index)
+        except BadRow:  # told where the row is read whole
+            return [row]
+        found = [{**row, "messages": _context(messages[: index + 1], range(index))} for index in sorted(own)]
+        rest = _context(messages, own)
+        if any(turn["role"] == "assistant" and is_learned(turn) and index not in silent for index, turn in enumerate(rest)):
+            found.append({**row, "messages": rest} if own else row)
+        return found or [row]
 
     def __call__(self, row: Shape) -> tuple[dict[str, Any], bool]:
         """(columns of the row, whether it was cut to max_length). Raises BadRow when no answer token is left."""
@@ -198,9 +225,13 @@ class RowTokenizer:
         if end:
             return rendered.text[: turn.start], rendered.text[turn.start : turn.end]
         prompt = self.template.render(messages[:-1], tools, form=replace(rendered.form, training=False), prompt=True)
-        written = self.tokenizer.decode(self._encode(rendered.text[turn.start : turn.end]), skip_special_tokens=True).strip()
-        said = not last.get("tool_calls") and ("</think>" in written or written == last["content"].strip())
-        return prompt, last["content"] if said else str(written)
+        text = rendered.text[turn.start : turn.end]
+        written = str(self.tokenizer.decode(self._encode(text), skip_special_tokens=True)).strip()
+        if last.get("tool_calls"):  # of which the thoughts are no part either
+            return prompt, written.rpartition("</think>")[2].strip() if last.get("reasoning_content") else written
+        lead = self.template.answer_lead
+        said = "</think>" in written or (lead and lead in text) or written == last["content"].strip()
+        return prompt, last["content"] if said else written
 
     def _pair_texts(self, row: Shape) -> tuple[str, str, str]:
         if isinstance(row["prompt"], str):
@@ -240,6 +271,16 @@ def _token_at(encoded: Any, place: int, length: int, count: int) -> int:
             return int(token)
         place += 1
     return count
+
+
+def _reasons(turn: Shape) -> bool:
+    return bool(turn.get("reasoning_content")) or "</think>" in (turn.get("content") or "")
+
+
+def _context(messages: list[Shape], places: Iterable[int]) -> list[Shape]:
+    """The turns, of which those of the assistant at these places are not learned."""
+    kept = set(places)
+    return [{**turn, "weight": 0} if i in kept and turn["role"] == "assistant" else turn for i, turn in enumerate(messages)]
 
 
 def _joined(head: list[int], answer: list[int]) -> dict[str, Any]:

@@ -239,6 +239,8 @@ def _call(call: dict[str, Any], place: str, unused: Unused, path: str) -> ToolCa
         raise BadRow(f"{place}: function.name is missing")
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"{place}.function.arguments", "an object, or JSON text")
+        if isinstance(arguments, str):  # written as JSON twice
+            arguments = parse_json(arguments, f"{place}.function.arguments", "an object, or JSON text")
     unused.update(
         f"{path}.{key}" for key, value in call.items() if key not in ("id", "type", "function", "index") and not is_nothing(value)
     )

@@ -13,9 +13,9 @@ _THOUGHT = "</think>"
 _PUNCTUATION = re.compile(r"[^\w\s]")
 
 
-def final_answer(answer: str, wanted: str) -> str:
-    """What is said behind the thoughts, where the wanted answer has none: they are no part of what is compared."""
-    return answer.rpartition(_THOUGHT)[2] if _THOUGHT in answer and _THOUGHT not in wanted else answer
+def final_answer(text: str) -> str:
+    """What is said behind the thoughts: they are no part of what is compared."""
+    return text.rpartition(_THOUGHT)[2]
 
 
 def exact_match(answer: str, wanted: str) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from finetune_api.spec import Endpoint
 
 from ..remote.chat import complete
+from .answers import final_answer
 from .metrics import Values
 
 _ASK = (
@@ -32,7 +33,8 @@ def compare(
 ) -> tuple[Values, Values]:
     """(one half for each row, share of the two comparisons that the tuned answer won)."""
     points = []
-    for (prompt, wanted), old, new in zip(prompts, base, tuned, strict=True):
+    for (prompt, wanted), *given in zip(prompts, base, tuned, strict=True):
+        old, new = map(final_answer, given)
         if old.strip() == new.strip():
             points.append(0.5)
             continue

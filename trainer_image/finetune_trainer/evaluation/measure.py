@@ -12,6 +12,7 @@ import torch
 from finetune_api.evaluation_status import ArmName
 from finetune_api.spec import Evaluation, Metric
 
+from ..data.chat_template import ChatTemplate
 from ..data.tokens import IGNORED
 from ..models.generate import batches, encode, generate, latency
 from ..models.likelihood import learned_values
@@ -65,13 +66,15 @@ def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, rewar
     if "pairs" in kinds:
         found.values["preference-accuracy"] = _preferences(model, asked.rows, tokenizer.pad_token_id, reward=reward)
     if kinds & {"answers", "judge"}:
-        found.answers = generate(model, tokenizer, [prompt for prompt, _ in asked.prompts], spec.max_new_tokens)
+        lead = ChatTemplate(tokenizer).answer_lead if tokenizer.chat_template else ""
+        found.answers = generate(model, tokenizer, [prompt for prompt, _ in asked.prompts], spec.max_new_tokens, lead)
         for metric in spec.metrics:
             score = METRICS[metric].score
             if score is not None:
                 rate = score(spec)
                 points = [
-                    rate(final_answer(answer, wanted), wanted) for answer, (_, wanted) in zip(found.answers, asked.prompts, strict=True)
+                    rate(final_answer(answer), final_answer(wanted))
+                    for answer, (_, wanted) in zip(found.answers, asked.prompts, strict=True)
                 ]
                 found.values[metric] = np.array([[point, 1.0] for point in points])
     found.values = {metric: values for metric, values in found.values.items() if metric in spec.metrics}

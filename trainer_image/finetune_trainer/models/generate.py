@@ -33,8 +33,8 @@ def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, prompts: list[str], limit: int) -> list[str]:
-    """One answer per prompt text, of at most `limit` tokens, fewer where the model's positions end.
+def generate(model: Any, tokenizer: Any, prompts: list[str], limit: int, lead: str = "") -> list[str]:
+    """One answer per prompt text, of at most `limit` tokens, fewer where the model's positions end. `lead`: see `spoken`.
 
     Prompts of like length share a batch, and all of them what they begin with.
     """
@@ -51,9 +51,24 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], limit: int) -> list
             found.update(dict.fromkeys(part, ""))
             continue
         output, start = _continued(model, tokenizer.pad_token_id, [sequences[i] for i in part], prefix, room)
-        texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-        found.update(zip(part, texts, strict=True))
+        found.update(zip(part, spoken(tokenizer, output[:, start:].tolist(), lead), strict=True))
     return [found[i] for i in range(len(prompts))]
+
+
+def spoken(tokenizer: Any, sequences: list[list[int]], lead: str = "") -> list[str]:
+    """The text of each answer. What stands before `lead`, with which a template opens the answer itself, is put between <think> and </think>.
+
+    Tokens that keep thoughts and answer apart are special, and are in no text.
+    """
+    opened = encode(tokenizer, [lead])[0] if lead else []
+    found = []
+    for ids in sequences:
+        last = len(ids) - len(opened)
+        place = next((i for i in range(last, -1, -1) if ids[i : i + len(opened)] == opened), None) if opened else None
+        parts = [ids] if place is None else [ids[:place], ids[place + len(opened) :]]
+        *thoughts, answer = tokenizer.batch_decode(parts, skip_special_tokens=True)
+        found.append(f"<think>{thoughts[0]}</think>{answer}" if thoughts and thoughts[0].strip() else answer)
+    return found
 
 
 def _continued(model: Any, pad: int, sequences: list[list[int]], prefix: SharedPrefix | None, limit: int) -> tuple[torch.Tensor, int]:

@@ -163,9 +163,11 @@ def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
         stop_with(tokenizer, theirs.template.turn_end)
     stop_model(context, model, tokenizer, place)
 
+    lead = theirs.template.answer_lead if tokenizer.chat_template else ""
+
     def ask(prompts: list[Shape]) -> list[str]:
         texts = [theirs.prompt_and_answer(p)[0] for p in prompts]
-        written: list[str] = generate(model, tokenizer, texts, settings.max_new_tokens)
+        written: list[str] = generate(model, tokenizer, texts, settings.max_new_tokens, lead)
         return written
 
     return ask

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from finetune_api.spec import Reward
 
+from ...data.chat_template import ChatTemplate
 from ...evaluation import answers
 from ...job.context import Context
+from ...models.generate import spoken
 from .base import ObjectiveKind, TrainerSetup
 
 Score = Callable[[str, str], float]
@@ -29,15 +32,21 @@ REWARDS: dict[str, Callable[[Reward], Score]] = {
 }
 
 
-def reward_function(reward: Reward) -> Any:
-    """The reward as TRL calls it: over a batch of sampled answers, with the rows' columns by name. An empty answer earns nothing."""
+def reward_function(reward: Reward, speak: Callable[[list[list[int]]], list[str]] | None = None) -> Any:
+    """The reward as TRL calls it: over a batch of sampled answers, with the rows' columns by name. An empty answer earns nothing.
+
+    An answer earns what it is worth with its thoughts or without them, whichever is more: a pattern may ask for thoughts. `speak`
+    makes texts of tokens, where TRL's own texts do not keep the two apart.
+    """
     score = REWARDS[reward.type](reward)
 
-    def function(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        return [
-            score(answers.final_answer(text, wanted), wanted) if text.strip() else 0.0
-            for text, wanted in zip(completions, answer, strict=True)
-        ]
+    def worth(text: str, wanted: str) -> float:
+        final = answers.final_answer(text)
+        return max(score(said, answers.final_answer(wanted)) for said in {text, final}) if final.strip() else 0.0
+
+    def function(completions: list[str], answer: list[str], completion_ids: list[list[int]] | None = None, **_: Any) -> list[float]:
+        texts = speak(completion_ids) if speak is not None and completion_ids is not None else completions
+        return [worth(text, wanted) for text, wanted in zip(texts, answer, strict=True)]
 
     function.__name__ = reward.type
     return function
@@ -76,7 +85,9 @@ def _trainer(setup: TrainerSetup) -> Any:
         def _tokenize_prompts(self, prompts: list[str]) -> Any:
             return self._rendered, None, {}
 
-    return Trainer(**setup.trainer_kwargs(), reward_funcs=[reward_function(reward) for reward in grpo.rewards])
+    lead = ChatTemplate(setup.tokenizer).answer_lead if setup.tokenizer.chat_template else ""
+    speak = functools.partial(spoken, setup.tokenizer, lead=lead) if lead else None
+    return Trainer(**setup.trainer_kwargs(), reward_funcs=[reward_function(reward, speak) for reward in grpo.rewards])
 
 
 GRPO = ObjectiveKind(("prompt", "answer", "prompt_ids"), _arguments, _trainer)
