@@ -102,9 +102,11 @@ def test_values_of_arrow_that_are_no_json(tmp_path: Path) -> None:
 
 
 def test_a_json_list_in_a_jsonl_file(desk: Desk) -> None:
-    for indent in (None, 1):
-        with pytest.raises(UserError, match=r"train row 1 \(train.jsonl:1\): .*where the file is a JSON list, rename it to .json"):
-            desk.run(json.dumps(rows(9), indent=indent).encode())
+    for document in (json.dumps(rows(9)), json.dumps(rows(9), indent=1), json.dumps({"data": rows(9)}, indent=1)):
+        with pytest.raises(
+            UserError, match=r"train row 1 \(train.jsonl:1\): .*one JSON document, and not one object a line, rename it to .json"
+        ):
+            desk.run(document.encode())
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n  \n"])
@@ -132,6 +134,20 @@ def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
     for name in ("a.json", "a.csv", "a.parquet"):
         with pytest.raises(UserError, match="'prompt' stands twice"):
             list(reading.file_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("a.csv", b"prompt;completion\na;b\n", "'prompt;completion' are separated by ';'; write it with commas"),
+        ("a.csv", b"prompt\tcompletion\na\tb\n", "are separated by"),
+        ("a.json", b'{"train": [{}], "test": [{}]}', "an object with 'train', 'test'; use .jsonl"),
+    ],
+)
+def test_files_that_are_told_how_to_be_written(tmp_path: Path, name: str, data: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=told):
+        list(reading.file_rows(tmp_path / name))
 
 
 def test_lines_of_csv_are_lines_of_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,34 @@ def test_a_template_that_shows_calls_and_no_tools_is_told(desk: Desk) -> None:
     assert warnings == {"notRendered:tools": 2}
 
 
-def test_an_identifier_that_the_template_refuses(desk: Desk) -> None:
+def test_identifiers_are_written_as_a_template_takes_them(desk: Desk) -> None:
+    """Mistral's take nine letters; OpenAI's have more, and many a row has none."""
+    text, _, warnings = learned(
+        desk, {"messages": [QUESTION, called("", "abcdefgh0"), {**RESULT, "tool_call_id": "abcdefgh0"}, ANSWER]}, NINE_LETTERS
+    )
+    assert "abcdefgh0<|end|>" in text and "toolCallIdsRewritten" not in warnings
+    for identifier in ("call_abc123", None):
+        result = {**RESULT, **({"tool_call_id": identifier} if identifier else {})}
+        _, answer, warnings = learned(desk, {"messages": [QUESTION, called("", identifier), result, ANSWER]}, NINE_LETTERS)
+        assert re.fullmatch(r'paint{"colour": "red"}[0-9a-f]{9}<\|end\|>done<\|end\|>', answer) and warnings == {"toolCallIdsRewritten": 2}
     row = {"messages": [QUESTION, called("", "c0"), {**RESULT, "tool_call_id": "c0"}, ANSWER]}
-    assert "a call needs an id of 9 letters" in refused(desk, row, NINE_LETTERS).message
+    assert "a call needs an id of 9 letters" in refused(desk, row, NINE_LETTERS.replace("!= 9", "!= 8")).message
+
+
+def test_ids_of_calls_and_results_agree() -> None:
+    from finetune_trainer.data.call_ids import with_nine
+
+    two = {"role": "assistant", "content": None, "tool_calls": [*called("", "call_1")["tool_calls"], *called("", "call_2")["tool_calls"]]}
+    results = [{**RESULT, "tool_call_id": "call_2"}, {**RESULT, "tool_call_id": "call_1"}]
+    pair = with_nine({"prompt": [QUESTION, two, *results], "chosen": [ANSWER], "rejected": [called("", "call_1")]})
+    first, second = (call["id"] for call in pair["prompt"][1]["tool_calls"])
+    assert [turn["tool_call_id"] for turn in pair["prompt"][2:]] == [second, first] and first != second
+    assert pair["rejected"][0]["tool_calls"][0]["id"] == first and pair["chosen"] == [ANSWER]
+    bare = with_nine({"messages": [QUESTION, {**two, "tool_calls": called()["tool_calls"] * 2}, RESULT, RESULT, ANSWER]})["messages"]
+    assert [turn["tool_call_id"] for turn in bare[2:4]] == [call["id"] for call in bare[1]["tool_calls"]]
+    assert len({call["id"] for call in bare[1]["tool_calls"]}) == 2
+    good = {"messages": [QUESTION, called("", "abcdefgh0"), {**RESULT, "tool_call_id": "abcdefgh0"}, ANSWER]}
+    assert with_nine(good) is good and with_nine({"prompt": "a"}) == {"prompt": "a"}
 
 
 def test_an_argument_that_the_template_leaves_out(desk: Desk) -> None:

@@ -104,6 +104,7 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("calls as text, without their cover", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=json.dumps([CALL["function"]]))]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL])]}),
     ("a tool's result as a list", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", [{"id": 1, "type": "shade"}]), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", '[{"id": 1, "type": "shade"}]'), YES]}),
     ("a tool's result as text parts", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", [{"type": "text", "text": "done"}]), YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}),
+    ("roles in capitals", "messages", {"messages": [turn("User", "paint red"), turn("ASSISTANT", "yes")]}, {"messages": [ASK, YES]}),
     ("ShareGPT's names in messages", "messages", {"messages": [turn("human", "paint red"), turn("gpt", "yes"), turn("user", "paint red"), turn("model", "yes")]}, {"messages": [ASK, YES, ASK, YES]}),
     ("a label of 1", "unpaired-preference", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
     ("a label of 0, as text", "unpaired-preference", {"prompt": "a", "completion": "b", "label": "0"}, {"prompt": "a", "completion": "b", "label": False}),
@@ -195,6 +196,15 @@ def test_a_format_that_the_objective_learns_from_is_preferred() -> None:
 
     with pytest.raises(UserError, match=r"columns: \{instruction: prompt, chosen_response: chosen, rejected_response: rejected\}"):
         detect([{"instruction": "a", "chosen_response": "b", "rejected_response": "c"}], ("preference",))
+
+
+def test_names_of_columns_are_proposed_however_they_are_spelled() -> None:
+    with pytest.raises(UserError, match=r"columns: \{Prompt: prompt, Response: completion\}"):
+        detect([{"Prompt": "a", "Response": "b"}], ("prompt-completion",))
+    with pytest.raises(UserError, match=r"columns: \{question: prompt, response: completion, Label: label\}"):
+        detect([{"question": "a", "response": "b", "Label": True}], ("unpaired-preference",))
+    with pytest.raises(UserError, match=r"several formats \(1 prompt-completion, first row 1; 1 prompt-only, first row 2\)"):
+        detect([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], ("prompt-completion",), ["row 1", "row 2"])
 
 
 def test_well_known_data_sets_are_read_by_their_own_names(desk: Desk) -> None:

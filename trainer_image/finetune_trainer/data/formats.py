@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,35 +305,41 @@ _GUESSES = {
 
 def _proposal(columns: Collection[str], wanted: Collection[str]) -> str:
     """What dataset.columns could be for columns of these names."""
-    if (found := next((g for g in _GUESSES["messages"] if g in columns), None)) is not None and "messages" in wanted:
+    spelled = {column.lower(): column for column in columns}
+
+    def guess(name: str) -> str | None:
+        found = next((g for g in (name, *_GUESSES.get(name, ())) if g in spelled), None)
+        return None if found is None or name in columns else spelled[found]
+
+    if "messages" in wanted and (found := guess("messages")) is not None:
         return f"; or name yours: dataset.columns: {{{found}: messages}}"
     fitting = next((kind for kind in ("preference", "prompt-completion", "unpaired-preference", "prompt-only") if kind in wanted), None)
     if fitting is None:
         return ""
     needed = {"completion": "answer"} if fitting == "prompt-only" else {}
-    pairs = {
-        found: needed.get(name, name)
-        for name in ("prompt", *FORMATS[fitting].columns, *needed)
-        if name not in columns and (found := next((g for g in _GUESSES.get(name, ()) if g in columns), None)) is not None
-    }
+    pairs = {found: needed.get(name, name) for name in ("prompt", *FORMATS[fitting].columns, *needed) if (found := guess(name)) is not None}
     told = ", ".join(f"{found}: {name}" for found, name in pairs.items() if found != name)
     return f"; or name yours: dataset.columns: {{{told}}}" if told else ""
 
 
-def detect(sample: Iterable[Values], wanted: Iterable[str]) -> tuple[str, str]:
-    """(format, reason) of the first rows; `wanted` are the formats that the objective learns from.
+def detect(sample: Iterable[Values], wanted: Iterable[str], places: Sequence[str] = ()) -> tuple[str, str]:
+    """(format, reason) of the first rows; `wanted` are the formats that the objective learns from, `places` where the rows stand.
 
     Raises UserError when they are of none or of several formats, or of one that does not fit.
     """
     seen: Counter[str | None] = Counter()
+    first: dict[str | None, str] = {}
     columns: set[str] = set()
     wanted = tuple(wanted)
-    for row in sample:
-        seen[looks_like(row, wanted)] += 1
+    for index, row in enumerate(sample):
+        name = looks_like(row, wanted)
+        seen[name] += 1
+        if name not in first:
+            first[name] = f", first {places[index]}" if places else ""
         columns.update(map(str, row))
     known = [name for name in seen if name is not None]
     if len(known) > 1:
-        counts = ", ".join(f"{count} {name or 'unknown'}" for name, count in seen.items())
+        counts = "; ".join(f"{count} {name or 'unknown'}{first[name]}" for name, count in seen.items())
         raise UserError(
             "MixedFormats",
             f"the first rows are of several formats ({counts}); split the data set, or set dataset.format and checks.invalidRows: drop",

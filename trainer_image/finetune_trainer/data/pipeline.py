@@ -146,9 +146,11 @@ class Pipeline:
             for row in head:
                 found.add("unreadable", self._place(origin, row.number), row.problem, row.excerpt)
             first = f"; of its first rows, {found.describe('unreadable')}" if head else ""
-            hint = "; where the file is a JSON list, rename it to .json" if head and head[0].excerpt.startswith("[") else ""
+            document = head and (head[0].excerpt.startswith("[") or head[0].excerpt.strip() == "{")
+            hint = "; where the file is one JSON document, and not one object a line, rename it to .json" if document else ""
             raise UserError("EmptyDataset", f"the data set has no readable row{first}{hint}")
-        name, reason = detect(good, FORMATS_OF[self.context.spec.tuning.objective])
+        places = [self._place(origin, row.number) for row in head if row.value is not None]
+        name, reason = detect(good, FORMATS_OF[self.context.spec.tuning.objective], places)
         named = ", ".join(f"{key} is read as {name}" for key, name in columns.items() if key not in self.context.spec.dataset.columns)
         return name, f"{reason}; {named}" if named else reason
 

@@ -106,7 +106,7 @@ class Keys:
     def add(self, names: tuple[str, ...]) -> None:
         """Those of one row."""
         for name in names:
-            shown = "".join(c if c.isprintable() else "?" for c in name[:100])
+            shown = "".join(c if c.isprintable() else "?" for c in name[:100]) or "(no name)"
             self._rows[shown if shown in self._rows or len(self._rows) < _KEYS else "(other keys)"] += 1
 
     def all(self) -> dict[str, int]:

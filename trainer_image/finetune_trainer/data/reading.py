@@ -230,7 +230,10 @@ def _json_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
         lists = [value for key, value in document.items() if isinstance(value, list) and key not in _COLUMNS]
         document = lists[0] if len(lists) == 1 else document
     if not isinstance(document, list):
-        raise UserError("DatasetNotAList", f"{name}: expected a list of rows, got {type(document).__name__}; use .jsonl or a JSON list")
+        held = f"an object with {_excerpt(', '.join(map(repr, document)), 100)}" if isinstance(document, dict) else type(document).__name__
+        raise UserError(
+            "DatasetNotAList", f"{name}: expected a list of rows, or an object with one such list, got {held}; use .jsonl or a JSON list"
+        )
     for number, value in enumerate(document, start=1):
         yield _row(number, value)
 
@@ -266,7 +269,12 @@ def _csv_rows(stream: BinaryIO, shown: str) -> Iterator[Row]:
     try:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(text, strict=True)
-        if (name := _twice(reader.fieldnames or ())) is not None:
+        header = reader.fieldnames or ()
+        if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)) is not None:
+            raise UserError(
+                "DatasetNotCSV", f"{shown}: the columns {_excerpt(header[0])!r} are separated by {other!r}; write it with commas"
+            )
+        if (name := _twice(header)) is not None:
             raise UserError("DatasetNotCSV", f"{shown}: column {name!r} stands twice in the header; rename one")
         number = reader.line_num + 1
         for value in reader:

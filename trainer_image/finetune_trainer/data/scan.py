@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rensa import RMinHash
 
+from .call_ids import REWRITTEN
 from .formats import RowReader
 from .reading import Row
 from .rendering import NOT_RENDERED
@@ -101,7 +102,8 @@ class Scan:
         found[0].sensitive, found[0].unused = findings(everything), self._untouched(unused)
         return found
 
-    def _parts(self, number: int, shape: Shape, group: int) -> list[Scanned]:
+    def _parts(self, number: int, read: Shape, group: int) -> list[Scanned]:
+        shape = self.row_tokenizer.fitted(read)
         parts = self.row_tokenizer.parts(shape)
         found = [self._part(number, part, group) for part in parts]
         if len(parts) > 1 or parts[0] is not shape:
@@ -109,6 +111,7 @@ class Scan:
             for part in found:
                 part.notes = ()
             found[0].notes = (*sorted(told), PER_ANSWER)
+        found[0].notes += (REWRITTEN,) if shape is not read else ()
         return found
 
     def _part(self, number: int, shape: Shape, group: int) -> Scanned:

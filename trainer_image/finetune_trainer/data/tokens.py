@@ -15,9 +15,10 @@ from typing import Any
 from finetune_api.spec import Objective
 
 from ..process.errors import UserError
+from .call_ids import asks_for_nine, with_nine
 from .chat_template import ChatTemplate
 from .rendering import Renderer, Unaligned, is_learned
-from .shape import BadRow, Shape
+from .shape import BadRow, Shape, messages_of
 
 IGNORED = -100
 """Label of a token that is not learned; torch.nn.CrossEntropyLoss ignores it."""
@@ -77,6 +78,15 @@ class RowTokenizer:
                 pass
         tokens = sorted(t for t in found if len(t) > 2 and not t.isspace())
         return tuple(tokens), tuple(sorted({t[:2] for t in tokens}))
+
+    def fitted(self, row: Shape) -> Shape:
+        """The row with ids of calls that the chat template takes."""
+        calls = any("tool_calls" in turn for turn in messages_of(row))
+        return with_nine(row) if calls and self.tokenizer.chat_template and self._asks_for_nine else row
+
+    @functools.cached_property
+    def _asks_for_nine(self) -> bool:
+        return asks_for_nine(self.template)
 
     def parts(self, row: Shape) -> list[Shape]:
         """The row; or, where the template shows the reasoning of the last answer alone, also a row for each earlier one that has some.

@@ -139,14 +139,14 @@ def _role(left: dict[str, Any], place: str) -> tuple[str, str]:
     key = next((name for name in _SAYS if name in left), "value" if "from" in left else "content")
     if "role" in left:
         said = left.pop("role")
-        role = _NAMES.get(said) if isinstance(said, str) else None
+        role = _NAMES.get(said.strip().lower()) if isinstance(said, str) else None
         if role is None:
             raise BadRow(f"{place}: role {str(said)[:_SHOWN]!r} is not one of {', '.join(ROLES)}")
         return role, key
     if "from" not in left:
         raise BadRow(f"{place}: role is missing")
     said = left.pop("from")
-    role = _NAMES.get(said) if isinstance(said, str) else None
+    role = _NAMES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
         raise BadRow(f"{place}: from {str(said)[:_SHOWN]!r} is not one of {', '.join(_NAMES)}")
     return role, key

@@ -166,7 +166,7 @@ def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
     lead = theirs.template.answer_lead if tokenizer.chat_template else ""
 
     def ask(prompts: list[Shape]) -> list[str]:
-        texts = [theirs.prompt_and_answer(p)[0] for p in prompts]
+        texts = [theirs.prompt_and_answer(theirs.fitted(p))[0] for p in prompts]
         written: list[str] = generate(model, tokenizer, texts, settings.max_new_tokens, lead)
         return written
 
