@@ -9,7 +9,7 @@ import pytest
 from finetune_trainer.data.shape import BadRow
 from finetune_trainer.data.tokens import IGNORED, RowTokenizer
 from tests.cluster.shell import REPO
-from tests.families import FAMILIES, tokenizer_of
+from tests.families import FAMILIES, Family, tokenizer_of
 
 PER_ANSWER = ("gpt-oss", "Nemotron-3-Nano")
 """Families whose template shows the reasoning of the last answer alone: a row of several makes several."""
@@ -165,6 +165,19 @@ def spans_of(tokenizer: Any, columns: dict[str, Any]) -> list[str]:
             assert label == token
             runs[-1].append(token)
     return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_a_call_in_a_template_that_closes_no_turn_ends_with_what_opens_the_result() -> None:
+    special = ("[gMASK]", "<sop>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    added = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    tokenizer = tokenizer_of(Family("Glm4MoeConfig", "glm4moe", special, "<|endoftext|>", "<|user|>", added=added))
+    rows = RowTokenizer(tokenizer, max_length=4096, assistant_only=True)
+    row = ROWS["tools"]
+    call = "\n<think></think>\n<tool_call>paint\n<arg_key>colour</arg_key>\n<arg_value>red</arg_value>\n</tool_call><|observation|>"
+    assert spans_of(tokenizer, rows(row)[0]) == [call, "\n<think></think>\ndone<|user|>"]
+    assert rows.ends(row) == {"<|observation|>", "<|user|>"}, "a call's own last token stops nothing: there may be several calls"
+    asked = {**row, "messages": row["messages"][:3]}
+    assert spans_of(tokenizer, rows(asked)[0]) == [call] and rows.ends(asked) == {"<|observation|>"}
 
 
 def test_an_answer_is_told_from_thoughts_that_special_tokens_keep_apart() -> None:

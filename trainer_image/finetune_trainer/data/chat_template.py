@@ -190,6 +190,19 @@ class ChatTemplate:
         return lead[first:]
 
     @functools.cached_property
+    def closes_turns(self) -> bool:
+        """Whether a token stands behind the last turn of a conversation. Where none does (GLM), it ends with what opens the next."""
+        for form in (Form(), Form(parts=True)):
+            try:
+                text = self.render(
+                    [{"role": "user", "content": "first question"}, {"role": "assistant", "content": "only answer"}], form=form
+                )
+            except BadRow:
+                continue
+            return self.next_token(text.rpartition("only answer")[2]) is not None
+        return True
+
+    @functools.cached_property
     def turn_end(self) -> str:
         """The token that ends the assistant's turn: what the model learns to stop with. Raises UserError where there is none.
 

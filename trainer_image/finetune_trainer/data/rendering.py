@@ -319,12 +319,28 @@ class Renderer:
             alone = self.template.render(probe.turns[: index + 1], tools, form=form)
             token = self.template.last_token(alone, extent_of(index, places_of(alone, probe), probe)[1])
             if token is not None and (place := text.find(token, last, following)) >= 0:
-                return place + len(token), len(token), ""
+                return self._end_of_call(index, text, place, token, probe, tools, form)
         if (found := self.template.next_token(text, last, following)) is not None:
             return found[0], 0, ""
         if following == len(text):
             return last + len(text[last:].rstrip()), 0, end
         return last, 0, ""
+
+    def _end_of_call(self, index: int, text: str, place: int, token: str, probe: Probe, tools: Any, form: Form) -> tuple[int, int, str]:
+        """The end of a turn that calls: its own last token, or, of a template that closes no turn (GLM), what opens the result."""
+        stop = place + len(token)
+        if not self.template.closes_turns:
+            result = {"role": "tool", "content": "result"}
+            answered = self.template.render([*probe.turns[: index + 1], result], tools, form=form)
+            _, _, behind = answered.partition(text[:stop])
+            opened = self.template.next_token(behind)
+            if opened is not None and not behind[: opened[0]].strip():
+                after = text.find(opened[1], stop)
+                if not text[stop:].strip():
+                    return stop, 0, opened[1]
+                if after >= 0 and not text[stop:after].strip():
+                    return after + len(opened[1]), len(opened[1]), ""
+        return stop, len(token), ""
 
     def _absent_tools(self, tools: list[Shape], words: str) -> tuple[list[str], list[str]]:
         """Tools whose name is not told to the model, and what else of their schema is not."""

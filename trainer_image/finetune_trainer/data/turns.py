@@ -257,11 +257,20 @@ def read_tools(value: Any, field: str = "tools") -> list[dict[str, Any]]:
         value = parse_json(value, field, "a list of tool definitions") if value.strip() else None
     if is_nothing(value):
         return []
+    if isinstance(value, list):
+        value = [
+            parse_json(tool, f"{field}[{index}]", "a tool definition") if isinstance(tool, str) else tool
+            for index, tool in enumerate(value)
+        ]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow(f"{field} is no list of tool definitions")
     read = [tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in value]
     for index, tool in enumerate(read):
         function = tool.get("function")
+        if isinstance(function, dict) and isinstance(parameters := function.get("parameters"), str):
+            parameters = parse_json(parameters, f"{field}[{index}].function.parameters", "an object")
+            function = {**function, "parameters": parameters}
+            read[index] = {**tool, "function": function}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise BadRow(
                 f'{field}[{index}] has no function.name; write {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}'
@@ -280,10 +289,10 @@ def check_order(messages: list[Message], *, answer: bool = True) -> list[Message
         if roles[index] not in allowed:
             raise BadRow(
                 f"turn {index - first + 1} is of {roles[index]}, expected {' or '.join(allowed)}: user and assistant must alternate, user first, "
-                "and a tool's result follows the assistant's tool_calls"
+                "and a tool's result follows the assistant's call"
             )
         if roles[index] == "assistant":
-            allowed = ("tool",) if messages[index].get("tool_calls") else ("user",)
+            allowed = ("tool",) if messages[index].get("tool_calls") else ("user", "tool")  # a call may be written out as text
         else:
             allowed = ("assistant", "tool") if roles[index] == "tool" else ("assistant",)
     if len(roles) == first:
