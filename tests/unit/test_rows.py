@@ -117,6 +117,8 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("a label of 1", "unpaired-preference", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
     ("a label of 0, as text", "unpaired-preference", {"prompt": "a", "completion": "b", "label": "0"}, {"prompt": "a", "completion": "b", "label": False}),
     ("a label as CSV has it", "unpaired-preference", {"prompt": "a", "completion": "b", "label": "True"}, {"prompt": "a", "completion": "b", "label": True}),
+    ("Anthropic's dialogs without the first line", "preference", {"chosen": "Human: a\n\nAssistant: good", "rejected": "Human: a\n\nAssistant: bad"}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
+    ("text parts of the Responses API", "messages", {"messages": [turn("user", [{"type": "input_text", "text": "paint red"}]), turn("assistant", [{"type": "output_text", "text": "yes"}])]}, {"messages": [ASK, YES]}),
     ("an answer to compare with", "prompt-only", {"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
     ("a solution to compare with", "prompt-only", {"prompt": [turn("user", "a")], "solution": 7}, chat("a", "7")),
     ("tools beside a prompt", "prompt-only", {"prompt": [ASK], "tools": [TOOL]}, {"messages": [ASK], "tools": [TOOL]}),

@@ -124,7 +124,7 @@ def _sharegpt(row: Values, unused: Unused) -> Shape:
     return {"messages": check_order(_head(row, turns(row.get("conversations"), "conversations", unused))), **_tools(row)}
 
 
-_HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
+_HUMAN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
 
 
 def _dialog(row: Values, field: str) -> list[Message]:

@@ -121,8 +121,8 @@ class RowTokenizer:
             prompt, answer = self.prompt_and_answer(row)
             if self.needs_answer is not None and not answer.strip():
                 raise BadRow(
-                    f"{self.needs_answer} compares with the row's own answer, and it has none; give it as answer, solution or completion, or as "
-                    "the assistant's last turn"
+                    f"{self.needs_answer} compares with the row's own answer, and it has none; give it as answer, solution or completion "
+                    "(dataset.columns names yours), or as the assistant's last turn"
                 )
             ids = self._encode(prompt)
             if len(ids) >= self.max_length:

@@ -23,6 +23,8 @@ _NAMES: dict[str, Role | str] = {
 """Who says a turn, by the names that rows have for it; `call` is ShareGPT's turn of a call."""
 _PARTS = {
     "text",
+    "input_text",
+    "output_text",
     "thinking",
     "reasoning",
     "image",
@@ -164,6 +166,7 @@ def _joined(parts: list[Any], place: str, left: dict[str, Any]) -> str:
     said: list[str] = []
     for index, part in enumerate(parts):
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else "text"
+        kind = "text" if kind in ("input_text", "output_text") else kind  # as the Responses API has them
         value = part if isinstance(part, str) else part.get(kind) if isinstance(part, dict) and isinstance(kind, str) else None
         if kind in ("thinking", "reasoning") and isinstance(value, str):
             left.setdefault("reasoning_content", value)
