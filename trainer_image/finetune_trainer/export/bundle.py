@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune_api.contract import result_digest
+from finetune_api.contract import LINEAGE, SUMS, result_digest
 from finetune_api.spec import Output
 from finetune_api.status import Artifact
 
@@ -19,8 +19,6 @@ from ..process.errors import InfrastructureError
 from .card import CardFacts, model_card
 from .usage import Usage
 
-LINEAGE = "finetune.json"
-SUMS = "SHA256SUMS"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 _MOST_PARENTS = 20
 _LEFT_OUT = {"training_args.bin"}

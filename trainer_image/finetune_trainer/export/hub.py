@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from finetune_api.contract import LINEAGE, SUMS
 from finetune_api.status import Artifact
 from finetune_api.uris import URI
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
 from ..remote.retry import hub_host, with_retries
-from .bundle import LINEAGE, SUMS, artifact, files, is_own
+from .bundle import artifact, files, is_own
 
 
 def check_hub(context: Context, uri: URI, token: str | None, shown: str) -> Artifact | None:

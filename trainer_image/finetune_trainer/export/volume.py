@@ -7,12 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+from finetune_api.contract import LINEAGE, SUMS
 from finetune_api.status import Artifact
 from finetune_api.uris import URI
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
-from .bundle import LINEAGE, SUMS, artifact, digests, is_own
+from .bundle import artifact, digests, is_own
 
 
 def check_volume(context: Context, uri: URI, shown: str) -> Artifact | None:

@@ -11,6 +11,7 @@ from finetune_api.contract import RESTORED, StageResult
 from finetune_api.status import Artifact
 from finetune_api.uris import parse_uri
 
+from ..export.bucket import check_bucket
 from ..export.hub import check_hub
 from ..export.volume import check_volume
 from ..job.context import Context
@@ -26,6 +27,8 @@ def check(context: Context) -> StageResult:
         try:
             if uri.scheme == "pvc":
                 found = check_volume(context, uri, target.uri)
+            elif uri.scheme == "s3":
+                found = check_bucket(context, target, f"publish-{index}")
             else:
                 found = check_hub(context, uri, context.secret(f"publish-{index}"), target.uri)
             held += [found] if found is not None else []

@@ -11,6 +11,7 @@ from finetune_api.contract import StageResult
 from finetune_api.status import Artifact
 from finetune_api.uris import parse_uri
 
+from ..export.bucket import publish_to_bucket
 from ..export.bundle import make_bundle
 from ..export.hub import publish_to_hub
 from ..export.volume import publish_to_volume
@@ -28,6 +29,8 @@ def publish(context: Context) -> StageResult:
         try:
             if uri.scheme == "pvc":
                 done.append(publish_to_volume(context, bundle, uri, target.uri))
+            elif uri.scheme == "s3":
+                done.append(publish_to_bucket(context, bundle, target, f"publish-{index}"))
             else:
                 done.append(publish_to_hub(context, bundle, uri, target.uri, context.secret(f"publish-{index}")))
         except (UserError, InfrastructureError) as failure:
