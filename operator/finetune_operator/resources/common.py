@@ -187,7 +187,11 @@ def pod_spec(
         "HOME": "/tmp",
         **_net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
-        **({Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts and stage == "prepare" else {}),
+        **(
+            {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)}
+            if settings.allowed_hosts and stage in ("prepare", "check", "publish")
+            else {}
+        ),
         **env,
     }
     scheduling = job.spec.scheduling
