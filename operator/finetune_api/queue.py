@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel, Rule
-from .scalars import DecimalText, DNSLabel, Duration, LabelMap, QualifiedName, Quantity, quantity
+from .scalars import DecimalText, DNSLabel, Duration, LabelMap, Name, QualifiedName, Quantity, Timestamp, Told, quantity
 from .spec.run import Toleration
 from .status import Condition
 
@@ -170,7 +170,7 @@ class FineTuneQueueSpec(APIModel):
 class FlavorUsage(APIModel):
     """What is used of a flavor."""
 
-    name: str
+    name: Name
     """Name of the flavor."""
     nominal: int = 0
     """The queue's own."""
@@ -183,7 +183,7 @@ class FlavorUsage(APIModel):
 class NamespaceUsage(APIModel):
     """Past use of one namespace."""
 
-    name: str
+    name: Name
     """Namespace."""
     gpu_seconds: DecimalText = 0
     """GPU-seconds, those long ago counting less."""
@@ -196,16 +196,16 @@ class UsageHistory(APIModel):
     """GPU-seconds of the queue, those long ago counting less."""
     namespaces: Annotated[list[NamespaceUsage], Field(max_length=256)] = []
     """By namespace, the largest first."""
-    updated_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    updated_at: Timestamp | None = None
     """When it was last counted."""
 
 
 class Oldest(APIModel):
     """The job that waits longest."""
 
-    job: str
+    job: Annotated[str, Told(512)]
     """namespace/name."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when."""
 
 

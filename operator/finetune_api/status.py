@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .base import APIModel
 from .evaluation_status import EvaluationStatus
-from .scalars import REASON_PATTERN, Count, DecimalText
+from .scalars import REASON_PATTERN, Count, DecimalText, LabelKey, Name, Timestamp, Told, Word
 from .spec.run import Toleration
 
 Phase = Literal[
@@ -44,7 +44,7 @@ ConditionType = Literal[
 ]
 SAID_BY_OTHERS: tuple[ConditionType, ...] = ("Ready", "Stalled", "QuotaReserved", "Evicted", "Preempted", "Finished")
 """Conditions that say again, in the terms of other tools (kstatus, Kueue), what the rest say"""
-Text = Annotated[str, Field(max_length=32_768)]
+Text = Annotated[str, Told(32_768)]
 
 
 class Condition(APIModel):
@@ -58,7 +58,7 @@ class Condition(APIModel):
     """CamelCase reason for the last transition; docs/reference lists them."""
     message: Text = ""
     """What happened, for people, and what to do about it."""
-    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    last_transition_time: Timestamp
     """When the status last changed."""
     observed_generation: Annotated[int, Field(ge=0)] = 0
     """metadata.generation that this condition was set for."""
@@ -83,9 +83,9 @@ class Progress(APIModel):
     """Learning rate of the last logged step."""
     tokens_per_second: DecimalText | None = None
     """Non-padding tokens per second over all workers, since the start of this attempt."""
-    eta: str | None = None
+    eta: Word | None = None
     """Estimated time left in training."""
-    reported_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    reported_at: Timestamp | None = None
     """When the operator last heard from rank 0."""
 
 
@@ -98,15 +98,15 @@ class DatasetStatus(APIModel):
     """Held-out rows."""
     tokens: Count = 0
     """Tokens in the training rows, after truncation."""
-    format: str = ""
+    format: Word = ""
     """Format of the rows."""
-    dropped: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    dropped: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows left out, by cause."""
-    warnings: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    warnings: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
-    unused_keys: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    unused_keys: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows by key that holds something and is not used: the commonest; the report in the workspace has all."""
-    digest: str = ""
+    digest: Word = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
 
 
@@ -119,19 +119,19 @@ class Plan(APIModel):
     """Rows per process and forward pass."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1_000_000)]
     """Forward passes per optimizer step."""
-    strategy: str
+    strategy: Word
     """The parallel strategy in use."""
-    offload: str = "none"
+    offload: Word = "none"
     """What is kept in host memory: none, optimizer or parameters."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
-    estimated_memory_per_gpu: str = Field(default="", alias="estimatedMemoryPerGPU")
+    estimated_memory_per_gpu: Word = Field(default="", alias="estimatedMemoryPerGPU")
     """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
     total_steps: Count = 0
     """Optimizer steps in all."""
     estimated_petaflops: Annotated[DecimalText, Field(ge=0)] = 0.0
     """Estimated floating-point operations of the whole training, times 10^15; 0 where nothing is estimated."""
-    reason: str = ""
+    reason: Annotated[str, Told(1024)] = ""
     """Why this strategy and batch size were chosen."""
 
     @property
@@ -161,9 +161,9 @@ class CheckpointStatus(APIModel):
 
     step: int
     """Optimizer step it was taken at."""
-    saved_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    saved_at: Timestamp | None = None
     """When it was saved."""
-    every: str | None = None
+    every: Word | None = None
     """Time between two checkpoints: as asked for, or from what one costs."""
     resumed_from: int | None = None
     """Step that the present attempt began from."""
@@ -174,9 +174,9 @@ class CheckpointStatus(APIModel):
 class Artifact(APIModel):
     """Something that was published and verified."""
 
-    uri: str
+    uri: Annotated[str, Told(1024)]
     """Where it is."""
-    digest: str
+    digest: Word
     """sha256 over the published files' names and contents."""
     bytes: Count
     """Size of the published files."""
@@ -187,19 +187,19 @@ class Restart(APIModel):
 
     attempt: int
     """The attempt that ended."""
-    cause: str = ""
+    cause: Word = ""
     """Class of the failure: Infrastructure, OutOfMemory, Hang, Disruption, Stopped, or UserError where a failurePolicy restarts it."""
-    reason: str
+    reason: Annotated[str, Told(1024)]
     """CamelCase reason; docs/errors.md lists them."""
-    pod: str = ""
+    pod: Name = ""
     """The pod that failed first."""
-    node: str = ""
+    node: Name = ""
     """The node it ran on."""
     checkpoint_step: int | None = None
     """Step of the newest checkpoint then: what the next attempt goes on from."""
     message: Text = ""
     """Its last words."""
-    time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    time: Timestamp
     """When it was noticed."""
     counted: bool = True
     """Whether it counts towards runPolicy.maxRestarts."""
@@ -210,35 +210,35 @@ class Gang(APIModel):
 
     attempt: int
     """Attempt these pods belong to."""
-    pod_uids: Annotated[list[str], Field(max_length=512)] = Field(default_factory=list)
+    pod_uids: Annotated[list[Word], Field(max_length=512)] = Field(default_factory=list)
     """UIDs by rank: a pod that is recorded here and gone was deleted, one that is not was never made."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    started_at: Timestamp
     """When the gang's pods were first asked for."""
-    running_since: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    running_since: Timestamp | None = None
     """When all of them ran."""
-    avoided_nodes: Annotated[list[str], Field(max_length=16)] = []
+    avoided_nodes: Annotated[list[Name], Field(max_length=16)] = []
     """Nodes that jobs kept failing on lately: the scheduler was asked for others."""
 
 
 class TopologyDomain(APIModel):
     """Where the gang is kept together."""
 
-    key: str
+    key: LabelKey
     """Node label."""
-    value: str
+    value: Word
     """Its value."""
 
 
 class AdmissionStatus(APIModel):
     """What the gang was admitted to. Meaningful while the condition Admitted is True."""
 
-    queue: str | None = None
+    queue: Name | None = None
     """FineTuneQueue; unset without any."""
-    flavor: str | None = None
+    flavor: Name | None = None
     """Its flavor."""
     nodes: int
     """Worker pods: fewer than asked for where minNodes allows it."""
-    node_labels: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
+    node_labels: Annotated[dict[LabelKey, Word], Field(max_length=32)] = Field(default_factory=dict)
     """Labels of the flavor's nodes."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints of the flavor's nodes."""
@@ -246,37 +246,37 @@ class AdmissionStatus(APIModel):
     """Where scheduling.topologyKey keeps the gang together."""
     price_per_hour: DecimalText | None = None
     """Price of one unit for an hour."""
-    estimated_duration: str | None = None
+    estimated_duration: Word | None = None
     """Estimated time of the whole training, where the flavor says how fast it is; while it runs status.progress.eta is better."""
     estimated_cost: DecimalText | None = None
     """Its price."""
-    planned_nodes: Annotated[list[str], Field(max_length=512)] = []
+    planned_nodes: Annotated[list[Name], Field(max_length=512)] = []
     """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
     attempt: int = 0
     """Attempt that it was planned for."""
-    admitted_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    admitted_at: Timestamp
     """When."""
 
 
 class QueueStatus(APIModel):
     """The job's place while it waits."""
 
-    name: str | None = None
+    name: Name | None = None
     """FineTuneQueue; unset without any."""
     position: int | None = None
     """From 1 in the order in which the queue is looked at."""
-    message: str = ""
+    message: Annotated[str, Told(4096)] = ""
     """What it waits for."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when it has waited this time."""
 
 
 class SourceWait(APIModel):
     """A hub or server that a stage waits for; `status.retryAfter` says when it is tried again."""
 
-    host: str = ""
+    host: Name = ""
     """Who does not answer."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when."""
 
 
@@ -289,7 +289,7 @@ class StageRetry(APIModel):
     """Tries that are not counted as retries: a hub or server did not answer, or the job's shape was changed."""
     waiting: SourceWait | None = None
     """What the stage waits for."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    started_at: Timestamp | None = None
     """When the current try was asked for."""
 
     @property
@@ -329,7 +329,7 @@ class FineTuneJobStatus(APIModel):
     """The last restarts with their causes, newest last."""
     restarts_counted: int = 0
     """Restarts that count towards runPolicy.maxRestarts."""
-    retry_after: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    retry_after: Timestamp | None = None
     """When the next start is tried, during back-off."""
     admission: AdmissionStatus | None = None
     """What the gang was admitted to."""
@@ -337,7 +337,7 @@ class FineTuneJobStatus(APIModel):
     """The job's place while it waits."""
     gang: Gang | None = None
     """The worker pods of the current attempt."""
-    stages: Annotated[dict[str, StageRetry], Field(max_length=8)] = Field(default_factory=dict)
+    stages: Annotated[dict[Word, StageRetry], Field(max_length=8)] = Field(default_factory=dict)
     """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""
@@ -355,9 +355,9 @@ class FineTuneJobStatus(APIModel):
     """GPU time."""
     total_gpus: int = 0
     """GPUs of the gang, for the printer column."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    started_at: Timestamp | None = None
     """When the operator first saw the job."""
-    finished_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    finished_at: Timestamp | None = None
     """When the job succeeded or failed."""
 
     def condition(self, type_: ConditionType) -> Condition | None:

@@ -87,7 +87,7 @@ def _rows(context: Context, url: str) -> None:
 
 
 def _publish(context: Context, url: str) -> None:
-    publish_to_hub(context, Path(context.workspace), parse_uri("hf://org/out"), "hf://org/out", "hf_" + "x" * 20)
+    publish_to_hub(context, parse_uri("hf://org/out"), "hf://org/out", "hf_" + "x" * 20, Path(context.workspace))
 
 
 def _bucket(context: Context, url: str) -> None:

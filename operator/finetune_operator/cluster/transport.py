@@ -1,4 +1,4 @@
-"""The API server behind a few verbs. One connection pool, explicit time-outs, Retry-After honoured."""
+"""The API server behind a few verbs. One connection pool, explicit time-outs, Retry-After honoured. Knows nothing of what it carries."""
 
 from __future__ import annotations
 
@@ -305,24 +305,6 @@ class KubernetesCluster:
         answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
         status: Object = answer.get("status") or {}
         return status
-
-    async def may(self, verb: str, kind: str) -> bool:
-        """Whether this process may do something to all objects of a kind, in every namespace (SelfSubjectAccessReview)."""
-        resource = RESOURCES[kind]
-        asked = {"verb": verb, "group": resource.group, "version": resource.version, "resource": resource.plural}
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
-        path = RESOURCES["SelfSubjectAccessReview"].path()
-        try:
-            answer = await self.request("POST", path, kind="SelfSubjectAccessReview", verb="create", body=body)
-        except APIError as failure:
-            if failure.transient:
-                raise
-            return False  # not even allowed to ask
-        return bool((answer.get("status") or {}).get("allowed"))
 
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""

@@ -1,4 +1,4 @@
-"""What FineTuneQueues say of themselves: written when it changed, and not often."""
+"""What FineTuneQueues say of themselves: written when it changed, and not often. Knows nothing of how it was decided."""
 
 from __future__ import annotations
 

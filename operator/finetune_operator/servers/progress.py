@@ -2,6 +2,7 @@
 
 A report carries a projected service-account token whose audience names the job. TokenReview tells which pod holds
 it; the pod's UID leads to its owner and so to the job. Labels and names that a tenant can choose decide nothing.
+Knows nothing of what becomes of a report.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from aiohttp import web
 from pydantic import ValidationError
 
-from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, progress_audience
 
 from .. import metrics
@@ -25,7 +25,6 @@ from ..cache.progress import ProgressBoard
 from ..cache.store import Store
 from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
-from ..model.children import owner_uid
 from ..model.objects import Key
 
 log = logging.getLogger("finetune.progress")
@@ -90,12 +89,11 @@ class ProgressServer:
             raise web.HTTPBadRequest(text="not a progress report") from None
 
         pod = self._store.pod(pod_uid)
-        job = self._store.job_of_uid(owner_uid(pod)) if pod is not None else None
+        job = self._store.job_of_uid(pod.owner) if pod is not None else None
         if pod is None or job is None or (job["metadata"]["namespace"], job["metadata"]["name"]) != (namespace, name):
             raise web.HTTPForbidden(text="the pod does not belong to this job")
-        labels = pod["metadata"].get("labels") or {}
         current = int((job.get("status") or {}).get("attempt", 0))
-        if labels.get(names.LABEL_RANK) != "0" or labels.get(names.LABEL_ATTEMPT) != str(report.attempt) or report.attempt < current:
+        if not pod.is_worker or pod.rank != 0 or pod.attempt != report.attempt or report.attempt < current:
             raise web.HTTPForbidden(text="only rank 0 of the current attempt reports progress")
         if self._board.put(job["metadata"]["uid"], report, self._cluster.now()):
             self._wake((namespace, name))

@@ -20,7 +20,7 @@ from ..remote.retry import hub_host, with_retries
 from .bundle import LINEAGE, SUMS, artifact, files, is_own
 
 
-def check_hub(context: Context, uri: URI, token: str | None, shown: str) -> Artifact | None:
+def check_hub(context: Context, uri: URI, shown: str, token: str | None) -> Artifact | None:
     """This job's result where the repository holds it already. Writes nothing.
 
     Raises UserError or SourceUnavailable when `publish_to_hub` would fail.
@@ -60,7 +60,7 @@ def _account(api: HfApi, uri: URI) -> dict[str, Any]:
         return {}
 
 
-def publish_to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
+def publish_to_hub(context: Context, uri: URI, shown: str, token: str | None, bundle: Path) -> Artifact:
     """One commit with all files; then read their digests back."""
     try:
         present = with_retries(lambda: _commit(context, bundle, uri, token), hub_host(), _refused(uri))

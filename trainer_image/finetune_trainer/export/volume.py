@@ -35,7 +35,7 @@ def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def publish_to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
+def publish_to_volume(context: Context, uri: URI, shown: str, bundle: Path) -> Artifact:
     """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
     target = context.target(uri)
     _refuse_foreign(target, context)
