@@ -149,7 +149,7 @@ class _Pass:
     def _never_fits(self, name: str, workload: Workload) -> str | None:
         """Why no node that was ever seen could hold one of its pods, or None. What has run once is never too large."""
         request = workload.request
-        if self.fleet is None or workload.allocation is not None or workload.has_run or request.units <= self.proven[request.resource]:
+        if self.fleet is None or workload.allocation is not None or request.units <= self.proven[request.resource]:
             return None
         if self.ledger.queues[name].unreadable or self.eligibility.autoscaled(name, workload):
             return None
