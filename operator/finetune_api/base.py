@@ -169,7 +169,7 @@ class APIModel(BaseModel):
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
         """A field that is null is one that is not there, as to an API server; an unknown one stays, to be refused."""
-        if not isinstance(values, dict) or all(value is not None for value in values.values()):
+        if not isinstance(values, dict) or None not in values.values():
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
         return {key: value for key, value in values.items() if value is not None or key not in known}

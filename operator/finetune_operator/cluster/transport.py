@@ -272,11 +272,11 @@ class KubernetesCluster:
         return answer if answer.get("kind") == kind else None
 
     async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
-        kind, meta = raw["kind"], raw["metadata"]
+        kind, meta, body = raw["kind"], raw["metadata"], {name: value for name, value in raw.items() if name != "spec"}
         path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"], "status")
         query = {"fieldManager": names.MANAGER}
         priority = Priority.TELL if urgent else Priority.LOOK
-        return await self.request("PUT", path, kind=kind, verb="replace_status", body=raw, query=query, priority=priority)
+        return await self.request("PUT", path, kind=kind, verb="replace_status", body=body, query=query, priority=priority)
 
     async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
         resource = RESOURCES[kind]

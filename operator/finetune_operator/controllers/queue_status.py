@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+
+from finetune_api.lenient import rewritten
+from finetune_api.queue import FineTuneQueueStatus
 
 from .. import metrics
 from ..cache.inventory import Queues
@@ -48,7 +50,7 @@ class QueueStatusWriter:
         since = time.monotonic() - self._written.get(queue.name, float("-inf"))
         status = queue_status(queue, raw, snapshot, decisions)
         old = dict(raw.get("status") or {})
-        new: dict[str, Any] = status.to_wire()
+        new = rewritten(old, FineTuneQueueStatus(), status)
         if {**old, "history": None} == {**new, "history": None} and (since < _HISTORY_SECONDS or status.history.gpu_seconds < 1):
             return
         if since < _STATUS_SECONDS:

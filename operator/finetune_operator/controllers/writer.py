@@ -10,6 +10,9 @@ import contextlib
 import time
 from collections.abc import Callable
 
+from finetune_api.lenient import rewritten
+from finetune_api.status import FineTuneJobStatus
+
 from ..cache.store import Store
 from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
@@ -117,7 +120,7 @@ class Writer:
             return False
         meta = raw["metadata"]
         self._untold.pop(meta["uid"], None)
-        wire = {**plan.kept, **plan.status.to_wire()}
+        wire = rewritten(raw.get("status"), plan.before or FineTuneJobStatus(), plan.status)
         if wire == raw.get("status"):
             return False
         began = time.monotonic()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune_api import KIND, names
-from finetune_api.lenient import read_status
+from finetune_api.lenient import read_status, rewritten
 from finetune_api.status import FineTuneJobStatus
 
 from .children import job_view, pod_view
@@ -54,7 +54,8 @@ def legible_job(raw: Object) -> Object:
         FineTuneJobStatus.model_validate(status)
     except ValidationError as failure:
         if not all(_is_harmless(error) for error in failure.errors(include_url=False, include_context=False)):
-            return {**raw, "status": read_status(status).to_wire()}
+            read = read_status(status)
+            return {**raw, "status": rewritten(status, read, read)}
     return raw
 
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from finetune_api.base import shortened
-from finetune_api.lenient import read_status, unknown_fields
+from finetune_api.lenient import read_status
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
@@ -181,7 +181,6 @@ class Draft:
             actions=tuple(self.actions),
             events=tuple(dataclasses.replace(event, series=self.status.attempt) for event in self.events),
             status=self.status if changed else None,
-            kept=unknown_fields(self.observed.job.get("status")),
             before=self.before,
             due=self._due(quiet),
             requeue_at=min(self.requeue) if self.requeue else None,
