@@ -123,7 +123,9 @@ async def test_a_request_carries_the_present_token_and_a_refusal_its_words() -> 
     assert [token for _, token, *_ in seen] == ["Bearer old", *["Bearer new"] * 4]
     assert seen[1][2]["labelSelector"] == "a=b,c"
     assert seen[2][2:] == ({"fieldManager": names.MANAGER}, {"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})
-    assert seen[3][3] == {"kind": "FineTuneJob", "metadata": {"namespace": "n", "name": "j"}, "status": {}}, "a status is written, and nothing else"
+    assert seen[3][3] == {"kind": "FineTuneJob", "metadata": {"namespace": "n", "name": "j"}, "status": {}}, (
+        "a status is written, and nothing else"
+    )
 
 
 async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ _TRANSIENT_TRIES = 4
 _LONGEST_LINE = 32 * 2**20
 """Bytes. etcd takes objects of 1.5 MiB."""
 _SILENT_SECONDS = 150.0
-"""A watch that brings nothing for so long, no bookmark either, is taken for dead: the server sends one about every minute."""
+"""A watch that brings nothing for so long is given up, and the kind listed again: the server sends a bookmark about every minute."""
 DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
 T = TypeVar("T")
 
@@ -184,6 +184,8 @@ class KubernetesCluster:
                     raise api_error(response.status, await response.read(), response.headers)
                 async for line in _lines(response.response.content):
                     yield line
+            except TimeoutError:  # where an etcd was restored, a version that it has not come to yet is watched in vain
+                raise APIError(410, "Silent", f"no event and no bookmark for {_SILENT_SECONDS:.0f} s") from None
             finally:
                 response.response.close()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:

@@ -33,6 +33,7 @@ class QueueStatusWriter:
     async def write(self, queues: Queues, snapshot: Snapshot, decisions: Decisions) -> None:
         """Say what changed. Raises APIError when the server does not answer."""
         self.owed = False
+        self._written = {name: at for name, at in self._written.items() if name in queues.items}
         metrics.PENDING.clear()
         metrics.QUEUE_USED.clear()
         for name, report in decisions.queues.items():
