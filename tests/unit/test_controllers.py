@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.base import APIModel
 from finetune_api.contract import ProgressReport
 from finetune_api.status import Condition, FineTuneJobStatus, Progress
 from finetune_api.validation import parse_spec
@@ -163,14 +164,10 @@ class Seen:
     raw: Object
 
 
-class Said:
+class Said(APIModel):
     """A status of another kind."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def to_wire(self) -> Object:
-        return {"text": self.text}
+    text: str = ""
 
 
 async def test_a_new_kind_is_a_row_of_functions(cluster: Cluster) -> None:
@@ -181,7 +178,7 @@ async def test_a_new_kind_is_a_row_of_functions(cluster: Cluster) -> None:
         return Seen({"kind": "FineTuneJob", **copy.deepcopy(cluster.objects["FineTuneJob", key[1]])})
 
     def decide(seen: Seen) -> Plan:
-        return Plan(status=Said("seen"), events=(Event("Normal", "Seen", "by its kind"),))  # type: ignore[arg-type]
+        return Plan(status=Said(text="seen"), events=(Event("Normal", "Seen", "by its kind"),))  # type: ignore[arg-type]
 
     events = Events(cluster)  # type: ignore[arg-type]
     writer = Writer(cluster, store, events, soon_seconds=0, interval=lambda plan: 0)  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 from finetune_api.lenient import rewritten
-from finetune_api.status import FineTuneJobStatus
 
 from ..cache.store import Store
 from ..cluster.errors import APIError
@@ -120,7 +119,7 @@ class Writer:
             return False
         meta = raw["metadata"]
         self._untold.pop(meta["uid"], None)
-        wire = rewritten(raw.get("status"), plan.before or FineTuneJobStatus(), plan.status)
+        wire = rewritten(raw.get("status"), plan.before or type(plan.status)(), plan.status)
         if wire == raw.get("status"):
             return False
         began = time.monotonic()
