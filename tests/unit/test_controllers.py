@@ -104,6 +104,21 @@ async def test_events_come_after_the_status_and_hold_nothing_up(cluster: Cluster
     assert cluster.writes.index("status FineTuneJob support") < cluster.writes.index("create Event")
 
 
+async def test_what_an_older_definition_drops_is_not_written_over_and_over(cluster: Cluster) -> None:
+    """Each write was taken for news, and acted on at once."""
+    real, operator = cluster.replace_status, manager(cluster)
+
+    async def replace_status(raw: Object, *, urgent: bool = True) -> Object:
+        return await real({**raw, "status": {name: value for name, value in raw["status"].items() if name != "startedAt"}}, urgent=urgent)
+
+    cluster.replace_status = replace_status  # type: ignore[method-assign]
+    await operator.resync.once()
+    for _ in range(3):
+        await operator.jobs.process(KEY)
+    assert operator.jobs.queue._pop() is None, "it comes to rest"
+    assert cluster.objects["FineTuneJob", "support"]["status"]["phase"] == "Preparing"
+
+
 async def test_events_that_wait_are_bounded(cluster: Cluster) -> None:
     events, before = Events(cluster, most=10), dropped("TooMany")  # type: ignore[arg-type]
     for number in range(25):

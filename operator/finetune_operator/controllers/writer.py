@@ -114,7 +114,7 @@ class Writer:
         return self._written.get(uid, float("-inf")) + self._interval(plan) - now
 
     async def _write_status(self, raw: Object, plan: Plan, recorded: Recorded) -> bool:
-        """Whether it was written, on condition of the state that it is derived from."""
+        """Whether it is different now. Written on condition of the state that it is derived from."""
         if plan.status is None:
             return False
         meta = raw["metadata"]
@@ -135,4 +135,4 @@ class Writer:
         self._written[meta["uid"]] = time.monotonic()
         self._store.put_job(answer)
         recorded(raw, plan)
-        return True
+        return bool(answer.get("status") != raw.get("status"))  # a definition of an older release drops what it does not know
