@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel, Rule
-from .scalars import DecimalText, DNSLabel, Duration, LabelMap, Name, QualifiedName, Quantity, Timestamp, Told, quantity
+from .scalars import Count, DecimalText, DNSLabel, Duration, LabelMap, Name, QualifiedName, Quantity, Timestamp, Told, quantity
 from .spec.run import Toleration
 from .status import Condition
 
@@ -172,11 +172,11 @@ class FlavorUsage(APIModel):
 
     name: Name
     """Name of the flavor."""
-    nominal: int = 0
+    nominal: Count = 0
     """The queue's own."""
-    used: int = 0
+    used: Count = 0
     """Held by its jobs."""
-    borrowed: int = 0
+    borrowed: Count = 0
     """Of those, what belongs to others of the cohort."""
 
 
@@ -217,17 +217,17 @@ class FineTuneQueueStatus(APIModel):
         Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = []
     """Active: whether jobs are admitted."""
-    pending: int = 0
+    pending: Count = 0
     """Jobs that wait."""
-    admitted: int = 0
+    admitted: Count = 0
     """Jobs that hold GPUs."""
     flavors: Annotated[list[FlavorUsage], Field(max_length=16)] = []
     """Use of each flavor."""
-    used: int = 0
+    used: Count = 0
     """Units of all flavors in use."""
-    nominal: int = 0
+    nominal: Count = 0
     """Units of all flavors that belong to the queue."""
-    borrowed: int = 0
+    borrowed: Count = 0
     """Units borrowed from others of the cohort."""
     share: DecimalText = 0
     """Weighted dominant share of the cohort, past use included; who has less goes first."""

@@ -45,6 +45,8 @@ ConditionType = Literal[
 SAID_BY_OTHERS: tuple[ConditionType, ...] = ("Ready", "Stalled", "QuotaReserved", "Evicted", "Preempted", "Finished")
 """Conditions that say again, in the terms of other tools (kstatus, Kueue), what the rest say"""
 Text = Annotated[str, Told(32_768)]
+Attempt = Annotated[int, Field(ge=0, le=999_999_999)]
+"""As many as a pod's label tells apart"""
 
 
 class Condition(APIModel):
@@ -60,16 +62,16 @@ class Condition(APIModel):
     """What happened, for people, and what to do about it."""
     last_transition_time: Timestamp
     """When the status last changed."""
-    observed_generation: Annotated[int, Field(ge=0)] = 0
+    observed_generation: Count = 0
     """metadata.generation that this condition was set for."""
 
 
 class Progress(APIModel):
     """The last report of training rank 0."""
 
-    step: Annotated[int, Field(ge=0)] = 0
+    step: Count = 0
     """Optimizer steps done."""
-    total_steps: Annotated[int, Field(ge=0)] = 0
+    total_steps: Count = 0
     """Optimizer steps in all."""
     epoch: DecimalText = 0
     """Passes over the training rows done."""
@@ -159,15 +161,15 @@ class Plan(APIModel):
 class CheckpointStatus(APIModel):
     """The newest complete checkpoint."""
 
-    step: int
+    step: Count
     """Optimizer step it was taken at."""
     saved_at: Timestamp | None = None
     """When it was saved."""
     every: Word | None = None
     """Time between two checkpoints: as asked for, or from what one costs."""
-    resumed_from: int | None = None
+    resumed_from: Count | None = None
     """Step that the present attempt began from."""
-    skipped: Annotated[list[int], Field(max_length=8)] = []
+    skipped: Annotated[list[Count], Field(max_length=8)] = []
     """Steps of checkpoints that it passed over because they were incomplete or damaged."""
 
 
@@ -185,7 +187,7 @@ class Artifact(APIModel):
 class Restart(APIModel):
     """A gang restart, and why it was needed."""
 
-    attempt: int
+    attempt: Attempt
     """The attempt that ended."""
     cause: Word = ""
     """Class of the failure: Infrastructure, OutOfMemory, Hang, Disruption, Stopped, or UserError where a failurePolicy restarts it."""
@@ -195,7 +197,7 @@ class Restart(APIModel):
     """The pod that failed first."""
     node: Name = ""
     """The node it ran on."""
-    checkpoint_step: int | None = None
+    checkpoint_step: Count | None = None
     """Step of the newest checkpoint then: what the next attempt goes on from."""
     message: Text = ""
     """Its last words."""
@@ -208,7 +210,7 @@ class Restart(APIModel):
 class Gang(APIModel):
     """The worker pods of the current attempt, recorded once all of them exist."""
 
-    attempt: int
+    attempt: Attempt
     """Attempt these pods belong to."""
     pod_uids: Annotated[list[Word], Field(max_length=512)] = Field(default_factory=list)
     """UIDs by rank: a pod that is recorded here and gone was deleted, one that is not was never made."""
@@ -236,7 +238,7 @@ class AdmissionStatus(APIModel):
     """FineTuneQueue; unset without any."""
     flavor: Name | None = None
     """Its flavor."""
-    nodes: int
+    nodes: Annotated[int, Field(ge=1, le=512)]
     """Worker pods: fewer than asked for where minNodes allows it."""
     node_labels: Annotated[dict[LabelKey, Word], Field(max_length=32)] = Field(default_factory=dict)
     """Labels of the flavor's nodes."""
@@ -252,7 +254,7 @@ class AdmissionStatus(APIModel):
     """Its price."""
     planned_nodes: Annotated[list[Name], Field(max_length=512)] = []
     """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
-    attempt: int = 0
+    attempt: Attempt = 0
     """Attempt that it was planned for."""
     admitted_at: Timestamp
     """When."""
@@ -263,7 +265,7 @@ class QueueStatus(APIModel):
 
     name: Name | None = None
     """FineTuneQueue; unset without any."""
-    position: int | None = None
+    position: Count | None = None
     """From 1 in the order in which the queue is looked at."""
     message: Annotated[str, Told(4096)] = ""
     """What it waits for."""
@@ -283,9 +285,9 @@ class SourceWait(APIModel):
 class StageRetry(APIModel):
     """Tries of a single-pod stage."""
 
-    retries: int = 0
+    retries: Count = 0
     """Retries after failures of the infrastructure."""
-    waits: int = 0
+    waits: Count = 0
     """Tries that are not counted as retries: a hub or server did not answer, or the job's shape was changed."""
     waiting: SourceWait | None = None
     """What the stage waits for."""
@@ -301,13 +303,13 @@ class StageRetry(APIModel):
 class Usage(APIModel):
     """GPU time of the job."""
 
-    gpu_seconds: int = 0
+    gpu_seconds: Count = 0
     """GPU-seconds held by ended attempts."""
-    queued_seconds: int = 0
+    queued_seconds: Count = 0
     """Seconds that the job waited for its GPUs."""
     cost: DecimalText | None = None
     """GPU-seconds at the price of their flavor, where it has one."""
-    lost_seconds: int = 0
+    lost_seconds: Count = 0
     """Seconds of training that ended attempts had done since their last checkpoint."""
 
 
@@ -316,18 +318,18 @@ class FineTuneJobStatus(APIModel):
 
     phase: Phase = "Pending"
     """Summary of the conditions for people."""
-    observed_generation: int = 0
+    observed_generation: Count = 0
     """metadata.generation that this status was derived from."""
     conditions: Annotated[
         list[Condition],
         Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = Field(default_factory=list)
     """Observations by the Kubernetes API conventions; phase summarises them."""
-    attempt: int = 0
+    attempt: Attempt = 0
     """Gang restarts so far."""
     restarts: Annotated[list[Restart], Field(max_length=20)] = Field(default_factory=list)
     """The last restarts with their causes, newest last."""
-    restarts_counted: int = 0
+    restarts_counted: Count = 0
     """Restarts that count towards runPolicy.maxRestarts."""
     retry_after: Timestamp | None = None
     """When the next start is tried, during back-off."""
@@ -353,7 +355,7 @@ class FineTuneJobStatus(APIModel):
     """What was published."""
     usage: Usage = Field(default_factory=Usage)
     """GPU time."""
-    total_gpus: int = 0
+    total_gpus: Count = 0
     """GPUs of the gang, for the printer column."""
     started_at: Timestamp | None = None
     """When the operator first saw the job."""

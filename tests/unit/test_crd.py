@@ -104,15 +104,16 @@ def test_every_field_is_described_and_structural(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strings_and_lists_are_bounded(kind: str) -> None:
+def test_strings_numbers_and_lists_are_bounded(kind: str) -> None:
     unbounded = [
         (root, path)
         for root in ("spec", "status")
         for path, node in walk(schema(kind)[root])
         if (node.get("type", "string") == "string" and "enum" not in node and "maxLength" not in node)
         or (node.get("type") == "array" and "maxItems" not in node)
+        or (node.get("type") == "integer" and not {"minimum", "maximum"} <= node.keys())
     ]
-    assert not unbounded
+    assert not unbounded, "also of what somebody may write into a status by hand"
 
 
 def test_what_is_told_in_a_status_is_cut_and_refused_nowhere() -> None:
