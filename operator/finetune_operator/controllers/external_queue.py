@@ -25,7 +25,7 @@ from ..resources.backends import GROUP_KINDS, GROUP_LABEL, JOB_UID_LABEL
 from ..settings import Settings
 from .workqueue import WorkQueue
 
-log = logging.getLogger("finetune.handed")
+log = logging.getLogger("finetune.external_queue")
 _SERVED_SECONDS = 300.0
 _ABSENT_SECONDS = 10.0
 

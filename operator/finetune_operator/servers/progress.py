@@ -35,7 +35,7 @@ _REVIEWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _Review:
     pod_uid: str
     """Empty: the token was refused."""
     until: float
@@ -48,7 +48,7 @@ class ProgressServer:
         self, cluster: Cluster, store: Store, board: ProgressBoard, wake: Callable[[Key], None], acting: Callable[[], bool] = lambda: True
     ) -> None:
         self._cluster, self._store, self._board, self._wake, self._acting = cluster, store, board, wake, acting
-        self._verdicts: dict[str, _Verdict] = {}
+        self._reviewed: dict[str, _Review] = {}
         self._last: dict[str, float] = {}
         self._reviews = asyncio.Semaphore(_REVIEWS_AT_ONCE)
 
@@ -108,7 +108,7 @@ class ProgressServer:
         """UID of the pod that the token is bound to, or empty when the API server refuses the token."""
         key = hashlib.sha256(f"{audience}\0{token}".encode()).hexdigest()
         now = time.monotonic()
-        known = self._verdicts.get(key)
+        known = self._reviewed.get(key)
         if known is not None and known.until > now:
             return known.pod_uid
         async with self._reviews:
@@ -119,9 +119,9 @@ class ProgressServer:
         extra = (status.get("user") or {}).get("extra") or {}
         uids = extra.get("authentication.kubernetes.io/pod-uid") or []
         good = status.get("authenticated") is True and audience in (status.get("audiences") or ()) and len(uids) == 1
-        if len(self._verdicts) >= _CACHE_SIZE:
-            self._verdicts = {k: v for k, v in self._verdicts.items() if v.until > now}
-            if len(self._verdicts) >= _CACHE_SIZE:
-                self._verdicts.clear()
-        self._verdicts[key] = _Verdict(str(uids[0]) if good else "", now + _CACHE_SECONDS)
+        if len(self._reviewed) >= _CACHE_SIZE:
+            self._reviewed = {k: v for k, v in self._reviewed.items() if v.until > now}
+            if len(self._reviewed) >= _CACHE_SIZE:
+                self._reviewed.clear()
+        self._reviewed[key] = _Review(str(uids[0]) if good else "", now + _CACHE_SECONDS)
         return str(uids[0]) if good else ""

@@ -34,8 +34,8 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
     name = names.stage_name(draft.observed.job["metadata"]["name"], stage, retry.tries)
     child = next((j for j in draft.observed.jobs if j.name == name), None)
     _drop_other_tries(draft, stage, name, ended=retry.waits > 0 and child is not None)
-    handed = stage == "evaluate" and keeps_place(spec, draft.settings)
-    if child is None and handed and not draft.observed.place_seen:
+    external = stage == "evaluate" and keeps_place(spec, draft.settings)
+    if child is None and external and not draft.observed.place_seen:
         draft.wait(1)  # the next pass will have looked
         return None
     if child is None or child.deleting:
@@ -57,7 +57,7 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
         _retry(draft, spec, stage, condition, Failure("Infrastructure", "NoResult", f"pod {done.name} ended without a result", done.name))
         return None
     failed = next((p for p in pods if p.phase == "Failed"), None)
-    if failed is not None and handed and failed.deleting and not (child.complete or child.failed):
+    if failed is not None and external and failed.deleting and not (child.complete or child.failed):
         failed = None  # Kueue takes the quota away and suspends the Job, which it lets go on later
         draft.wait(1)
     if failed is not None:
