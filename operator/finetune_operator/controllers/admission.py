@@ -349,6 +349,9 @@ class AdmissionLoop:
         if assumed.action == "admit" and assumed.admission is not None and workload.waits and allocation is None:
             granted = _assumed(assumed.admission, workload.request, now)
             return dataclasses.replace(workload, allocation=granted, waits=False)
+        more = assumed.admission if assumed.action == "resize" else None
+        if more is not None and allocation is not None and not allocation.stopping and allocation.pods < more.pods:
+            return dataclasses.replace(workload, allocation=dataclasses.replace(allocation, pods=more.pods, flavor=more.flavor))
         self._assumptions.confirm(workload.uid)
         return workload
 
