@@ -1,4 +1,4 @@
-"""What an administrator sets: read once at start-up from the environment, which the chart writes."""
+"""What an administrator sets: read once at start-up from the environment, which the chart writes. Knows nothing of what it is for."""
 
 from __future__ import annotations
 

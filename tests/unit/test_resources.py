@@ -14,7 +14,7 @@ import yaml
 
 from finetune_api import names
 from finetune_api.contract import JobFile, Mounts
-from finetune_api.status import Plan
+from finetune_api.status import AdmissionStatus, Plan
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, network_policy, workspace
@@ -176,6 +176,17 @@ def test_job_json_is_stable_and_free_of_what_may_change() -> None:
     changed = ref(merged(FULL, runPolicy={"suspend": True, "maxRestarts": 9}))
     assert job_file(job).dumps() == job_file(changed).dumps()
     assert JobFile.model_validate(json.loads(job_file(job).dumps())).spec.model.uri == "hf://org/model@main"
+
+
+def test_no_worker_bears_what_grows_with_the_gang() -> None:
+    """Of 512 pods each would bear 512 names: which nodes are planned is on record once, in the status."""
+
+    def bytes_of(pods: int) -> int:
+        planned = [f"node-{rank:04}" for rank in range(pods)]
+        admission = AdmissionStatus(queue="q", nodes=512, planned_nodes=planned, attempt=0, admitted_at="2026-01-01T00:00:00Z")
+        return len(json.dumps(worker(ref(FULL), SETTINGS, PARSED, 0, 0, (), admission)))
+
+    assert bytes_of(512) == bytes_of(1)
 
 
 def test_threads_follow_the_pods_cpus() -> None:

@@ -29,7 +29,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("infinity", {"tuning": {"hyperparameters": {"epochs": float("inf")}}}, "finite number"),
     ("bool as a number", {"distribution": {"nodes": True}}, "spec.distribution.nodes: True"),
     ("missing", {"model": {}}, "spec.model.uri: is required"),
-    ("file scheme", {"model": {"uri": "file:///etc/passwd"}}, "is not a model URI; write hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH or s3://BUCKET/PREFIX"),
+    (
+        "file scheme",
+        {"model": {"uri": "file:///etc/passwd"}},
+        "is not a model URI; write hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH or s3://BUCKET/PREFIX",
+    ),
     ("no scheme", {"model": {"uri": "org/model"}}, '"org/model" has no scheme; did you mean hf://org/model?'),
     ("no scheme of rows", {"dataset": {"train": {"uri": "org/rows"}}}, "did you mean hf://org/rows?"),
     ("path traversal", {"model": {"uri": "pvc://models/../secret"}}, "spec.model.uri"),

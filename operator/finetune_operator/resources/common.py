@@ -1,4 +1,7 @@
-"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard."""
+"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard.
+
+Knows nothing of where a job stands.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..job.context import Context
 from ..process.errors import InfrastructureError, StageError, UserError
 from ..remote.retry import with_retries
 from ..remote.s3 import error_code, s3_client, s3_host
-from .bundle import artifact, files, is_own
+from .bundle import artifact, files, refuse_foreign
 
 _PART = 64 * 2**20
 """Bytes of a part: at most 10,000 parts make 625 GiB a file."""
@@ -39,7 +38,7 @@ def check_bucket(context: Context, target: PublishTarget, field: str) -> Artifac
     return with_retries(lambda: _Place(context, target, field).check(), s3_host(target.s3_endpoint), _refused(target))
 
 
-def publish_to_bucket(context: Context, bundle: Path, target: PublishTarget, field: str) -> Artifact:
+def publish_to_bucket(context: Context, target: PublishTarget, field: str, bundle: Path) -> Artifact:
     """Claim the prefix, upload, complete, read back. The same job may replace what it published; nobody else."""
     try:
         with_retries(lambda: _Place(context, target, field).publish(bundle), s3_host(target.s3_endpoint), _refused(target))
@@ -112,21 +111,9 @@ class _Place:
     def _owner(self) -> bytes | None:
         """The record of this job's result, None where the place is free. Raises UserError where it holds anything else."""
         record = self._read(LINEAGE)
-        if record is None:
-            if next(self._objects(), None) is not None:
-                raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another prefix")
+        if record is None and next(self._objects(), None) is None:
             return None
-        try:
-            owner = json.loads(record)["job"]
-        except (ValueError, KeyError, TypeError):
-            owner = None
-        if not is_own(owner, self.context):
-            told = owner if isinstance(owner, dict) else {}
-            raise UserError(
-                "TargetTaken",
-                f"the target holds the result of job {told.get('namespace')}/{told.get('name')} ({told.get('uid')}), "
-                "which was to make another; choose another prefix",
-            )
+        refuse_foreign(record, self.context, "prefix")
         return record
 
     def _claim(self, record: bytes) -> None:
