@@ -1,4 +1,4 @@
-"""PURE: raw API objects -> the few fields that decisions need."""
+"""PURE: raw API objects -> the few fields that decisions need. Knows nothing of what follows from them."""
 
 from __future__ import annotations
 

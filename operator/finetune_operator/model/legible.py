@@ -1,6 +1,7 @@
 """PURE: what everything else relies on of an object. The server checks types, but not those that an older release or another version wrote.
 
 What cannot be read is left out, so that one such object fails alone: a job derives it again, and all others go on.
+Knows nothing of what it is read for.
 """
 
 from __future__ import annotations

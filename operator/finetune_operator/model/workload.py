@@ -1,4 +1,4 @@
-"""PURE: raw API objects -> what the queue sees of them."""
+"""PURE: raw API objects -> what the queue sees of them. Knows nothing of quota and nodes."""
 
 from __future__ import annotations
 

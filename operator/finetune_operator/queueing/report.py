@@ -1,4 +1,4 @@
-"""PURE: what is told of a queue, from what was decided."""
+"""PURE: what is told of a queue, from what was decided. Knows nothing of why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PURE: an AdmissionReview's request -> its response (https://kubernetes.io/docs/reference/access-authn-authz/extensible-admission-controllers/)."""
+"""PURE: an AdmissionReview's request -> its response (https://kubernetes.io/docs/reference/access-authn-authz/extensible-admission-controllers/).
+
+Knows nothing of the cluster but what it is told (`webhooks.py`).
+"""
 
 from __future__ import annotations
 
