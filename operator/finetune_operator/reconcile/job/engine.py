@@ -1,4 +1,4 @@
-"""reconcile(): where a job stands and what comes next.
+"""reconcile(): where a job stands and what comes next. Knows nothing of how anything is carried out.
 
 Level-triggered: every call derives the next step from what is observed, so it may run twice, late, or after any
 crash. A decision that deletes evidence is put into the status first and acted on in the next pass.
@@ -15,7 +15,7 @@ from finetune_api.evaluation_status import PROMPTING_MAY_DO, EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import CheckpointStatus, FineTuneJobStatus, Progress
+from finetune_api.status import CheckpointStatus, ConditionType, FineTuneJobStatus, Progress
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ...model.job import Observed
@@ -120,13 +120,13 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     if not status.is_true("DataReady"):
         drop_stale(draft, spec)  # planned anew: pods of the old shape would keep a place in another scheduler's line
         draft.phase("Preparing")
-        result = run_stage(draft, spec, "prepare", "DataReady")
-        if result is None:
+        prepared = _stage(draft, spec, "prepare", "DataReady", Prepared)
+        if prepared is None:
             # what has just ended is put on record while the other goes on
             draft.more_follows &= status.is_true("TargetsReady") == draft.before.is_true("TargetsReady")
             return
-        if not _prepared(draft, result):
-            return
+        status.dataset, status.plan = prepared.dataset, prepared.plan
+        draft.more_follows = True
     if not may_publish:
         draft.phase("Preparing")
         draft.more_follows &= draft.before.is_true("DataReady")
@@ -146,16 +146,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
     if spec.evaluation is not None and not status.is_true("Evaluated"):
         draft.phase("Evaluating")
-        result = run_stage(draft, spec, "evaluate", "Evaluated")
-        if result is None:
+        status.evaluation = _stage(draft, spec, "evaluate", "Evaluated", EvaluationStatus)
+        if status.evaluation is None:
             return
-        evaluation = _found(draft, "evaluate", EvaluationStatus, result.result)
-        if evaluation is None:
-            return
-        status.evaluation = evaluation
-        draft.set("Evaluated", "True", result.reason, result.message)
-        doubted = result.reason == PROMPTING_MAY_DO
-        draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else "Evaluated", result.message)
     if (shut := shut_gate(spec, status.evaluation)) is not None:
         condition = status.condition("Evaluated")
         message = f"training succeeded, but {shut.message}: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
@@ -164,19 +157,11 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         return
     if spec.publish and not status.is_true("Published"):
         draft.phase("Publishing")
-        result = run_stage(draft, spec, "publish", "Published")
-        if result is None:
-            return
-        published = _found(draft, "publish", Published, result.result)
+        published = _stage(draft, spec, "publish", "Published", Published)
         if published is None:
             return
         status.artifacts = published.artifacts
-        draft.set("Published", "True", result.reason, result.message)
-        draft.event("Normal", "Published", result.message)
-    draft.set("Succeeded", "True", "Completed", _summary(status))
-    draft.event("Normal", "Succeeded", _summary(status))
-    status.finished_at = rfc3339(draft.now)
-    draft.phase("Succeeded")
+    draft.succeed("Completed", _summary(status), event="Succeeded")
 
 
 def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
@@ -200,10 +185,7 @@ def _restored(draft: Draft, result: StageResult) -> None:
         return
     draft.status.artifacts = published.artifacts
     draft.set("Published", "True", RESTORED, result.message)
-    draft.set("Succeeded", "True", RESTORED, result.message)
-    draft.event("Normal", RESTORED, result.message)
-    draft.status.finished_at = rfc3339(draft.now)
-    draft.phase("Succeeded")
+    draft.succeed(RESTORED, result.message, event=RESTORED)
     _stop_jobs(draft)
 
 
@@ -218,17 +200,6 @@ def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
     if wrong:
         every = shared(job, draft.settings)
         draft.actions.extend(Apply(manifest) for manifest in every if (manifest["kind"], manifest["metadata"]["name"]) in wrong)
-
-
-def _prepared(draft: Draft, result: StageResult) -> bool:
-    prepared = _found(draft, "prepare", Prepared, result.result)
-    if prepared is None:
-        return False
-    draft.status.dataset, draft.status.plan = prepared.dataset, prepared.plan
-    draft.more_follows = True
-    draft.set("DataReady", "True", result.reason, result.message)
-    draft.event("Normal", "DataReady", result.message)
-    return True
 
 
 def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
@@ -257,6 +228,18 @@ def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
 
 
 Words = TypeVar("Words", bound=APIModel)
+
+
+def _stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, model: type[Words]) -> Words | None:
+    """Bring a stage forward by one step. What it found, once it has ended, with its condition set; else None."""
+    result = run_stage(draft, spec, stage, condition)
+    found = _found(draft, stage, model, result.result) if result is not None else None
+    if result is None or found is None:
+        return None
+    draft.set(condition, "True", result.reason, result.message)
+    doubted = result.reason == PROMPTING_MAY_DO
+    draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else condition, result.message)
+    return found
 
 
 def _found(draft: Draft, stage: Stage, model: type[Words], raw: dict[str, Any]) -> Words | None:
