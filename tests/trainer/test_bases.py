@@ -87,6 +87,16 @@ def _other_shape(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _no_numbers(folder: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _no_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('["greedy"]')
+
+
 def _no_tokenizer(folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
@@ -103,6 +113,8 @@ def _no_tokenizer(folder: Path) -> None:
         (_other_name, "WeightsMissing", "holds no model.safetensors, only model.fp16.safetensors"),
         (_part_of_the_weights, "WeightsMissing", "9 weights of LlamaForCausalLM are in no file, for example model.layers.1."),
         (_other_shape, "WeightsMismatch", "model.embed_tokens.weight: [100, 64] in the file, [327, 64] by config.json"),
+        (_no_numbers, "WeightsNotFinite", "tensor model.layers.1.mlp.up_proj.weight holds values that are no numbers"),
+        (_no_settings, "ModelNotReadable", "generation_config.json is no JSON object"),
         (_no_tokenizer, "TokenizerNotReadable", "put the tokenizer.json and tokenizer_config.json of the base beside its weights"),
     ],
 )
@@ -221,8 +233,11 @@ def test_rows_longer_than_the_positions(bench: Bench, family: str, settings: Siz
 
 def test_rows_beyond_what_rotary_positions_were_made_for_are_told(bench: Bench) -> None:
     folder = copied(bench.model, bench.data / "base", max_position_embeddings=32)
-    result = prepare(bench.context(LONG, model={"uri": "pvc://rows/base"}, tuning=tuning())).result
+    context = bench.context(LONG, model={"uri": "pvc://rows/base"}, tuning=tuning())
+    result = prepare(context).result
     assert result["dataset"]["warnings"]["beyondContext"] == len(LONG)
+    (told,) = json.loads(Path(context.layout.data_report).read_text())["problems"]["beyondContext"]["first"]
+    assert "train row 8 (train.jsonl:8)" in told and "the model was made for 32" in told and "set hyperparameters.maxLength to 32" in told
     scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, "rope_parameters": scaled}))
@@ -261,6 +276,10 @@ def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
     folder = make("GptOss", bench.data / "other", bench.model, head_dim=8, **MIXTURE)
     found = refused(bench, folder, tuning={"method": "ia3", "hyperparameters": HYPER})
     assert found.reason == "MethodNotSupported" and "tuning.method ia3 does not work on models of type gpt_oss" in found.message
+    make("CTRL", bench.data / "old", bench.model, kind="LMHeadModel", dff=64)
+    asked = {"hyperparameters": {**HYPER, "gradientCheckpointing": True}, "lora": LORA}
+    found = refused(bench, bench.data / "old", name="old", tuning=asked)
+    assert "models of type ctrl cannot compute activations again; set it to false" in found.message
     hyper = {**HYPER, "attention": "sdpa"}
     found = refused(bench, folder, tuning={"hyperparameters": hyper, "lora": LORA})
     assert found.message == "hyperparameters.attention sdpa is not supported by models of type gpt_oss; set it to auto"
@@ -357,6 +376,29 @@ def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:
     assert found.reason == "WrongAdapter" and "was made on another base" in found.message and "set model.uri" in found.message
     plan = prepare(bench.context(ROWS["messages"], name="same", tuning=asked)).result["plan"]
     assert plan["totalSteps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task_type": "SEQ_CLS"}, r"was made for another task \(SEQ_CLS\) than tuning.objective sft"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the loss is computed from the weights of the head directly"),
+        ({"r": 4}, r"was made on another base: .* is \[8, 64\] in the adapter and would be \[4, 64\] here"),
+    ],
+)
+def test_an_adapter_that_training_would_refuse(bench: Bench, changes: Sizes, words: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    modules = changes.get("target_modules", ["q_proj"])
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(bench.model), LoraConfig(r=8, target_modules=modules, task_type="CAUSAL_LM"))
+    made.save_pretrained(bench.data / "adapter")
+    told = json.loads((bench.data / "adapter" / "adapter_config.json").read_text())
+    (bench.data / "adapter" / "adapter_config.json").write_text(json.dumps({**told, **changes}))
+    context = bench.context(ROWS["messages"], tuning={"continueFrom": "pvc://rows/adapter", "hyperparameters": HYPER})
+    with pytest.raises(UserError, match=words) as found:
+        prepare(context)
+    assert found.value.reason == "WrongAdapter"
 
 
 def test_a_fingerprint_tells_weights_apart(tiny_model: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def context_length(config: Any) -> int | None:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     layers = [r for r in rope.values() if isinstance(r, dict)] if all(isinstance(r, dict) for r in rope.values()) else [rope]
-    scaled = [float(r.get("factor") or 1) * float(r.get("original_max_position_embeddings") or 0) for r in layers]
+    scaled = [float(r.get("factor") or 1) * float(r.get("original_max_position_embeddings") or most) for r in layers]
     return max(most, *(int(length) for length in scaled)) if scaled else most
 
 

@@ -29,8 +29,7 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
     else:
         folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
     check_whole(folder, shown(name, uri), config)
-    if not remote_code:
-        _refuse_code(folder, shown(name, uri))
+    _check_configs(folder, shown(name, uri), remote_code=remote_code)
     context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
     return str(folder)
 
@@ -90,16 +89,18 @@ def _instead(folder: Path) -> str:
     return f"name the folder that from_pretrained would load{more}"
 
 
-def _refuse_code(folder: Path, uri: str) -> None:
-    """A model that names code of its own is refused before any library reads its configuration (case A7)."""
+def _check_configs(folder: Path, uri: str, *, remote_code: bool) -> None:
+    """Its settings can be read; one that names code of its own is refused before any library reads its configuration (case A7)."""
     for name in _CONFIGS:
         try:
             document = json.loads((folder / name).read_text())
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError):
-            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON") from None
-        if isinstance(document, dict) and document.get("auto_map"):
+            document = None
+        if not isinstance(document, dict):
+            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON object; copy or download the model again") from None
+        if document.get("auto_map") and not remote_code:
             raise UserError(
                 "RemoteCode",
                 f"{uri} brings Python code ({name}: auto_map). Read that code, then set model.trustRemoteCode: true; an administrator must allow it for the namespace",

@@ -158,8 +158,7 @@ def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
     if objective != "orpo" and (on_head := sorted(w for w in wanted if any(name == w or name.endswith(f".{w}") for name in heads))):
         raise UserError(
             "MethodNotSupported",
-            f"tuning.lora.targetModules: with objective {objective} the loss is computed from the weights of {on_head[0]} directly, past an adapter, "
-            "which would learn nothing; remove it from the list",
+            f"tuning.lora.targetModules: {past_the_head(objective, on_head[0])}; remove it from the list",
         )
     if missing:
         raise UserError(
@@ -167,6 +166,13 @@ def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
             f"tuning.lora.targetModules: no module of this model ({model.config.model_type}) is named {', '.join(missing)}; its linear layers are "
             f"{_linear_names(model)}. Name some of these, or all-linear",
         )
+
+
+def past_the_head(objective: Objective, head: str) -> str:
+    """For people: why an adapter on the output head would learn nothing."""
+    return (
+        f"with objective {objective} the loss is computed from the weights of {head} directly, past an adapter, which would learn nothing"
+    )
 
 
 def adapter_dropout(model: Any) -> float:

@@ -86,7 +86,7 @@ def _settings(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> Iterator[
     fixed = spec.distribution.per_device_batch_size
     batches = [fixed] if fixed else [size for size in range(_LARGEST_BATCH, 0, -1) if share % size == 0 and size >= least] or [share]
     asked = spec.tuning.hyperparameters.gradient_checkpointing
-    recompute = [asked] if asked is not None else [False] if spec.tuning.method == "prefix" else [False, True]
+    recompute = [asked] if asked is not None else [False] if spec.tuning.method == "prefix" or not shape.recomputes else [False, True]
     for strategy, offload in _strategies(spec, shape, world):
         for checkpointing in recompute:
             for batch in batches:

@@ -57,6 +57,11 @@ def describe_model(context: Context, folder: str) -> Base:
         sampled=spec.tuning.grpo.max_new_tokens if spec.tuning.grpo is not None else None,
     )
     shape = shape_of(spec, config.get_text_config(), model)
+    if hyper.gradient_checkpointing and not shape.recomputes:
+        raise UserError(
+            "MethodNotSupported",
+            f"hyperparameters.gradientCheckpointing: models of type {config.model_type} cannot compute activations again; set it to false",
+        )
     learns = adapt(context, model) if spec.tuning.continue_from is not None else METHODS[spec.tuning.method].apply(spec.tuning, model)
     trainable = {name: p.numel() for name, p in learns.named_parameters() if p.requires_grad}
     asked, notes = (spec.tuning.lora or Lora()).dropout, []
@@ -107,4 +112,5 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any) -> ModelShape:
         intermediate=experts * width,
         vocabulary=0 if spec.tuning.objective == "reward" else int(config.vocab_size),
         position=_virtual_tokens(spec),
+        recomputes=bool(model.supports_gradient_checkpointing),
     )
