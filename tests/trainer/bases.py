@@ -21,7 +21,7 @@ def make(family: str, folder: Path, tokenizer: Path, *, kind: str = "ForCausalLM
     """Save a model of a family, by transformers' names for its classes."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
-    name = f"{family}LMHeadModel" if family == "GPT2" else f"{family}{kind}"
+    name = f"{family}LMHeadModel" if family in ("CTRL", "GPT2", "OpenAIGPT") and kind == "ForCausalLM" else f"{family}{kind}"
     getattr(transformers, name)(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / file).exists():

@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune_trainer.models.architecture import size
 from finetune_trainer.models.fetch import fetch_base_model
 from finetune_trainer.models.weights import fingerprint
 from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.stages.publish import publish
 from finetune_trainer.training.shape import describe_model
 from tests.trainer.bases import MIXTURE, SIZES, copied, make
 from tests.trainer.conftest import ROWS, Bench, chat, history
@@ -97,6 +100,16 @@ def _no_settings(folder: Path) -> None:
     (folder / "generation_config.json").write_text('["greedy"]')
 
 
+def _no_token(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, "<|end|>"]}')
+
+
+def _odd_rope(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps({**told, "rope_parameters": rope}))
+
+
 def _no_tokenizer(folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
@@ -115,6 +128,8 @@ def _no_tokenizer(folder: Path) -> None:
         (_other_shape, "WeightsMismatch", "model.embed_tokens.weight: [100, 64] in the file, [327, 64] by config.json"),
         (_no_numbers, "WeightsNotFinite", "tensor model.layers.1.mlp.up_proj.weight holds values that are no numbers"),
         (_no_settings, "ModelNotReadable", "generation_config.json is no JSON object"),
+        (_no_token, "ModelNotReadable", "generation_config.json: eos_token_id is [1, '<|end|>']; write the number of a token"),
+        (_odd_rope, "ModelNotReadable", "config.json is not understood: Missing required keys in `rope_parameters`"),
         (_no_tokenizer, "TokenizerNotReadable", "put the tokenizer.json and tokenizer_config.json of the base beside its weights"),
     ],
 )
@@ -168,7 +183,10 @@ def test_an_adapter_is_no_base(bench: Bench) -> None:
     folder = bench.data / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    assert "name its base in model.uri and the adapter in tuning.continueFrom" in refused(bench, folder).message
+    assert "it is an adapter: name its base in model.uri and the adapter in tuning.continueFrom" in refused(bench, folder).message
+    for file in bench.model.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    assert "holds a model and an adapter" in refused(bench, folder).message, "transformers would load the base that the adapter names"
 
 
 def test_tokens_beyond_the_vocabulary(bench: Bench) -> None:
@@ -219,6 +237,7 @@ LONG = [chat(" ".join(["red"] * (50 + n)), " ".join(["yes"] * 20)) for n in rang
             "with 20 virtual tokens in front",
         ),
         ("GPTJ", {"rotary_dim": 8}, {}, "the model has 64 positions"),
+        ("OpenAIGPT", {}, {}, "the model has 64 positions"),
     ],
 )
 def test_rows_longer_than_the_positions(bench: Bench, family: str, settings: Sizes, more: Sizes, words: str) -> None:
@@ -276,7 +295,7 @@ def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
     folder = make("GptOss", bench.data / "other", bench.model, head_dim=8, **MIXTURE)
     found = refused(bench, folder, tuning={"method": "ia3", "hyperparameters": HYPER})
     assert found.reason == "MethodNotSupported" and "tuning.method ia3 does not work on models of type gpt_oss" in found.message
-    make("CTRL", bench.data / "old", bench.model, kind="LMHeadModel", dff=64)
+    make("CTRL", bench.data / "old", bench.model, dff=64)
     asked = {"hyperparameters": {**HYPER, "gradientCheckpointing": True}, "lora": LORA}
     found = refused(bench, bench.data / "old", name="old", tuning=asked)
     assert "models of type ctrl cannot compute activations again; set it to false" in found.message
@@ -291,14 +310,23 @@ def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
         ("GPT2", {}),
         ("GptOss", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, **MIXTURE}),
         ("Mamba", {"state_size": 8}),
-        ("Mixtral", MIXTURE),
+        ("Mixtral", {"output_router_logits": True, **MIXTURE}),
         ("Qwen3Moe", {"head_dim": 8, **MIXTURE}),
     ],
 )
 def test_common_families_train_with_what_is_set_by_default(bench: Bench, family: str, settings: Sizes) -> None:
     make(family, bench.data / "base", bench.model, **settings)
-    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning={"hyperparameters": {**HYPER, "learningRate": 1e-2}})
+    asked = {
+        "metrics": ["loss", "f1"],
+        "maxExamples": 4,
+        "maxNewTokens": 2,
+        "baseline": {"systemPrompt": LONG[0]["messages"][0]["content"]},
+    }
+    context = bench.context(
+        ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning={"hyperparameters": {**HYPER, "learningRate": 1e-2}}, evaluation=asked
+    )
     bench.train(context)
+    assert len(evaluate(context).result["arms"]) >= 3, "with what all prompts begin with"
     saved = load_file(Path(context.layout.output) / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
     losses = [line["loss"] for line in history(context) if line.get("loss") is not None]
@@ -354,18 +382,34 @@ def _as_mxfp4(folder: Path) -> None:
 )
 def test_what_is_published_in_fewer_bits_trains_in_sixteen(bench: Bench, family: str, settings: Sizes, change: Any, stored: Sizes) -> None:
     folder = make(family, bench.data / "base", bench.model, **settings)
+    names = set(load_file(folder / "model.safetensors"))
     change(folder)
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, "quantization_config": stored}))
-    model = {"uri": "pvc://rows/base"}
-    context = bench.context(ROWS["messages"], model=model, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}))
+    result = {"output": {"merged": True}, "publish": [{"uri": "pvc://published/m"}]}
+    context = bench.context(
+        ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}), **result
+    )
     assert bench.train(context).result["steps"] == 2
+    publish(context)
+    merged = bench.folder / "published" / "m" / "merged"
+    assert set(load_file(merged / "model.safetensors")) == names, "under the names of weights in 16 bit"
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert "tuning.method to lora" in refused(bench, folder, name="qlora", tuning=tuning(method="qlora")).message
 
 
-def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:
-    from finetune_trainer.stages.publish import publish
+def test_sizes_that_differ_between_layers_are_told(bench: Bench) -> None:
+    """Gemma 4 has heads of two sizes, Gemma 3n a width for each layer; transformers names no one value then, or a list."""
+    from types import SimpleNamespace
 
+    from transformers import Gemma4TextConfig
+
+    assert size(Gemma4TextConfig(), "head_dim") == 512
+    assert size(SimpleNamespace(intermediate_size=[64, 128]), "moe_intermediate_size", "intermediate_size") == 128
+    assert size(SimpleNamespace(), "hidden_size") is None
+
+
+def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:
     first = bench.context(ROWS["messages"], name="first", tuning=tuning(), publish=[{"uri": "pvc://published/first"}])
     bench.train(first)
     publish(first)

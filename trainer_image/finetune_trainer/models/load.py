@@ -115,4 +115,7 @@ def load_model(
         **options,
     )
     check_loaded(model, info, folder)
-    return model if undone is None else model.to(dtype)  # what was turned back is 16 bit, whatever was asked for
+    if undone is not None:
+        model.__dict__.pop("_weight_conversions", None)  # by which it would be saved under the names of quantized weights
+        model.to(dtype)  # what was turned back is 16 bit, whatever was asked for
+    return model

@@ -89,6 +89,9 @@ def _load(context: Context, folder: str, tokenizer: Any, cuda: bool) -> Any:
     stop_model(context, model, tokenizer, local_path(context))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss that is not asked for, over all tokens at once
     return model.to("cuda" if cuda else "cpu").eval()
 
 

@@ -16,6 +16,7 @@ from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Lora, Method,
 from finetune_api.status import Plan
 
 from ..job.context import Context
+from ..models.architecture import size
 from ..models.fetch import local_path
 from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
@@ -207,7 +208,7 @@ def _p_tuning(tuning: Tuning, task: str, _: Any) -> Any:
 def _partial(tuning: Tuning, model: Any) -> None:
     """Release the last layers with the final norm and the head, and what else is named; freeze the rest."""
     partial = tuning.partial or Partial()
-    layers = int(model.config.get_text_config().num_hidden_layers)
+    layers = size(model.config.get_text_config(), "num_hidden_layers") or 0
     last = {str(index) for index in range(max(0, layers - partial.last_layers), layers)}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     others = tuple(f"{part}." for part in _besides_language(model))

@@ -15,7 +15,7 @@ from finetune_api.evaluation_status import PROMPTING_MAY_DO, EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import CheckpointStatus, FineTuneJobStatus, Progress
+from finetune_api.status import CheckpointStatus, ConditionType, FineTuneJobStatus, Progress
 from finetune_api.validation import InvalidDocument, parse_spec
 
 from ...model.job import Observed
@@ -33,6 +33,8 @@ from .kueue import DEACTIVATED, keep_place
 from .stages import run_stage
 from .usage import workers
 from .waiting import end_wait
+
+Words = TypeVar("Words", bound=APIModel)
 
 
 def reconcile(observed: Observed, settings: Settings) -> Plan:
@@ -146,16 +148,10 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
     if spec.evaluation is not None and not status.is_true("Evaluated"):
         draft.phase("Evaluating")
-        result = run_stage(draft, spec, "evaluate", "Evaluated")
-        if result is None:
-            return
-        evaluation = _found(draft, "evaluate", EvaluationStatus, result.result)
+        evaluation = _ended(draft, spec, "evaluate", "Evaluated", EvaluationStatus)
         if evaluation is None:
             return
         status.evaluation = evaluation
-        draft.set("Evaluated", "True", result.reason, result.message)
-        doubted = result.reason == PROMPTING_MAY_DO
-        draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else "Evaluated", result.message)
     if (shut := shut_gate(spec, status.evaluation)) is not None:
         condition = status.condition("Evaluated")
         message = f"training succeeded, but {shut.message}: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
@@ -164,18 +160,29 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         return
     if spec.publish and not status.is_true("Published"):
         draft.phase("Publishing")
-        result = run_stage(draft, spec, "publish", "Published")
-        if result is None:
-            return
-        published = _found(draft, "publish", Published, result.result)
+        published = _ended(draft, spec, "publish", "Published", Published)
         if published is None:
             return
         status.artifacts = published.artifacts
-        draft.set("Published", "True", result.reason, result.message)
-        draft.event("Normal", "Published", result.message)
-    draft.set("Succeeded", "True", "Completed", _summary(status))
-    draft.event("Normal", "Succeeded", _summary(status))
-    status.finished_at = rfc3339(draft.now)
+    _succeed(draft, "Completed", "Succeeded", _summary(status))
+
+
+def _ended(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, model: type[Words]) -> Words | None:
+    """Bring a stage forward. Returns what it found once it has ended, which is told then."""
+    result = run_stage(draft, spec, stage, condition)
+    found = _found(draft, stage, model, result.result) if result is not None else None
+    if result is None or found is None:
+        return None
+    draft.set(condition, "True", result.reason, result.message)
+    doubted = result.reason == PROMPTING_MAY_DO
+    draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else condition, result.message)
+    return found
+
+
+def _succeed(draft: Draft, reason: str, event: str, message: str) -> None:
+    draft.set("Succeeded", "True", reason, message)
+    draft.event("Normal", event, message)
+    draft.status.finished_at = rfc3339(draft.now)
     draft.phase("Succeeded")
 
 
@@ -200,10 +207,7 @@ def _restored(draft: Draft, result: StageResult) -> None:
         return
     draft.status.artifacts = published.artifacts
     draft.set("Published", "True", RESTORED, result.message)
-    draft.set("Succeeded", "True", RESTORED, result.message)
-    draft.event("Normal", RESTORED, result.message)
-    draft.status.finished_at = rfc3339(draft.now)
-    draft.phase("Succeeded")
+    _succeed(draft, RESTORED, RESTORED, result.message)
     _stop_jobs(draft)
 
 
@@ -254,9 +258,6 @@ def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
     if spec.evaluation is not None or spec.publish:
         draft.event("Normal", "Trained", result.message)  # else its end says so
     return True
-
-
-Words = TypeVar("Words", bound=APIModel)
 
 
 def _found(draft: Draft, stage: Stage, model: type[Words], raw: dict[str, Any]) -> Words | None:
