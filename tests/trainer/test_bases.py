@@ -104,6 +104,11 @@ def _no_token(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, "<|end|>"]}')
 
 
+def _odd_activation(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "hidden_act": "swooth"}))
+
+
 def _odd_rope(folder: Path) -> None:
     told = json.loads((folder / "config.json").read_text())
     rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
@@ -129,6 +134,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_no_numbers, "WeightsNotFinite", "tensor model.layers.1.mlp.up_proj.weight holds values that are no numbers"),
         (_no_settings, "ModelNotReadable", "generation_config.json is no JSON object"),
         (_no_token, "ModelNotReadable", "generation_config.json: eos_token_id is [1, '<|end|>']; write the number of a token"),
+        (_odd_activation, "ModelNotReadable", "config.json is not understood: transformers knows no 'swooth'"),
         (_odd_rope, "ModelNotReadable", "config.json is not understood: Missing required keys in `rope_parameters`"),
         (_no_tokenizer, "TokenizerNotReadable", "put the tokenizer.json and tokenizer_config.json of the base beside its weights"),
     ],

@@ -34,7 +34,10 @@ def read_config(folder: str, uri: str, *, trust: bool) -> Any:
 
 
 def _not_understood(uri: str, failure: BaseException) -> UserError:
-    return UserError("ModelNotReadable", f"{uri}: the model's config.json is not understood: {str(failure)[:500]}")
+    text = str(failure)
+    if isinstance(failure, KeyError) and failure.args:  # a sentence, or one of its values
+        text = str(failure.args[0]) if " " in str(failure.args[0]) else f"transformers knows no {failure}"
+    return UserError("ModelNotReadable", f"{uri}: the model's config.json is not understood: {text[:500]}")
 
 
 def model_class(auto: Any, config: Any) -> Any:
