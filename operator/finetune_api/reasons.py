@@ -29,8 +29,8 @@ _OF_THE_TRAINER = """
     QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
     SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
     TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
-    UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable WorkerDied
-    WorldMismatch WrongAdapter WrongArchitecture WrongFormat
+    UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotFinite
+    WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture WrongFormat
 """
 REASONS = frozenset(
     (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune_trainer.models import weights
 from finetune_trainer.models.architecture import size
 from finetune_trainer.models.fetch import fetch_base_model
 from finetune_trainer.models.weights import fingerprint
@@ -295,6 +296,16 @@ def test_modules_that_cannot_be_adapted(bench: Bench, family: str, settings: Siz
     assert words in found.message and "targetModules" in found.message
 
 
+def test_a_router_that_gives_more_than_a_tensor_is_left_out(bench: Bench) -> None:
+    """Of Llama 4 and Phi-3.5-MoE; as they are linear layers by their class, PEFT adapts them, and the first step fails."""
+    folder = make("Phimoe", bench.data / "base", bench.model, **MIXTURE)
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning())
+    base = describe_model(context, str(fetch_base_model(context)))
+    assert any("q_proj" in name for name in base.modules) and not any("router" in name for name in base.modules)
+    found = refused(bench, folder, name="named", tuning=tuning(lora={**LORA, "targetModules": ["router", "q_proj"]}))
+    assert "router of models of type phimoe is no plain linear layer" in found.message
+
+
 def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
     folder = make("Mixtral", bench.data / "base", bench.model, **MIXTURE)
     assert "the experts of a mixture" in refused(bench, folder, tuning=tuning(method="dora")).message
@@ -318,6 +329,7 @@ def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
         ("Mamba", {"state_size": 8}),
         ("Mixtral", {"output_router_logits": True, **MIXTURE}),
         ("Qwen3Moe", {"head_dim": 8, **MIXTURE}),
+        ("MiniMax", {"head_dim": 8, **MIXTURE}),
     ],
 )
 def test_common_families_train_with_what_is_set_by_default(bench: Bench, family: str, settings: Sizes) -> None:
@@ -338,7 +350,7 @@ def test_common_families_train_with_what_is_set_by_default(bench: Bench, family:
     losses = [line["loss"] for line in history(context) if line.get("loss") is not None]
     assert len(losses) == 2 and all(loss < 20 for loss in losses)
     plan = json.loads(Path(context.layout.plan).read_text())
-    assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe"))
+    assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe", "MiniMax"))
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
@@ -449,6 +461,12 @@ def test_an_adapter_that_training_would_refuse(bench: Bench, changes: Sizes, wor
     with pytest.raises(UserError, match=words) as found:
         prepare(context)
     assert found.value.reason == "WrongAdapter"
+
+
+@pytest.mark.parametrize("looked_at", [1, 21 * 9_999, 1 << 30])
+def test_some_of_each_tensor_is_looked_at(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, looked_at: int) -> None:
+    monkeypatch.setattr(weights, "_LOOKED_AT", looked_at)
+    weights.check_numbers(tiny_model, "model.uri")
 
 
 def test_a_fingerprint_tells_weights_apart(tiny_model: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def check_numbers(folder: Path, uri: str, config: str = "config.json") -> None:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             tensors = json.loads(stream.read(size))
-            most = max(4096, _LOOKED_AT // (len(files) * len(tensors)))
+            most = max(4096, _LOOKED_AT // (len(files) * len(tensors)) // 4096 * 4096)
             for name, tensor in tensors.items():
                 kind = _EXPONENTS.get(tensor.get("dtype", ""))
                 if kind is None:

@@ -110,8 +110,19 @@ def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
 
 def _not_adapted(model: Any) -> list[str] | str | None:
     """What `all-linear` leaves out, as PEFT takes it."""
-    others = _besides_language(model)
-    return rf"({'|'.join(map(re.escape, others))})\..*" if others else _UNADAPTED.get(model.config.model_type)
+    names = [*_UNADAPTED.get(model.config.model_type, ()), *_other_forwards(model)]
+    others = [rf"({'|'.join(map(re.escape, parts))})\..*"] if (parts := _besides_language(model)) else []
+    return "|".join([*others, *(rf"(.*\.)?{re.escape(name)}" for name in names)]) if others else names or None
+
+
+def _other_forwards(model: Any) -> list[str]:
+    """Last names of linear layers that compute something else, such as a router that gives scores as well: an adapter adds to a tensor."""
+    import torch
+
+    plain = torch.nn.Linear.forward
+    return sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and type(m).forward is not plain}
+    )
 
 
 def _besides_language(model: Any) -> list[str]:
@@ -160,6 +171,12 @@ def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
         raise UserError(
             "MethodNotSupported",
             f"tuning.lora.targetModules: {past_the_head(objective, on_head[0])}; remove it from the list",
+        )
+    if on_other := sorted(wanted & set(_other_forwards(model))):
+        raise UserError(
+            "MethodNotSupported",
+            f"tuning.lora.targetModules: {on_other[0]} of models of type {model.config.model_type} is no plain linear layer, which an adapter "
+            "could add to; remove it from the list",
         )
     if missing:
         raise UserError(
