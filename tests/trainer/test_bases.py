@@ -296,6 +296,24 @@ def test_modules_that_cannot_be_adapted(bench: Bench, family: str, settings: Siz
     assert words in found.message and "targetModules" in found.message
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Falcon", {}),  # one key and value for all heads
+        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}),
+        ("Mixtral", MIXTURE),
+        ("Qwen3", {"head_dim": 16}),
+    ],
+)
+def test_learned_keys_and_values_fit_the_layers_or_are_refused(bench: Bench, family: str, settings: Sizes) -> None:
+    folder = make(family, bench.data / "base", bench.model, **settings)
+    asked = {"method": "prefix", "virtualTokens": {"count": 4}, "hyperparameters": HYPER}
+    if family == "Qwen3":
+        prepare(bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=asked))
+    else:
+        assert "tuning.method prefix does not work on models of type" in refused(bench, folder, tuning=asked).message
+
+
 def test_a_router_that_gives_more_than_a_tensor_is_left_out(bench: Bench) -> None:
     """Of Llama 4 and Phi-3.5-MoE; as they are linear layers by their class, PEFT adapts them, and the first step fails."""
     folder = make("Phimoe", bench.data / "base", bench.model, **MIXTURE)

@@ -9,7 +9,7 @@ from ..job.context import Context
 from ..models.fetch import fetch_model, local_path
 from ..models.weights import ADAPTER_CONFIG, shapes
 from ..process.errors import UserError
-from .methods import past_the_head, task_type
+from .methods import past_the_head, rehearse, task_type
 
 
 def fetch_adapter(context: Context) -> None:
@@ -53,7 +53,9 @@ def adapt(context: Context, model: Any) -> Any:
         config.inference_mode = False
         made = get_peft_model(model, config, autocast_adapter_dtype=False)
         wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as failure:
+        if tuning.method == "prefix":
+            rehearse(made)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as failure:
         raise UserError("WrongAdapter", f"tuning.continueFrom: {uri} does not fit this base: {str(failure)[:400]}; {_BASE}") from failure
     stored = shapes(Path(folder), uri, ADAPTER_CONFIG)
     odd = sorted(name for name in wanted if name in stored and stored[name] != wanted[name])

@@ -42,8 +42,11 @@ class MethodKind:
 
         kind = model.config.model_type
         try:
-            return get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as failure:
+            made = get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
+            if tuning.method == "prefix":
+                rehearse(made)
+            return made
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as failure:  # NotImplementedError is one of the last
             # PEFT has tables of models, and looks for what it needs in the rest
             linear = f"tuning.lora.targetModules to linear layers of the model ({_linear_names(model)}), or tuning.method to another"
             raise UserError(
@@ -53,10 +56,20 @@ class MethodKind:
             ) from failure
 
 
+def rehearse(model: Any) -> None:
+    """One forward pass without memory. Learned keys and values fit where each layer keeps those of its heads, and nothing else:
+    not one set for all heads, compressed ones, states, or scores of experts. What they do not fit raises anything.
+    """
+    import torch
+
+    ids = torch.ones((2, 4), dtype=torch.long, device="meta")
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
 def _words(failure: Exception) -> str:
     """A library's message, without its advice about its own names."""
     text = str(failure) if not isinstance(failure, KeyError) else f"no setting for {failure}"
-    return text.partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
+    return text.partition("\n")[0].partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
 
 
 def _linear_names(model: Any) -> str:
