@@ -18,11 +18,11 @@ MIXTURE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "
 
 
 def make(family: str, folder: Path, tokenizer: Path, *, kind: str = "ForCausalLM", **settings: Any) -> Path:
-    """Save a model of a family, by transformers' names for its classes."""
+    """Save a model of a family, by transformers' names for its classes. `kind`: what follows the family's name in its own, or all of it."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
     name = f"{family}LMHeadModel" if family in ("CTRL", "GPT2", "OpenAIGPT") and kind == "ForCausalLM" else f"{family}{kind}"
-    getattr(transformers, name)(config).save_pretrained(folder)
+    getattr(transformers, name if kind.startswith(("For", "LM")) else kind)(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / file).exists():
             shutil.copyfile(tokenizer / file, folder / file)

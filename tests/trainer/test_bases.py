@@ -324,6 +324,21 @@ def test_a_router_that_gives_more_than_a_tensor_is_left_out(bench: Bench) -> Non
     assert "router of models of type phimoe is no plain linear layer" in found.message
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_linear_layers_of_a_class_of_their_own_are_adapted(bench: Bench, method: str) -> None:
+    """Falcon's, and those of bitsandbytes."""
+    make("Falcon", bench.data / "base", bench.model)
+    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning(method=method))
+    bench.train(context)
+    assert any("query_key_value" in name for name in load_file(Path(context.layout.output) / "adapter_model.safetensors"))
+
+
+def test_layers_that_look_tokens_up_take_no_vectors_in_their_place(bench: Bench) -> None:
+    folder = make("Gemma4Text", bench.data / "base", bench.model, kind="Gemma4ForCausalLM", head_dim=8, vocab_size_per_layer_input=327)
+    found = refused(bench, folder, tuning={"method": "prompt", "hyperparameters": HYPER})
+    assert "tuning.method prompt does not work on models of type gemma4_text, whose layers look tokens up" in found.message
+
+
 def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
     folder = make("Mixtral", bench.data / "base", bench.model, **MIXTURE)
     assert "the experts of a mixture" in refused(bench, folder, tuning=tuning(method="dora")).message

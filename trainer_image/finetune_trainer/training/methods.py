@@ -41,6 +41,9 @@ class MethodKind:
         from peft import get_peft_model
 
         kind = model.config.model_type
+        if tuning.method in ("prompt", "p-tuning") and any(name.endswith("embed_tokens_per_layer") for name, _ in model.named_modules()):
+            message = f"tuning.method {tuning.method} does not work on models of type {kind}, whose layers look tokens up by number"
+            raise UserError("MethodNotSupported", f"{message}; set tuning.method to lora")
         try:
             made = get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
             if tuning.method == "prefix":
@@ -129,13 +132,34 @@ def _not_adapted(model: Any) -> list[str] | str | None:
 
 
 def _other_forwards(model: Any) -> list[str]:
-    """Last names of linear layers that compute something else, such as a router that gives scores as well: an adapter adds to a tensor."""
+    """Last names of linear layers that give something else than a tensor, such as a router its choice as well: an adapter adds to a tensor."""
     import torch
 
-    plain = torch.nn.Linear.forward
-    return sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and type(m).forward is not plain}
-    )
+    known: dict[type, bool] = {}
+    found = set()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, torch.nn.Linear) and kind.__module__.startswith(("transformers.models.", "transformers_modules.")):
+            if kind not in known:
+                known[kind] = _gives_more(module)
+            if known[kind]:
+                found.add(name.rpartition(".")[2])
+    return sorted(found)
+
+
+def _gives_more(module: Any) -> bool:
+    """Whether a linear layer's class gives something else than a tensor; asked without its weights, which may lie in parts."""
+    import torch
+
+    weights = {
+        name: torch.empty(module.out_features, *([module.in_features] if name == "weight" else []), device="meta")
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    try:
+        given = torch.func.functional_call(module, weights, (torch.empty(1, module.in_features, device="meta"),))
+    except Exception:  # it takes more than one argument, or reads numbers
+        return False
+    return not isinstance(given, torch.Tensor)
 
 
 def _besides_language(model: Any) -> list[str]:
