@@ -324,7 +324,8 @@ def _wait(operator: subprocess.Popen[bytes], generator: subprocess.Popen[bytes],
     while time.monotonic() < deadline:
         time.sleep(2)
         if operator.poll() is not None or generator.poll() not in (None, 0):
-            raise RuntimeError(f"a process has ended: {told.parent}")
+            last = "".join(f"\n{log.name}: {log.read_text()[-2000:]}" for log in sorted(told.parent.glob("*.log")))
+            raise RuntimeError(f"a process has ended: {told.parent}{last}")
         done = {n["name"] for n in _lines(told) if n["finished"] in ("Succeeded", "Failed")}
         if generator.poll() == 0 and len(done) >= len(_lines(created)):
             time.sleep(2)
