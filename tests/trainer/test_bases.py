@@ -344,7 +344,10 @@ def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
     assert "the experts of a mixture" in refused(bench, folder, tuning=tuning(method="dora")).message
     folder = make("GptOss", bench.data / "other", bench.model, head_dim=8, **MIXTURE)
     found = refused(bench, folder, tuning={"method": "ia3", "hyperparameters": HYPER})
-    assert found.reason == "MethodNotSupported" and "tuning.method ia3 does not work on models of type gpt_oss" in found.message
+    assert (
+        found.reason == "MethodNotSupported"
+        and "ia3 does not work on models of type gpt_oss: PEFT has no setting for them. Set" in found.message
+    )
     make("CTRL", bench.data / "old", bench.model, dff=64)
     asked = {"hyperparameters": {**HYPER, "gradientCheckpointing": True}, "lora": LORA}
     found = refused(bench, bench.data / "old", name="old", tuning=asked)

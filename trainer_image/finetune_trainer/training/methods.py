@@ -72,6 +72,8 @@ def rehearse(model: Any) -> None:
 def _words(failure: Exception) -> str:
     """A library's message, without its advice about its own names."""
     text = str(failure) if not isinstance(failure, KeyError) else f"no setting for {failure}"
+    if text.startswith("Please specify"):
+        text = "PEFT has no setting for them"
     return text.partition("\n")[0].partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
 
 
