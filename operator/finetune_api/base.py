@@ -24,6 +24,11 @@ _UNPRINTABLE = r"[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069]"
 """Control characters, and those that change the direction of writing: no message repeats them."""
 
 
+def shortened(text: str, most: int) -> str:
+    """The text, or where it has more characters its beginning and an ellipsis."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def refused(message: str) -> PydanticCustomError:
     """The error of a rule, told to users as it is."""
     return PydanticCustomError("rule", "{message}", {"message": message})
@@ -66,7 +71,7 @@ class Format:
             return None
         if re.search(_UNPRINTABLE, value):
             return self._unquoted
-        shown = value if len(value) <= SHOWN else value[: SHOWN - 3] + "..."
+        shown = shortened(value, SHOWN)
         if self.scheme and "://" not in value and re.fullmatch(self.pattern, self.scheme + value):
             return f'"{shown}"{self._no_scheme}{shown}{self._or_write}'
         return f'"{shown}"{self._not_one}'
@@ -164,7 +169,7 @@ class APIModel(BaseModel):
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
         """A field that is null is one that is not there, as to an API server; an unknown one stays, to be refused."""
-        if not isinstance(values, dict) or all(value is not None for value in values.values()):
+        if not isinstance(values, dict) or None not in values.values():
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
         return {key: value for key, value in values.items() if value is not None or key not in known}

@@ -90,6 +90,10 @@ class Env:
     """Set where prepare goes on with the rows that it prepared before, as `finetune run --local --resume` asks for."""
 
 
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+"""Keys of the Secret of an s3:// source or target, by the AWS SDKs' own names."""
+
+
 class JobFile(APIModel):
     """job.json: the resolved job, mounted read-only into every stage."""
 
@@ -115,6 +119,8 @@ class JobFile(APIModel):
         return Layout(workspace, self.namespace, self.name, self.run or self.uid)
 
 
+LINEAGE, SUMS = "finetune.json", "SHA256SUMS"
+"""What is published with every result: the record of how it was made, and the digests of its files, which come last."""
 RESTORED = "Restored"
 """Reason of `check` where every target holds this job's result already, and of the job's success then: its status was lost,
 or it was made again from a backup or from Git."""

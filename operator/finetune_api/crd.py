@@ -22,7 +22,7 @@ from .spec.transitions import FROZEN
 from .status import FineTuneJobStatus
 
 HEADER = "# Generated from operator/finetune_api by `make crds`. Do not edit.\n"
-_DROPPED = {"title", "examples", "discriminator", "$defs"}
+_DROPPED = {"title", "examples", "discriminator", "$defs", "propertyNames"}  # the model bounds keys: servers cannot
 _ALLOWED = {
     "type", "format", "description", "default", "enum", "pattern", "minimum", "maximum", "exclusiveMinimum",
     "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "minProperties", "items",

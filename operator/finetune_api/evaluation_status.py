@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import Count, DecimalText
+from .scalars import Count, DecimalText, Word
 
 ArmName = Literal["Base", "Instructed", "FewShot", "Tuned"]
 Gated = Literal["Passed", "NotPassed", "Inconclusive", "None"]
@@ -18,7 +18,7 @@ class EvaluationArm(APIModel):
 
     name: ArmName
     """Base: as it is. Instructed: with the task's instruction. FewShot: with examples before the question. Tuned: the result."""
-    metrics: Annotated[dict[str, DecimalText], Field(max_length=128)] = Field(default_factory=dict)
+    metrics: Annotated[dict[Word, DecimalText], Field(max_length=128)] = Field(default_factory=dict)
     """What was measured, by metric."""
     shots: Count = 0
     """Examples that stood before each question."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .base import APIModel
 from .status import FineTuneJobStatus
 
 
@@ -27,10 +28,27 @@ def read_status(raw: Any) -> FineTuneJobStatus:
     return FineTuneJobStatus.model_validate(kept)
 
 
-def unknown_fields(raw: Any) -> dict[str, Any]:
-    """Fields of a status that this release does not know: another release wrote them, and they are left as they are."""
-    known = {field.alias or name for name, field in FineTuneJobStatus.model_fields.items()}
-    return {name: value for name, value in raw.items() if name not in known} if isinstance(raw, dict) else {}
+def rewritten(raw: Any, before: APIModel, after: APIModel) -> dict[str, Any]:
+    """The status to write where `raw` stands, which was read as `before`.
+
+    Fields that this release does not know were written by another one. They stay, also inside of what has not changed; what
+    has changed is this release's own, and says nothing of what the other one said of it.
+    """
+    old, new = before.to_wire(), after.to_wire()
+    if not isinstance(raw, dict):
+        return new
+    known = {field.alias or name for name, field in type(after).model_fields.items()}
+    others = {name: value for name, value in raw.items() if name not in known}
+    return {**others, **{name: _with_unknown(raw.get(name), value) if old.get(name) == value else value for name, value in new.items()}}
+
+
+def _with_unknown(raw: Any, wire: Any) -> Any:
+    """What was read and has not changed, with what was not understood of it."""
+    if isinstance(raw, dict) and isinstance(wire, dict):
+        return {**raw, **{name: _with_unknown(raw.get(name), value) for name, value in wire.items()}}
+    if isinstance(raw, list) and isinstance(wire, list) and len(raw) == len(wire):
+        return [_with_unknown(*pair) for pair in zip(raw, wire, strict=True)]
+    return wire
 
 
 def _is_readable(field: str, value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel, Rule
-from .scalars import DecimalText, DNSLabel, Duration, LabelMap, QualifiedName, Quantity, quantity
+from .scalars import Count, DecimalText, DNSLabel, Duration, LabelMap, Name, QualifiedName, Quantity, Timestamp, Told, quantity
 from .spec.run import Toleration
 from .status import Condition
 
@@ -170,20 +170,20 @@ class FineTuneQueueSpec(APIModel):
 class FlavorUsage(APIModel):
     """What is used of a flavor."""
 
-    name: str
+    name: Name
     """Name of the flavor."""
-    nominal: int = 0
+    nominal: Count = 0
     """The queue's own."""
-    used: int = 0
+    used: Count = 0
     """Held by its jobs."""
-    borrowed: int = 0
+    borrowed: Count = 0
     """Of those, what belongs to others of the cohort."""
 
 
 class NamespaceUsage(APIModel):
     """Past use of one namespace."""
 
-    name: str
+    name: Name
     """Namespace."""
     gpu_seconds: DecimalText = 0
     """GPU-seconds, those long ago counting less."""
@@ -196,16 +196,16 @@ class UsageHistory(APIModel):
     """GPU-seconds of the queue, those long ago counting less."""
     namespaces: Annotated[list[NamespaceUsage], Field(max_length=256)] = []
     """By namespace, the largest first."""
-    updated_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    updated_at: Timestamp | None = None
     """When it was last counted."""
 
 
 class Oldest(APIModel):
     """The job that waits longest."""
 
-    job: str
+    job: Annotated[str, Told(512)]
     """namespace/name."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when."""
 
 
@@ -217,17 +217,17 @@ class FineTuneQueueStatus(APIModel):
         Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = []
     """Active: whether jobs are admitted."""
-    pending: int = 0
+    pending: Count = 0
     """Jobs that wait."""
-    admitted: int = 0
+    admitted: Count = 0
     """Jobs that hold GPUs."""
     flavors: Annotated[list[FlavorUsage], Field(max_length=16)] = []
     """Use of each flavor."""
-    used: int = 0
+    used: Count = 0
     """Units of all flavors in use."""
-    nominal: int = 0
+    nominal: Count = 0
     """Units of all flavors that belong to the queue."""
-    borrowed: int = 0
+    borrowed: Count = 0
     """Units borrowed from others of the cohort."""
     share: DecimalText = 0
     """Weighted dominant share of the cohort, past use included; who has less goes first."""

@@ -23,14 +23,15 @@ _OF_THE_TRAINER = """
     DatasetNotGzip DatasetNotJSON DatasetNotParquet DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb
     DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows EmptyDataset EmptyResult EndpointRefused
     EndpointUnreachable Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers
-    MethodNotSupported MixedFormats ModelNotFound ModelNotReadable NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
+    MethodNotSupported MixedFormats ModelNotFound ModelNotReadable ModelNotWhole NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
     NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
     NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
     QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
     SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
-    TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
-    UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotFinite
-    WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture WrongFormat
+    TargetContended TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples
+    TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch
+    WeightsMissing WeightsNotFinite WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture
+    WrongFormat
 """
 REASONS = frozenset(
     (

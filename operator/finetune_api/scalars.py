@@ -14,7 +14,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function, plain_serializer_function_ser_schema
 
-from .base import SHOWN, Format, without_nulls
+from .base import SHOWN, Format, shortened, without_nulls
 
 DURATION = Format(pattern=r"^([0-9]{1,6}(s|m|h|d)){1,4}$", name="a duration", write="for example 90s, 10m, 1h30m or 7d")
 #: resource.Quantity of the Kubernetes API, without minus signs: nobody may ask for less than nothing
@@ -86,8 +86,7 @@ def quantity(text: str) -> Decimal:
     """
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-        raise ValueError(f"{shown!r} is not a quantity; write for example 500m, 16 or 200Gi")
+        raise ValueError(f"{shortened(text, SHOWN)!r} is not a quantity; write for example 500m, 16 or 200Gi")
     number, suffix = Decimal(match[1]), match[2]
     factor = _FACTORS.get(suffix)
     value = _ROUNDED_UP.multiply(number, Decimal(f"1e{suffix[1:]}") if factor is None else factor)
@@ -117,6 +116,31 @@ DecimalText = Annotated[float, _AsText()]
 """A fraction in a status: text, since there are no floats there"""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number that JSON carries exactly."""
+Timestamp = Annotated[str, Field(max_length=64, json_schema_extra={"format": "date-time"})]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Text of a status: what is longer is cut, with an ellipsis. A job is not held up by what somebody had to say of it."""
+
+    most: int
+    """Characters"""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(
+            lambda text: shortened(text, self.most) if isinstance(text, str) else text, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(core_schema), "maxLength": self.most}
+
+
+Name = Annotated[str, Told(253)]
+"""Of an object, in a status: no name that Kubernetes takes is longer"""
+LabelKey = Annotated[str, Told(317)]
+"""Key of a label, in a status"""
+Word = Annotated[str, Told(128)]
+"""A duration, a digest, a choice or what something is counted by, in a status"""
 
 
 def printable(text: str) -> str:

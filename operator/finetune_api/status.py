@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .base import APIModel
 from .evaluation_status import EvaluationStatus
-from .scalars import REASON_PATTERN, Count, DecimalText
+from .scalars import REASON_PATTERN, Count, DecimalText, LabelKey, Name, Timestamp, Told, Word
 from .spec.run import Toleration
 
 Phase = Literal[
@@ -44,7 +44,9 @@ ConditionType = Literal[
 ]
 SAID_BY_OTHERS: tuple[ConditionType, ...] = ("Ready", "Stalled", "QuotaReserved", "Evicted", "Preempted", "Finished")
 """Conditions that say again, in the terms of other tools (kstatus, Kueue), what the rest say"""
-Text = Annotated[str, Field(max_length=32_768)]
+Text = Annotated[str, Told(32_768)]
+Attempt = Annotated[int, Field(ge=0, le=999_999_999)]
+"""As many as a pod's label tells apart"""
 
 
 class Condition(APIModel):
@@ -58,18 +60,18 @@ class Condition(APIModel):
     """CamelCase reason for the last transition; docs/reference lists them."""
     message: Text = ""
     """What happened, for people, and what to do about it."""
-    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    last_transition_time: Timestamp
     """When the status last changed."""
-    observed_generation: Annotated[int, Field(ge=0)] = 0
+    observed_generation: Count = 0
     """metadata.generation that this condition was set for."""
 
 
 class Progress(APIModel):
     """The last report of training rank 0."""
 
-    step: Annotated[int, Field(ge=0)] = 0
+    step: Count = 0
     """Optimizer steps done."""
-    total_steps: Annotated[int, Field(ge=0)] = 0
+    total_steps: Count = 0
     """Optimizer steps in all."""
     epoch: DecimalText = 0
     """Passes over the training rows done."""
@@ -83,9 +85,9 @@ class Progress(APIModel):
     """Learning rate of the last logged step."""
     tokens_per_second: DecimalText | None = None
     """Non-padding tokens per second over all workers, since the start of this attempt."""
-    eta: str | None = None
+    eta: Word | None = None
     """Estimated time left in training."""
-    reported_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    reported_at: Timestamp | None = None
     """When the operator last heard from rank 0."""
 
 
@@ -98,15 +100,15 @@ class DatasetStatus(APIModel):
     """Held-out rows."""
     tokens: Count = 0
     """Tokens in the training rows, after truncation."""
-    format: str = ""
+    format: Word = ""
     """Format of the rows."""
-    dropped: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    dropped: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows left out, by cause."""
-    warnings: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    warnings: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows that were kept but look wrong, by cause; the report in the workspace shows them."""
-    unused_keys: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    unused_keys: Annotated[dict[Word, Count], Field(max_length=64)] = Field(default_factory=dict)
     """Rows by key that holds something and is not used: the commonest; the report in the workspace has all."""
-    digest: str = ""
+    digest: Word = ""
     """sha256 of the prepared rows, which are what trains and evaluates."""
 
 
@@ -119,19 +121,19 @@ class Plan(APIModel):
     """Rows per process and forward pass."""
     gradient_accumulation: Annotated[int, Field(ge=1, le=1_000_000)]
     """Forward passes per optimizer step."""
-    strategy: str
+    strategy: Word
     """The parallel strategy in use."""
-    offload: str = "none"
+    offload: Word = "none"
     """What is kept in host memory: none, optimizer or parameters."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
-    estimated_memory_per_gpu: str = Field(default="", alias="estimatedMemoryPerGPU")
+    estimated_memory_per_gpu: Word = Field(default="", alias="estimatedMemoryPerGPU")
     """Estimated peak memory of one process, for example 61Gi; docs/memory.md states the error."""
     total_steps: Count = 0
     """Optimizer steps in all."""
     estimated_petaflops: Annotated[DecimalText, Field(ge=0)] = 0.0
     """Estimated floating-point operations of the whole training, times 10^15; 0 where nothing is estimated."""
-    reason: str = ""
+    reason: Annotated[str, Told(1024)] = ""
     """Why this strategy and batch size were chosen."""
 
     @property
@@ -159,24 +161,24 @@ class Plan(APIModel):
 class CheckpointStatus(APIModel):
     """The newest complete checkpoint."""
 
-    step: int
+    step: Count
     """Optimizer step it was taken at."""
-    saved_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    saved_at: Timestamp | None = None
     """When it was saved."""
-    every: str | None = None
+    every: Word | None = None
     """Time between two checkpoints: as asked for, or from what one costs."""
-    resumed_from: int | None = None
+    resumed_from: Count | None = None
     """Step that the present attempt began from."""
-    skipped: Annotated[list[int], Field(max_length=8)] = []
+    skipped: Annotated[list[Count], Field(max_length=8)] = []
     """Steps of checkpoints that it passed over because they were incomplete or damaged."""
 
 
 class Artifact(APIModel):
     """Something that was published and verified."""
 
-    uri: str
+    uri: Annotated[str, Told(1024)]
     """Where it is."""
-    digest: str
+    digest: Word
     """sha256 over the published files' names and contents."""
     bytes: Count
     """Size of the published files."""
@@ -185,21 +187,21 @@ class Artifact(APIModel):
 class Restart(APIModel):
     """A gang restart, and why it was needed."""
 
-    attempt: int
+    attempt: Attempt
     """The attempt that ended."""
-    cause: str = ""
+    cause: Word = ""
     """Class of the failure: Infrastructure, OutOfMemory, Hang, Disruption, Stopped, or UserError where a failurePolicy restarts it."""
-    reason: str
+    reason: Annotated[str, Told(1024)]
     """CamelCase reason; docs/errors.md lists them."""
-    pod: str = ""
+    pod: Name = ""
     """The pod that failed first."""
-    node: str = ""
+    node: Name = ""
     """The node it ran on."""
-    checkpoint_step: int | None = None
+    checkpoint_step: Count | None = None
     """Step of the newest checkpoint then: what the next attempt goes on from."""
     message: Text = ""
     """Its last words."""
-    time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    time: Timestamp
     """When it was noticed."""
     counted: bool = True
     """Whether it counts towards runPolicy.maxRestarts."""
@@ -208,37 +210,37 @@ class Restart(APIModel):
 class Gang(APIModel):
     """The worker pods of the current attempt, recorded once all of them exist."""
 
-    attempt: int
+    attempt: Attempt
     """Attempt these pods belong to."""
-    pod_uids: Annotated[list[str], Field(max_length=512)] = Field(default_factory=list)
+    pod_uids: Annotated[list[Word], Field(max_length=512)] = Field(default_factory=list)
     """UIDs by rank: a pod that is recorded here and gone was deleted, one that is not was never made."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    started_at: Timestamp
     """When the gang's pods were first asked for."""
-    running_since: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    running_since: Timestamp | None = None
     """When all of them ran."""
-    avoided_nodes: Annotated[list[str], Field(max_length=16)] = []
+    avoided_nodes: Annotated[list[Name], Field(max_length=16)] = []
     """Nodes that jobs kept failing on lately: the scheduler was asked for others."""
 
 
 class TopologyDomain(APIModel):
     """Where the gang is kept together."""
 
-    key: str
+    key: LabelKey
     """Node label."""
-    value: str
+    value: Word
     """Its value."""
 
 
 class AdmissionStatus(APIModel):
     """What the gang was admitted to. Meaningful while the condition Admitted is True."""
 
-    queue: str | None = None
+    queue: Name | None = None
     """FineTuneQueue; unset without any."""
-    flavor: str | None = None
+    flavor: Name | None = None
     """Its flavor."""
-    nodes: int
+    nodes: Annotated[int, Field(ge=1, le=512)]
     """Worker pods: fewer than asked for where minNodes allows it."""
-    node_labels: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
+    node_labels: Annotated[dict[LabelKey, Word], Field(max_length=32)] = Field(default_factory=dict)
     """Labels of the flavor's nodes."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
     """Taints of the flavor's nodes."""
@@ -246,50 +248,50 @@ class AdmissionStatus(APIModel):
     """Where scheduling.topologyKey keeps the gang together."""
     price_per_hour: DecimalText | None = None
     """Price of one unit for an hour."""
-    estimated_duration: str | None = None
+    estimated_duration: Word | None = None
     """Estimated time of the whole training, where the flavor says how fast it is; while it runs status.progress.eta is better."""
     estimated_cost: DecimalText | None = None
     """Its price."""
-    planned_nodes: Annotated[list[str], Field(max_length=512)] = []
+    planned_nodes: Annotated[list[Name], Field(max_length=512)] = []
     """Nodes with room for its pods, by rank; the pods prefer them. Empty where nodes come as they are needed."""
-    attempt: int = 0
+    attempt: Attempt = 0
     """Attempt that it was planned for."""
-    admitted_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    admitted_at: Timestamp
     """When."""
 
 
 class QueueStatus(APIModel):
     """The job's place while it waits."""
 
-    name: str | None = None
+    name: Name | None = None
     """FineTuneQueue; unset without any."""
-    position: int | None = None
+    position: Count | None = None
     """From 1 in the order in which the queue is looked at."""
-    message: str = ""
+    message: Annotated[str, Told(4096)] = ""
     """What it waits for."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when it has waited this time."""
 
 
 class SourceWait(APIModel):
     """A hub or server that a stage waits for; `status.retryAfter` says when it is tried again."""
 
-    host: str = ""
+    host: Name = ""
     """Who does not answer."""
-    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    since: Timestamp
     """Since when."""
 
 
 class StageRetry(APIModel):
     """Tries of a single-pod stage."""
 
-    retries: int = 0
+    retries: Count = 0
     """Retries after failures of the infrastructure."""
-    waits: int = 0
+    waits: Count = 0
     """Tries that are not counted as retries: a hub or server did not answer, or the job's shape was changed."""
     waiting: SourceWait | None = None
     """What the stage waits for."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    started_at: Timestamp | None = None
     """When the current try was asked for."""
 
     @property
@@ -301,13 +303,13 @@ class StageRetry(APIModel):
 class Usage(APIModel):
     """GPU time of the job."""
 
-    gpu_seconds: int = 0
+    gpu_seconds: Count = 0
     """GPU-seconds held by ended attempts."""
-    queued_seconds: int = 0
+    queued_seconds: Count = 0
     """Seconds that the job waited for its GPUs."""
     cost: DecimalText | None = None
     """GPU-seconds at the price of their flavor, where it has one."""
-    lost_seconds: int = 0
+    lost_seconds: Count = 0
     """Seconds of training that ended attempts had done since their last checkpoint."""
 
 
@@ -316,20 +318,20 @@ class FineTuneJobStatus(APIModel):
 
     phase: Phase = "Pending"
     """Summary of the conditions for people."""
-    observed_generation: int = 0
+    observed_generation: Count = 0
     """metadata.generation that this status was derived from."""
     conditions: Annotated[
         list[Condition],
         Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = Field(default_factory=list)
     """Observations by the Kubernetes API conventions; phase summarises them."""
-    attempt: int = 0
+    attempt: Attempt = 0
     """Gang restarts so far."""
     restarts: Annotated[list[Restart], Field(max_length=20)] = Field(default_factory=list)
     """The last restarts with their causes, newest last."""
-    restarts_counted: int = 0
+    restarts_counted: Count = 0
     """Restarts that count towards runPolicy.maxRestarts."""
-    retry_after: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    retry_after: Timestamp | None = None
     """When the next start is tried, during back-off."""
     admission: AdmissionStatus | None = None
     """What the gang was admitted to."""
@@ -337,7 +339,7 @@ class FineTuneJobStatus(APIModel):
     """The job's place while it waits."""
     gang: Gang | None = None
     """The worker pods of the current attempt."""
-    stages: Annotated[dict[str, StageRetry], Field(max_length=8)] = Field(default_factory=dict)
+    stages: Annotated[dict[Word, StageRetry], Field(max_length=8)] = Field(default_factory=dict)
     """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""
@@ -353,11 +355,11 @@ class FineTuneJobStatus(APIModel):
     """What was published."""
     usage: Usage = Field(default_factory=Usage)
     """GPU time."""
-    total_gpus: int = 0
+    total_gpus: Count = 0
     """GPUs of the gang, for the printer column."""
-    started_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    started_at: Timestamp | None = None
     """When the operator first saw the job."""
-    finished_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    finished_at: Timestamp | None = None
     """When the job succeeded or failed."""
 
     def condition(self, type_: ConditionType) -> Condition | None:

@@ -22,7 +22,12 @@ _S3 = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_PATH}"
 _HTTPS = rf"https://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{{1,5}})?/{_PATH}"
 _CONFIGMAP = rf"configmap://{_CLAIM}(\.{_CLAIM})*/{_SEGMENT}"
 
-MODEL = Format(pattern=rf"^({_HF}|{_PVC})$", name="a model URI", write="hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH", scheme="hf://")
+MODEL = Format(
+    pattern=rf"^({_HF}|{_PVC}|{_S3})$",
+    name="a model URI",
+    write="hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH or s3://BUCKET/PREFIX",
+    scheme="hf://",
+)
 ADAPTER = Format(
     pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$",
     name="an adapter URI",
@@ -36,7 +41,10 @@ DATASET = Format(
     scheme="hf://",
 )
 PUBLISH = Format(
-    pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH})$", name="a target URI", write="pvc://CLAIM/PATH or hf://ORG/MODEL", scheme="hf://"
+    pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH}|{_S3})$",
+    name="a target URI",
+    write="pvc://CLAIM/PATH, hf://ORG/MODEL or s3://BUCKET/PREFIX",
+    scheme="hf://",
 )
 ENDPOINT = Format(
     pattern=rf"^https?://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(:[0-9]{{1,5}})?(/{_SEGMENT})*/?$",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from . import API_VERSION, KIND
+from .base import SHOWN, shortened
 from .queue import FineTuneQueueSpec
 from .scalars import DNS_SUBDOMAIN
 from .spec import FineTuneJobSpec
@@ -100,8 +101,7 @@ def _explain(model: type[BaseModel], error: Any) -> FieldError:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(repr(value), SHOWN)
 
 
 def _did_you_mean(word: str, choices: list[str]) -> str:

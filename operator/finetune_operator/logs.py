@@ -1,4 +1,7 @@
-"""The operator's log: lines for people, or JSON with the job's name as a field (chart value logFormat)."""
+"""The operator's log: lines for people, or JSON with the job's name as a field (chart value logFormat).
+
+Knows nothing of who writes to it.
+"""
 
 from __future__ import annotations
 

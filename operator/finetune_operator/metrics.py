@@ -1,6 +1,7 @@
 """Prometheus metrics of the operator. Labels are bounded: names of jobs only on the gauges of those that train now.
 
 No label is a word that a tenant can choose: what is not of a closed set is `Other`.
+Knows nothing of what is measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an administrator sets: read once at start-up from the environment, which the chart writes."""
+"""What an administrator sets: read once at start-up from the environment, which the chart writes. Knows nothing of what it is for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Settings:
     hub_endpoint: str = ""
     """Mirror of the Hugging Face hub that every stage asks (HF_ENDPOINT); empty is huggingface.co."""
     s3_endpoint: str = ""
-    """S3-compatible server of s3:// data sets that name none; empty is AWS."""
+    """S3-compatible server of s3:// sources and targets that name none; empty is AWS."""
     http_proxy: str = ""
     https_proxy: str = ""
     """Proxies through which every stage reaches the net."""

@@ -1,4 +1,7 @@
-"""OpenTelemetry traces of the passes over jobs and of their requests, where an endpoint is set (chart value tracing.endpoint)."""
+"""OpenTelemetry traces of the passes over jobs and of their requests, where an endpoint is set (chart value tracing.endpoint).
+
+Knows nothing of what is traced.
+"""
 
 from __future__ import annotations
 

@@ -76,8 +76,7 @@ def test_what_the_operator_may_not_see_it_does_not_give_away(
     told = api.condition("Admitted", "first")["message"]
     for right in ("finetunequeues.finetune.dev", "nodes", "priorityclasses.scheduling.k8s.io", "rbac.queueing"):
         assert right in told
-    log = restricted.logs.read_text()
-    assert "the operator may not list finetunequeues.finetune.dev, watch finetunequeues.finetune.dev, list nodes" in log
+    assert "the operator may not list finetunequeues.finetune.dev, nodes, " in restricted.logs.read_text()
     with urllib.request.urlopen(f"http://127.0.0.1:{restricted.probes}/readyz", timeout=2) as answer:
         assert answer.status == 200, "it serves: stages without GPUs run"
 

@@ -7,8 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+
+from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.prepare import prepare
+from tests.trainer.conftest import ROWS, Bench
 
 SIZES = {
     "vocab_size": 327, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -35,3 +40,20 @@ def copied(model: Path, folder: Path, **config: Any) -> Path:
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, **config}))
     return folder
+
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0}
+HYPER = {"maxSteps": 2, "learningRate": 1e-3, "globalBatchSize": 4, "maxLength": 128}
+Sizes = dict[str, Any]
+
+
+def tuning(**more: Any) -> dict[str, Any]:
+    return {"lora": LORA, "hyperparameters": HYPER, **more}
+
+
+def refused(bench: Bench, folder: Path, rows: list[dict[str, Any]] | None = None, **spec: Any) -> UserError:
+    """What prepare says to a base in the bench's own volume."""
+    model = {"uri": f"pvc://rows/{folder.name}"}
+    with pytest.raises(UserError) as found:
+        prepare(bench.context(rows or ROWS["messages"], **{"model": model, "tuning": tuning(), **spec}))
+    return found.value

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.base import APIModel
 from finetune_api.contract import ProgressReport
 from finetune_api.status import Condition, FineTuneJobStatus, Progress
 from finetune_api.validation import parse_spec
@@ -103,6 +104,21 @@ async def test_events_come_after_the_status_and_hold_nothing_up(cluster: Cluster
     assert cluster.writes.index("status FineTuneJob support") < cluster.writes.index("create Event")
 
 
+async def test_what_an_older_definition_drops_is_not_written_over_and_over(cluster: Cluster) -> None:
+    """Each write was taken for news, and acted on at once."""
+    real, operator = cluster.replace_status, manager(cluster)
+
+    async def replace_status(raw: Object, *, urgent: bool = True) -> Object:
+        return await real({**raw, "status": {name: value for name, value in raw["status"].items() if name != "startedAt"}}, urgent=urgent)
+
+    cluster.replace_status = replace_status  # type: ignore[method-assign]
+    await operator.resync.once()
+    for _ in range(3):
+        await operator.jobs.process(KEY)
+    assert operator.jobs.queue._pop() is None, "it comes to rest"
+    assert cluster.objects["FineTuneJob", "support"]["status"]["phase"] == "Preparing"
+
+
 async def test_events_that_wait_are_bounded(cluster: Cluster) -> None:
     events, before = Events(cluster, most=10), dropped("TooMany")  # type: ignore[arg-type]
     for number in range(25):
@@ -163,14 +179,10 @@ class Seen:
     raw: Object
 
 
-class Said:
+class Said(APIModel):
     """A status of another kind."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def to_wire(self) -> Object:
-        return {"text": self.text}
+    text: str = ""
 
 
 async def test_a_new_kind_is_a_row_of_functions(cluster: Cluster) -> None:
@@ -181,7 +193,7 @@ async def test_a_new_kind_is_a_row_of_functions(cluster: Cluster) -> None:
         return Seen({"kind": "FineTuneJob", **copy.deepcopy(cluster.objects["FineTuneJob", key[1]])})
 
     def decide(seen: Seen) -> Plan:
-        return Plan(status=Said("seen"), events=(Event("Normal", "Seen", "by its kind"),))  # type: ignore[arg-type]
+        return Plan(status=Said(text="seen"), events=(Event("Normal", "Seen", "by its kind"),))  # type: ignore[arg-type]
 
     events = Events(cluster)  # type: ignore[arg-type]
     writer = Writer(cluster, store, events, soon_seconds=0, interval=lambda plan: 0)  # type: ignore[arg-type]

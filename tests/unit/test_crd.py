@@ -17,7 +17,7 @@ from finetune_api.crd import generated, policy, structural_schema
 from finetune_api.queue import FineTuneQueueSpec
 from finetune_api.reference import reference
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Progress
+from finetune_api.status import FineTuneJobStatus, Progress
 from finetune_api.uris import MODEL
 from finetune_api.validation import InvalidDocument
 from tests.factory import MINIMAL, merged
@@ -104,14 +104,31 @@ def test_every_field_is_described_and_structural(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strings_and_lists_are_bounded(kind: str) -> None:
+def test_strings_numbers_and_lists_are_bounded(kind: str) -> None:
     unbounded = [
-        path
-        for path, node in walk(schema(kind)["spec"])
+        (root, path)
+        for root in ("spec", "status")
+        for path, node in walk(schema(kind)[root])
         if (node.get("type", "string") == "string" and "enum" not in node and "maxLength" not in node)
         or (node.get("type") == "array" and "maxItems" not in node)
+        or (node.get("type") == "integer" and not {"minimum", "maximum"} <= node.keys())
     ]
-    assert not unbounded
+    assert not unbounded, "also of what somebody may write into a status by hand"
+
+
+def test_what_is_told_in_a_status_is_cut_and_refused_nowhere() -> None:
+    """Whoever said it: a pod's last words, another scheduler, an older release."""
+    long = "x" * 100_000
+    status = FineTuneJobStatus.model_validate(
+        {
+            "queue": {"message": long, "since": "2026-01-01T00:00:00Z"},
+            "dataset": {"format": long, "dropped": {long: 1}},
+            "restarts": [{"attempt": 1, "reason": long, "message": long, "pod": long, "time": "2026-01-01T00:00:00Z"}],
+        }
+    ).to_wire()
+    [cause], [restart] = status["dataset"]["dropped"], status["restarts"]
+    for text, most in ((status["queue"]["message"], 4096), (restart["message"], 32_768), (restart["pod"], 253), (cause, 128)):
+        assert len(text) == most and text.endswith("x...")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,15 +113,19 @@ async def test_a_request_carries_the_present_token_and_a_refusal_its_words() -> 
         configuration.api_key["authorization"] = "Bearer new"
         assert [pod async for pod in cluster.list("Pod", "n", "a=b,c")] == []
         await cluster.create({"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})
+        await cluster.replace_status({"kind": "FineTuneJob", "metadata": {"namespace": "n", "name": "j"}, "spec": {"a": 1}, "status": {}})
         with pytest.raises(APIError, match="403 Forbidden: pods is forbidden"):
             await cluster.delete("Pod", "n", "p", "uid")
     with pytest.raises(APIError, match="cannot be reached") as failure:
         await cluster._once("GET", "/", "Pod", "get", None, None, "application/json")
     assert failure.value.transient
     await cluster.close()
-    assert [token for _, token, *_ in seen] == ["Bearer old", "Bearer new", "Bearer new", "Bearer new"]
+    assert [token for _, token, *_ in seen] == ["Bearer old", *["Bearer new"] * 4]
     assert seen[1][2]["labelSelector"] == "a=b,c"
     assert seen[2][2:] == ({"fieldManager": names.MANAGER}, {"kind": "Pod", "metadata": {"namespace": "n", "name": "ü"}})
+    assert seen[3][3] == {"kind": "FineTuneJob", "metadata": {"namespace": "n", "name": "j"}, "status": {}}, (
+        "a status is written, and nothing else"
+    )
 
 
 async def test_definitions_of_other_releases_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:

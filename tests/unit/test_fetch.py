@@ -21,11 +21,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from finetune_api.contract import Env, JobFile
 from finetune_api.spec import DatasetSource
 from finetune_api.validation import parse_spec
-from finetune_trainer.data.fetch import allowed_addresses, fetch
+from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import SourceUnavailable, UserError
 from finetune_trainer.remote import retry
+from finetune_trainer.remote.addresses import allowed_addresses
 from tests.factory import MINIMAL
 from tests.loopback import QuietHandler, serving
 

@@ -86,7 +86,10 @@ def pod(rank: int, owner: str = "uid-first", stage: str = "train", version: int 
     name = f"{stage}-{rank}"
     labels = {names.LABEL_JOB_UID: "uid-first", names.LABEL_STAGE: stage, names.LABEL_RANK: str(rank), names.LABEL_ATTEMPT: "0"}
     meta = {"name": name, "namespace": "team-a", "uid": f"pod-{name}", "resourceVersion": str(version), "labels": labels}
-    meta |= {"creationTimestamp": stamp(NOW), "ownerReferences": [{"uid": owner, "controller": True, "kind": "any"}]}
+    meta |= {
+        "creationTimestamp": stamp(NOW),
+        "ownerReferences": [{"kind": "Job" if owner == "job-uid" else "FineTuneJob", "uid": owner, "controller": True}],
+    }
     requests = {GPU: "2" if stage == "train" else "1"}
     spec = {"nodeName": f"node-{rank}", "containers": [{"name": "trainer", "resources": {"requests": requests}}]}
     return {"metadata": {**meta, **more}, "spec": spec, "status": {"phase": "Running"}}
@@ -204,7 +207,6 @@ def sealed(rank: int, uid: str = "uid-first", **admission: Any) -> dict[str, Any
     found = pod(rank, deletionTimestamp=stamp(NOW))
     text = json.dumps({"queue": "default", "flavor": "any", "nodes": 2, "admittedAt": stamp(NOW), **admission})
     found["metadata"]["annotations"] = {names.ANNOTATION_ADMISSION: text, names.ANNOTATION_SEAL: seal("secret", uid, text)}
-    found["metadata"]["ownerReferences"][0]["kind"] = "FineTuneJob"
     return found
 
 

@@ -17,7 +17,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from prometheus_client import REGISTRY
 
 from finetune_api import GROUP, KIND, PLURAL, VERSION, names
-from finetune_api.lenient import read_status
+from finetune_api.lenient import read_status, rewritten
 from finetune_operator import __main__ as main
 from finetune_operator import handlers
 from finetune_operator.cache.progress import ProgressBoard
@@ -28,7 +28,7 @@ from finetune_operator.cluster.kinds import StartOver
 from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.controllers import jobs as jobs_module
 from finetune_operator.controllers.manager import Manager
-from finetune_operator.model.legible import identified
+from finetune_operator.model.legible import identified, legible_job
 from finetune_operator.reconcile.job import reconcile
 from finetune_operator.reconcile.job.immutability import may_have_changed
 from finetune_operator.settings import Settings
@@ -174,6 +174,21 @@ def test_one_condition_that_cannot_be_read_takes_no_other_with_it() -> None:
     assert observed is not None
     plan = reconcile(observed, Settings())
     assert plan.status is None and not plan.actions, "a terminal state is terminal"
+
+
+def test_what_a_newer_release_wrote_stays_where_this_one_changes_nothing() -> None:
+    """Two operators of different versions, one after the other; also where something else there cannot be read."""
+    admission = {"nodes": 2, "admittedAt": stamp(NOW), "future": {"a": 1}}
+    restart = {"attempt": 0, "reason": "PeerLost", "time": stamp(NOW), "counted": True, "future": 2}
+    status = {"phase": "Training", "usage": {"gpuSeconds": 1, "future": 3}, "admission": admission, "restarts": [restart], "future": 4}
+    for stored in (status, {**status, "checkpoint": "not an object"}):
+        raw = legible_job(job(FULL, stored))
+        before, after = read_status(raw["status"]), read_status(raw["status"])
+        after.usage.gpu_seconds, after.attempt = 2, 1
+        wire = rewritten(raw["status"], before, after)
+        assert (wire["future"], wire["attempt"], wire["usage"]["gpuSeconds"]) == (4, 1, 2)
+        assert wire["admission"] == {"attempt": 0, **admission} and wire["restarts"] == [restart]
+        assert "future" not in wire["usage"], "what is said now is not what that was said of"
 
 
 def unreadable(kind: str) -> float:

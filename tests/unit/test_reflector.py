@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio.client import ApiClient, Configuration
 
 from finetune_operator.cluster import reflector as module
+from finetune_operator.cluster import transport
 from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.reflector import Reflector
 from finetune_operator.cluster.transport import KubernetesCluster
@@ -201,6 +202,26 @@ async def test_410_lists_again_and_drops_what_vanished(script: Script, cluster: 
             script.refusal = None
         await until(lambda: script.resumed_from[-1] == "50")
         assert sink.known == {"stays": "new"}
+
+
+@pytest.mark.parametrize("how", ["an older version", "silence"])
+async def test_a_restored_etcd_is_listed_again(
+    script: Script, cluster: KubernetesCluster, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server filters what is older than the version that a watch began from: nothing would be heard for as long as it takes to get there."""
+    monkeypatch.setattr(transport, "_SILENT_SECONDS", 0.2 if how == "silence" else 30)
+    script.version, script.objects = 100, [named("old", 90, 1)]
+    script.watches = [[event("ADDED", named("new", 101, 2)), *([bookmark(40)] if how == "an older version" else [])]]
+
+    class Restored(Values):
+        def put(self, raw: Object) -> None:
+            super().put(raw)
+            script.version, script.objects = 50, [named("old", 45, 0)]
+
+    sink = Restored()
+    async with running(cluster, sink):
+        await until(lambda: sink.known == {"old": 0})
+    assert sink.told == ["replace", "put new", "replace"] and script.resumed_from[-1] == "50"
 
 
 async def test_a_continue_that_is_too_old_begins_the_list_anew(script: Script, cluster: KubernetesCluster) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from finetune_api import names
 from finetune_api.contract import JobFile, Mounts
-from finetune_api.status import Plan
+from finetune_api.status import AdmissionStatus, Plan
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, network_policy, workspace
@@ -127,6 +127,7 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
             },
         },
         evaluation={"metrics": ["judge-win-rate"], "judge": {"url": "http://j/v1", "model": "m", "secretRef": {"name": "judge"}}},
+        publish=[{"uri": "hf://org/m", "secretRef": {"name": "hf-write"}}, {"uri": "s3://models/m", "secretRef": {"name": "s3-write"}}],
     )
     found: dict[str, set[tuple[str, str]]] = {}
     for manifest in manifests(spec):
@@ -134,23 +135,24 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
             pod = manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
             stage = manifest["metadata"]["labels"][names.LABEL_STAGE]
             found[stage] = {(v["secret"]["secretName"], i["key"]) for v in pod["volumes"] if "secret" in v for i in v["secret"]["items"]}
+    write = {("hf-write", "token"), ("s3-write", "AWS_ACCESS_KEY_ID"), ("s3-write", "AWS_SECRET_ACCESS_KEY")}
     assert found == {
         "prepare": {
             ("hf-token", "token"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
         },
-        "check": {("hf-write", "token")},
+        "check": write,
         "train": {("mlflow", "token"), ("wandb", "token")},
         "evaluate": {("judge", "token")},
-        "publish": {("hf-write", "token")},
+        "publish": write,
     }  # fmt: skip
 
 
-def test_a6_the_administrators_hosts_reach_prepare_alone() -> None:
+def test_a6_the_administrators_hosts_reach_the_stages_that_read_and_write_there() -> None:
     settings = dataclasses.replace(SETTINGS, allowed_hosts=("minio.tools.svc",))
-    for stage in ("prepare", "evaluate"):
+    for stage in ("prepare", "check", "evaluate", "publish"):
         pod = stage_job(ref(MINIMAL), settings, stage, 0)["spec"]["template"]["spec"]  # type: ignore[arg-type]
         env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
-        assert env.get("FINETUNE_ALLOWED_HOSTS") == ("minio.tools.svc" if stage == "prepare" else None)
+        assert env.get("FINETUNE_ALLOWED_HOSTS") == (None if stage == "evaluate" else "minio.tools.svc")
 
 
 def test_sources_are_read_only_and_targets_only_where_they_are_asked_and_written() -> None:
@@ -174,6 +176,17 @@ def test_job_json_is_stable_and_free_of_what_may_change() -> None:
     changed = ref(merged(FULL, runPolicy={"suspend": True, "maxRestarts": 9}))
     assert job_file(job).dumps() == job_file(changed).dumps()
     assert JobFile.model_validate(json.loads(job_file(job).dumps())).spec.model.uri == "hf://org/model@main"
+
+
+def test_no_worker_bears_what_grows_with_the_gang() -> None:
+    """Of 512 pods each would bear 512 names: which nodes are planned is on record once, in the status."""
+
+    def bytes_of(pods: int) -> int:
+        planned = [f"node-{rank:04}" for rank in range(pods)]
+        admission = AdmissionStatus(queue="q", nodes=512, planned_nodes=planned, attempt=0, admitted_at="2026-01-01T00:00:00Z")
+        return len(json.dumps(worker(ref(FULL), SETTINGS, PARSED, 0, 0, (), admission)))
+
+    assert bytes_of(512) == bytes_of(1)
 
 
 def test_threads_follow_the_pods_cpus() -> None:

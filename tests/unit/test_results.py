@@ -280,7 +280,7 @@ def test_the_hub_is_asked_with_the_token_that_publishes(shelf: Shelf, monkeypatc
     with pytest.raises(UserError, match="hf://org/m: the token may only read"):
         check(context)
     answers["exists"] = True
-    with pytest.raises(UserError, match="the repository holds the result of job b/x"):
+    with pytest.raises(UserError, match="the target holds the result of job b/x"):
         check(context)
 
 

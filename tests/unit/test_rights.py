@@ -12,7 +12,7 @@ import pytest
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.errors import APIError
-from finetune_operator.cluster.kinds import RIGHTS, Kinds
+from finetune_operator.cluster.kinds import Kinds
 from finetune_operator.cluster.resources import RESOURCES, plural_of
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.model.job import Observed
@@ -55,9 +55,6 @@ class Server(InMemory):
             raise APIError(403, "Forbidden", f"{plural_of(kind)} is forbidden")
         for raw in self.objects.get(kind, []):
             yield raw
-
-    async def may(self, verb: str, kind: str) -> bool:
-        return kind not in self.forbidden and f"{verb} {kind}" not in self.forbidden
 
     async def plurals(self, group: str, version: str) -> set[str]:
         return {r.plural for r in RESOURCES.values() if (r.group, r.version) == (group, version)}
@@ -140,44 +137,31 @@ async def test_backend_none_starts_everything_at_once_and_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "forbidden", "needed", "missing"),
+    ("settings", "needed"),
     [
-        ({}, (), {"FineTuneJob", "FineTuneQueue"}, ()),
-        ({"watch_namespaces": SOME}, (), {"FineTuneJob", "FineTuneQueue"}, ()),
-        (
-            {"watch_namespaces": SOME},
-            ("FineTuneQueue",),
-            {"FineTuneJob"},
-            ("list finetunequeues.finetune.dev", "watch finetunequeues.finetune.dev"),
-        ),
-        ({"watch_namespaces": SOME}, ("watch FineTuneQueue",), {"FineTuneJob"}, ("watch finetunequeues.finetune.dev",)),
-        (
-            {"watch_namespaces": SOME},
-            ("Node", "PriorityClass"),
-            {"FineTuneJob", "FineTuneQueue"},
-            ("list nodes", "list priorityclasses.scheduling.k8s.io"),
-        ),
-        ({"watch_namespaces": SOME, "queueing_backend": "none"}, ("FineTuneQueue", "Node"), {"FineTuneJob"}, ()),
-        ({"queueing_backend": "none"}, (), {"FineTuneJob"}, ()),
-        ({"watch_namespaces": SOME, "queueing_backend": "kueue"}, ("FineTuneQueue",), {"FineTuneJob"}, ()),
+        ({}, {"FineTuneJob", "FineTuneQueue"}),
+        ({"watch_namespaces": SOME}, {"FineTuneJob", "FineTuneQueue"}),
+        ({"watch_namespaces": SOME, "queueing_backend": "none"}, {"FineTuneJob"}),
+        ({"queueing_backend": "none"}, {"FineTuneJob"}),
+        ({"watch_namespaces": SOME, "queueing_backend": "kueue"}, {"FineTuneJob"}),
     ],
 )
-async def test_start_up_names_the_rights_that_are_missing(
-    settings: dict[str, Any], forbidden: tuple[str, ...], needed: set[str], missing: tuple[str, ...], caplog: Any
-) -> None:
+def test_kinds_that_the_operator_is_not_ready_without(settings: dict[str, Any], needed: set[str]) -> None:
+    assert {resource.kind for resource in Kinds(Server(), Settings(**settings)).needed} == needed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("forbidden", [("FineTuneQueue",), ("Node", "PriorityClass"), ("Pod",), ()])
+async def test_the_log_names_the_rights_that_are_missing(forbidden: tuple[str, ...], caplog: Any) -> None:
+    """All of them at once, when it first looks; and that it may look, once it does."""
     server = Server(*forbidden)
-    kinds = Kinds(server, Settings(**settings))  # type: ignore[arg-type]
-    with caplog.at_level(logging.INFO, "finetune.kinds"):
-        await kinds.look()
-        await kinds.look()
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert {resource.kind for resource in kinds.needed} == needed
-    assert len(warnings) == bool(missing), "said once"
-    assert all(right in warnings[0] for right in missing) and sum(
-        f"{verb} {plural_of(kind)}" in "".join(warnings) for verb, kind in RIGHTS
-    ) == len(missing)
-    waits = [right for right in missing if right.startswith("list")]
-    assert not missing or ("queueing.backend none" in warnings[0]) == bool(waits), "without the watch alone, queues are only seen later"
-    server.forbidden.clear()
-    await kinds.look()
-    assert not kinds.forbidden, "a right that is granted later is found"
+    loop = AdmissionLoop(server, Store(), Assumptions(), Settings(), lambda _: None)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "finetune.scheduler"):
+        for _ in range(2):
+            await loop.once()
+        said = [record.getMessage() for record in caplog.records if record.name == "finetune.scheduler"]
+        server.forbidden.clear()
+        await loop.once()
+    named = ", ".join(plural_of(kind) for kind in forbidden)
+    assert len(said) == bool(forbidden), "said once"
+    assert all(f"may not list {named}, and gives away nothing" in text and "queueing.backend none" in text for text in said)
+    assert not forbidden or "may list all that queues need now" in caplog.text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api import names
 from finetune_api.validation import parse_spec
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.progress import ProgressBoard
@@ -135,6 +136,33 @@ async def test_f24_nothing_is_given_away_before_it_is_known_what_a_changed_job_h
     store.begun_with("uid-first", parse_spec(began_with))
     await scheduler.once()
     assert assumptions.decision("uid-001").reason == "WaitingForQuota", "the one that began holds all of it"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["all", "heads"])
+async def test_what_a_gang_is_to_grow_by_is_not_given_to_another(heads: bool) -> None:
+    """Its own pass may be writing it down at this very moment."""
+    spec = merged(
+        MINIMAL,
+        distribution={"gpusPerNode": 1, "nodes": 2, "minNodes": 1},
+        tuning={"hyperparameters": {"globalBatchSize": 2}},
+    )
+    true = [{"type": type_, "status": "True"} for type_ in ("DataReady", "Admitted")]
+    admission = {"queue": "default", "flavor": "any", "nodes": 1, "admittedAt": "2020-01-01T00:00:00Z"}
+    small = job(spec, {"observedGeneration": 1, "admission": admission, "conditions": true}, name="small", uid="small")
+    labels = {names.LABEL_JOB_UID: "small", names.LABEL_STAGE: "train", names.LABEL_RANK: "0", names.LABEL_ATTEMPT: "0"}
+    owner = {"kind": "FineTuneJob", "uid": "small", "controller": True}
+    meta = {"name": "w", "namespace": "team-a", "uid": "w", "resourceVersion": "1", "labels": labels, "ownerReferences": [owner]}
+    known, assumptions = Store(), Assumptions()
+    known.put_job(small)
+    known.put_child("Pod", {"metadata": meta, "spec": {"nodeName": "node-1"}, "status": {"phase": "Running"}})
+    loop = AdmissionLoop(Lists(), known, assumptions, Settings(), lambda key: None)  # type: ignore[arg-type]
+    assert (await loop.once()).jobs["small"].action == "resize"
+    known.put_job(waiting(1))
+    assert (await loop.once(heads=heads)).jobs["uid-001"].action == "wait"
+    decision = assumptions.decision("small")
+    assert decision is not None and decision.action == "resize", "until it is on record"
+    assumptions.recorded("small")
+    assert assumptions.decision("small") is None, "and not carried out twice"
 
 
 async def test_many_decisions_are_put_on_record_before_more_are_made(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

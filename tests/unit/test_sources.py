@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from finetune_api.contract import Env, ExitCode, JobFile
-from finetune_api.spec import DatasetSource
-from finetune_api.uris import parse_uri
+from finetune_api.spec import DatasetSource, PublishTarget
 from finetune_api.validation import parse_spec
 from finetune_trainer.data.fetch import fetch
 from finetune_trainer.data.reading import rows
@@ -87,7 +86,8 @@ def _rows(context: Context, url: str) -> None:
 
 
 def _publish(context: Context, url: str) -> None:
-    publish_to_hub(context, Path(context.workspace), parse_uri("hf://org/out"), "hf://org/out", "hf_" + "x" * 20)
+    target = PublishTarget.model_validate({"uri": "hf://org/out", "secretRef": {"name": "s"}})
+    publish_to_hub(context, target, "publish-0", Path(context.workspace))
 
 
 def _bucket(context: Context, url: str) -> None:

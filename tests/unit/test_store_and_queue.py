@@ -25,7 +25,7 @@ def child(kind: str, name: str, uid: str, owner: str, version: int = 1, **more: 
             "resourceVersion": str(version),
             "creationTimestamp": stamp(NOW),
             "labels": {names.LABEL_JOB_UID: UID, names.LABEL_STAGE: "train", names.LABEL_RANK: "0", names.LABEL_ATTEMPT: "0"},
-            "ownerReferences": [{"uid": owner, "controller": True}],
+            "ownerReferences": [{"kind": "FineTuneJob" if owner == UID else "Job", "uid": owner, "controller": True}],
         },
         **more,
     }
@@ -55,7 +55,6 @@ def test_pods_whose_job_is_gone_are_seen_until_they_are_too() -> None:
     store.put_job(job())
     made = child("Job", "support-prepare-0", "j1", UID)
     pod = child("Pod", "support-prepare-0-x7k2p", "p1", "j1", status={"phase": "Running"})
-    pod["metadata"]["ownerReferences"][0]["kind"] = "Job"
     for kind, raw in (("Job", made), ("Pod", pod)):
         store.put_child(kind, raw)
     store.drop_child("Job", made)

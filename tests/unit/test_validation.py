@@ -29,13 +29,17 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("infinity", {"tuning": {"hyperparameters": {"epochs": float("inf")}}}, "finite number"),
     ("bool as a number", {"distribution": {"nodes": True}}, "spec.distribution.nodes: True"),
     ("missing", {"model": {}}, "spec.model.uri: is required"),
-    ("file scheme", {"model": {"uri": "file:///etc/passwd"}}, "is not a model URI; write hf://ORG/MODEL[@REVISION] or pvc://CLAIM/PATH"),
+    (
+        "file scheme",
+        {"model": {"uri": "file:///etc/passwd"}},
+        "is not a model URI; write hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH or s3://BUCKET/PREFIX",
+    ),
     ("no scheme", {"model": {"uri": "org/model"}}, '"org/model" has no scheme; did you mean hf://org/model?'),
     ("no scheme of rows", {"dataset": {"train": {"uri": "org/rows"}}}, "did you mean hf://org/rows?"),
     ("path traversal", {"model": {"uri": "pvc://models/../secret"}}, "spec.model.uri"),
     ("shell characters", {"model": {"uri": "hf://org/$(id)"}}, "spec.model.uri"),
     ("credentials in a uri", {"dataset": {"train": {"uri": "hf://user:pass@host/x"}}}, "spec.dataset.train.uri"),
-    ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH or hf://ORG/MODEL"),
+    ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH, hf://ORG/MODEL or s3://BUCKET/PREFIX"),
     ("duration", {"checkpoint": {"every": "10 minutes"}}, '"10 minutes" is not a duration; write for example 90s'),
     ("full with lora settings", {"tuning": {"method": "full", "lora": {"rank": 8}}}, "remove tuning.lora or set method to lora"),
     (
@@ -68,7 +72,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"distribution": {"gpusPerNode": 0, "perDeviceBatchSize": 3}},
         "multiple of distribution.perDeviceBatchSize",
     ),
-    ("secret without hub", {"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "model.secretRef is only used with an hf:// uri"),
+    ("secret without hub", {"model": {"uri": "pvc://m/x", "secretRef": {"name": "s"}}}, "model.secretRef is not used with a pvc:// uri"),
     ("hub target without secret", {"publish": [{"uri": "hf://org/m"}]}, "needs secretRef with a write token"),
     (
         "secret of another namespace",

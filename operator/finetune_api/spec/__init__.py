@@ -2,7 +2,7 @@
 
 from .common import SecretReference
 from .data import Dataset, DatasetChecks, DatasetFormat, DatasetSource
-from .evaluation import ANSWER_METRICS, Baseline, Evaluation, Forgetting, Gate, Metric, Output
+from .evaluation import ANSWER_METRICS, Baseline, Evaluation, Forgetting, Gate, Metric, Output, PublishTarget
 from .job import FORMATS_OF, UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, FineTuneJobSpec
 from .model import Endpoint, Model
 from .run import Checkpoint, ComputeResources, FailureAction, FailureCause, FailurePolicy, RunPolicy, WorkspaceTemplate
@@ -60,6 +60,7 @@ __all__ = [
     "Output",
     "Partial",
     "Preference",
+    "PublishTarget",
     "Reward",
     "RunPolicy",
     "SecretReference",

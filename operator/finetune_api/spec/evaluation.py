@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..base import APIModel, Format, Rule, Unique
 from ..scalars import PlainName
-from ..uris import DatasetURI, PublishURI
+from ..uris import DatasetURI, EndpointURL, PublishURI
 from .common import SecretReference
 from .model import Endpoint
 
@@ -152,14 +152,21 @@ class PublishTarget(APIModel):
     """A place that receives the adapter (or the model, for method full) with its model card."""
 
     uri: PublishURI
-    """`pvc://CLAIM/PATH` or `hf://ORG/MODEL`."""
+    """`pvc://CLAIM/PATH`, `hf://ORG/MODEL` or `s3://BUCKET/PREFIX`."""
     secret_ref: SecretReference | None = None
-    """Secret with a token that may write to an hf:// target."""
+    """Secret with a token that may write to an hf:// target, or with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of an s3:// target."""
+    s3_endpoint: EndpointURL | None = None
+    """Address of an S3-compatible server; unset means the administrator's, or AWS. Only for s3://."""
 
     RULES = (
         Rule(
-            cel="!self.uri.startsWith(has(self.secretRef) ? 'pvc://' : 'hf://')",
-            message="publish: an hf:// target needs secretRef with a write token, and a pvc:// target takes none",
-            holds=lambda m: not m.uri.startswith("pvc://" if m.secret_ref is not None else "hf://"),
+            cel="has(self.secretRef) != self.uri.startsWith('pvc://')",
+            message="publish: an hf:// target needs secretRef with a write token, an s3:// target one with its keys, and a pvc:// target takes none",
+            holds=lambda m: (m.secret_ref is not None) != m.uri.startswith("pvc://"),
+        ),
+        Rule(
+            cel="!has(self.s3Endpoint) || self.uri.startsWith('s3://')",
+            message="publish: s3Endpoint is only used with an s3:// uri; remove it or change the uri",
+            holds=lambda m: m.s3_endpoint is None or m.uri.startswith("s3://"),
         ),
     )

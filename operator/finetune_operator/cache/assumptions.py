@@ -20,7 +20,7 @@ EXPIRES_SECONDS = 180.0
 """Longer than a request with all its tries may last: what has expired is not written any more"""
 _BACKOFF_SECONDS, _BACKOFF_LIMIT = 60.0, 3600.0
 """How long a job whose decision did not come on record is passed over; doubles each time"""
-_HELD = ("admit", "preempt")
+_HELD = ("admit", "preempt", "resize")
 """Decisions that change who holds what"""
 
 
@@ -65,12 +65,12 @@ class Assumptions:
             self._held[uid] = self._monotonic()
 
     def held(self, uid: str) -> Decision | None:
-        """The admission or eviction that is assumed to hold."""
+        """The admission, eviction or growth that is assumed to hold."""
         return self._decisions.get(uid) if uid in self._held else None
 
     @property
     def backlog(self) -> int:
-        """Admissions and evictions that are not on record yet."""
+        """Admissions, evictions and growths that are not on record yet."""
         return len(self._held)
 
     def waits_for_decisions(self) -> bool:
@@ -85,8 +85,7 @@ class Assumptions:
 
     def recorded(self, uid: str) -> None:
         """The job's status was written: a decision that changes something is used up, and is not carried out twice."""
-        known = self._decisions.get(uid)
-        if uid in self._held or (known is not None and known.action == "resize"):
+        if uid in self._held:
             self._decisions.pop(uid, None)
         self._ready.discard(uid)
         self.confirm(uid)

@@ -1,4 +1,7 @@
-"""The newest progress report of each job, in memory: coalesced here, written to the status by the controller."""
+"""The newest progress report of each job, in memory: coalesced here, written to the status by the controller.
+
+Knows nothing of who may report.
+"""
 
 from __future__ import annotations
 

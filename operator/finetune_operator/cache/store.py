@@ -1,4 +1,4 @@
-"""What the operator remembers of the cluster: jobs by key, children by the UID of their owner.
+"""What the operator remembers of the cluster: jobs by key, children by the UID of their owner. Knows nothing of what follows from it.
 
 Fed by watch events, by the answers to the operator's own writes (so that it never acts on a state older than
 what it wrote), and by a periodic LIST that prunes what a dead watch hid. Holds views, not whole objects.
@@ -20,9 +20,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Restart
 from finetune_api.validation import InvalidDocument, parse_spec
 
-from ..model.children import job_view, owner_uid, pod_view
+from ..model.children import owner_uid
 from ..model.job import ChildJobView, Observed, PodView
-from ..model.legible import legible_child, legible_job
+from ..model.legible import child_view, legible_job
 from ..model.objects import CHILD_KINDS, Key, Object, as_object, version_of
 from ..model.workload import has_ended
 from .sharing import Shared
@@ -220,7 +220,6 @@ class Store:
 
     def put_child(self, kind: str, raw: Object, asked_at: float | None = None) -> Key | None:
         """Remember a child unless a newer state is known; the key of the job to wake, if it is known. `asked_at`: as of put_job."""
-        raw = legible_child(kind, raw)
         meta = raw["metadata"]
         uid = meta["uid"]
         known = self._children[kind].get(uid)
@@ -232,7 +231,7 @@ class Store:
                 self._by_owner[known.owner].discard((kind, uid))
             if known is not None and known.job_uid != job_uid:
                 self._labelled[known.job_uid].discard(uid)
-            self._children[kind][uid] = _Entry(version_of(raw), owner, job_uid, self._digest(kind, raw), meta["name"], time.monotonic())
+            self._children[kind][uid] = _Entry(version_of(raw), owner, job_uid, child_view(kind, raw), meta["name"], time.monotonic())
             self._by_owner[owner].add((kind, uid))
             if kind == "Pod":
                 self._labelled[job_uid].add(uid)
@@ -261,18 +260,6 @@ class Store:
             uid = raw["metadata"]["uid"]
             if uid not in listed and self._seen[uid] < listed_at:
                 self.drop_job(raw)
-
-    @staticmethod
-    def _digest(kind: str, raw: Object) -> Any:
-        if kind == "Pod":
-            return {
-                "metadata": _keep(raw["metadata"]),
-                "spec": {field: raw["spec"][field] for field in ("nodeName", "priority") if (raw.get("spec") or {}).get(field)},
-                "status": _pod_status(raw.get("status") or {}),
-            }
-        if kind == "Job":
-            return job_view(raw)
-        return str((raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_HASH, ""))
 
     def _forget(self, kind: str, uid: str) -> None:
         entry = self._children[kind].pop(uid, None)
@@ -309,21 +296,17 @@ class Store:
         uid = job["metadata"]["uid"]
         jobs: list[ChildJobView] = []
         applied: dict[tuple[str, str], str] = {}
-        pods = []
-        own = self._by_owner.get(uid, set())
-        for kind, child in own:
+        for kind, child in self._by_owner.get(uid, ()):
             entry = self._children[kind][child]
             if kind == "Job":
                 jobs.append(entry.value)
             elif kind != "Pod":
                 applied[kind, entry.name] = entry.value
-        child_jobs = {j.uid for j in jobs}
-        for owner in (uid, *child_jobs):
-            for kind, child in self._by_owner.get(owner, ()):
-                if kind == "Pod":
-                    pods.append(pod_view(self._children[kind][child].value, child_jobs))
-        labelled = [self._children["Pod"][child] for child in self._labelled.get(uid, ())]
-        left = [pod_view(e.value) for e in labelled if e.owner not in (uid, *child_jobs) and _was_a_jobs(e.value)]
+        owners = (uid, *(j.uid for j in jobs))
+        pods = [pod for owner in owners for pod in self._pods_of(owner)]
+        labelled = [self._children["Pod"][child].value for child in self._labelled.get(uid, ())]
+        # one that was orphaned (`--cascade=orphan`) has lost its owner
+        left = [pod for pod in labelled if pod.owner not in owners and pod.owner_kind in ("", "Job")]
         return Observed(
             job=job,
             spec=self.spec(job) if not has_ended(job) else None,
@@ -338,56 +321,25 @@ class Store:
 
     def gpu_pods(self, uid: str) -> list[PodView]:
         """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""
-        found = []
-        evaluations = list(self._evaluations_left.get(uid, ()))
-        for kind, child in self._by_owner.get(uid, ()):
-            if kind == "Pod":
-                found.append(pod_view(self._children[kind][child].value))
-            elif kind == "Job" and self._children[kind][child].value.stage == "evaluate":
-                evaluations.append(child)
-        for child in evaluations:
-            pods = (self._children[k][c].value for k, c in self._by_owner.get(child, ()) if k == "Pod")
-            found += [pod_view(pod, frozenset({child})) for pod in pods]
-        return found
+        jobs = (child for kind, child in self._by_owner.get(uid, ()) if kind == "Job")
+        evaluations = [child for child in jobs if self._children["Job"][child].value.stage == "evaluate"]
+        return [pod for owner in (uid, *evaluations, *self._evaluations_left.get(uid, ())) for pod in self._pods_of(owner)]
 
-    def left_behind(self) -> dict[str, list[Object]]:
-        """By the UID of jobs that are not known: the kept fields of the workers that they have left."""
+    def _pods_of(self, owner: str) -> list[PodView]:
+        return [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
+
+    def left_behind(self) -> dict[str, list[PodView]]:
+        """By the UID of jobs that are not known: the workers that they have left."""
         found = {}
         for owner in list(self._unowned):
-            pods = [self._children[kind][child].value for kind, child in self._by_owner.get(owner, ()) if kind == "Pod"]
-            if owner not in self._keys and pods and _is_a_jobs(pods[0]):
+            pods = self._pods_of(owner)
+            if owner not in self._keys and pods and pods[0].owner_kind == KIND:
                 found[owner] = pods
             else:
                 self._unowned.discard(owner)
         return found
 
-    def pod(self, uid: str) -> Object | None:
-        """The kept fields of a pod, for the progress endpoint's checks."""
+    def pod(self, uid: str) -> PodView | None:
+        """A pod, whoever owns it."""
         entry = self._children["Pod"].get(uid)
         return entry.value if entry is not None else None
-
-
-def _was_a_jobs(pod: Object) -> bool:
-    """Whether a Job made it: one that was orphaned (`--cascade=orphan`) has lost its owner."""
-    return all(owner.get("kind") == "Job" for owner in pod["metadata"].get("ownerReferences") or ())
-
-
-def _is_a_jobs(pod: Object) -> bool:
-    """Whether a FineTuneJob made it."""
-    return any(owner.get("controller") and owner.get("kind") == KIND for owner in pod["metadata"].get("ownerReferences") or ())
-
-
-def _keep(metadata: Object) -> Object:
-    wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
-    kept = {field: metadata[field] for field in wanted if field in metadata}
-    annotations = metadata.get("annotations") or {}
-    known = {name: annotations[name] for name in (names.ANNOTATION_ADMISSION, names.ANNOTATION_SEAL) if name in annotations}
-    return {**kept, "annotations": known} if known else kept
-
-
-def _pod_status(status: Object) -> Object:
-    kept: Object = {field: status[field] for field in ("phase", "reason", "message", "conditions") if field in status}
-    containers = status.get("containerStatuses") or ()
-    if containers:
-        kept["containerStatuses"] = [{"state": c.get("state") or {}} for c in containers[:1]]
-    return kept

@@ -1,4 +1,7 @@
-"""The API server's time: ages and time-outs are not to depend on the clock of the node that the operator runs on."""
+"""The API server's time: ages and time-outs are not to depend on the clock of the node that the operator runs on.
+
+Knows nothing of who asks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the API server is found: by the pod's service account, or by a kubeconfig outside a cluster."""
+"""How the API server is found: by the pod's service account, or by a kubeconfig outside a cluster. Knows nothing of what is asked of it."""
 
 from __future__ import annotations
 

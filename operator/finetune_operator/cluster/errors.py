@@ -1,9 +1,11 @@
-"""What the API server answers when it does not do what it was asked for."""
+"""What the API server answers when it does not do what it was asked for. Knows nothing of what is done about it."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+from finetune_api.base import shortened
 
 
 class APIError(Exception):
@@ -37,7 +39,7 @@ def unreachable(failure: Exception) -> APIError:
 def api_error(status: int, body: Any, headers: Any) -> APIError:
     """The answer's own words, where it has some."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
-    reason, message = "Error", text[:1000]
+    reason, message = "Error", shortened(text, 1000)
     try:
         answer = json.loads(text)
         reason, message = str(answer.get("reason", reason)), str(answer.get("message", message))

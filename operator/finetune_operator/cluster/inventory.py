@@ -1,4 +1,4 @@
-"""The watches that keep the inventory up: which kinds, and which of their fields.
+"""The watches that keep the inventory up: which kinds, and which of their fields. Knows nothing of what is decided by them.
 
 kopf has one selector for each resource, and keeps whole objects while it handles them: nodes and the pods of others would
 cost two hundred megabytes. Here everything but the fields below is skipped while it is decoded.

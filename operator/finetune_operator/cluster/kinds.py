@@ -1,4 +1,4 @@
-"""Which kinds the operator needs, which of them the API server serves, and which it may look at.
+"""Which kinds the operator needs, and which of them the API server serves. Knows nothing of what the operator may look at.
 
 A CustomResourceDefinition may come after the operator, go, and come again; kopf resolves its resources once. What is served
 is asked of the discovery API, which every service account may read: also one that may not look at CustomResourceDefinitions.
@@ -19,14 +19,12 @@ from ..model.objects import Object
 from ..resources.backends import GROUP_KINDS
 from ..settings import Settings
 from .errors import APIError
-from .resources import RESOURCES, Resource, plural_of
+from .resources import RESOURCES, Resource
 from .transport import KubernetesCluster
 
 log = logging.getLogger("finetune.kinds")
 _SECONDS, _SECONDS_WHILE_MISSING = 10.0, 2.0
 _COMPARE_SECONDS = 300.0
-RIGHTS = (("list", QUEUE_KIND), ("watch", QUEUE_KIND), ("list", "Node"), ("list", "Namespace"), ("list", "PriorityClass"))
-"""Of what has no namespace, what queueing.backend builtin cannot do without."""
 
 
 class StartOver(Exception):
@@ -40,8 +38,6 @@ class Kinds:
         self._cluster, self._settings = cluster, settings
         self.watched = (RESOURCES["FineTuneJob"],)
         """What kopf watches, which resolves its kinds once; queues come through a watch that waits for theirs (inventory.py)"""
-        self.forbidden: frozenset[tuple[str, str]] | None = None
-        """(verb, kind) of what queues need and this operator may not do; None before it was asked."""
         self.asked = tuple(RESOURCES[kind] for kind in GROUP_KINDS.get(settings.queueing_backend, ()))
         """Of these one is enough: a back-end's kind in its versions."""
         self.missing: tuple[str, ...] = tuple(map(_shown, self.needed))
@@ -56,17 +52,14 @@ class Kinds:
         """What the operator is not ready without."""
         backend = self._settings.queueing_backend
         queues = backend == "builtin" or (backend != "none" and not self._settings.watch_namespaces)
-        kinds = ["FineTuneJob", *([QUEUE_KIND] if queues and ("watch", QUEUE_KIND) not in (self.forbidden or ()) else [])]
-        return tuple(RESOURCES[kind] for kind in kinds)
+        return tuple(RESOURCES[kind] for kind in ("FineTuneJob", *([QUEUE_KIND] if queues else [])))
 
     def serves(self, kind: str) -> bool:
         """Whether it was there at the last look."""
         return RESOURCES[kind] in self._served
 
     async def look(self) -> None:
-        """Ask what is served, and what may be looked at. Raises APIError when the API server does not say."""
-        if self._settings.queueing_backend == "builtin" and (self.forbidden is None or self.forbidden):
-            await self._look_at_rights()
+        """Ask what is served. Raises APIError when the API server does not say."""
         wanted = (*self.needed, *self.asked)
         versions = sorted({(resource.group, resource.version) for resource in wanted})
         plurals = {version: await self._cluster.plurals(*version) for version in versions}
@@ -96,22 +89,6 @@ class Kinds:
         for text in set(told) - set(self.differences):
             log.warning("%s", text)
         self.differences = tuple(told)
-
-    async def _look_at_rights(self) -> None:
-        """Those that queues need, of what has no namespace: an operator of some namespaces may have been denied them."""
-        missing = frozenset([right for right in RIGHTS if not await self._cluster.may(*right)])
-        if missing and missing != self.forbidden:
-            waits = any(verb == "list" for verb, _ in missing)
-            log.warning(
-                "the operator may not %s (chart value rbac.queueing): %s",
-                ", ".join(f"{verb} {plural_of(kind)}" for verb, kind in RIGHTS if (verb, kind) in missing),
-                "jobs wait for their GPUs until it may; queueing.backend none starts them at once, without quotas and priorities"
-                if waits
-                else "changes of queues are seen late",
-            )
-        elif self.forbidden and not missing:
-            log.info("the operator may look at everything that queues need now")
-        self.forbidden = missing
 
     async def found(self) -> None:
         """Wait until jobs are served: there is nothing to do without them."""

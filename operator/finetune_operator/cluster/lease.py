@@ -2,6 +2,7 @@
 
 The rules are client-go's leader election's: who holds it is judged by how long the record has not changed on one's own
 monotonic clock, so that other machines' clocks do not matter; every write is conditional on the resourceVersion.
+Knows nothing of what is done while it is held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many requests a second the operator may send, and who goes first when it must wait."""
+"""How many requests a second the operator may send, and who goes first when it must wait. Knows nothing of the requests."""
 
 from __future__ import annotations
 

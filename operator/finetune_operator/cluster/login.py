@@ -1,4 +1,4 @@
-"""How kopf reaches the API server."""
+"""How kopf reaches the API server. Knows nothing of what it watches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Keeps what is known of one kind up to date, as client-go's Reflector does: LIST once, then WATCH from there.
 
 A watch that ends is resumed from the last resourceVersion, bookmarks included; only a server that no longer knows that
-version (410) is listed again. Knows nothing of what the objects mean: a decoder makes values of them, a sink keeps those.
+version (410), or does not know it yet (an etcd that was restored), is listed again. Knows nothing of what the objects mean: a decoder makes values of them, a sink keeps those.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ class Reflector(Generic[T]):
             self._broken = True
             self._skip(failure)
             return
+        if version.isdigit() and self._version.isdigit() and int(version) < int(self._version):
+            raise APIError(410, "Restored", f"version {version} after {self._version}: etcd was restored to an older state")
         if event.type != "BOOKMARK":
             value, deleted = self._read(event.object), event.type == "DELETED"
             if value is None:

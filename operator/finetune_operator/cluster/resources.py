@@ -1,4 +1,4 @@
-"""Where the kinds that the operator reads and writes live in the API."""
+"""Where the kinds that the operator reads and writes live in the API. Knows nothing of what they hold."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ RESOURCES = {
         Resource("ValidatingWebhookConfiguration", "validatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("MutatingWebhookConfiguration", "mutatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
-        Resource("SelfSubjectAccessReview", "selfsubjectaccessreviews", "authorization.k8s.io"),
     )
 }
 RESOURCES["Workload/v1beta1"] = Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta1")

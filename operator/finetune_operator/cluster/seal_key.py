@@ -1,4 +1,7 @@
-"""The key that admissions are sealed with: in a Secret of the operator's namespace, which tenants cannot read."""
+"""The key that admissions are sealed with: in a Secret of the operator's namespace, which tenants cannot read.
+
+Knows nothing of what is sealed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API server behind a few verbs. One connection pool, explicit time-outs, Retry-After honoured."""
+"""The API server behind a few verbs. One connection pool, explicit time-outs, Retry-After honoured. Knows nothing of what it carries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRANSIENT_TRIES = 4
 _LONGEST_LINE = 32 * 2**20
 """Bytes. etcd takes objects of 1.5 MiB."""
 _SILENT_SECONDS = 150.0
-"""A watch that brings nothing for so long, no bookmark either, is taken for dead: the server sends one about every minute."""
+"""A watch that brings nothing for so long is given up, and the kind listed again: the server sends a bookmark about every minute."""
 DEFAULT_QPS, DEFAULT_BURST = 50.0, 100
 T = TypeVar("T")
 
@@ -184,6 +184,8 @@ class KubernetesCluster:
                     raise api_error(response.status, await response.read(), response.headers)
                 async for line in _lines(response.response.content):
                     yield line
+            except TimeoutError:  # where an etcd was restored, a version that it has not come to yet is watched in vain
+                raise APIError(410, "Silent", f"no event and no bookmark for {_SILENT_SECONDS:.0f} s") from None
             finally:
                 response.response.close()
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:
@@ -272,11 +274,11 @@ class KubernetesCluster:
         return answer if answer.get("kind") == kind else None
 
     async def replace_status(self, raw: Object, *, urgent: bool = True) -> Object:
-        kind, meta = raw["kind"], raw["metadata"]
+        kind, meta, body = raw["kind"], raw["metadata"], {name: value for name, value in raw.items() if name != "spec"}
         path = RESOURCES[kind].path(meta.get("namespace", ""), meta["name"], "status")
         query = {"fieldManager": names.MANAGER}
         priority = Priority.TELL if urgent else Priority.LOOK
-        return await self.request("PUT", path, kind=kind, verb="replace_status", body=raw, query=query, priority=priority)
+        return await self.request("PUT", path, kind=kind, verb="replace_status", body=body, query=query, priority=priority)
 
     async def list(self, kind: str, namespace: str = "", selector: str = "") -> AsyncIterator[Object]:
         resource = RESOURCES[kind]
@@ -305,24 +307,6 @@ class KubernetesCluster:
         answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
         status: Object = answer.get("status") or {}
         return status
-
-    async def may(self, verb: str, kind: str) -> bool:
-        """Whether this process may do something to all objects of a kind, in every namespace (SelfSubjectAccessReview)."""
-        resource = RESOURCES[kind]
-        asked = {"verb": verb, "group": resource.group, "version": resource.version, "resource": resource.plural}
-        body = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
-        path = RESOURCES["SelfSubjectAccessReview"].path()
-        try:
-            answer = await self.request("POST", path, kind="SelfSubjectAccessReview", verb="create", body=body)
-        except APIError as failure:
-            if failure.transient:
-                raise
-            return False  # not even allowed to ask
-        return bool((answer.get("status") or {}).get("allowed"))
 
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""

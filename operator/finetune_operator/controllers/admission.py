@@ -26,7 +26,7 @@ from ..model.job import PodView
 from ..model.objects import Key, Object
 from ..model.queueing import Admission, Allocation, Decisions, Request, Snapshot, Workload
 from ..model.workload import has_ended, is_still, leaving, left_behind, request_of, workload_of
-from ..queueing import decide
+from ..queueing import decide, missing_rights
 from ..reconcile.job.immutability import holds, may_have_changed, with_changes
 from ..settings import Settings
 from .queue_status import QueueStatusWriter
@@ -91,6 +91,8 @@ class AdmissionLoop:
         self._looked_with: tuple[Mapping[str, int], int] | None = None
         """When all jobs were looked at, and with which priorities"""
         self._dirty, self._recorded = asyncio.Event(), asyncio.Event()
+        self._forbidden: tuple[str, ...] = ()
+        """What it was last said of that it may not be listed"""
         self._took = 0.0
         self._all_due = float("-inf")
         """When all jobs are to be looked at again, not the heads of the lines alone"""
@@ -158,6 +160,7 @@ class AdmissionLoop:
         self._give_up()
         # 2. a snapshot of what was seen, with what is assumed
         await self.watch.look()
+        self._tell_of_rights()
         began = time.monotonic()
         await self._look(self._cluster.now())
         snapshot = self._snapshot(self._cluster.now(), heads=heads)
@@ -190,6 +193,11 @@ class AdmissionLoop:
     def _look_again(self, uid: str) -> None:
         self._store.touch(uid)
         self.poke()
+
+    def _tell_of_rights(self) -> None:
+        if self.watch.forbidden != self._forbidden:
+            self._forbidden = self.watch.forbidden
+            log.warning("%s", missing_rights(self._forbidden) if self._forbidden else "the operator may list all that queues need now")
 
     # looking
 
@@ -290,7 +298,7 @@ class AdmissionLoop:
         if unseen:  # they were deleted while no operator ran, or since jobs were looked at
             for workload in self._seen.values():
                 unseen.pop(workload.uid, None)
-            requests = self._inventory.requests_of(pod["metadata"]["uid"] for pods in unseen.values() for pod in pods)
+            requests = self._inventory.requests_of(pod.uid for pods in unseen.values() for pod in pods)
             flavors = {
                 (queue.name, flavor.name): flavor for queue in self._inventory.queues.parsed.values() for flavor in queue.spec.flavors
             }
@@ -341,6 +349,9 @@ class AdmissionLoop:
         if assumed.action == "admit" and assumed.admission is not None and workload.waits and allocation is None:
             granted = _assumed(assumed.admission, workload.request, now)
             return dataclasses.replace(workload, allocation=granted, waits=False)
+        more = assumed.admission if assumed.action == "resize" else None
+        if more is not None and allocation is not None and not allocation.stopping and allocation.pods < more.pods:
+            return dataclasses.replace(workload, allocation=dataclasses.replace(allocation, pods=more.pods, flavor=more.flavor))
         self._assumptions.confirm(workload.uid)
         return workload
 

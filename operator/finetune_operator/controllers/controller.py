@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from finetune_api.base import shortened
+
 from .. import metrics, tracing
 from ..cluster.errors import APIError
 from ..logs import JOB
@@ -103,7 +105,7 @@ class Controller(Generic[O]):
     async def _tell_unreadable(self, key: Key, failure: Exception) -> None:
         """One object that cannot be worked on says so, the others go on; that this may fail, too, must not hide why."""
         with contextlib.suppress(Exception):
-            if (told := self.kind.unreadable(key, f"{type(failure).__name__}: {failure}"[:500])) is not None:
+            if (told := self.kind.unreadable(key, shortened(f"{type(failure).__name__}: {failure}", 500))) is not None:
                 await self.writer.write(*told, lambda why: Plan(), lambda raw, plan: None)
 
     def _failed(self, key: Key, reason: str, message: str, *, expected: bool) -> None:

@@ -1,4 +1,4 @@
-"""Events for people, posted when there is time: they hold nothing up, and nothing rests on them.
+"""Events for people, posted when there is time: they hold nothing up, and nothing rests on them. Knows nothing of why they are told.
 
 What cannot be posted is dropped with a count: too many at once, a refusal, a server that does not answer.
 """

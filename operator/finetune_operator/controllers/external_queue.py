@@ -1,4 +1,7 @@
-"""What Kueue or Volcano say of a job that they decide about: asked for only while something of it waits for them."""
+"""What Kueue or Volcano say of a job that they decide about: asked for only while something of it waits for them.
+
+Knows nothing of what follows from it (`reconcile/job/kueue.py`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from ..resources.backends import GROUP_KINDS, GROUP_LABEL, JOB_UID_LABEL
 from ..settings import Settings
 from .workqueue import WorkQueue
 
-log = logging.getLogger("finetune.handed")
+log = logging.getLogger("finetune.external_queue")
 _SERVED_SECONDS = 300.0
 _ABSENT_SECONDS = 10.0
 
@@ -80,7 +83,7 @@ class ExternalQueue:
         status, meta = read_status(job.get("status")), job["metadata"]
         served = await self._served()
         found: dict[str, Any] = {"served": served}
-        made = not status.is_true("Admitted") and any(p.stage == "train" and p.attempt == status.attempt for p in observed.pods)
+        made = not status.is_true("Admitted") and any(p.is_worker and p.attempt == status.attempt for p in observed.pods)
         if served and (status.phase == "Queued" or made):
             found["group"] = await self._get(served, meta["namespace"], names.group_name(meta["name"], status.attempt))
         elif served and (child := next((j for j in observed.jobs if j.stage == "evaluate" and j.suspended and not j.deleting), None)):

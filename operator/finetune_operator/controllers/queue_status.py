@@ -1,11 +1,13 @@
-"""What FineTuneQueues say of themselves: written when it changed, and not often."""
+"""What FineTuneQueues say of themselves: written when it changed, and not often. Knows nothing of how it was decided."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from typing import Any
+
+from finetune_api.lenient import rewritten
+from finetune_api.queue import FineTuneQueueStatus
 
 from .. import metrics
 from ..cache.inventory import Queues
@@ -31,6 +33,7 @@ class QueueStatusWriter:
     async def write(self, queues: Queues, snapshot: Snapshot, decisions: Decisions) -> None:
         """Say what changed. Raises APIError when the server does not answer."""
         self.owed = False
+        self._written = {name: at for name, at in self._written.items() if name in queues.items}
         metrics.PENDING.clear()
         metrics.QUEUE_USED.clear()
         for name, report in decisions.queues.items():
@@ -48,7 +51,7 @@ class QueueStatusWriter:
         since = time.monotonic() - self._written.get(queue.name, float("-inf"))
         status = queue_status(queue, raw, snapshot, decisions)
         old = dict(raw.get("status") or {})
-        new: dict[str, Any] = status.to_wire()
+        new = rewritten(old, FineTuneQueueStatus(), status)
         if {**old, "history": None} == {**new, "history": None} and (since < _HISTORY_SECONDS or status.history.gpu_seconds < 1):
             return
         if since < _STATUS_SECONDS:

@@ -1,4 +1,7 @@
-"""What a written status says in Prometheus' terms. A status is written on condition, so that each transition counts once."""
+"""What a written status says in Prometheus' terms. A status is written on condition, so that each transition counts once.
+
+Knows nothing of a job but that.
+"""
 
 from __future__ import annotations
 

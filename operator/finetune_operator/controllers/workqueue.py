@@ -3,6 +3,7 @@
 The semantics are those of client-go's workqueue: keys added while they are being worked on are worked on again
 afterwards, however often they were added. Keys have a rank, as in controller-runtime's priority queue, but those of a
 high one never take all turns.
+Knows nothing of what the keys name.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import contextlib
 import time
 from collections.abc import Callable
 
+from finetune_api.lenient import rewritten
+
 from ..cache.store import Store
 from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
@@ -112,12 +114,12 @@ class Writer:
         return self._written.get(uid, float("-inf")) + self._interval(plan) - now
 
     async def _write_status(self, raw: Object, plan: Plan, recorded: Recorded) -> bool:
-        """Whether it was written, on condition of the state that it is derived from."""
+        """Whether it is different now. Written on condition of the state that it is derived from."""
         if plan.status is None:
             return False
         meta = raw["metadata"]
         self._untold.pop(meta["uid"], None)
-        wire = {**plan.kept, **plan.status.to_wire()}
+        wire = rewritten(raw.get("status"), plan.before or type(plan.status)(), plan.status)
         if wire == raw.get("status"):
             return False
         began = time.monotonic()
@@ -133,4 +135,4 @@ class Writer:
         self._written[meta["uid"]] = time.monotonic()
         self._store.put_job(answer)
         recorded(raw, plan)
-        return True
+        return bool(answer.get("status") != raw.get("status"))  # a definition of an older release drops what it does not know

@@ -1,4 +1,4 @@
-"""PURE: raw API objects -> the few fields that decisions need."""
+"""PURE: raw API objects -> the few fields that decisions need. Knows nothing of what follows from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api import names
+from finetune_api.base import shortened
 
 from .job import ChildJobView, PodView
 from .times import parse_time
@@ -15,12 +16,17 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
-def owner_uid(raw: dict[str, Any]) -> str:
-    """UID of the controlling owner, or empty. Ownership is by UID: labels can be set by anyone."""
+def _owner(raw: dict[str, Any]) -> tuple[str, str]:
+    """(UID, kind) of the controlling owner, or empty ones. Ownership is by UID: labels can be set by anyone."""
     for reference in raw["metadata"].get("ownerReferences") or ():
         if reference.get("controller"):
-            return str(reference.get("uid", ""))
-    return ""
+            return str(reference.get("uid", "")), str(reference.get("kind", ""))
+    return "", ""
+
+
+def owner_uid(raw: dict[str, Any]) -> str:
+    """UID of the controlling owner, or empty."""
+    return _owner(raw)[0]
 
 
 def _number(labels: dict[str, str], label: str) -> int:
@@ -37,11 +43,11 @@ def _eviction(reason: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]", "", reason.removeprefix("WorkloadEvictedDueTo"))[:128] or "Evicted"
 
 
-def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozenset()) -> PodView:
-    """A pod. `child_jobs`: UIDs of child Jobs, to tell stage pods from workers."""
+def pod_view(raw: dict[str, Any]) -> PodView:
+    """A pod."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     labels = metadata.get("labels") or {}
-    owner = owner_uid(raw)
+    owner, owner_kind = _owner(raw)
     container: dict[str, Any] = next(iter(status.get("containerStatuses") or ()), {})
     state = container.get("state") or {}
     ended, waiting = state.get("terminated") or {}, state.get("waiting") or {}
@@ -51,10 +57,14 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
-        stage="" if owner in child_jobs else str(labels.get(names.LABEL_STAGE, "")),
+        namespace=str(metadata.get("namespace") or ""),
+        owner=owner,
+        owner_kind=owner_kind,
+        job_name=str(labels.get(names.LABEL_JOB, "")),
+        stage=str(labels.get(names.LABEL_STAGE, "")),
         attempt=_number(labels, names.LABEL_ATTEMPT),
         rank=_number(labels, names.LABEL_RANK),
-        job_uid=owner if owner in child_jobs else "",
+        job_uid=owner if owner_kind == "Job" else "",
         phase=str(status.get("phase") or "Pending"),
         created=parse_time(metadata.get("creationTimestamp")) or _EPOCH,
         deleting=bool(metadata.get("deletionTimestamp")),
@@ -72,7 +82,7 @@ def pod_view(raw: dict[str, Any], child_jobs: frozenset[str] | set[str] = frozen
         seal=str((metadata.get("annotations") or {}).get(names.ANNOTATION_SEAL, "")),
         disrupted=bool(stopped) or (conditions.get("DisruptionTarget") or {}).get("status") == "True",
         eviction=_eviction(str(stopped.get("reason") or "")) if stopped else "",
-        eviction_message=str(stopped.get("message") or "")[:1000],
+        eviction_message=shortened(str(stopped.get("message") or ""), 1000),
         queue=str(labels.get(QUEUE_LABEL, "")),
         priority=_whole((raw.get("spec") or {}).get("priority")) or 0,
     )

@@ -1,4 +1,4 @@
-"""What is observed and what is planned: plain values, no I/O."""
+"""What is observed and what is planned: plain values, no I/O. Knows nothing of where they come from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from .objects import Object
 from .queueing import Decision
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PodView:
-    """A pod of the job, whose ownership was checked by UID."""
+    """A pod, as far as anything depends on it."""
 
     name: str
     uid: str
+    namespace: str = ""
+    owner: str = ""
+    """UID of its controlling owner, or empty."""
+    owner_kind: str = ""
+    job_name: str = ""
+    """Name of its job, by its label: to be shown, and for nothing else."""
     stage: str
+    """By its label."""
     attempt: int = 0
     rank: int = 0
     job_uid: str = ""
-    """UID of the child Job that owns it; empty for workers."""
+    """UID of the Job that owns it; empty for workers."""
     phase: str = "Pending"
     created: datetime
     deleting: bool = False
@@ -56,12 +63,17 @@ class PodView:
     """That the operator wrote that (model/seal.py)."""
 
     @property
+    def is_worker(self) -> bool:
+        """Whether it is one of the gang's: those of stages belong to Jobs."""
+        return self.stage == "train" and not self.job_uid
+
+    @property
     def ended(self) -> bool:
         """None of its containers runs, nor will again."""
         return self.phase in ("Succeeded", "Failed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChildJobView:
     """A child Job of a single-pod stage."""
 

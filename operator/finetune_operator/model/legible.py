@@ -1,6 +1,7 @@
 """PURE: what everything else relies on of an object. The server checks types, but not those that an older release or another version wrote.
 
 What cannot be read is left out, so that one such object fails alone: a job derives it again, and all others go on.
+Knows nothing of what it is read for.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune_api import KIND
-from finetune_api.lenient import read_status
+from finetune_api import KIND, names
+from finetune_api.lenient import read_status, rewritten
 from finetune_api.status import FineTuneJobStatus
 
 from .children import job_view, pod_view
+from .job import ChildJobView, PodView
 from .objects import CHILD_KINDS, Object
 
 _TEXTS = ("namespace", "resourceVersion", "creationTimestamp", "deletionTimestamp")
@@ -53,7 +55,8 @@ def legible_job(raw: Object) -> Object:
         FineTuneJobStatus.model_validate(status)
     except ValidationError as failure:
         if not all(_is_harmless(error) for error in failure.errors(include_url=False, include_context=False)):
-            return {**raw, "status": read_status(status).to_wire()}
+            read = read_status(status)
+            return {**raw, "status": rewritten(status, read, read)}
     return raw
 
 
@@ -62,15 +65,14 @@ def _is_harmless(error: ErrorDetails) -> bool:
     return error["type"] in ("missing", "extra_forbidden") or (error["type"] == "literal_error" and isinstance(error["input"], str))
 
 
-def legible_child(kind: str, raw: Object) -> Object:
-    """A child that its view can be made of. One of another shape is there, and its status says nothing, not even that it has ended."""
+def child_view(kind: str, raw: Object) -> PodView | ChildJobView | str:
+    """What is kept of a child: of what is applied, its hash. One of another shape is there, and says nothing, not even that it has ended."""
+    if kind not in ("Pod", "Job"):
+        return str((raw["metadata"].get("annotations") or {}).get(names.ANNOTATION_HASH, ""))
+    view = pod_view if kind == "Pod" else job_view
     try:
         if isinstance(raw.get("spec"), dict | None) and isinstance(raw.get("status"), dict | None):
-            if kind == "Pod":
-                pod_view(raw)
-            elif kind == "Job":
-                job_view(raw)
-            return raw
+            return view(raw)
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
-    return {**raw, "spec": None, "status": None}
+    return view({**raw, "spec": None, "status": None})

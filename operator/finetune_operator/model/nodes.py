@@ -1,4 +1,4 @@
-"""Raw nodes, queues and namespaces -> the few fields that decisions need."""
+"""Raw nodes, queues and namespaces -> the few fields that decisions need. Knows nothing of jobs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING
 from typing import Any
 
-from finetune_api.base import SHOWN
+from finetune_api.base import SHOWN, shortened
 from finetune_api.queue import ANNOTATION_QUEUE, FineTuneQueueSpec, FineTuneQueueStatus, Flavor
 from finetune_api.scalars import quantity
 from finetune_api.validation import InvalidDocument, parse_queue
@@ -69,7 +69,7 @@ def node_of(raw: Object) -> Node:
         try:
             allocatable[name] = amount(name, value)
         except ValueError:
-            unreadable[name] = str(value)[:SHOWN]
+            unreadable[name] = shortened(str(value), SHOWN)
     return Node(
         name=raw["metadata"]["name"],
         labels=raw["metadata"].get("labels") or {},
@@ -94,7 +94,9 @@ def queue_of(raw: Object) -> Queue:
     try:
         return Queue(name=name, spec=parse_queue(raw, strict=False), history=status.history)
     except InvalidDocument as failure:
-        return Queue(name=name, spec=_stand_in(raw.get("spec"), status), history=status.history, unreadable=str(failure)[:_MESSAGE])
+        return Queue(
+            name=name, spec=_stand_in(raw.get("spec"), status), history=status.history, unreadable=shortened(str(failure), _MESSAGE)
+        )
 
 
 def _stand_in(spec: Any, status: FineTuneQueueStatus) -> FineTuneQueueSpec:

@@ -1,4 +1,4 @@
-"""Objects as the API server sends them, and how those of ours are told apart."""
+"""Objects as the API server sends them, and how those of ours are told apart. Knows nothing of what is in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the queue sees of the cluster, and what it decides: plain values, no I/O."""
+"""What the queue sees of the cluster, and what it decides: plain values, no I/O. Knows nothing of how either comes about."""
 
 from __future__ import annotations
 

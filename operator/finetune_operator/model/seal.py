@@ -1,4 +1,7 @@
-"""Seals of what the operator wrote where tenants may write, too: it believes nothing there that does not bear one of its own."""
+"""Seals of what the operator wrote where tenants may write, too: it believes nothing there that does not bear one of its own.
+
+Knows nothing of what is sealed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times as the Kubernetes API writes them."""
+"""Times as the Kubernetes API writes them. Knows nothing of where they stand."""
 
 from __future__ import annotations
 

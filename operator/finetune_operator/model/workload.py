@@ -1,4 +1,4 @@
-"""PURE: raw API objects -> what the queue sees of them."""
+"""PURE: raw API objects -> what the queue sees of them. Knows nothing of quota and nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
-from .children import pod_view
 from .job import PodView
 from .nodes import amount
 from .objects import Object, as_object
@@ -101,7 +100,7 @@ def workload_of(
     suspended = spec.run_policy.suspend or is_true("Suspended")
     admission = as_object(status.get("admission"))
     alive = [p for p in pods if not p.ended]
-    gang = [p for p in alive if p.stage == "train"]
+    gang = [p for p in alive if p.is_worker]
     evaluation = [p for p in alive if p.job_uid] if spec.distribution.gpus_per_node > 0 else []
     evaluates = (
         trained and not finished and spec.evaluation is not None and not is_true("Evaluated") and spec.distribution.gpus_per_node > 0
@@ -147,7 +146,7 @@ def workload_of(
 
 def left_behind(
     uid: str,
-    pods: Iterable[Object],
+    pods: Iterable[PodView],
     requests: Mapping[str, Amounts],
     flavors: Mapping[tuple[str, str], Flavor],
     settings: Settings,
@@ -157,18 +156,17 @@ def left_behind(
 
     `requests`: by the pod's UID. `flavors`: by the names of queue and flavor.
     """
-    raws = list(pods)
-    alive = [pod for pod in map(pod_view, raws) if not pod.ended]
+    alive = [pod for pod in pods if not pod.ended]
     admission = sealed_admission(alive, uid, settings, leaving=True)
     per_pod = next((requests[pod.uid] for pod in alive if pod.uid in requests), None)
     flavor = flavors.get((admission.queue or "", admission.flavor or "")) if admission is not None else None
     if admission is None or flavor is None or per_pod is None:
         return None
-    meta, units = raws[0]["metadata"], per_pod.get(flavor.resource_name, 0)
+    units = per_pod.get(flavor.resource_name, 0)
     return Workload(
         uid=uid,
-        namespace=meta["namespace"],
-        name=str((meta.get("labels") or {}).get(names.LABEL_JOB, "")),
+        namespace=alive[0].namespace,
+        name=alive[0].job_name,
         queue=admission.queue,
         since=now,
         waits_since=now,

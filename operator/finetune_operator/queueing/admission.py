@@ -3,6 +3,7 @@
 Queues take turns: those within their own quota first, then the least weighted share (quota.py); within a queue ordering.py
 decides. A gang is admitted when quota and nodes have room for all of it. What does not fit is passed by later jobs, until
 it has waited for `backfillFor`: then what becomes free is kept for it, which bounds how long anybody is passed.
+Knows nothing of how a decision comes on record.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from ..model.queueing import (
     Allocation,
     Decision,
     Decisions,
-    QueueReport,
     Snapshot,
     Workload,
 )
@@ -32,6 +32,7 @@ from .ordering import Ordering
 from .placement import Fleet, Place, never_fits
 from .preemption import Preemptor, candidates, effective_priority, victims
 from .quota import Ledger, implicit_queue, namespace_use
+from .report import queue_report
 from .usage import Fit, Usage
 
 _NO_GPU_HELPS = ("NeverAdmitted", "QueueStopped", "QueueUnreadable", "NamespaceLimit", "UserLimit")
@@ -79,7 +80,11 @@ class _Pass:
         for workload in self.workloads:
             if workload.allocation is not None:
                 allocations[workload.allocation.queue].append((workload.namespace, workload.allocation))
-        return Decisions(jobs=self.decisions, queues={name: self._report(name, allocations[name]) for name in self.ledger.queues})
+        reports = {name: queue_report(self.ledger.share(name), self._still_wait(name), allocations[name]) for name in self.ledger.queues}
+        return Decisions(jobs=self.decisions, queues=reports)
+
+    def _still_wait(self, name: str) -> list[Workload]:
+        return [w for w in self.waiting.get(name, ()) if self.decisions[w.uid].action == "wait"]
 
     # who has what, who wants what
 
@@ -144,7 +149,7 @@ class _Pass:
     def _never_fits(self, name: str, workload: Workload) -> str | None:
         """Why no node that was ever seen could hold one of its pods, or None. What has run once is never too large."""
         request = workload.request
-        if self.fleet is None or workload.allocation is not None or workload.has_run or request.units <= self.proven[request.resource]:
+        if self.fleet is None or workload.allocation is not None or request.units <= self.proven[request.resource]:
             return None
         if self.ledger.queues[name].unreadable or self.eligibility.autoscaled(name, workload):
             return None
@@ -354,9 +359,9 @@ class _Pass:
         able = [w for w in self.running if w.allocation is not None and w.allocation.pods < w.request.pods[0]]
         wanted = {
             w.request.resource
-            for waiting in (self.waiting.values() if able else ())
-            for w in waiting
-            if (v := self.decisions[w.uid]).action == "wait" and v.reason not in _NO_GPU_HELPS
+            for name in (self.waiting if able else ())
+            for w in self._still_wait(name)
+            if self.decisions[w.uid].reason not in _NO_GPU_HELPS
         }
         for workload in able:
             allocation, request = workload.allocation, workload.request
@@ -379,23 +384,6 @@ class _Pass:
                     if self.fleet is not None:
                         self.fleet.take(place, request.per_pod)
                     break
-
-    def _report(self, name: str, allocations: list[tuple[str, Allocation]]) -> QueueReport:
-        used: Counter[str] = Counter()
-        by_namespace: Counter[str] = Counter()
-        for namespace, allocation in allocations:
-            used[allocation.flavor] += allocation.total
-            by_namespace[namespace] += allocation.total
-        waiting = [w for w in self.waiting.get(name, ()) if self.decisions[w.uid].action == "wait"]
-        oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
-        return QueueReport(
-            pending=len(waiting),
-            admitted=sum(1 for _, allocation in allocations if not allocation.stopping),
-            used=dict(used),
-            by_namespace=dict(by_namespace),
-            share=round(self.ledger.share(name), 4),
-            oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
-        )
 
 
 def _number(text: str | None) -> float | None:

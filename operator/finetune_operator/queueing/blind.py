@@ -1,4 +1,7 @@
-"""Where nothing is counted: everybody is admitted (queueing.backend none), or nobody, since what would have to be counted is not seen."""
+"""Where nothing is counted: everybody is admitted (queueing.backend none), or nobody, since what would have to be counted is not seen.
+
+Knows nothing of quota and nodes.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,16 @@ def admit_all(snapshot: Snapshot) -> Decisions:
 
 def admit_none(snapshot: Snapshot) -> Decisions:
     """Every gang waits; those that run go on."""
-    message = (
-        f"the operator may not list {', '.join(snapshot.forbidden)}, and gives away nothing that it cannot count: its service account "
+    message = missing_rights(snapshot.forbidden)
+    return _all(snapshot, lambda workload: Decision(action="wait", reason=FORBIDDEN, message=message, queue=workload.queue or ""))
+
+
+def missing_rights(forbidden: tuple[str, ...]) -> str:
+    """What follows from them, and what to do."""
+    return (
+        f"the operator may not list {', '.join(forbidden)}, and gives away nothing that it cannot count: its service account "
         "needs that right on the whole cluster (chart value rbac.queueing), or queueing.backend none, which starts jobs at once"
     )
-    return _all(snapshot, lambda workload: Decision(action="wait", reason=FORBIDDEN, message=message, queue=workload.queue or ""))
 
 
 def _all(snapshot: Snapshot, decided: Callable[[Workload], Decision]) -> Decisions:

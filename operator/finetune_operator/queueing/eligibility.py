@@ -1,4 +1,4 @@
-"""Which queue a job belongs to, and which of its flavors suit it."""
+"""Which queue a job belongs to, and which of its flavors suit it. Knows nothing of room."""
 
 from __future__ import annotations
 

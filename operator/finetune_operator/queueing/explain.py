@@ -1,4 +1,4 @@
-"""What a decision looks like to the one who waits: for what, how much of it, and why."""
+"""What a decision looks like to the one who waits: for what, how much of it, and why. Decides nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which the jobs of one queue are looked at."""
+"""The order in which the jobs of one queue are looked at. Knows nothing of room."""
 
 from __future__ import annotations
 

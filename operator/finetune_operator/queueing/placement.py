@@ -1,4 +1,4 @@
-"""Whether a gang fits on the nodes: all of its pods or none."""
+"""Whether a gang fits on the nodes: all of its pods or none. Knows nothing of quota."""
 
 from __future__ import annotations
 

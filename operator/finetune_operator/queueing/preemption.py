@@ -1,4 +1,7 @@
-"""Who gives way: the fewest jobs that lose the least, and only when the one they give way to fits for certain."""
+"""Who gives way: the fewest jobs that lose the least, and only when the one they give way to fits for certain.
+
+Knows nothing of how a job is stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of each flavor a queue may still have, and whose share is least.
+"""How much of each flavor a queue may still have, and whose share is least. Knows nothing of nodes.
 
 The arithmetic of borrowing and lending is that of Kueue's cohorts (kueue.sigs.k8s.io/docs/concepts/cluster_queue): what a queue
 does not lend is its alone, the rest of all nominal quotas is a pool. The share is dominant resource fairness (Ghodsi et

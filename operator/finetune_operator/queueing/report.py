@@ -1,18 +1,36 @@
-"""PURE: what a queue's status says, from what was decided."""
+"""PURE: what is told of a queue, from what was decided. Knows nothing of why."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections import Counter
+from typing import Literal
 
 from finetune_api.queue import FineTuneQueueStatus, FlavorUsage, Oldest
 from finetune_api.status import Condition
 
-from ..model.queueing import Decisions, Queue, Snapshot
+from ..model.objects import Object
+from ..model.queueing import Allocation, Decisions, Queue, QueueReport, Snapshot, Workload
 from ..model.times import parse_time, rfc3339
 from .explain import unreadable
 from .quota import counted
 
-Object = dict[str, Any]
+
+def queue_report(share: float, waiting: list[Workload], allocations: list[tuple[str, Allocation]]) -> QueueReport:
+    """Who waits in a queue, and what of it is held, by namespaces."""
+    used: Counter[str] = Counter()
+    by_namespace: Counter[str] = Counter()
+    for namespace, allocation in allocations:
+        used[allocation.flavor] += allocation.total
+        by_namespace[namespace] += allocation.total
+    oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
+    return QueueReport(
+        pending=len(waiting),
+        admitted=sum(1 for _, allocation in allocations if not allocation.stopping),
+        used=dict(used),
+        by_namespace=dict(by_namespace),
+        share=round(share, 4),
+        oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
+    )
 
 
 def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decisions) -> FineTuneQueueStatus:

@@ -1,4 +1,7 @@
-"""Quota and nodes together, twice: as they are, and as they will be when those that give way are gone."""
+"""Quota and nodes together, twice: as they are, and as they will be when those that give way are gone.
+
+Knows nothing of whose turn it is.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import Literal
@@ -77,8 +77,6 @@ class Plan:
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     status: FineTuneJobStatus | None = None
-    kept: Object = field(default_factory=dict)
-    """Fields of the status that this release does not know, written again as they are."""
     before: FineTuneJobStatus | None = None
     """The status that it is derived from."""
     due: WriteUrgency = WriteUrgency.NOW

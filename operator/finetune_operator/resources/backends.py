@@ -2,6 +2,7 @@
 
 Kueue takes groups of plain pods (https://kueue.sigs.k8s.io/docs/tasks/run/plain_pods/), Volcano a PodGroup
 (https://volcano.sh/en/docs/podgroup/). Every attempt is a group of its own: a gang restarts as a whole.
+Knows nothing of what that one answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard."""
+"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard.
+
+Knows nothing of where a job stands.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from finetune_api import API_VERSION, KIND, names
-from finetune_api.contract import Env, JobFile, Mounts, Stage, progress_audience
+from finetune_api.contract import S3_KEYS, Env, JobFile, Mounts, Stage, progress_audience
 from finetune_api.spec import FineTuneJobSpec, RunPolicy, SecretReference
 from finetune_api.uris import parse_uri
 
@@ -74,21 +77,20 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
     """Secrets that a stage needs: field -> (Secret name, its keys and the files they become)."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
 
-    def need(field: str, reference: SecretReference | None) -> None:
+    def need(field: str, reference: SecretReference | None, uri: str = "") -> None:
         if reference is not None:
-            found[field] = (reference.name, {reference.key: "token"})
+            keys = {key: key for key in S3_KEYS} if uri.startswith("s3://") else {reference.key: "token"}
+            found[field] = (reference.name, keys)
 
     if stage == "prepare":
         distillation = spec.tuning.distillation
-        need("model", spec.model.secret_ref)
+        need("model", spec.model.secret_ref, spec.model.uri)
         if distillation is not None:
-            need("teacher", distillation.teacher.secret_ref if distillation.teacher is not None else None)
+            if distillation.teacher is not None:
+                need("teacher", distillation.teacher.secret_ref, distillation.teacher.uri)
             need("endpoint", distillation.endpoint.secret_ref if distillation.endpoint is not None else None)
         for field, source in spec.dataset.sources.items():
-            if source.secret_ref is not None and source.uri.startswith("s3://"):
-                found[field] = (source.secret_ref.name, {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")})
-            else:
-                need(field, source.secret_ref)
+            need(field, source.secret_ref, source.uri)
     if stage == "train":
         tracking = spec.tuning.tracking
         need("mlflow", tracking.mlflow.secret_ref if tracking.mlflow is not None else None)
@@ -97,7 +99,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
         need("judge", spec.evaluation.judge.secret_ref)
     if stage in ("check", "publish"):
         for index, target in enumerate(spec.publish):
-            need(f"publish-{index}", target.secret_ref)
+            need(f"publish-{index}", target.secret_ref, target.uri)
     return found
 
 
@@ -188,7 +190,11 @@ def pod_spec(
         "HOME": "/tmp",
         **_net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
-        **({Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts and stage == "prepare" else {}),
+        **(
+            {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)}
+            if settings.allowed_hosts and stage in ("prepare", "check", "publish")
+            else {}
+        ),
         **env,
     }
     scheduling = job.spec.scheduling

@@ -1,4 +1,4 @@
-"""Kubernetes Events about the operator's objects."""
+"""Kubernetes Events about the operator's objects. Knows nothing of when they are posted."""
 
 from __future__ import annotations
 

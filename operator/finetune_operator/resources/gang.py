@@ -1,4 +1,4 @@
-"""The gang: worker pods with stable names behind a headless Service."""
+"""The gang: worker pods with stable names behind a headless Service. Knows nothing of which are there already."""
 
 from __future__ import annotations
 

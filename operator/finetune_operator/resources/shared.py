@@ -1,4 +1,4 @@
-"""Objects that all stages of a job share: the ConfigMap with job.json, the workspace claim, and the NetworkPolicy."""
+"""Objects that all stages of a job share: the ConfigMap with job.json, the workspace claim, and the NetworkPolicy. Knows nothing of which are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Single-pod stages: a `batch/v1` Job that never retries by itself; the operator's own table decides about that."""
+"""Single-pod stages: a `batch/v1` Job that never retries by itself; the operator's own table decides about that.
+
+Knows nothing of when it is due.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts the certificate authority into the webhook configurations, and keeps it there."""
+"""Puts the certificate authority into the webhook configurations, and keeps it there. Knows nothing of who made it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The certificate of the operator's endpoints: made by the operator (or cert-manager), kept in a Secret, renewed while it runs."""
+"""The certificate of the operator's endpoints: made by the operator (or cert-manager), kept in a Secret, renewed while it runs.
+
+Knows nothing of what is served with it.
+"""
 
 from __future__ import annotations
 

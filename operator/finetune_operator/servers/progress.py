@@ -2,6 +2,7 @@
 
 A report carries a projected service-account token whose audience names the job. TokenReview tells which pod holds
 it; the pod's UID leads to its owner and so to the job. Labels and names that a tenant can choose decide nothing.
+Knows nothing of what becomes of a report.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from aiohttp import web
 from pydantic import ValidationError
 
-from finetune_api import names
 from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, progress_audience
 
 from .. import metrics
@@ -25,7 +25,6 @@ from ..cache.progress import ProgressBoard
 from ..cache.store import Store
 from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
-from ..model.children import owner_uid
 from ..model.objects import Key
 
 log = logging.getLogger("finetune.progress")
@@ -36,7 +35,7 @@ _REVIEWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class _Review:
     pod_uid: str
     """Empty: the token was refused."""
     until: float
@@ -49,7 +48,7 @@ class ProgressServer:
         self, cluster: Cluster, store: Store, board: ProgressBoard, wake: Callable[[Key], None], acting: Callable[[], bool] = lambda: True
     ) -> None:
         self._cluster, self._store, self._board, self._wake, self._acting = cluster, store, board, wake, acting
-        self._verdicts: dict[str, _Verdict] = {}
+        self._reviewed: dict[str, _Review] = {}
         self._last: dict[str, float] = {}
         self._reviews = asyncio.Semaphore(_REVIEWS_AT_ONCE)
 
@@ -90,12 +89,11 @@ class ProgressServer:
             raise web.HTTPBadRequest(text="not a progress report") from None
 
         pod = self._store.pod(pod_uid)
-        job = self._store.job_of_uid(owner_uid(pod)) if pod is not None else None
+        job = self._store.job_of_uid(pod.owner) if pod is not None else None
         if pod is None or job is None or (job["metadata"]["namespace"], job["metadata"]["name"]) != (namespace, name):
             raise web.HTTPForbidden(text="the pod does not belong to this job")
-        labels = pod["metadata"].get("labels") or {}
         current = int((job.get("status") or {}).get("attempt", 0))
-        if labels.get(names.LABEL_RANK) != "0" or labels.get(names.LABEL_ATTEMPT) != str(report.attempt) or report.attempt < current:
+        if not pod.is_worker or pod.rank != 0 or pod.attempt != report.attempt or report.attempt < current:
             raise web.HTTPForbidden(text="only rank 0 of the current attempt reports progress")
         if self._board.put(job["metadata"]["uid"], report, self._cluster.now()):
             self._wake((namespace, name))
@@ -110,7 +108,7 @@ class ProgressServer:
         """UID of the pod that the token is bound to, or empty when the API server refuses the token."""
         key = hashlib.sha256(f"{audience}\0{token}".encode()).hexdigest()
         now = time.monotonic()
-        known = self._verdicts.get(key)
+        known = self._reviewed.get(key)
         if known is not None and known.until > now:
             return known.pod_uid
         async with self._reviews:
@@ -121,9 +119,9 @@ class ProgressServer:
         extra = (status.get("user") or {}).get("extra") or {}
         uids = extra.get("authentication.kubernetes.io/pod-uid") or []
         good = status.get("authenticated") is True and audience in (status.get("audiences") or ()) and len(uids) == 1
-        if len(self._verdicts) >= _CACHE_SIZE:
-            self._verdicts = {k: v for k, v in self._verdicts.items() if v.until > now}
-            if len(self._verdicts) >= _CACHE_SIZE:
-                self._verdicts.clear()
-        self._verdicts[key] = _Verdict(str(uids[0]) if good else "", now + _CACHE_SECONDS)
+        if len(self._reviewed) >= _CACHE_SIZE:
+            self._reviewed = {k: v for k, v in self._reviewed.items() if v.until > now}
+            if len(self._reviewed) >= _CACHE_SIZE:
+                self._reviewed.clear()
+        self._reviewed[key] = _Review(str(uids[0]) if good else "", now + _CACHE_SECONDS)
         return str(uids[0]) if good else ""

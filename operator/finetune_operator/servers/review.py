@@ -1,4 +1,7 @@
-"""PURE: an AdmissionReview's request -> its response (https://kubernetes.io/docs/reference/access-authn-authz/extensible-admission-controllers/)."""
+"""PURE: an AdmissionReview's request -> its response (https://kubernetes.io/docs/reference/access-authn-authz/extensible-admission-controllers/).
+
+Knows nothing of the cluster but what it is told (`webhooks.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from finetune_api import KIND, names
 from finetune_api.advice import advice
+from finetune_api.base import shortened
 from finetune_api.queue import QUEUE_KIND
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validation import InvalidDocument, parse_queue, parse_spec
@@ -45,7 +49,7 @@ class Answer:
         if self.errors:
             response["status"] = {"code": 422, "reason": "Invalid", "message": "; ".join(self.errors)}
         if self.warnings:
-            response["warnings"] = [w if len(w) <= _WARNING_LIMIT else w[: _WARNING_LIMIT - 3] + "..." for w in self.warnings[:_WARNINGS]]
+            response["warnings"] = [shortened(w, _WARNING_LIMIT) for w in self.warnings[:_WARNINGS]]
         if self.patch:
             response["patchType"] = "JSONPatch"
             response["patch"] = base64.b64encode(json.dumps(self.patch).encode()).decode()

@@ -1,4 +1,4 @@
-"""The HTTPS endpoints of the webhooks. Every replica answers, also one that stands by."""
+"""The HTTPS endpoints of the webhooks. Every replica answers, also one that stands by. Knows nothing of what is right (`review.py`)."""
 
 from __future__ import annotations
 

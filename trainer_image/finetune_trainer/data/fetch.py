@@ -10,8 +10,6 @@ import base64
 import contextlib
 import hashlib
 import http.client
-import ipaddress
-import os
 import shutil
 import socket
 import ssl
@@ -21,13 +19,14 @@ from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from finetune_api.contract import Env
 from finetune_api.spec import DatasetSource
 from finetune_api.uris import URI, parse_uri
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError, SourceUnavailable, UserError
+from ..remote.addresses import allowed_addresses
 from ..remote.retry import error_for_status, host_unavailable, with_retries
+from ..remote.s3 import error_code, s3_client, s3_host
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
@@ -63,26 +62,7 @@ def fetch(context: Context, source: DatasetSource, field: str) -> Path:
 
 def _host(source: DatasetSource, uri: URI) -> str:
     """Who is asked, where an error does not say so itself."""
-    if uri.scheme == "https":
-        return str(urlsplit(source.uri).hostname)
-    return str(urlsplit(source.s3_endpoint or os.environ.get(Env.S3) or "https://s3.amazonaws.com").hostname)
-
-
-def allowed_addresses(host: str, port: int) -> list[str]:
-    """Addresses of a host that may be connected to. Raises UserError when it has one that is not public."""
-    try:
-        found = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
-    except OSError as failure:
-        raise host_unavailable(host, f"has no address: {failure}") from failure
-    if host in os.environ.get(Env.ALLOWED_HOSTS, "").split(","):
-        return found
-    hidden = [address for address in found if not ipaddress.ip_address(address.partition("%")[0]).is_global]
-    if hidden:
-        raise UserError(
-            "AddressNotAllowed",
-            f"{host} has the address {hidden[0]}, which is not public; put the data on a volume, or ask an administrator to allow the host",
-        )
-    return found
+    return str(urlsplit(source.uri).hostname) if uri.scheme == "https" else s3_host(source.s3_endpoint)
 
 
 def _connect(host: str, port: int) -> http.client.HTTPSConnection:
@@ -156,27 +136,11 @@ def _save(stream: Any, target: Path, announced: str | None, host: str) -> None:
 
 
 def _from_s3(context: Context, source: DatasetSource, uri: URI, field: str, target: Path) -> None:
-    import boto3
-    from botocore import UNSIGNED
-    from botocore.config import Config
-    from botocore.exceptions import ClientError
-
-    if source.s3_endpoint is not None:
-        parts = urlsplit(source.s3_endpoint)
-        allowed_addresses(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
-    key, secret = (context.secret(field, name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
-    settings = Config(
-        connect_timeout=_CONNECT_TIMEOUT,
-        read_timeout=_TIMEOUT,
-        retries={"total_max_attempts": 2},
-        signature_version=None if key else UNSIGNED,
-    )
-    client = boto3.client("s3", endpoint_url=source.s3_endpoint, aws_access_key_id=key, aws_secret_access_key=secret, config=settings)
+    client = s3_client(context, field, source.s3_endpoint)
     try:
         answer = client.get_object(Bucket=uri.name, Key=uri.path)
-    except ClientError as failure:
-        code = str(failure.response.get("Error", {}).get("Code", ""))
-        if code in ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+    except client.exceptions.ClientError as failure:
+        if (code := error_code(failure)) in ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             raise UserError("DatasetNotFound", f"{source.uri}: {code}; check the uri and secretRef") from None
         raise
     _save(answer["Body"], target, str(answer["ContentLength"]), _host(source, uri))

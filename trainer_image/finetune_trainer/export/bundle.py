@@ -9,19 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune_api.contract import result_digest
+from finetune_api.contract import LINEAGE, SUMS, result_digest
 from finetune_api.spec import Output
 from finetune_api.status import Artifact
 
 from ..data.shape import is_conversation
 from ..job.context import Context
 from ..models.weights import ADAPTER_CONFIG
-from ..process.errors import InfrastructureError
+from ..process.errors import InfrastructureError, UserError
 from .card import CardFacts, model_card
 from .usage import Usage
 
-LINEAGE = "finetune.json"
-SUMS = "SHA256SUMS"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 _MOST_PARENTS = 20
 _LEFT_OUT = {"training_args.bin"}
@@ -113,6 +111,22 @@ def is_own(owner: Any, context: Context) -> bool:
     job = context.job
     same = (owner.get("namespace"), owner.get("name"), owner.get("spec")) == (job.namespace, job.name, result_digest(context.spec))
     return same or owner.get("uid") == job.uid
+
+
+def refuse_foreign(record: str | bytes | None, context: Context, instead: str) -> None:
+    """Raise UserError where what lies at a target is not this job's. `record`: its `finetune.json`, None where it has none."""
+    try:
+        owner = json.loads(record or b"")["job"]
+    except (ValueError, KeyError, TypeError):
+        message = f"the target holds something that no FineTuneJob published; choose another {instead}"
+        raise UserError("TargetTaken", message) from None
+    if not is_own(owner, context):
+        told = owner if isinstance(owner, dict) else {}
+        raise UserError(
+            "TargetTaken",
+            f"the target holds the result of job {told.get('namespace')}/{told.get('name')} ({told.get('uid')}), "
+            f"which was to make another; choose another {instead}",
+        )
 
 
 def digests(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,24 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from finetune_api.contract import LINEAGE, SUMS
+from finetune_api.spec import PublishTarget
 from finetune_api.status import Artifact
-from finetune_api.uris import URI
+from finetune_api.uris import URI, parse_uri
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
 from ..remote.retry import hub_host, with_retries
-from .bundle import LINEAGE, SUMS, artifact, files, is_own
+from .bundle import artifact, files, refuse_foreign
 
 
-def check_hub(context: Context, uri: URI, token: str | None, shown: str) -> Artifact | None:
+def check_hub(context: Context, target: PublishTarget, field: str) -> Artifact | None:
     """This job's result where the repository holds it already. Writes nothing.
 
     Raises UserError or SourceUnavailable when `publish_to_hub` would fail.
     """
-    api = HfApi(token=token)
-    found = with_retries(lambda: _held(api, uri.name, context, shown), hub_host(), _refused(uri))
+    uri, api = parse_uri(target.uri), HfApi(token=context.secret(field))
+    found = with_retries(lambda: _held(api, uri.name, context, target.uri), hub_host(), _refused(uri))
     if found is not None:
         return found
     if (_account(api, uri).get("auth") or {}).get("accessToken", {}).get("role") == "read":
@@ -60,16 +61,17 @@ def _account(api: HfApi, uri: URI) -> dict[str, Any]:
         return {}
 
 
-def publish_to_hub(context: Context, bundle: Path, uri: URI, shown: str, token: str | None) -> Artifact:
-    """One commit with all files; then read their digests back."""
+def publish_to_hub(context: Context, target: PublishTarget, field: str, bundle: Path) -> Artifact:
+    """One commit with all files; then look at what is there."""
+    uri = parse_uri(target.uri)
     try:
-        present = with_retries(lambda: _commit(context, bundle, uri, token), hub_host(), _refused(uri))
+        present = with_retries(lambda: _commit(context, bundle, uri, context.secret(field)), hub_host(), _refused(uri))
     except (OSError, HfHubHTTPError) as failure:
         raise InfrastructureError("PublishFailed", f"the hub did not take it: {failure}") from failure
     missing = {str(p.relative_to(bundle)) for p in files(bundle)} - present
     if missing:
         raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")
-    return artifact(bundle, shown)
+    return artifact(bundle, target.uri)
 
 
 def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[str]:
@@ -90,10 +92,8 @@ def _refuse_foreign(api: HfApi, name: str, context: Context) -> bool:
         if failure.response.status_code != 404:
             raise
         return False
-    owner = json.loads(Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_text())["job"]
-    if not is_own(owner, context):
-        told = f"the repository holds the result of job {owner.get('namespace')}/{owner.get('name')}; choose another name"
-        raise UserError("TargetTaken", told)
+    record = Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub"))
+    refuse_foreign(record.read_bytes(), context, "name")
     return True
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
+from finetune_api.contract import LINEAGE, SUMS
+from finetune_api.spec import PublishTarget
 from finetune_api.status import Artifact
-from finetune_api.uris import URI
+from finetune_api.uris import parse_uri
 
 from ..job.context import Context
-from ..process.errors import InfrastructureError, UserError
-from .bundle import LINEAGE, SUMS, artifact, digests, is_own
+from ..process.errors import InfrastructureError
+from .bundle import artifact, digests, refuse_foreign
 
 
-def check_volume(context: Context, uri: URI, shown: str) -> Artifact | None:
+def check_volume(context: Context, to: PublishTarget, field: str) -> Artifact | None:
     """This job's result where the target holds it already. Writes nothing.
 
     Raises UserError or InfrastructureError when `publish_to_volume` would fail.
     """
+    uri = parse_uri(to.uri)
     target = context.target(uri)
     _refuse_foreign(target, context)
     if (target / LINEAGE).exists() and (target / SUMS).exists():  # it came there whole, by a rename
-        return artifact(target, shown)
+        return artifact(target, to.uri)
     folder = next(p for p in target.parents if p.exists())
     if not _writable(folder):
         message = f"{folder.name or folder} in claim {uri.name} cannot be written by uid {os.getuid()}: give it to this user or group"
@@ -35,9 +37,9 @@ def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def publish_to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> Artifact:
+def publish_to_volume(context: Context, to: PublishTarget, field: str, bundle: Path) -> Artifact:
     """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
-    target = context.target(uri)
+    target = context.target(parse_uri(to.uri))
     _refuse_foreign(target, context)
     aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
     try:
@@ -49,7 +51,7 @@ def publish_to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> A
         if target.exists():
             if digests(target) == (bundle / SUMS).read_text():
                 shutil.rmtree(aside)
-                return artifact(bundle, shown)
+                return artifact(bundle, to.uri)
             old = target.with_name(f".{target.name}.{context.job.uid[:8]}.old")
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -59,21 +61,12 @@ def publish_to_volume(context: Context, bundle: Path, uri: URI, shown: str) -> A
             aside.rename(target)
     except OSError as failure:
         raise InfrastructureError("TargetNotWritable", f"cannot write: {failure.strerror or failure}") from failure
-    return artifact(bundle, shown)
+    return artifact(bundle, to.uri)
 
 
 def _refuse_foreign(target: Path, context: Context) -> None:
     """Raise UserError when a folder holds something that this job did not publish."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    try:
-        owner = json.loads((target / LINEAGE).read_text())["job"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError("TargetTaken", "the target holds something that no FineTuneJob published; choose another path") from None
-    if not is_own(owner, context):
-        told = owner if isinstance(owner, dict) else {}
-        raise UserError(
-            "TargetTaken",
-            f"the target holds the result of job {told.get('namespace')}/{told.get('name')} ({told.get('uid')}), "
-            "which was to make another; choose another path",
-        )
+    record = target / LINEAGE
+    refuse_foreign(record.read_bytes() if record.is_file() else None, context, "path")

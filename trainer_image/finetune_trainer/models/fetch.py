@@ -5,18 +5,26 @@ Fetching is prepare's; later stages ask `local_path` and reach no hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from finetune_api.uris import parse_uri
+from finetune_api.contract import LINEAGE, SUMS
+from finetune_api.spec import Model
+from finetune_api.uris import URI, parse_uri
 
 from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
+from ..remote.s3 import s3_client, s3_host
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
 _FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
 _APART = "name its base in model.uri and the adapter in tuning.continueFrom"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
 
@@ -67,8 +75,9 @@ def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     parsed = parse_uri(uri)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if remote_code else [])]
-    secret = context.secret("teacher" if name == "teacher" else "model")
+    patterns = [*_FILES, *(["*.py"] if remote_code else [])]
+    field = "teacher" if name == "teacher" else "model"
+    secret = context.secret(field)
 
     def refused(why: str) -> UserError:
         return UserError("SourceNotFound", f"{uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
@@ -80,7 +89,51 @@ def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
         )
         return found
 
+    if parsed.scheme == "s3":
+        endpoint = _model(context, name).s3_endpoint
+        return with_retries(lambda: _from_s3(context, parsed, s3_client(context, field, endpoint), patterns), s3_host(endpoint), refused)
     return Path(with_retries(download, hub_host(), refused))
+
+
+def _model(context: Context, name: str) -> Model:
+    """What the spec says of the base, or of the teacher."""
+    distillation = context.spec.tuning.distillation
+    teacher = distillation.teacher if distillation is not None and name == "teacher" else None
+    return teacher or context.spec.model
+
+
+def _from_s3(context: Context, uri: URI, client: Any, patterns: list[str]) -> Path:
+    """All files of a model below a prefix, not of folders below it. What this operator published is compared with its own list of digests."""
+    folder = Path(context.layout.cache, "models", f"s3--{uri.name}--{uri.path.replace('/', '--')}")
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=uri.name, Prefix=f"{uri.path}/"):
+        for found in page.get("Contents", ()):
+            name = found["Key"].removeprefix(f"{uri.path}/")
+            if "/" not in name and any(fnmatch(name, pattern) for pattern in [*patterns, SUMS]):
+                client.download_file(uri.name, found["Key"], str(partial / name))
+    if not any(partial.iterdir()):
+        raise UserError("ModelNotFound", f"s3://{uri.name}/{uri.path}: there is no object below this prefix; check the uri")
+    _compare(partial, uri)
+    partial.rename(folder)
+    return folder
+
+
+def _compare(folder: Path, uri: URI) -> None:
+    """Raises UserError where a published result is not whole, or not what was published."""
+    if not (folder / SUMS).is_file():
+        if (folder / LINEAGE).is_file():
+            raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path} has no {SUMS}: publishing it has not ended; name a whole one")
+        return
+    for line in (folder / SUMS).read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                    raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path}/{name} is not what {SUMS} says; publish it again")
 
 
 def _instead(folder: Path) -> str:

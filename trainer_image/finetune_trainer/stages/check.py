@@ -8,29 +8,15 @@ Runs beside prepare and sees neither the workspace nor the sources.
 from __future__ import annotations
 
 from finetune_api.contract import RESTORED, StageResult
-from finetune_api.status import Artifact
-from finetune_api.uris import parse_uri
 
-from ..export.hub import check_hub
-from ..export.volume import check_volume
+from ..export.targets import check_targets
 from ..job.context import Context
-from ..process.errors import InfrastructureError, StageError, UserError, combine
+from ..process.errors import combine
 
 
 def check(context: Context) -> StageResult:
     """Run the stage. Every target is asked; nothing is written. What only writing shows is left to publish."""
-    held: list[Artifact] = []
-    failed: list[tuple[str, StageError]] = []
-    for index, target in enumerate(context.spec.publish):
-        uri = parse_uri(target.uri)
-        try:
-            if uri.scheme == "pvc":
-                found = check_volume(context, uri, target.uri)
-            else:
-                found = check_hub(context, uri, context.secret(f"publish-{index}"), target.uri)
-            held += [found] if found is not None else []
-        except (UserError, InfrastructureError) as failure:
-            failed.append((target.uri, failure))
+    held, failed = check_targets(context)
     if failed:
         raise combine(failed, "; no GPU was taken")
     targets = ", ".join(target.uri for target in context.spec.publish)

@@ -8,30 +8,16 @@ Needs no GPU. Knows nothing of how the result was trained: what `output/` holds 
 from __future__ import annotations
 
 from finetune_api.contract import StageResult
-from finetune_api.status import Artifact
-from finetune_api.uris import parse_uri
 
 from ..export.bundle import make_bundle
-from ..export.hub import publish_to_hub
-from ..export.volume import publish_to_volume
+from ..export.targets import publish_to_targets
 from ..job.context import Context
-from ..process.errors import InfrastructureError, StageError, UserError, combine
+from ..process.errors import combine
 
 
 def publish(context: Context) -> StageResult:
     """Run the stage. Every target is tried; those that fail are named, those that succeeded stay."""
-    bundle = make_bundle(context)
-    done: list[Artifact] = []
-    failed: list[tuple[str, StageError]] = []
-    for index, target in enumerate(context.spec.publish):
-        uri = parse_uri(target.uri)
-        try:
-            if uri.scheme == "pvc":
-                done.append(publish_to_volume(context, bundle, uri, target.uri))
-            else:
-                done.append(publish_to_hub(context, bundle, uri, target.uri, context.secret(f"publish-{index}")))
-        except (UserError, InfrastructureError) as failure:
-            failed.append((target.uri, failure))
+    done, failed = publish_to_targets(context, make_bundle(context))
     if failed:
         raise combine(failed, f"; published: {', '.join(a.uri for a in done)}" if done else "")
     where = ", ".join(a.uri for a in done)

@@ -1,4 +1,7 @@
-"""Where a job stands in its queue: what the scheduler decided becomes its condition Admitted, its place, and its right to pods."""
+"""Where a job stands in its queue: what the scheduler decided becomes its condition Admitted, its place, and its right to pods.
+
+Knows nothing of how that one decides.
+"""
 
 from __future__ import annotations
 

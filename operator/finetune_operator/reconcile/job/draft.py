@@ -1,4 +1,7 @@
-"""A plan in the making: collects actions, conditions and events while the engine walks through the stages."""
+"""A plan in the making: collects actions, conditions and events while the engine walks through the stages.
+
+Knows nothing of what a stage is.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import dataclasses
 from datetime import datetime, timedelta
 from typing import Literal
 
-from finetune_api.lenient import read_status, unknown_fields
+from finetune_api.base import shortened
+from finetune_api.lenient import read_status
 from finetune_api.scalars import printable
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
@@ -17,7 +21,7 @@ from ...resources.common import JobRef
 from ...settings import Settings
 from ..plan import Action, Event, Plan, WriteUrgency
 
-MESSAGE_LIMIT = 4000
+_MESSAGE_LIMIT, _EVENT_LIMIT = 4000, 1000
 RETRY_AFTER_LIMIT = 3600.0
 """Seconds of patience that a hub or server may ask for."""
 
@@ -53,7 +57,7 @@ class Draft:
 
     def set(self, type_: ConditionType, status: Literal["True", "False", "Unknown"], reason: str, message: str = "") -> None:
         """Set a condition; its transition time moves only when its status changes. A change of it is an Event."""
-        message = printable(message[:MESSAGE_LIMIT])
+        message = printable(shortened(message, _MESSAGE_LIMIT))
         old = self.status.condition(type_)
         moved = old is None or old.status != status
         if old is not None and not moved and (old.reason, old.message) == (reason, message):
@@ -72,7 +76,7 @@ class Draft:
 
     def event(self, type_: Literal["Normal", "Warning"], reason: str, message: str) -> None:
         """Tell the user; posted once however often this pass is repeated."""
-        self.events.append(Event(type_, reason, printable(message[:1000])))
+        self.events.append(Event(type_, reason, printable(shortened(message, _EVENT_LIMIT))))
 
     def wait(self, seconds: float) -> None:
         """Look again after so many seconds, whatever happens."""
@@ -91,6 +95,13 @@ class Draft:
         self.status.retry_after = None
         self.status.queue = None
         self.phase("Failed")
+
+    def succeed(self, reason: str, message: str, *, event: str) -> None:
+        """End the job with its result."""
+        self.set("Succeeded", "True", reason, message)
+        self.event("Normal", event, message)
+        self.status.finished_at = rfc3339(self.now)
+        self.phase("Succeeded")
 
     def held_back(self) -> bool:
         """Whether the back-off is not over; then the job is looked at again when it is.
@@ -170,7 +181,6 @@ class Draft:
             actions=tuple(self.actions),
             events=tuple(dataclasses.replace(event, series=self.status.attempt) for event in self.events),
             status=self.status if changed else None,
-            kept=unknown_fields(self.observed.job.get("status")),
             before=self.before,
             due=self._due(quiet),
             requeue_at=min(self.requeue) if self.requeue else None,

@@ -1,4 +1,4 @@
-"""reconcile(): where a job stands and what comes next.
+"""reconcile(): where a job stands and what comes next. Knows nothing of how anything is carried out.
 
 Level-triggered: every call derives the next step from what is observed, so it may run twice, late, or after any
 crash. A decision that deletes evidence is put into the status first and acted on in the next pass.
@@ -33,8 +33,6 @@ from .kueue import DEACTIVATED, keep_place
 from .stages import run_stage
 from .usage import workers
 from .waiting import end_wait
-
-Words = TypeVar("Words", bound=APIModel)
 
 
 def reconcile(observed: Observed, settings: Settings) -> Plan:
@@ -122,13 +120,13 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     if not status.is_true("DataReady"):
         drop_stale(draft, spec)  # planned anew: pods of the old shape would keep a place in another scheduler's line
         draft.phase("Preparing")
-        result = run_stage(draft, spec, "prepare", "DataReady")
-        if result is None:
+        prepared = _stage(draft, spec, "prepare", "DataReady", Prepared)
+        if prepared is None:
             # what has just ended is put on record while the other goes on
             draft.more_follows &= status.is_true("TargetsReady") == draft.before.is_true("TargetsReady")
             return
-        if not _prepared(draft, result):
-            return
+        status.dataset, status.plan = prepared.dataset, prepared.plan
+        draft.more_follows = True
     if not may_publish:
         draft.phase("Preparing")
         draft.more_follows &= draft.before.is_true("DataReady")
@@ -148,10 +146,9 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             return
     if spec.evaluation is not None and not status.is_true("Evaluated"):
         draft.phase("Evaluating")
-        evaluation = _ended(draft, spec, "evaluate", "Evaluated", EvaluationStatus)
-        if evaluation is None:
+        status.evaluation = _stage(draft, spec, "evaluate", "Evaluated", EvaluationStatus)
+        if status.evaluation is None:
             return
-        status.evaluation = evaluation
     if (shut := shut_gate(spec, status.evaluation)) is not None:
         condition = status.condition("Evaluated")
         message = f"training succeeded, but {shut.message}: {condition.message if condition else ''}; nothing was published, the result is kept in the workspace"
@@ -160,30 +157,11 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         return
     if spec.publish and not status.is_true("Published"):
         draft.phase("Publishing")
-        published = _ended(draft, spec, "publish", "Published", Published)
+        published = _stage(draft, spec, "publish", "Published", Published)
         if published is None:
             return
         status.artifacts = published.artifacts
-    _succeed(draft, "Completed", "Succeeded", _summary(status))
-
-
-def _ended(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, model: type[Words]) -> Words | None:
-    """Bring a stage forward. Returns what it found once it has ended, which is told then."""
-    result = run_stage(draft, spec, stage, condition)
-    found = _found(draft, stage, model, result.result) if result is not None else None
-    if result is None or found is None:
-        return None
-    draft.set(condition, "True", result.reason, result.message)
-    doubted = result.reason == PROMPTING_MAY_DO
-    draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else condition, result.message)
-    return found
-
-
-def _succeed(draft: Draft, reason: str, event: str, message: str) -> None:
-    draft.set("Succeeded", "True", reason, message)
-    draft.event("Normal", event, message)
-    draft.status.finished_at = rfc3339(draft.now)
-    draft.phase("Succeeded")
+    draft.succeed("Completed", _summary(status), event="Succeeded")
 
 
 def _may_publish(draft: Draft, spec: FineTuneJobSpec) -> bool:
@@ -207,7 +185,7 @@ def _restored(draft: Draft, result: StageResult) -> None:
         return
     draft.status.artifacts = published.artifacts
     draft.set("Published", "True", RESTORED, result.message)
-    _succeed(draft, RESTORED, RESTORED, result.message)
+    draft.succeed(RESTORED, result.message, event=RESTORED)
     _stop_jobs(draft)
 
 
@@ -222,17 +200,6 @@ def _apply_shared(draft: Draft, spec: FineTuneJobSpec) -> None:
     if wrong:
         every = shared(job, draft.settings)
         draft.actions.extend(Apply(manifest) for manifest in every if (manifest["kind"], manifest["metadata"]["name"]) in wrong)
-
-
-def _prepared(draft: Draft, result: StageResult) -> bool:
-    prepared = _found(draft, "prepare", Prepared, result.result)
-    if prepared is None:
-        return False
-    draft.status.dataset, draft.status.plan = prepared.dataset, prepared.plan
-    draft.more_follows = True
-    draft.set("DataReady", "True", result.reason, result.message)
-    draft.event("Normal", "DataReady", result.message)
-    return True
 
 
 def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
@@ -258,6 +225,21 @@ def _trained(draft: Draft, spec: FineTuneJobSpec, result: StageResult) -> bool:
     if spec.evaluation is not None or spec.publish:
         draft.event("Normal", "Trained", result.message)  # else its end says so
     return True
+
+
+Words = TypeVar("Words", bound=APIModel)
+
+
+def _stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, model: type[Words]) -> Words | None:
+    """Bring a stage forward by one step. What it found, once it has ended, with its condition set; else None."""
+    result = run_stage(draft, spec, stage, condition)
+    found = _found(draft, stage, model, result.result) if result is not None else None
+    if result is None or found is None:
+        return None
+    draft.set(condition, "True", result.reason, result.message)
+    doubted = result.reason == PROMPTING_MAY_DO
+    draft.event("Warning" if doubted else "Normal", PROMPTING_MAY_DO if doubted else condition, result.message)
+    return found
 
 
 def _found(draft: Draft, stage: Stage, model: type[Words], raw: dict[str, Any]) -> Words | None:

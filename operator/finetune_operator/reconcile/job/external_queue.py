@@ -1,4 +1,7 @@
-"""Where a gang stands that another scheduler decides about: its pods are made, and wait until that one lets them start."""
+"""Where a gang stands that another scheduler decides about: its pods are made, and wait until that one lets them start.
+
+Knows nothing of how that one decides.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from ...model.times import rfc3339
 from ...resources.backends import local_queue, pod_group
 from ..plan import Apply, Delete
 from .admission import end_wait
-from .draft import MESSAGE_LIMIT, Draft
+from .draft import Draft
 from .gang import create_missing, drop_stale, manifest_of
 from .kueue import DEACTIVATED, Standing, conditions, standing
 from .stages import LOOK_AGAIN
@@ -58,7 +61,7 @@ def admitted_externally(draft: Draft, spec: FineTuneJobSpec) -> bool:
         draft.actions.append(Apply(group))
     queue = local_queue(spec)
     since = status.queue.since if status.queue is not None else rfc3339(draft.now)
-    status.queue = QueueStatus(name=queue, message=printable(found.message[:MESSAGE_LIMIT]), since=since)
+    status.queue = QueueStatus(name=queue, message=printable(found.message), since=since)
     if draft.before.queue is None:
         draft.event("Normal", "Queued", f"attempt {status.attempt} waits in {backend}'s queue {queue}")
     draft.set("Admitted", "False", found.reason, found.message)

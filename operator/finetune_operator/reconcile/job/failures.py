@@ -1,4 +1,4 @@
-"""One table: what a pod's end means, and what is done about it."""
+"""One table: what a pod's end means, and what is done about it. Knows nothing of what is on record."""
 
 from __future__ import annotations
 

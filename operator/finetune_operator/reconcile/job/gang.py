@@ -1,4 +1,4 @@
-"""The gang: starts together, fails together, restarts together from the last checkpoint."""
+"""The gang: starts together, fails together, restarts together from the last checkpoint. Knows nothing of why it was admitted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from datetime import timedelta
 
 from finetune_api import names
+from finetune_api.base import shortened
 from finetune_api.contract import PEER_LOST, ExitCode, StageResult, progress_of, read_stage_result
 from finetune_api.scalars import human_duration, printable, seconds
 from finetune_api.spec import FineTuneJobSpec
@@ -259,7 +260,7 @@ def next_attempt(draft: Draft, spec: FineTuneJobSpec, failure: Failure, message:
             pod=failure.pod,
             node=failure.node,
             checkpoint_step=saved,
-            message=printable(message[:2000]),
+            message=printable(shortened(message, 2000)),
             time=rfc3339(draft.now),
             counted=counted,
         ),

@@ -2,6 +2,7 @@
 
 API servers refuse the latter by the rules of `finetune_api.spec.transitions`. It comes here where they could not know: the
 status that said so was wiped, or the definition is of another version.
+Knows nothing of where it is remembered.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PLANNED_FOR = ("distribution", "resources")
 def holds(status: Mapping[str, Any], pods: Iterable[PodView]) -> bool:
     """Whether the job's shape is fixed: it holds GPUs, or did to its end. A wiped status does not let a gang change that runs."""
     found = {c.get("type"): c.get("status") for c in status.get("conditions") or () if isinstance(c, Mapping)}
-    alive = any(p.stage == "train" and not p.ended for p in pods)
+    alive = any(p.is_worker and not p.ended for p in pods)
     return any(found.get(type_) == "True" for type_ in HOLDS) or (alive and "Admitted" not in found)
 
 

@@ -1,6 +1,7 @@
 """What Kueue says, in its Workloads and on the pods that it takes away, and the evaluation's place in its line.
 
 Kueue's side: https://kueue.sigs.k8s.io/docs/concepts/workload/ and https://kueue.sigs.k8s.io/docs/concepts/preemption/
+Knows nothing of how it is asked for.
 """
 
 from __future__ import annotations

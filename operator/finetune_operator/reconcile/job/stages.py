@@ -1,10 +1,10 @@
-"""Single-pod stages: prepare, check, evaluate, publish."""
+"""Single-pod stages: prepare, check, evaluate, publish. Knows nothing of the gang, nor of what a result means."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
+from finetune_api import names
 from finetune_api.contract import WAITING_FOR_SOURCE, Stage, StageResult, read_stage_result
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
@@ -31,19 +31,18 @@ _POD_GRACE_SECONDS = 20
 def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType) -> StageResult | None:
     """Bring a stage forward by one step. Returns its result when it is done, else None."""
     retry = draft.status.stages.get(stage, StageRetry())
-    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission)
-    name = manifest["metadata"]["name"]
+    name = names.stage_name(draft.observed.job["metadata"]["name"], stage, retry.tries)
     child = next((j for j in draft.observed.jobs if j.name == name), None)
     _drop_other_tries(draft, stage, name, ended=retry.waits > 0 and child is not None)
-    handed = stage == "evaluate" and keeps_place(spec, draft.settings)
-    if child is None and handed and not draft.observed.place_seen:
+    external = stage == "evaluate" and keeps_place(spec, draft.settings)
+    if child is None and external and not draft.observed.place_seen:
         draft.wait(1)  # the next pass will have looked
         return None
     if child is None or child.deleting:
         if still_there := _runs_still(draft, stage, name):
             draft.set(condition, "Unknown", "Stopping", f"pod {still_there.name} of the last try has not ended yet")
         elif child is None:
-            _start(draft, stage, condition, retry, manifest)
+            _start(draft, spec, stage, condition, retry)
         return None
 
     pods = [p for p in draft.observed.pods if p.job_uid == child.uid]
@@ -58,7 +57,7 @@ def run_stage(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Cond
         _retry(draft, spec, stage, condition, Failure("Infrastructure", "NoResult", f"pod {done.name} ended without a result", done.name))
         return None
     failed = next((p for p in pods if p.phase == "Failed"), None)
-    if failed is not None and handed and failed.deleting and not (child.complete or child.failed):
+    if failed is not None and external and failed.deleting and not (child.complete or child.failed):
         failed = None  # Kueue takes the quota away and suspends the Job, which it lets go on later
         draft.wait(1)
     if failed is not None:
@@ -93,9 +92,10 @@ def _wait_in_queue(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition:
     draft.wait(LOOK_AGAIN)
 
 
-def _start(draft: Draft, stage: Stage, condition: ConditionType, retry: StageRetry, manifest: dict[str, Any]) -> None:
+def _start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, retry: StageRetry) -> None:
     if draft.held_back():
         return
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission)
     if draft.place == manifest["metadata"]["name"]:
         take_place(manifest, draft.place)
     draft.actions.append(Create(manifest))

@@ -1,4 +1,4 @@
-"""What a job has used, for its status: GPU-seconds, their price, and work that was lost."""
+"""What a job has used, for its status: GPU-seconds, their price, and work that was lost. Knows nothing of why it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .draft import Draft
 
 def workers(draft: Draft) -> list[PodView]:
     """All worker pods, of every attempt."""
-    return [p for p in draft.observed.pods if p.stage == "train"]
+    return [p for p in draft.observed.pods if p.is_worker]
 
 
 def holds_since(draft: Draft, by_rank: dict[int, PodView]) -> datetime:

@@ -1,6 +1,7 @@
 """A hub or server that does not answer: the stage holds nothing meanwhile, and is tried again until runPolicy.stageTimeout is over.
 
 What is known of the wait stands in the status, so it goes on whoever dies: the pod, the operator, or both.
+Knows nothing of what the stage wants there.
 """
 
 from __future__ import annotations
