@@ -253,10 +253,17 @@ def test_every_metric_of_the_api_is_registered() -> None:
     assert Evaluation().metrics == ["loss"]
 
 
-def test_rows_without_answers_cannot_be_matched(bench: Bench) -> None:
+def test_rows_without_answers_cannot_be_matched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     context = bench.context(ROWS["text"], tuning=LAZY, evaluation={"metrics": ["f1"]})
     with pytest.raises(UserError, match="the rows are plain text"):
         prepare(context)
+    asked = context.job.spec.evaluation
+    assert asked is not None
+    loss = context.job.spec.model_copy(update={"evaluation": asked.model_copy(update={"metrics": ["loss"]})})
+    prepare(Context(context.job.model_copy(update={"spec": loss}), context.workspace))
+    monkeypatch.setenv("FINETUNE_RESUME", "1")
+    with pytest.raises(UserError, match="the rows are plain text"):
+        prepare(context)  # a run that is named, with another metric
 
 
 @pytest.mark.parametrize(
