@@ -11,6 +11,7 @@ import pytest
 
 from finetune_api.spec import Evaluation
 from finetune_trainer.evaluation import answers, gate, metrics
+from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import SourceUnavailable, UserError
 from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
