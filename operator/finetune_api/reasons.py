@@ -28,9 +28,10 @@ _OF_THE_TRAINER = """
     NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
     QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
     SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
-    TargetContended TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples TooManyRedirects UnexpectedError
-    UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch WeightsMissing WeightsNotReadable WorkerDied
-    WorldMismatch WrongAdapter WrongArchitecture WrongFormat
+    TargetContended TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples
+    TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch
+    WeightsMissing WeightsNotFinite WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture
+    WrongFormat
 """
 REASONS = frozenset(
     (

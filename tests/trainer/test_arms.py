@@ -364,6 +364,8 @@ def small(kind: str, vocabulary: int = 500) -> Any:
         GraniteForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
     )
 
     sizes: dict[str, Any] = {
@@ -375,6 +377,7 @@ def small(kind: str, vocabulary: int = 500) -> Any:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
         "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=32)),  # soft-capped logits, sliding windows
         "granite": lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0)),
+        "opt": lambda: OPTForCausalLM(OPTConfig(**sizes, ffn_dim=384, word_embed_proj_dim=128)),  # passes its base by
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
     }
     found = models[kind]().eval()
@@ -407,7 +410,7 @@ class Allocated(TorchDispatchMode):
         self._seen.discard(key)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2", "opt"])
 def test_losses_take_the_memory_of_a_forward_pass_without_logits(kind: str) -> None:
     """And are the same to the last digits as from logits of all positions, soft-capping and scaling included."""
     model = small(kind, 32_768)
@@ -427,7 +430,7 @@ def test_losses_take_the_memory_of_a_forward_pass_without_logits(kind: str) -> N
     assert torch.allclose(nll, wanted, atol=1e-3) and torch.equal(right, logits.argmax(-1)[learned] == targets[learned])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2", "opt"])
 def test_what_is_shared_changes_nothing(kind: str) -> None:
     """Losses and answers of prompts with a common beginning equal those of each prompt alone; where they would not, nothing is shared."""
     model = small(kind)

@@ -11,29 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer.models.fetch import fetch_base_model
+from finetune_trainer.models import weights
+from finetune_trainer.models.architecture import size
 from finetune_trainer.models.weights import fingerprint
-from finetune_trainer.process.errors import UserError
+from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
-from finetune_trainer.training.shape import describe_model
-from tests.trainer.bases import MIXTURE, SIZES, copied, make
+from finetune_trainer.stages.publish import publish
+from tests.trainer.bases import HYPER, MIXTURE, Sizes, copied, make, refused, tuning
 from tests.trainer.conftest import ROWS, Bench, chat, history
-
-LORA = {"rank": 4, "alpha": 8, "dropout": 0}
-HYPER = {"maxSteps": 2, "learningRate": 1e-3, "globalBatchSize": 4, "maxLength": 128}
-Sizes = dict[str, Any]
-
-
-def tuning(**more: Any) -> dict[str, Any]:
-    return {"lora": LORA, "hyperparameters": HYPER, **more}
-
-
-def refused(bench: Bench, folder: Path, rows: list[dict[str, Any]] | None = None, **spec: Any) -> UserError:
-    """What prepare says to a base in the bench's own volume."""
-    model = {"uri": f"pvc://rows/{folder.name}"}
-    with pytest.raises(UserError) as found:
-        prepare(bench.context(rows or ROWS["messages"], **{"model": model, "tuning": tuning(), **spec}))
-    return found.value
 
 
 def _pointer(folder: Path) -> None:
@@ -87,6 +72,31 @@ def _other_shape(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _no_numbers(folder: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _no_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('["greedy"]')
+
+
+def _no_token(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, "<|end|>"]}')
+
+
+def _odd_activation(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "hidden_act": "swooth"}))
+
+
+def _odd_rope(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps({**told, "rope_parameters": rope}))
+
+
 def _no_tokenizer(folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
@@ -103,6 +113,11 @@ def _no_tokenizer(folder: Path) -> None:
         (_other_name, "WeightsMissing", "holds no model.safetensors, only model.fp16.safetensors"),
         (_part_of_the_weights, "WeightsMissing", "9 weights of LlamaForCausalLM are in no file, for example model.layers.1."),
         (_other_shape, "WeightsMismatch", "model.embed_tokens.weight: [100, 64] in the file, [327, 64] by config.json"),
+        (_no_numbers, "WeightsNotFinite", "tensor model.layers.1.mlp.up_proj.weight holds values that are no numbers"),
+        (_no_settings, "ModelNotReadable", "generation_config.json is no JSON object"),
+        (_no_token, "ModelNotReadable", "generation_config.json: eos_token_id is [1, '<|end|>']; write the number of a token"),
+        (_odd_activation, "ModelNotReadable", "config.json is not understood: transformers knows no 'swooth'"),
+        (_odd_rope, "ModelNotReadable", "config.json is not understood: Missing required keys in `rope_parameters`"),
         (_no_tokenizer, "TokenizerNotReadable", "put the tokenizer.json and tokenizer_config.json of the base beside its weights"),
     ],
 )
@@ -156,7 +171,10 @@ def test_an_adapter_is_no_base(bench: Bench) -> None:
     folder = bench.data / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    assert "name its base in model.uri and the adapter in tuning.continueFrom" in refused(bench, folder).message
+    assert "it is an adapter: name its base in model.uri and the adapter in tuning.continueFrom" in refused(bench, folder).message
+    for file in bench.model.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    assert "holds a model and an adapter" in refused(bench, folder).message, "transformers would load the base that the adapter names"
 
 
 def test_tokens_beyond_the_vocabulary(bench: Bench) -> None:
@@ -207,6 +225,7 @@ LONG = [chat(" ".join(["red"] * (50 + n)), " ".join(["yes"] * 20)) for n in rang
             "with 20 virtual tokens in front",
         ),
         ("GPTJ", {"rotary_dim": 8}, {}, "the model has 64 positions"),
+        ("OpenAIGPT", {}, {}, "the model has 64 positions"),
     ],
 )
 def test_rows_longer_than_the_positions(bench: Bench, family: str, settings: Sizes, more: Sizes, words: str) -> None:
@@ -221,8 +240,11 @@ def test_rows_longer_than_the_positions(bench: Bench, family: str, settings: Siz
 
 def test_rows_beyond_what_rotary_positions_were_made_for_are_told(bench: Bench) -> None:
     folder = copied(bench.model, bench.data / "base", max_position_embeddings=32)
-    result = prepare(bench.context(LONG, model={"uri": "pvc://rows/base"}, tuning=tuning())).result
+    context = bench.context(LONG, model={"uri": "pvc://rows/base"}, tuning=tuning())
+    result = prepare(context).result
     assert result["dataset"]["warnings"]["beyondContext"] == len(LONG)
+    (told,) = json.loads(Path(context.layout.data_report).read_text())["problems"]["beyondContext"]["first"]
+    assert "train row 8 (train.jsonl:8)" in told and "the model was made for 32" in told and "set hyperparameters.maxLength to 32" in told
     scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, "rope_parameters": scaled}))
@@ -231,79 +253,35 @@ def test_rows_beyond_what_rotary_positions_were_made_for_are_told(bench: Bench) 
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "lora", "words"),
-    [
-        (
-            "GPT2",
-            {},
-            {"targetModules": ["q_proj", "v_proj"]},
-            "no module of this model (gpt2) is named q_proj, v_proj; its linear layers are ",
-        ),
-        ("GPT2", {}, {"targetModules": ["c_attn", "v_proj"]}, "is named v_proj"),
-        (
-            "GPT2",
-            {},
-            {"targetModules": ["c_attn", "lm_head"]},
-            "with objective sft the loss is computed from the weights of lm_head directly",
-        ),
-        ("GPT2", {}, {"targetModules": ["ln_f"]}, "tuning.method lora does not work on models of type gpt2"),
-        ("Mamba", {"state_size": 8}, {"targetModules": ["out_proj"]}, "incompatible with Mamba-based models"),
-    ],
-)
-def test_modules_that_cannot_be_adapted(bench: Bench, family: str, settings: Sizes, lora: Sizes, words: str) -> None:
-    found = refused(bench, make(family, bench.data / "base", bench.model, **settings), tuning=tuning(lora={**LORA, **lora}))
-    assert words in found.message and "targetModules" in found.message
-
-
-def test_methods_that_a_family_does_not_have(bench: Bench) -> None:
-    folder = make("Mixtral", bench.data / "base", bench.model, **MIXTURE)
-    assert "the experts of a mixture" in refused(bench, folder, tuning=tuning(method="dora")).message
-    folder = make("GptOss", bench.data / "other", bench.model, head_dim=8, **MIXTURE)
-    found = refused(bench, folder, tuning={"method": "ia3", "hyperparameters": HYPER})
-    assert found.reason == "MethodNotSupported" and "tuning.method ia3 does not work on models of type gpt_oss" in found.message
-    hyper = {**HYPER, "attention": "sdpa"}
-    found = refused(bench, folder, tuning={"hyperparameters": hyper, "lora": LORA})
-    assert found.message == "hyperparameters.attention sdpa is not supported by models of type gpt_oss; set it to auto"
-
-
-@pytest.mark.parametrize(
     ("family", "settings"),
     [
         ("GPT2", {}),
         ("GptOss", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, **MIXTURE}),
         ("Mamba", {"state_size": 8}),
-        ("Mixtral", MIXTURE),
+        ("Mixtral", {"output_router_logits": True, **MIXTURE}),
         ("Qwen3Moe", {"head_dim": 8, **MIXTURE}),
+        ("MiniMax", {"head_dim": 8, **MIXTURE}),
     ],
 )
 def test_common_families_train_with_what_is_set_by_default(bench: Bench, family: str, settings: Sizes) -> None:
     make(family, bench.data / "base", bench.model, **settings)
-    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning={"hyperparameters": {**HYPER, "learningRate": 1e-2}})
+    asked = {
+        "metrics": ["loss", "f1"],
+        "maxExamples": 4,
+        "maxNewTokens": 2,
+        "baseline": {"systemPrompt": LONG[0]["messages"][0]["content"]},
+    }
+    context = bench.context(
+        ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning={"hyperparameters": {**HYPER, "learningRate": 1e-2}}, evaluation=asked
+    )
     bench.train(context)
+    assert len(evaluate(context).result["arms"]) >= 3, "with what all prompts begin with"
     saved = load_file(Path(context.layout.output) / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
     losses = [line["loss"] for line in history(context) if line.get("loss") is not None]
     assert len(losses) == 2 and all(loss < 20 for loss in losses)
     plan = json.loads(Path(context.layout.plan).read_text())
-    assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe"))
-
-
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
-IMAGES = {"vision_config": VISION, "mm_tokens_per_image": 4, "boi_token_index": 5, "eoi_token_index": 6, "image_token_index": 7}
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "partial"])
-def test_of_a_base_of_text_and_images_the_language_model_learns(bench: Bench, method: str) -> None:
-    """The rest has no gradient from text: DDP would wait for it, and what serves adapters may refuse it."""
-    text = {**SIZES, "head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
-    make("Gemma3", bench.data / "base", bench.model, kind="ForConditionalGeneration", text_config=text, **IMAGES)
-    asked = {"method": method, "hyperparameters": HYPER, **({"lora": LORA} if method == "lora" else {})}
-    context = bench.context(ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=asked)
-    base = describe_model(context, str(fetch_base_model(context)))
-    assert base.modules and all(("language_model" in name or name.startswith("lm_head")) for name in base.modules)
-    if method == "lora":
-        bench.train(context)
-        assert load_file(Path(context.layout.output) / "adapter_model.safetensors")
+    assert ("lora.dropout is 0 instead of 0.05" in plan["reason"]) is (family in ("Mixtral", "Qwen3Moe", "MiniMax"))
 
 
 def _as_fp8(folder: Path) -> None:
@@ -335,28 +313,37 @@ def _as_mxfp4(folder: Path) -> None:
 )
 def test_what_is_published_in_fewer_bits_trains_in_sixteen(bench: Bench, family: str, settings: Sizes, change: Any, stored: Sizes) -> None:
     folder = make(family, bench.data / "base", bench.model, **settings)
+    names = set(load_file(folder / "model.safetensors"))
     change(folder)
     told = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**told, "quantization_config": stored}))
-    model = {"uri": "pvc://rows/base"}
-    context = bench.context(ROWS["messages"], model=model, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}))
+    result = {"output": {"merged": True}, "publish": [{"uri": "pvc://published/m"}]}
+    context = bench.context(
+        ROWS["messages"], model={"uri": "pvc://rows/base"}, tuning=tuning(hyperparameters={**HYPER, "learningRate": 1e-2}), **result
+    )
     assert bench.train(context).result["steps"] == 2
+    publish(context)
+    merged = bench.folder / "published" / "m" / "merged"
+    assert set(load_file(merged / "model.safetensors")) == names, "under the names of weights in 16 bit"
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert "tuning.method to lora" in refused(bench, folder, name="qlora", tuning=tuning(method="qlora")).message
 
 
-def test_an_adapter_of_another_base_is_not_gone_on_from(bench: Bench) -> None:
-    from finetune_trainer.stages.publish import publish
+def test_sizes_that_differ_between_layers_are_told(bench: Bench) -> None:
+    """Gemma 4 has heads of two sizes, Gemma 3n a width for each layer; transformers names no one value then, or a list."""
+    from types import SimpleNamespace
 
-    first = bench.context(ROWS["messages"], name="first", tuning=tuning(), publish=[{"uri": "pvc://published/first"}])
-    bench.train(first)
-    publish(first)
-    shutil.rmtree(bench.folder / "workspace-first")
-    make("Llama", bench.data / "base", bench.model, hidden_size=96)
-    asked = {"continueFrom": "pvc://published/first", "hyperparameters": HYPER}
-    found = refused(bench, bench.data / "base", name="other", tuning=asked)
-    assert found.reason == "WrongAdapter" and "was made on another base" in found.message and "set model.uri" in found.message
-    plan = prepare(bench.context(ROWS["messages"], name="same", tuning=asked)).result["plan"]
-    assert plan["totalSteps"] == 2
+    from transformers import Gemma4TextConfig
+
+    assert size(Gemma4TextConfig(), "head_dim") == 512
+    assert size(SimpleNamespace(intermediate_size=[64, 128]), "moe_intermediate_size", "intermediate_size") == 128
+    assert size(SimpleNamespace(), "hidden_size") is None
+
+
+@pytest.mark.parametrize("looked_at", [1, 21 * 9_999, 1 << 30])
+def test_some_of_each_tensor_is_looked_at(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, looked_at: int) -> None:
+    monkeypatch.setattr(weights, "_LOOKED_AT", looked_at)
+    weights.check_numbers(tiny_model, "model.uri")
 
 
 def test_a_fingerprint_tells_weights_apart(tiny_model: Path, tmp_path: Path) -> None:

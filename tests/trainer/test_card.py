@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from finetune_api.contract import JobFile
+from finetune_api.spec import Lora
 from finetune_api.validation import parse_spec
 from finetune_trainer.export.usage import Usage
 from finetune_trainer.stages.publish import publish
 from tests.factory import MINIMAL, merged
+from tests.trainer.bases import copied
 from tests.trainer.conftest import ROWS, Bench
 
 HYPER = {"maxSteps": 2, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
@@ -119,10 +122,26 @@ def test_other_results(bench: Bench, rows: str, spec: dict[str, Any]) -> None:
         assert float(said[0][1]) == pytest.approx(float(said[0][1])) and len(said) == 1
 
 
+def test_an_adapter_that_goes_on_from_a_larger_one(bench: Bench) -> None:
+    """Its rank is the earlier one's; and the tokenizer says more than the model takes."""
+    bench.model = copied(bench.model, bench.folder / "tiny")
+    told = json.loads((bench.model / "tokenizer_config.json").read_text())
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    (bench.model / "tokenizer_config.json").write_text(json.dumps({**told, "model_input_names": names}))
+    tuning = {"lora": {"rank": 24, "dropout": 0}, "hyperparameters": HYPER}
+    first = bench.context(ROWS["messages"], name="first", tuning=tuning, publish=[{"uri": "pvc://published/first"}])
+    bench.train(first)
+    publish(first)
+    said = card_of(bench, ROWS["messages"], tuning={"continueFrom": "pvc://published/first", "hyperparameters": HYPER})
+    assert "--max-lora-rank 32" in said[1][0]
+
+
 def usage(uri: str, *, publish_to: str = "pvc://out/m", **blocks_of_spec: Any) -> str:
     secret = {"secretRef": {"name": "t"}} if publish_to.startswith("hf://") else {}
     spec = parse_spec(merged(MINIMAL, **{"model": {"uri": uri}, "publish": [{"uri": publish_to, **secret}], **blocks_of_spec}))
-    return "\n".join(Usage(JobFile(name="j", namespace="n", uid="u", spec=spec), {"path": "/home/me/models/it's mine"}, True).lines())
+    adapter = {"r": (spec.tuning.lora or Lora()).rank}
+    job = JobFile(name="j", namespace="n", uid="u", spec=spec)
+    return "\n".join(Usage(job, {"path": "/home/me/models/it's mine"}, True, adapter=adapter).lines())
 
 
 def test_where_the_base_is() -> None:
@@ -145,3 +164,4 @@ def test_where_the_base_is() -> None:
     assert "hf download org/base --local-dir base" in usage("hf://org/base", output={"ggufAdapter": True})
     wide = usage("hf://org/base", tuning={"lora": {"rank": 1024}})
     assert "vllm serve" not in wide and "vLLM loads no adapter of this kind; `output.merged: true`" in wide
+    assert "vLLM loads no adapter of this kind." in usage("hf://org/base", tuning={"method": "prompt"}), "and nothing can be merged"

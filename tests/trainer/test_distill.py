@@ -92,6 +92,24 @@ def test_a_teacher_behind_an_endpoint_writes_the_answers(bench: Bench) -> None:
     assert asked == len({q for q, _ in COLOURS})
 
 
+@pytest.mark.parametrize(
+    ("rows", "held_out", "words"),
+    [
+        ("text", {"splitFraction": 0.25}, "the rows are plain text"),
+        ("prompt-only", {"uri": "pvc://rows/none.jsonl"}, "none.jsonl does not exist"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_teacher_is_asked(bench: Bench, rows: str, held_out: dict[str, Any], words: str) -> None:
+    with chat_server(lambda _: "blue") as server:
+        distillation = {"mode": "generate", "endpoint": {"url": server.url, "model": "big"}}
+        dataset = {"train": {"uri": "pvc://rows/train.jsonl"}, "eval": held_out, "checks": {"minExamples": 1}}
+        with pytest.raises(UserError, match=words):
+            prepare(
+                bench.context(ROWS[rows], dataset=dataset, tuning={**BASE, "distillation": distillation}, evaluation={"metrics": ["f1"]})
+            )
+        assert not server.asked
+
+
 def test_a_teacher_model_writes_the_answers(bench: Bench) -> None:
     distillation = {"mode": "generate", "teacher": {"uri": "pvc://models/tiny"}, "maxNewTokens": 5}
     context = bench.context(ROWS["messages"], tuning={**BASE, "distillation": distillation})

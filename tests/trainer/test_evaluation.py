@@ -11,6 +11,7 @@ import pytest
 
 from finetune_api.spec import Evaluation
 from finetune_trainer.evaluation import answers, gate, metrics
+from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import SourceUnavailable, UserError
 from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
@@ -253,10 +254,53 @@ def test_every_metric_of_the_api_is_registered() -> None:
     assert Evaluation().metrics == ["loss"]
 
 
-def test_rows_without_answers_cannot_be_matched(bench: Bench) -> None:
+def test_rows_without_answers_cannot_be_matched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     context = bench.context(ROWS["text"], tuning=LAZY, evaluation={"metrics": ["f1"]})
     with pytest.raises(UserError, match="the rows are plain text"):
         prepare(context)
+    asked = context.job.spec.evaluation
+    assert asked is not None
+    loss = context.job.spec.model_copy(update={"evaluation": asked.model_copy(update={"metrics": ["loss"]})})
+    prepare(Context(context.job.model_copy(update={"spec": loss}), context.workspace))
+    monkeypatch.setenv("FINETUNE_RESUME", "1")
+    with pytest.raises(UserError, match="the rows are plain text"):
+        prepare(context)  # a run that is named, with another metric
+
+
+@pytest.mark.parametrize(
+    ("good", "reason", "words"),
+    [(True, "OneSided", "with label true and with label false"), (False, "NoEvalRows", "no held-out row has a good answer")],
+)
+def test_held_out_rows_of_one_side_are_refused_in_prepare(bench: Bench, good: bool, reason: str, words: str) -> None:
+    one_side = [row for row in ROWS["unpaired-preference"] if row["label"] is good][:8]
+    (bench.data / "eval.jsonl").write_text("".join(json.dumps({**row, "prompt": f"{row['prompt']} now"}) + "\n" for row in one_side))
+    dataset = {"train": {"uri": "pvc://rows/train.jsonl"}, "eval": {"uri": "pvc://rows/eval.jsonl"}, "checks": {"minExamples": 1}}
+    tuning = {**LAZY, "objective": "kto", "hyperparameters": {**LAZY["hyperparameters"], "globalBatchSize": 16}}
+    metrics = {"metrics": ["preference-accuracy"]}
+    with pytest.raises(UserError, match=words) as found:
+        prepare(bench.context(ROWS["unpaired-preference"], dataset=dataset, tuning=tuning, evaluation=metrics))
+    assert found.value.reason == reason
+
+
+def test_base_and_tuned_model_are_not_in_memory_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole model is as large as its base."""
+    import weakref
+
+    from finetune_trainer.stages import evaluate as stage
+
+    loaded: list[Any] = []
+    real = stage._load
+
+    def load(*arguments: Any) -> Any:
+        assert not [model for model in loaded if model() is not None], "the one before is still there"
+        model = real(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(stage, "_load", load)
+    tuning = {"method": "full", "hyperparameters": LAZY["hyperparameters"]}
+    bench.run(ROWS["messages"], tuning=tuning, evaluation={"metrics": ["loss", "f1"], "maxNewTokens": 2, "maxExamples": 4})
+    assert len(loaded) == 2
 
 
 def test_samples_are_escaped_in_the_page(bench: Bench) -> None:

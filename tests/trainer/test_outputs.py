@@ -15,7 +15,7 @@ from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
 from finetune_trainer.stages.publish import publish
 from tests.cluster.quickstart import model
-from tests.trainer.bases import make
+from tests.trainer.bases import copied, make
 from tests.trainer.conftest import ROWS, Bench
 from tests.trainer.test_card import paste
 
@@ -108,6 +108,25 @@ def test_the_published_configuration_is_the_bases(bench: Bench, objective: str) 
     assert published["use_cache"] is True
     differs = {key for key in base.keys() | published.keys() if base.get(key) != published.get(key)} - {"transformers_version"}
     assert differs == ({"architectures", "id2label", "label2id"} if objective == "reward" else set())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_settings_of_the_bases_generation_are_kept_and_not_used(bench: Bench, method: str) -> None:
+    """transformers saves none that contradict themselves, and with some of them no answer is the greedy one, or there are two."""
+    from finetune_trainer.stages.evaluate import evaluate
+
+    bench.model = copied(bench.model, bench.folder / "tiny")
+    told = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "num_beams": 2, "num_return_sequences": 2, "repetition_penalty": 9.0}
+    (bench.model / "generation_config.json").write_text(json.dumps(told))
+    tuning = lora(hyperparameters={**HYPER, "maxSteps": 1}) if method == "lora" else {"method": method, "hyperparameters": HYPER}
+    asked = {"metrics": ["exact-match"], "maxExamples": 4, "maxNewTokens": 4}
+    more = {"output": {"merged": True}} if method == "lora" else {}
+    context = bench.context(ROWS["messages"], tuning=tuning, evaluation=asked, publish=[{"uri": "pvc://published/m"}], **more)
+    bench.train(context)
+    evaluate(context)
+    publish(context)
+    for folder in (bench.folder / "published" / "m", *([bench.folder / "published" / "m" / "merged"] if more else [])):
+        assert json.loads((folder / "generation_config.json").read_text()) == {**told, "eos_token_id": 1, "pad_token_id": 0}
 
 
 CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -55,6 +55,10 @@ def test_jobs_of_one_name_on_one_volume(bench: Bench) -> None:
     assert adapter[0] == adapter[1]
     assert contents(first) == before and find_latest(first.layout.checkpoints).step == 6, "it went on from a copy"
 
+    asked = job(bench, "44444444-d", ROWS, evaluation={"baseline": {"systemPrompt": "Answer shortly."}})
+    assert bench.train(asked).result["resumedFrom"] == 6 and contents(first) == before, "how the base is asked trains nothing"
+    assert "Answer shortly." in Path(asked.layout.baseline).read_text()
+
 
 def test_the_same_job_prepared_anew_over_other_rows(bench: Bench) -> None:
     """Its status was lost, and the rows changed meanwhile."""

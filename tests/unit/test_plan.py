@@ -26,6 +26,7 @@ def spec(method: str = "lora", gpus: int = 1, nodes: int = 1, memory: str | None
         tuning={"method": method, "hyperparameters": hyper, **more.pop("tuning", {})},
         distribution={"nodes": nodes, "gpusPerNode": gpus, **more.pop("distribution", {})},
         resources={"gpuMemory": memory} if memory else {},
+        **more,
     )
     return parse_spec(document)
 
@@ -92,6 +93,23 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         make_plan(spec("full", gpus=4, memory="24Gi", distribution={"strategy": "deepspeed-zero3"}), 1000, full(LLAMA_8B))
     with pytest.raises(UserError, match=r"or with hyperparameters.maxLength \d+"):
         make_plan(spec(memory="24Gi", hyper={"maxLength": 524288}), 1000, LLAMA_8B)
+
+
+def test_what_cannot_be_compared_on_one_gpu_is_refused_before_it_is_trained() -> None:
+    compared = {"evaluation": {"metrics": ["loss"]}, "dataset": {**MINIMAL["dataset"], "eval": {"splitFraction": 0.1}}}
+    shards = {"gpus": 8, "memory": "80Gi", "distribution": {"strategy": "deepspeed-zero3"}}
+    make_plan(spec(**shards), 1000, LLAMA_70B)
+    with pytest.raises(
+        UserError, match=r"in 16 bit on one GPU, which takes 132Gi and more; resources.gpuMemory is 80Gi. Remove evaluation"
+    ):
+        make_plan(spec(**shards, **compared), 1000, LLAMA_70B)
+    make_plan(spec(**shards, **compared), 1000, LLAMA_8B)
+
+
+def test_a_model_that_cannot_compute_activations_again_gets_smaller_batches() -> None:
+    assert make_plan(spec(memory="24Gi"), 1000, LLAMA_8B).gradient_checkpointing
+    plan = make_plan(spec(memory="48Gi"), 1000, ModelShape(**{**LLAMA_8B.__dict__, "recomputes": False}))
+    assert not plan.gradient_checkpointing
 
 
 def test_steps_of_grpo_count_answers() -> None:

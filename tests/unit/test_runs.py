@@ -64,7 +64,7 @@ def old(tmp_path: Path) -> Context:
     ("made", "spec"),
     [
         (MADE, {"name": "k"}),
-        (MADE, {"tuning": {"method": "dora"}}),
+        (other(tuning="t2"), {}),
         (other(rows="sha256:others"), {}),
         (other(tokens="another template"), {}),
         (other(model="sha256:other weights"), {}),
@@ -88,6 +88,12 @@ def test_a_job_that_was_restored_goes_on_from_a_copy(tmp_path: Path, old: Contex
     checkpoints.remove(Path(new.layout.checkpoints, "checkpoint-10"))
     assert find_latest(old.layout.checkpoints).step == 20 and checkpoints.find_damage(Path(old.layout.checkpoints, "checkpoint-10")) is None
     assert settle_checkpoints(new, MADE) is None, "once"
+
+
+def test_how_a_result_is_compared_and_published_is_no_part_of_how_it_is_trained(tmp_path: Path, old: Context) -> None:
+    held_out = {"dataset": {**MINIMAL["dataset"], "eval": {"splitFraction": 0.1}}}
+    new = context(tmp_path, uid="33333333-c", evaluation={"baseline": {"systemPrompt": "s"}}, output={"merged": True}, **held_out)
+    assert settle_checkpoints(new, MADE) == 20 and saved(new) == [10, 20]
 
 
 def test_a_volume_without_links_is_copied(tmp_path: Path, old: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +187,11 @@ def test_a_run_that_was_made_from_the_same_is_gone_on_with(tmp_path: Path) -> No
     assert told.startswith("goes on with run 1 from step 10: it was made from the same settings, rows and model")
     assert again.begun_from == 10 and again.folder == first.folder and [run.id for run in runs_in(tmp_path)] == ["1"]
     assert json.loads(again.job_json.read_text())["spec"]["evaluation"], "as the manifest is now"
+    asked = {"evaluation": {"metrics": ["loss"], "baseline": {"systemPrompt": "s"}}, "dataset": again.job.spec.to_wire()["dataset"]}
+    for how in ({}, {"resume": "1"}):
+        other_baseline, told = played(tmp_path, blocks=asked, **how)
+        assert "goes on with run 1 from step 20" in told and other_baseline.begun_from == 20, "how the base is asked trains nothing"
+        assert other_baseline.started[-1] == "evaluate"
 
 
 @pytest.mark.parametrize(

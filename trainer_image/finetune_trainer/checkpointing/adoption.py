@@ -96,7 +96,13 @@ def _adopt(context: Context, own: Identity) -> int | None:
     newest: tuple[int, Path] | None = None
     for sibling in folder.parent.glob(f"{job.namespace}-{job.name}-????????"):
         found = read_identity(sibling / "identity.json")
-        if sibling == folder or found is None or found.model_copy(update={"uid": own.uid}) != own:
+        if sibling == folder or found is None:
+            continue
+        if (found.namespace, found.name, found.made_from) != (
+            own.namespace,
+            own.name,
+            own.made_from,
+        ):  # what comes after training may differ
             continue
         step = next((step for step, path in list_checkpoints(sibling / "checkpoints") if (path / MANIFEST).exists()), None)
         if step is not None and (newest is None or step > newest[0]):

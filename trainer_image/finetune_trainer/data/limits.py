@@ -29,6 +29,17 @@ class Limits:
     """Tokens sampled behind each prompt; None where rows are learned as they are."""
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """Rows that are longer than what a model was made for."""
+
+    rows: int
+    longest: str
+    """Where the longest of them stands."""
+    told: str
+    """What it has, and what to set."""
+
+
 def check_vocabulary(limits: Limits, store: Store, tokenizer: Any, place: Place) -> None:
     """Raise UserError when a token of the rows has no embedding. A larger tokenizer whose tokens do not occur does no harm."""
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= limits.vocabulary}
@@ -46,22 +57,32 @@ def check_vocabulary(limits: Limits, store: Store, tokenizer: Any, place: Place)
     )
 
 
-def check_length(limits: Limits, store: Store, max_length: int, place: Place) -> int:
-    """Raise UserError for rows that are longer than the model has positions for. Returns how many it was not made for."""
+def check_length(limits: Limits, store: Store, max_length: int, place: Place) -> Beyond | None:
+    """Raise UserError for rows that are longer than the model has positions for. Returns those that it was not made for."""
     behind = limits.sampled or 0
-    most = max_length + limits.front + behind
-    if limits.positions is not None and most > limits.positions:
-        room = limits.positions - limits.front - behind
-        count, longest, origin, number = store.longer_than(room, prompts=limits.sampled is not None)
-        if count:
-            extra = f" with {limits.front} virtual tokens in front" if limits.front else ""
-            extra += f" and tuning.grpo.maxNewTokens {behind} behind" if behind else ""
-            fewer = "lower maxNewTokens" if room < 16 else f"set hyperparameters.maxLength to {room}"
-            raise UserError(
-                "LongerThanPositions",
-                f"the model has {limits.positions} positions, and {count} row(s) need more{extra}; the longest, {place(origin, number)}, has {longest} "
-                f"tokens. {fewer[:1].upper()}{fewer[1:]} (dataset.checks.tooLong says what becomes of longer rows), or use a model with more positions",
-            )
-    if limits.context is None or most <= limits.context:
-        return 0
-    return int(store.longer_than(limits.context - limits.front - behind, prompts=limits.sampled is not None)[0])
+    extra = f" with {limits.front} virtual tokens in front" if limits.front else ""
+    extra += f" and tuning.grpo.maxNewTokens {behind} behind" if behind else ""
+
+    def longer(most: int | None) -> tuple[int, int, str, str]:
+        """(rows that need more, tokens and place of the longest, what to set)."""
+        if most is None or max_length + limits.front + behind <= most:
+            return 0, 0, "", ""
+        room = most - limits.front - behind
+        rows, longest, origin, number = store.longer_than(room, prompts=limits.sampled is not None)
+        return (
+            rows,
+            longest,
+            place(origin, number) if rows else "",
+            "lower maxNewTokens" if room < 16 else f"set hyperparameters.maxLength to {room}",
+        )
+
+    rows, longest, where, fewer = longer(limits.positions)
+    if rows:
+        raise UserError(
+            "LongerThanPositions",
+            f"the model has {limits.positions} positions, and {rows} row(s) need more{extra}; the longest, {where}, has {longest} "
+            f"tokens. {fewer[:1].upper()}{fewer[1:]} (dataset.checks.tooLong says what becomes of longer rows), or use a model with more positions",
+        )
+    rows, longest, where, fewer = longer(limits.context)
+    told = f"{longest} tokens{extra}, and the model was made for {limits.context}: what it says beyond is a guess; {fewer}, or use a model with a longer context"
+    return Beyond(rows, where, told) if rows else None

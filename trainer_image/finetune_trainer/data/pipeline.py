@@ -31,6 +31,7 @@ from .tokens import RowTokenizer
 
 log = logging.getLogger("finetune.prepare")
 _SAMPLE = 50
+NO_ANSWERS = "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
 AnswerWriter = Callable[[Iterable[Row], RowReader], dict[str, str]]
 """Writes an answer to each row, by the digest of its prompt (scan.prompt_digest)."""
 
@@ -50,6 +51,17 @@ class SourceReport:
         return {"uri": self.uri, "format": self.format, "reason": self.reason, "rows": self.rows}
 
 
+@dataclass
+class _Opened:
+    """A source of which the first rows were looked at."""
+
+    origin: int
+    source: DatasetSource
+    name: str
+    reader: RowReader
+    rows: Iterator[Row]
+
+
 class Pipeline:
     """The rows of one job. The methods are called in the order they stand here."""
 
@@ -66,16 +78,17 @@ class Pipeline:
 
     def read_all(self) -> None:
         """Every source, row by row. Raises UserError as `checks` says."""
-        for origin, (source, name) in enumerate(zip(self.sources, self.fields, strict=True)):
-            self._read(origin, source, name)
+        opened = [self._open(origin, *named) for origin, named in enumerate(zip(self.sources, self.fields, strict=True))]
         held_out = self.context.spec.dataset.eval
         if held_out is not None and held_out.uri is not None:
             train = self.sources[0]
             source = DatasetSource(uri=held_out.uri, split=held_out.split)
             source = source.model_copy(update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint})
             self.reports[HELD_OUT] = SourceReport(held_out.uri)
-            self._read(HELD_OUT, source, "train")
+            opened.append(self._open(HELD_OUT, source, "train"))
         self._check_columns()
+        for each in opened:  # what a look at the first rows refuses comes before the work, and before a teacher is asked
+            self._read(each)
         self._refuse()
 
     def _refuse(self) -> None:
@@ -110,7 +123,7 @@ class Pipeline:
         name = "eval" if origin == HELD_OUT else self.fields[origin]
         return f"{name} {self.reports[origin].files.place(number)}"
 
-    def _read(self, origin: int, source: DatasetSource, name: str) -> None:
+    def _open(self, origin: int, source: DatasetSource, name: str) -> _Opened:
         report = self.reports[origin]
         iterator = rows(self.context, source, name, report.files)
         head = [row.parsed() for row in islice(iterator, _SAMPLE)]
@@ -123,18 +136,22 @@ class Pipeline:
         reader = RowReader(report.format, columns, chat=chat, filled=filled_in(values))
         if reader.reads_conversation(values):
             self.row_tokenizer.require_chat_template()
+        if "text" in FORMATS[report.format].columns and self._wants_answers:
+            raise UserError("NoAnswers", NO_ANSWERS)
+        return _Opened(origin, source, name, reader, chain(head, iterator))
+
+    def _read(self, opened: _Opened) -> None:
+        report, reader = self.reports[opened.origin], opened.reader
         similar = self.checks.near_duplicates != "ignore" or self.checks.near_leakage != "ignore"
-        answers = self.write_answers(rows(self.context, source, name), reader) if self.write_answers is not None else None
+        answers = None
+        if self.write_answers is not None:
+            answers = self.write_answers(rows(self.context, opened.source, opened.name), reader)
         held_out = self.context.spec.dataset.eval
         group_by = held_out.group_by if held_out is not None else None
         scan = Scan(self.row_tokenizer, reader, similar, answers, group_by)
-        if "text" in FORMATS[report.format].columns and self._wants_answers:
-            raise UserError(
-                "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
-            )
-        for chunk in scan_rows(scan, chain(head, iterator)):
+        for chunk in scan_rows(scan, opened.rows):
             report.rows += len({row.number for row in chunk})
-            self.store.add(origin, list(self._usable(origin, chunk)), self.checks.similarity)
+            self.store.add(opened.origin, list(self._usable(opened.origin, chunk)), self.checks.similarity)
 
     def _format(self, head: list[Row], origin: int, columns: Mapping[str, str]) -> tuple[str, str]:
         wanted = self.context.spec.dataset.format
@@ -242,8 +259,9 @@ class Pipeline:
         """Raise UserError for rows that the model cannot take; those that it was not made for are told."""
         check_vocabulary(limits, self.store, self.row_tokenizer.tokenizer, self._place)
         beyond = check_length(limits, self.store, self.row_tokenizer.max_length, self._place)
-        if beyond:
-            self.warnings["beyondContext"] = beyond
+        if beyond is not None:
+            self.warnings["beyondContext"] = beyond.rows
+            self.problems.add("beyondContext", beyond.longest, beyond.told, count=beyond.rows)
 
     def packed_sequences(self) -> int:
         """Sequences that the training rows are packed into."""

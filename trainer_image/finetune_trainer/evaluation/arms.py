@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.evaluation_status import ArmName
-from finetune_api.spec import ANSWER_METRICS
+from finetune_api.spec import ANSWER_METRICS, Evaluation
 
 from ..data.limits import Limits
+from ..data.pipeline import NO_ANSWERS
 from ..data.shape import BadRow, Shape, system_prompt
 from ..data.store import read_rows
 from ..data.tokens import IGNORED, RowTokenizer
@@ -81,7 +82,9 @@ def write_baseline(context: Context, tokenizer: Any, limits: Limits) -> Baseline
     spec = context.spec.evaluation
     assert spec is not None
     found = Baseline()
-    rows = [json.loads(row["row"]) for row in good_rows(read_rows(context.layout.eval_rows, ("row", "label"), spec.max_examples))]
+    held_out = read_rows(context.layout.eval_rows, ("row", "label"), spec.max_examples)
+    rows = [json.loads(row["row"]) for row in good_rows(held_out)]
+    _check_rows(spec, held_out, rows)
     own = {system_prompt(row) for row in rows}
     found.system = own.pop() if len(own) == 1 else ""
     if context.spec.tuning.objective not in ("pretrain", "reward") and rows and not any("text" in row for row in rows):
@@ -89,6 +92,20 @@ def write_baseline(context: Context, tokenizer: Any, limits: Limits) -> Baseline
         _Planner(context, tokenizer, rows, room, found).plan()
     context.write_json(context.layout.baseline, asdict(found))
     return found
+
+
+def _check_rows(spec: Evaluation, held_out: list[Row], good: list[Shape]) -> None:
+    """Raise UserError when a metric cannot be computed on the held-out rows."""
+    more = "raise dataset.eval.splitFraction or evaluation.maxExamples, or give others in dataset.eval.uri"
+    if not good:
+        raise UserError("NoEvalRows", f"no held-out row has a good answer (label true) to compare on; {more}")
+    labels = {row["label"] for row in held_out if row.get("label") is not None}
+    if "preference-accuracy" in spec.metrics and len(labels) == 1:
+        raise UserError(
+            "OneSided", f"evaluation.metrics preference-accuracy needs held-out rows with label true and with label false; {more}"
+        )
+    if set(spec.metrics) & set(ANSWER_METRICS) and any("text" in row for row in good):
+        raise UserError("NoAnswers", NO_ANSWERS)
 
 
 def read_baseline(context: Context) -> Baseline:

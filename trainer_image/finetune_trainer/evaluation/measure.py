@@ -17,7 +17,6 @@ from ..data.tokens import IGNORED
 from ..models.generate import batches, encode, generate, latency
 from ..models.likelihood import learned_values
 from ..models.shared_prefix import share
-from ..process.errors import UserError
 from .answers import final_answer
 from .metrics import METRICS, Values
 
@@ -144,10 +143,6 @@ def _preferences(model: Any, rows: list[Row], pad: int, *, reward: bool) -> Valu
     if rows[0].get("label") is not None:
         found = _likelihoods(model, [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad)
         good = np.array([bool(row["label"]) for row in rows])
-        if good.all() or not good.any():
-            raise UserError(
-                "OneSided", "preference-accuracy needs held-out rows with label true and with label false; raise dataset.eval.splitFraction"
-            )
         return np.array([[float((found[~good] < point).mean()), 1.0] for point in found[good]])
     scores = []
     for side in ("chosen_ids", "rejected_ids"):

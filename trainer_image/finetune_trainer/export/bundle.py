@@ -15,6 +15,7 @@ from finetune_api.status import Artifact
 
 from ..data.shape import is_conversation
 from ..job.context import Context
+from ..models.weights import ADAPTER_CONFIG
 from ..process.errors import InfrastructureError, UserError
 from .card import CardFacts, model_card
 from .usage import Usage
@@ -72,7 +73,8 @@ def _usage(context: Context, base: dict[str, Any], report: dict[str, Any]) -> Us
 
         shape = json.loads(read_rows(context.layout.train_rows, ("row",), 1)[0]["row"])
     systems = [text for text, _ in report.get("systemPrompts") or []]
-    return Usage(context.job, base, is_conversation(shape), systems[0] if len(systems) == 1 and systems[0] else None)
+    adapter = _optional(context, f"{context.layout.output}/{ADAPTER_CONFIG}") or {}
+    return Usage(context.job, base, is_conversation(shape), systems[0] if len(systems) == 1 and systems[0] else None, adapter)
 
 
 def _parents(context: Context) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ def _parents(context: Context) -> list[dict[str, Any]]:
 
 def _name_base(context: Context, bundle: Path) -> None:
     """Name the base model by its URI, not by the folder it was mounted at."""
-    config = bundle / "adapter_config.json"
+    config = bundle / ADAPTER_CONFIG
     if config.exists():
         uri = context.spec.model.uri
         document = json.loads(config.read_text())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.contract import JobFile
-from finetune_api.spec import WHOLE_MODEL_METHODS, Lora
+from finetune_api.spec import VIRTUAL_TOKEN_METHODS, WHOLE_MODEL_METHODS
 from finetune_api.uris import parse_uri
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,6 +27,8 @@ class Usage:
     """Whether its rows were rendered by the chat template."""
     system: str | None = None
     """The one system text that all rows carry."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """adapter_config.json; empty where the result is a whole model."""
 
     @property
     def _whole(self) -> bool:
@@ -95,7 +97,7 @@ class Usage:
             return [
                 *([f"messages = {_python(answered)}"] if self.conversations else []),
                 f'answer = tokenizer({text}, return_tensors="pt"{", add_special_tokens=False" if self.conversations else ""})',
-                "print(model(**answer).logits.item())",
+                'print(model(input_ids=answer["input_ids"], attention_mask=answer["attention_mask"]).logits.item())',
             ]
         if self.conversations:
             prompt = [
@@ -106,7 +108,7 @@ class Usage:
             prompt = [f'prompt = tokenizer({json.dumps(_HELLO)}, return_tensors="pt")']
         return [
             *prompt,
-            "answer = model.generate(**prompt, max_new_tokens=64)",
+            'answer = model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=64)',
             'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
 
@@ -120,18 +122,19 @@ class Usage:
         return [f"{setting}  # {self._where()}"], '"$BASE_MODEL"'
 
     def _vllm(self) -> list[str]:
-        tuning, output = self.job.spec.tuning, self.job.spec.output
+        method, output = self.job.spec.tuning.method, self.job.spec.output
         title = ["", "vLLM:", ""]
         if self._whole:
             return [*title, *_block("sh", "vllm serve .")]
-        rank = next((rank for rank in _VLLM_RANKS if rank >= (tuning.lora or Lora()).rank), None)
-        if tuning.method in ("lora", "qlora", "rslora") and rank is not None:
+        rank = next((rank for rank in _VLLM_RANKS if rank >= int(self.adapter.get("r") or 0)), None)
+        if method in ("lora", "qlora", "rslora") and rank is not None and not self.adapter.get("modules_to_save"):
             setting, base = self._shell_base()
             serve = f'vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "{self.job.name}=$PWD"'
             return [*title, *_block("sh", *setting, serve)]
         if output.merged:
             return ["", "vLLM loads no adapter of this kind, but the merged model:", "", *_block("sh", "vllm serve ./merged")]
-        return ["", "vLLM loads no adapter of this kind; `output.merged: true` publishes the whole model beside it."]
+        merged = "" if method in VIRTUAL_TOKEN_METHODS else "; `output.merged: true` publishes the whole model beside it"
+        return ["", f"vLLM loads no adapter of this kind{merged}."]
 
     def _ollama(self) -> list[str]:
         output, name = self.job.spec.output, self.job.name

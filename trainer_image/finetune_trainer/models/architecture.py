@@ -20,7 +20,7 @@ _DEQUANTIZED = ("mxfp4", "fp8")
 """Formats that models are published in and that transformers turns back into 16 bit while loading."""
 _ATTENTION = {"sdpa": "_supports_sdpa", "flash-attention-2": "_supports_flash_attn"}
 _JUDGING = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
-_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_encoding)$")
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|positions_embed|position_embeddings|pos_encoding)$")
 
 
 def read_config(folder: str, uri: str, *, trust: bool) -> Any:
@@ -34,7 +34,10 @@ def read_config(folder: str, uri: str, *, trust: bool) -> Any:
 
 
 def _not_understood(uri: str, failure: BaseException) -> UserError:
-    return UserError("ModelNotReadable", f"{uri}: the model's config.json is not understood: {str(failure)[:500]}")
+    text = str(failure)
+    if isinstance(failure, KeyError) and failure.args:  # a sentence, or one of its values
+        text = str(failure.args[0]) if " " in str(failure.args[0]) else f"transformers knows no {failure}"
+    return UserError("ModelNotReadable", f"{uri}: the model's config.json is not understood: {text[:500]}")
 
 
 def model_class(auto: Any, config: Any) -> Any:
@@ -193,12 +196,25 @@ def context_length(config: Any) -> int | None:
     """Tokens that the model was made for: more can be computed with rotary positions, and are guesses."""
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
-    if not isinstance(most, int):
+    if not isinstance(most, int) or most <= 0:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     layers = [r for r in rope.values() if isinstance(r, dict)] if all(isinstance(r, dict) for r in rope.values()) else [rope]
-    scaled = [float(r.get("factor") or 1) * float(r.get("original_max_position_embeddings") or 0) for r in layers]
+    scaled = [float(r.get("factor") or 1) * float(r.get("original_max_position_embeddings") or most) for r in layers]
     return max(most, *(int(length) for length in scaled)) if scaled else most
+
+
+def size(config: Any, *names: str) -> int | None:
+    """A number of a configuration, by the first of its names that is set there; the largest, where layers differ in it."""
+    for name in names:
+        try:
+            found = getattr(config, name, None)
+        except RuntimeError:  # transformers' word for layers that differ
+            found = [getattr(config.per_layer_config[layer], name, None) for layer in range(config.num_hidden_layers)]
+        numbers = [number for number in (found if isinstance(found, list | tuple) else [found]) if isinstance(number, int)]
+        if any(numbers):
+            return max(numbers)
+    return None
 
 
 def vocabulary(model: Any) -> int:

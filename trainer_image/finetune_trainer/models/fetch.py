@@ -23,6 +23,7 @@ from ..remote.s3 import s3_client, s3_host
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
 _FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
+_APART = "name its base in model.uri and the adapter in tuning.continueFrom"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 
@@ -36,9 +37,10 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
             raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     else:
         folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
+    if config == "config.json" and (folder / ADAPTER_CONFIG).is_file():  # transformers would load another base, that of the adapter
+        raise UserError("ModelNotReadable", f"{shown(name, uri)} holds a model and an adapter ({ADAPTER_CONFIG}): {_APART}")
     check_whole(folder, shown(name, uri), config)
-    if not remote_code:
-        _refuse_code(folder, shown(name, uri))
+    _check_configs(folder, shown(name, uri), remote_code=remote_code)
     context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
     return str(folder)
 
@@ -137,22 +139,29 @@ def _compare(folder: Path, uri: URI) -> None:
 def _instead(folder: Path) -> str:
     """What to name in place of a folder that holds no model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        return "it is an adapter: name its base in model.uri and the adapter in tuning.continueFrom"
+        return f"it is an adapter: {_APART}"
     inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
     more = f"; {', '.join(inside[:3])} inside it would do" if inside else ""
     return f"name the folder that from_pretrained would load{more}"
 
 
-def _refuse_code(folder: Path, uri: str) -> None:
-    """A model that names code of its own is refused before any library reads its configuration (case A7)."""
+def _check_configs(folder: Path, uri: str, *, remote_code: bool) -> None:
+    """Its settings can be read; one that names code of its own is refused before any library reads its configuration (case A7)."""
     for name in _CONFIGS:
         try:
             document = json.loads((folder / name).read_text())
         except FileNotFoundError:
             continue
         except (ValueError, RecursionError):
-            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON") from None
-        if isinstance(document, dict) and document.get("auto_map"):
+            document = None
+        if not isinstance(document, dict):
+            raise UserError("ModelNotReadable", f"{uri}: {name} is no JSON object; copy or download the model again") from None
+        stops = document.get("eos_token_id")
+        if not all(isinstance(stop, int) for stop in (stops if isinstance(stops, list) else [stops] if stops is not None else [])):
+            raise UserError(
+                "ModelNotReadable", f"{uri}: {name}: eos_token_id is {stops!r}; write the number of a token, or a list of numbers"
+            )
+        if document.get("auto_map") and not remote_code:
             raise UserError(
                 "RemoteCode",
                 f"{uri} brings Python code ({name}: auto_map). Read that code, then set model.trustRemoteCode: true; an administrator must allow it for the namespace",

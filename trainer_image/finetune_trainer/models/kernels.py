@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .architecture import supports
+from .architecture import size, supports
 
 VARLEN = "varlen"
 PADDING_FREE = ("flash_attention_2", VARLEN)
@@ -65,9 +65,9 @@ def supports_varlen(kind: Any, config: Any) -> bool:
     if not all(getattr(kind, f"_supports_{what}", False) for what in ("flash_attn", "sdpa", "attention_backend")):
         return False
     text = config.get_text_config()
-    head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    head = size(text, "head_dim") or (size(text, "hidden_size") or 0) // (size(text, "num_attention_heads") or 1)
     special = ("attn_logit_softcapping", "v_head_dim", "attention_dropout", "attn_pdrop")
-    return head <= LARGEST_HEAD and head % 8 == 0 and not any(getattr(text, name, None) for name in special)
+    return 0 < head <= LARGEST_HEAD and head % 8 == 0 and not any(getattr(text, name, None) for name in special)
 
 
 def keeps_rows_apart(wanted: str, kind: Any, config: Any, *, compiled: bool = False) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -35,10 +36,29 @@ def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
             module.forward = own
 
 
+_TRUNKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _trunk(causal: Any) -> Any:
+    """The module that makes the hidden states: the model's base, or the decoder in it where the base is passed by (OPT); else the model."""
+    if causal not in _TRUNKS:
+        called: list[Any] = []
+        token = torch.zeros((1, 1), dtype=torch.long, device=causal.device)
+        for module in (causal.base_model, causal.base_model.get_decoder() if hasattr(causal.base_model, "get_decoder") else causal):
+            if module is causal or called:
+                continue
+            handle = module.register_forward_pre_hook(lambda module, _: called.append(module))
+            causal(input_ids=token, use_cache=False)
+            handle.remove()
+        _TRUNKS[causal] = called[0] if called else None  # itself would keep it alive
+    return _TRUNKS[causal] or causal
+
+
 @torch.inference_mode()
 def hidden_states(model: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
     """(the trunk's last hidden states, its whole output) of a forward pass of which no logits are kept."""
-    trunk = causal_model(model).base_model
+    trunk = _trunk(causal_model(model))
     seen: list[Any] = []
     forward = trunk.forward
 
@@ -66,7 +86,7 @@ def learned_values(model: Any, targets: torch.Tensor, learned: torch.Tensor, **i
     `targets` and `learned` are of the shape of the inputs' last positions: the target of a position is the token after it.
     """
     causal = causal_model(model)
-    trunk = causal.base_model
+    trunk = _trunk(causal)
     if trunk is causal:  # a model whose head cannot be told from its trunk
         logits = model(**inputs).logits[:, -targets.shape[1] :][learned]
         parts = [_judge(part, wanted) for part, wanted in zip(logits.split(256), targets[learned].split(256), strict=True)]

@@ -81,7 +81,7 @@ def load_model(
 
     `padding_free`: rows may come one behind the other, and an attention that can tell them apart is picked where there is one.
     """
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
     hyper, trust = context.spec.tuning.hyperparameters, context.spec.model.trust_remote_code
     options: dict[str, Any] = {}
@@ -111,7 +111,11 @@ def load_model(
         attn_implementation=attention,
         trust_remote_code=trust,
         output_loading_info=True,
+        generation_config=GenerationConfig(),  # the base's is for those who serve it: here it would change what is greedy, or not be saved
         **options,
     )
     check_loaded(model, info, folder)
-    return model if undone is None else model.to(dtype)  # what was turned back is 16 bit, whatever was asked for
+    if undone is not None:
+        model.__dict__.pop("_weight_conversions", None)  # by which it would be saved under the names of quantized weights
+        model.to(dtype)  # what was turned back is 16 bit, whatever was asked for
+    return model

@@ -55,8 +55,8 @@ def share(model: Any, sequences: Sequence[list[int]]) -> SharedPrefix | None:
         return None
     ids = list(sequences[0][:length])
     head = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    cache = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **head).past_key_values
-    if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
+    cache: Any = getattr(model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **head), "past_key_values", None)
+    if type(cache) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in cache.layers):
         return None
     if any(layer.get_seq_length() != length for layer in cache.layers):
         return None

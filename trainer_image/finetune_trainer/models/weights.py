@@ -9,12 +9,18 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from ..process.errors import UserError
 
 MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+"""Of safetensors' types: how a number lies in the file, and the bits that are all set where it is none."""
+_LOOKED_AT = 1 << 30
+"""Bytes of a model that are looked at for such numbers."""
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -74,6 +80,30 @@ def check_whole(folder: Path, uri: str, config: str = "config.json") -> None:
                     f"{uri}: {file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` in that folder, or download the model with `hf download`",
                 )
     shapes(folder, uri, config)
+    check_numbers(folder, uri, config)
+
+
+def check_numbers(folder: Path, uri: str, config: str = "config.json") -> None:
+    """Raise UserError where weights are no numbers, of which a model makes nothing else. Reads the beginning of each tensor alone."""
+    files = weight_files(folder, uri, config)
+    for file in files:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            tensors = json.loads(stream.read(size))
+            most = max(4096, _LOOKED_AT // (len(files) * len(tensors)) // 4096 * 4096)
+            for name, tensor in tensors.items():
+                kind = _EXPONENTS.get(tensor.get("dtype", ""))
+                if kind is None:
+                    continue
+                begin, end = tensor["data_offsets"]
+                stream.seek(8 + size + begin)
+                words = np.frombuffer(stream.read(min(end - begin, most)), kind[0])
+                if ((words & kind[1]) == kind[1]).any():
+                    raise UserError(
+                        "WeightsNotFinite",
+                        f"{uri}: {file.name}: tensor {name} holds values that are no numbers (NaN or infinite), so the loss would be none; "
+                        "copy or download the model again, or convert it anew, in bfloat16",
+                    )
 
 
 def fingerprint(folder: Path, config: str = "config.json") -> str:

@@ -73,7 +73,18 @@ class Stopped(StageError):
     code = ExitCode.STOPPED
 
 
-_LIBRARIES = ("transformers", "peft", "trl", "accelerate", "bitsandbytes")
+_LIBRARIES = (
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "huggingface_hub",
+    "liger_kernel",
+    "lm_eval",
+    "gguf",
+)
 BY_CODE: dict[ExitCode, type[StageError]] = {kind.code: kind for kind in (UserError, OutOfMemory, InfrastructureError, Hang, Stopped)}
 
 

@@ -7,6 +7,7 @@ Needs what prepare and train wrote. Does not decide what is enough: that is eval
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from finetune_api.contract import StageResult
-from finetune_api.spec import ANSWER_METRICS, WHOLE_MODEL_METHODS
+from finetune_api.spec import WHOLE_MODEL_METHODS
 
 from ..data.store import read_rows
 from ..evaluation import forgetting, gate, harness, judge
@@ -27,7 +28,6 @@ from ..job.pages import render_page
 from ..models.fetch import local_path
 from ..models.load import compute_dtype, load_model
 from ..models.stopping import load_served_tokenizer, stop_model
-from ..process.errors import UserError
 from ..remote.chat import check_reachable
 from ..training.objectives import OBJECTIVES
 
@@ -48,10 +48,9 @@ def evaluate(context: Context) -> StageResult:
     folder = local_path(context)
     tokenizer = load_served_tokenizer(context, folder)
     rows = read_rows(context.layout.eval_rows, _COLUMNS, spec.max_examples)
-    if all(row.get("label") is False for row in rows):
-        raise UserError("NoEvalRows", "no held-out row has a good answer (label true) to compare on")
     baseline = read_baseline(context)
-    *before, after = asked_rows(context, tokenizer, rows, baseline, answers=_has_answers(context, rows))
+    answers = context.spec.tuning.objective != "reward" and not any("text" in json.loads(row["row"]) for row in rows)
+    *before, after = asked_rows(context, tokenizer, rows, baseline, answers=answers)
 
     # 2. The base in all its arms, then what was made of it
     cuda = torch.cuda.is_available()
@@ -59,7 +58,14 @@ def evaluate(context: Context) -> StageResult:
     model = _load(context, folder, tokenizer, cuda)
     arms = [_measure(context, model, tokenizer, asked) for asked in before]
     arms[0].scores = _scores(context, model, tokenizer)
-    model = _tuned(context, model, tokenizer, cuda)
+    if context.spec.tuning.method in WHOLE_MODEL_METHODS:
+        del model  # memory for two of them was not asked for
+        gc.collect()
+        model = _load(context, context.layout.output, tokenizer, cuda)
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, context.layout.output).to(model.device).eval()
     tuned = _measure(context, model, tokenizer, after)
     tuned.scores = _scores(context, model, tokenizer)
     if spec.judge is not None:
@@ -77,37 +83,16 @@ def evaluate(context: Context) -> StageResult:
     return StageResult(reason=verdict.reason, message=message, result=told)
 
 
-def _has_answers(context: Context, rows: Rows) -> bool:
-    """Whether requests can be made of the rows. Raises UserError where a metric needs that and they cannot."""
-    spec = context.spec.evaluation
-    assert spec is not None
-    if context.spec.tuning.objective == "reward":
-        return False
-    if not any("text" in json.loads(row["row"]) for row in rows):
-        return True
-    if set(spec.metrics) & set(ANSWER_METRICS):
-        raise UserError(
-            "NoAnswers", "evaluation.metrics asks for answers, but the rows are plain text; use loss, perplexity or token-accuracy"
-        )
-    return False
-
-
 def _load(context: Context, folder: str, tokenizer: Any, cuda: bool) -> Any:
     reward = OBJECTIVES[context.spec.tuning.objective].reward_model
     model = load_model(context, folder, dtype=compute_dtype(cuda), reward=reward, cuda=cuda)
     stop_model(context, model, tokenizer, local_path(context))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss that is not asked for, over all tokens at once
     return model.to("cuda" if cuda else "cpu").eval()
-
-
-def _tuned(context: Context, base: Any, tokenizer: Any, cuda: bool) -> Any:
-    if context.spec.tuning.method in WHOLE_MODEL_METHODS:
-        del base
-        return _load(context, context.layout.output, tokenizer, cuda)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, context.layout.output).to(base.device).eval()
 
 
 def _measure(context: Context, model: Any, tokenizer: Any, asked: Asked) -> Measured:

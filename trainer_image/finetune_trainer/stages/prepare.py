@@ -47,11 +47,11 @@ def prepare(context: Context) -> StageResult:
 
     # 2. The models: fetched, and looked at as far as their configuration tells
     folder = fetch_base_model(context)
-    tokenizer = load_tokenizer(context, folder)
-    resident = teacher.fetch_teacher(context, tokenizer)
     if spec.tuning.continue_from is not None:
         fetch_adapter(context)
     base = describe_model(context, folder)
+    tokenizer = load_tokenizer(context, folder)
+    resident = teacher.fetch_teacher(context, tokenizer)
     forms.check_convertible(context, folder, tokenizer, base.modules)
 
     # 3. What evaluate will need of the network

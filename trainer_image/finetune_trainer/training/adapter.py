@@ -9,6 +9,7 @@ from ..job.context import Context
 from ..models.fetch import fetch_model, local_path
 from ..models.weights import ADAPTER_CONFIG, shapes
 from ..process.errors import UserError
+from .methods import past_the_head, rehearse, task_type
 
 
 def fetch_adapter(context: Context) -> None:
@@ -37,14 +38,24 @@ def fetch_adapter(context: Context) -> None:
 def adapt(context: Context, model: Any) -> Any:
     """In prepare: a model on the meta device with the adapter of `continueFrom`. Raises UserError when it was made on another base."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    uri, folder = str(context.spec.tuning.continue_from), local_path(context, "adapter")
+    tuning, folder = context.spec.tuning, local_path(context, "adapter")
+    uri = str(tuning.continue_from)
     try:
         config = PeftConfig.from_pretrained(folder)
+        if config.task_type not in (None, task_type(tuning)):
+            raise UserError(
+                "WrongAdapter",
+                f"tuning.continueFrom: {uri} was made for another task ({config.task_type}) than tuning.objective {tuning.objective}; "
+                "name an adapter of a like objective: those of reward models go on with reward, all others with all others",
+            )
         config.inference_mode = False
         made = get_peft_model(model, config, autocast_adapter_dtype=False)
         wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as failure:
+        if tuning.method == "prefix":
+            rehearse(made)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as failure:
         raise UserError("WrongAdapter", f"tuning.continueFrom: {uri} does not fit this base: {str(failure)[:400]}; {_BASE}") from failure
     stored = shapes(Path(folder), uri, ADAPTER_CONFIG)
     odd = sorted(name for name in wanted if name in stored and stored[name] != wanted[name])
@@ -56,6 +67,8 @@ def adapt(context: Context, model: Any) -> Any:
         raise UserError(
             "WrongAdapter", f"tuning.continueFrom: {uri} lacks {len(lost)} weights that this base needs, such as {lost[0]}; {_BASE}"
         )
+    if tuning.objective != "orpo" and isinstance(made.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("WrongAdapter", f"tuning.continueFrom: {uri}: {past_the_head(tuning.objective, 'the head')}; name another adapter")
     return made
 
 

@@ -11,7 +11,7 @@ from finetune_api.status import Plan
 
 from ..job.context import Context
 from ..models.fetch import local_path
-from ..models.stopping import load_served_tokenizer
+from ..models.stopping import load_served_tokenizer, stop_model
 from . import methods
 from .objectives import OBJECTIVES, TrainerSetup
 
@@ -23,6 +23,7 @@ def build_trainer(context: Context, plan: Plan, arguments: Any, cuda: bool, call
     tokenizer = load_served_tokenizer(context, folder)
     model = methods.build_model(context, plan, folder, arguments, reward=kind.reward_model, cuda=cuda)
     model.config.pad_token_id = tokenizer.pad_token_id
+    stop_model(context, model, tokenizer, folder)
     stopping = tuning.hyperparameters.early_stopping
     if stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(stopping.patience, stopping.min_delta)]

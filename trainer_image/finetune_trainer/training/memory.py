@@ -40,6 +40,8 @@ class ModelShape:
     """0 for a model without an output head over the vocabulary."""
     position: int = 0
     """Virtual tokens in front of each row."""
+    recomputes: bool = True
+    """Whether the model's class can compute its activations again in the backward pass."""
 
 
 @dataclass(frozen=True)

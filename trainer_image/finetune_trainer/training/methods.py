@@ -16,6 +16,7 @@ from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Lora, Method,
 from finetune_api.status import Plan
 
 from ..job.context import Context
+from ..models.architecture import size
 from ..models.fetch import local_path
 from ..models.load import compute_dtype, load_model
 from ..process.errors import UserError
@@ -40,9 +41,15 @@ class MethodKind:
         from peft import get_peft_model
 
         kind = model.config.model_type
+        if tuning.method in ("prompt", "p-tuning") and any(name.endswith("embed_tokens_per_layer") for name, _ in model.named_modules()):
+            message = f"tuning.method {tuning.method} does not work on models of type {kind}, whose layers look tokens up by number"
+            raise UserError("MethodNotSupported", f"{message}; set tuning.method to lora")
         try:
-            return get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as failure:
+            made = get_peft_model(model, self.config(tuning, task_type(tuning), model), autocast_adapter_dtype=False)
+            if tuning.method == "prefix":
+                rehearse(made)
+            return made
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as failure:  # NotImplementedError is one of the last
             # PEFT has tables of models, and looks for what it needs in the rest
             linear = f"tuning.lora.targetModules to linear layers of the model ({_linear_names(model)}), or tuning.method to another"
             raise UserError(
@@ -52,10 +59,22 @@ class MethodKind:
             ) from failure
 
 
+def rehearse(model: Any) -> None:
+    """One forward pass without memory. Learned keys and values fit where each layer keeps those of its heads, and nothing else:
+    not one set for all heads, compressed ones, states, or scores of experts. What they do not fit raises anything.
+    """
+    import torch
+
+    ids = torch.ones((2, 4), dtype=torch.long, device="meta")
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
 def _words(failure: Exception) -> str:
     """A library's message, without its advice about its own names."""
     text = str(failure) if not isinstance(failure, KeyError) else f"no setting for {failure}"
-    return text.partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
+    if text.startswith("Please specify"):
+        text = "PEFT has no setting for them"
+    return text.partition("\n")[0].partition(" Please ")[0].strip().rstrip(".")[:400] or type(failure).__name__
 
 
 def _linear_names(model: Any) -> str:
@@ -109,8 +128,40 @@ def _lora(**options: Any) -> Callable[[Tuning, str, Any], Any]:
 
 def _not_adapted(model: Any) -> list[str] | str | None:
     """What `all-linear` leaves out, as PEFT takes it."""
-    others = _besides_language(model)
-    return rf"({'|'.join(map(re.escape, others))})\..*" if others else _UNADAPTED.get(model.config.model_type)
+    names = [*_UNADAPTED.get(model.config.model_type, ()), *_other_forwards(model)]
+    others = [rf"({'|'.join(map(re.escape, parts))})\..*"] if (parts := _besides_language(model)) else []
+    return "|".join([*others, *(rf"(.*\.)?{re.escape(name)}" for name in names)]) if others else names or None
+
+
+def _other_forwards(model: Any) -> list[str]:
+    """Last names of linear layers that give something else than a tensor, such as a router its choice as well: an adapter adds to a tensor."""
+    import torch
+
+    known: dict[type, bool] = {}
+    found = set()
+    for name, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, torch.nn.Linear) and kind.__module__.startswith(("transformers.models.", "transformers_modules.")):
+            if kind not in known:
+                known[kind] = _gives_more(module)
+            if known[kind]:
+                found.add(name.rpartition(".")[2])
+    return sorted(found)
+
+
+def _gives_more(module: Any) -> bool:
+    """Whether a linear layer's class gives something else than a tensor; asked without its weights, which may lie in parts."""
+    import torch
+
+    weights = {
+        name: torch.empty(module.out_features, *([module.in_features] if name == "weight" else []), device="meta")
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    try:
+        given = torch.func.functional_call(module, weights, (torch.empty(1, module.in_features, device="meta"),))
+    except Exception:  # it takes more than one argument, or reads numbers
+        return False
+    return not isinstance(given, torch.Tensor)
 
 
 def _besides_language(model: Any) -> list[str]:
@@ -158,8 +209,13 @@ def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
     if objective != "orpo" and (on_head := sorted(w for w in wanted if any(name == w or name.endswith(f".{w}") for name in heads))):
         raise UserError(
             "MethodNotSupported",
-            f"tuning.lora.targetModules: with objective {objective} the loss is computed from the weights of {on_head[0]} directly, past an adapter, "
-            "which would learn nothing; remove it from the list",
+            f"tuning.lora.targetModules: {past_the_head(objective, on_head[0])}; remove it from the list",
+        )
+    if on_other := sorted(wanted & set(_other_forwards(model))):
+        raise UserError(
+            "MethodNotSupported",
+            f"tuning.lora.targetModules: {on_other[0]} of models of type {model.config.model_type} is no plain linear layer, which an adapter "
+            "could add to; remove it from the list",
         )
     if missing:
         raise UserError(
@@ -167,6 +223,13 @@ def _check_targets(wanted: set[str], model: Any, objective: Objective) -> None:
             f"tuning.lora.targetModules: no module of this model ({model.config.model_type}) is named {', '.join(missing)}; its linear layers are "
             f"{_linear_names(model)}. Name some of these, or all-linear",
         )
+
+
+def past_the_head(objective: Objective, head: str) -> str:
+    """For people: why an adapter on the output head would learn nothing."""
+    return (
+        f"with objective {objective} the loss is computed from the weights of {head} directly, past an adapter, which would learn nothing"
+    )
 
 
 def adapter_dropout(model: Any) -> float:
@@ -201,7 +264,7 @@ def _p_tuning(tuning: Tuning, task: str, _: Any) -> Any:
 def _partial(tuning: Tuning, model: Any) -> None:
     """Release the last layers with the final norm and the head, and what else is named; freeze the rest."""
     partial = tuning.partial or Partial()
-    layers = int(model.config.get_text_config().num_hidden_layers)
+    layers = size(model.config.get_text_config(), "num_hidden_layers") or 0
     last = {str(index) for index in range(max(0, layers - partial.last_layers), layers)}
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     others = tuple(f"{part}." for part in _besides_language(model))

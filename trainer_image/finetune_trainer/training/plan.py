@@ -10,7 +10,7 @@ from finetune_api.spec import UNSHARDED_METHODS, UNSHARDED_OBJECTIVES, WHOLE_MOD
 from finetune_api.status import Plan
 
 from ..process.errors import UserError
-from .memory import Memory, ModelShape, Setting, estimate, human_bytes
+from .memory import CUDA_CONTEXT, Memory, ModelShape, Setting, estimate, human_bytes
 
 _LARGEST_BATCH = 8
 _LARGEST_WORLD = 4096
@@ -46,6 +46,12 @@ def make_plan(
         assert limit is not None
         least = min(candidates, key=lambda s: need(s).total)
         raise UserError("DoesNotFit", _refusal(spec, shape, least, need(least), limit, element, teacher))
+    if limit is not None and spec.evaluation is not None and (compared := CUDA_CONTEXT + 2 * shape.parameters) > limit:
+        raise UserError(
+            "DoesNotFit",
+            f"evaluation compares the models in 16 bit on one GPU, which takes {human_bytes(compared)} and more; resources.gpuMemory is "
+            f"{human_bytes(limit)}. Remove evaluation, or use GPUs of {human_bytes(int(compared * 1.1))}",
+        )
     accumulation = hyper.global_batch_size // spec.world_size // chosen.batch
     per_epoch = math.ceil(rows / hyper.global_batch_size)
     total = hyper.max_steps or max(1, math.ceil(per_epoch * hyper.epochs))
@@ -86,7 +92,7 @@ def _settings(spec: FineTuneJobSpec, shape: ModelShape, world: int) -> Iterator[
     fixed = spec.distribution.per_device_batch_size
     batches = [fixed] if fixed else [size for size in range(_LARGEST_BATCH, 0, -1) if share % size == 0 and size >= least] or [share]
     asked = spec.tuning.hyperparameters.gradient_checkpointing
-    recompute = [asked] if asked is not None else [False] if spec.tuning.method == "prefix" else [False, True]
+    recompute = [asked] if asked is not None else [False] if spec.tuning.method == "prefix" or not shape.recomputes else [False, True]
     for strategy, offload in _strategies(spec, shape, world):
         for checkpointing in recompute:
             for batch in batches:

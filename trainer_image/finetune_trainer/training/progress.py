@@ -60,9 +60,12 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+            advice = "lower hyperparameters.learningRate or maxGradNorm"
+            if state.global_step <= 1:  # nothing has been learned yet
+                advice = "the base itself makes it so: set hyperparameters.precision to bf16 or fp32, or use another copy of the base"
             raise UserError(
                 "NonFiniteLoss",
-                f"{what} at step {state.global_step}; lower hyperparameters.learningRate or maxGradNorm, and look at the rows of that step. "
+                f"{what} at step {state.global_step}; {advice}, and look at the rows of that step. "
                 f"The last good checkpoint is of step {latest_step(self._context.layout.checkpoints) or 0}",
             )
         if state.is_world_process_zero:

@@ -57,6 +57,11 @@ def describe_model(context: Context, folder: str) -> Base:
         sampled=spec.tuning.grpo.max_new_tokens if spec.tuning.grpo is not None else None,
     )
     shape = shape_of(spec, config.get_text_config(), model)
+    if hyper.gradient_checkpointing and not shape.recomputes:
+        raise UserError(
+            "MethodNotSupported",
+            f"hyperparameters.gradientCheckpointing: models of type {config.model_type} cannot compute activations again; set it to false",
+        )
     learns = adapt(context, model) if spec.tuning.continue_from is not None else METHODS[spec.tuning.method].apply(spec.tuning, model)
     trainable = {name: p.numel() for name, p in learns.named_parameters() if p.requires_grad}
     asked, notes = (spec.tuning.lora or Lora()).dropout, []
@@ -90,11 +95,12 @@ def _virtual_tokens(spec: FineTuneJobSpec) -> int:
 
 def shape_of(spec: FineTuneJobSpec, config: Any, model: Any) -> ModelShape:
     """The sizes of a loaded or meta model; what learns is not known yet."""
-    hidden = int(config.hidden_size)
-    heads = int(getattr(config, "num_attention_heads", None) or 1)  # a state-space model has none
-    head = int(getattr(config, "head_dim", None) or hidden // heads)
-    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
-    width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden)
+    size = architecture.size
+    hidden = size(config, "hidden_size") or int(model.get_input_embeddings().weight.shape[1])
+    heads = size(config, "num_attention_heads") or 1  # a state-space model has none
+    head = size(config, "head_dim") or hidden // heads
+    experts = size(config, "num_experts_per_tok") or 1
+    width = size(config, "moe_intermediate_size", "intermediate_size") or 4 * hidden
     output = model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output and m.out_features > 1)
     return ModelShape(
@@ -102,9 +108,10 @@ def shape_of(spec: FineTuneJobSpec, config: Any, model: Any) -> ModelShape:
         trainable=0,
         linear=linear,
         hidden=hidden,
-        layers=int(config.num_hidden_layers),
+        layers=size(config, "num_hidden_layers") or 1,
         attention=heads * head,
         intermediate=experts * width,
-        vocabulary=0 if spec.tuning.objective == "reward" else int(config.vocab_size),
+        vocabulary=0 if spec.tuning.objective == "reward" else architecture.vocabulary(model),
         position=_virtual_tokens(spec),
+        recomputes=bool(model.supports_gradient_checkpointing),
     )
