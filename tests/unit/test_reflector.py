@@ -220,8 +220,9 @@ async def test_a_restored_etcd_is_listed_again(
 
     sink = Restored()
     async with running(cluster, sink):
-        await until(lambda: sink.known == {"old": 0})
-    assert sink.told == ["replace", "put new", "replace"] and script.resumed_from[-1] == "50"
+        await until(lambda: sink.known == {"old": 0} and script.resumed_from[-1] == "50")
+    told = sink.told[sink.told.index("put new") :]
+    assert set(told[1:]) == {"replace"}  # a slow machine is silent more often than once
 
 
 async def test_a_continue_that_is_too_old_begins_the_list_anew(script: Script, cluster: KubernetesCluster) -> None:
