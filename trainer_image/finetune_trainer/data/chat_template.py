@@ -172,8 +172,10 @@ class ChatTemplate:
     def answer_lead(self) -> str:
         """The special tokens, and words between them, behind which the answer itself begins (gpt-oss: the final channel's).
 
-        Empty where an answer is told from thoughts by plain text, or by nothing.
+        Empty where an answer is told from thoughts by plain text, or by nothing, and without a template.
         """
+        if not self.tokenizer.chat_template:
+            return ""
         ask, thoughts, answer = "first question", "because-of-this", "only answer"
         turns: list[Shape] = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
         try:

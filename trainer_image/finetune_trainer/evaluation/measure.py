@@ -65,7 +65,7 @@ def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, rewar
     if "pairs" in kinds:
         found.values["preference-accuracy"] = _preferences(model, asked.rows, tokenizer.pad_token_id, reward=reward)
     if kinds & {"answers", "judge"}:
-        lead = ChatTemplate(tokenizer).answer_lead if tokenizer.chat_template else ""
+        lead = ChatTemplate(tokenizer).answer_lead
         found.answers = generate(model, tokenizer, [prompt for prompt, _ in asked.prompts], spec.max_new_tokens, lead)
         for metric in spec.metrics:
             score = METRICS[metric].score

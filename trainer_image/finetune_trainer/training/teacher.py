@@ -163,7 +163,7 @@ def _from_model(context: Context, row_tokenizer: RowTokenizer) -> Any:
         stop_with(tokenizer, theirs.template.turn_end)
     stop_model(context, model, tokenizer, place)
 
-    lead = theirs.template.answer_lead if tokenizer.chat_template else ""
+    lead = theirs.template.answer_lead
 
     def ask(prompts: list[Shape]) -> list[str]:
         texts = [theirs.prompt_and_answer(theirs.fitted(p))[0] for p in prompts]

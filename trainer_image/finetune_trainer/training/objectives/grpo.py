@@ -85,7 +85,7 @@ def _trainer(setup: TrainerSetup) -> Any:
         def _tokenize_prompts(self, prompts: list[str]) -> Any:
             return self._rendered, None, {}
 
-    lead = ChatTemplate(setup.tokenizer).answer_lead if setup.tokenizer.chat_template else ""
+    lead = ChatTemplate(setup.tokenizer).answer_lead
     speak = functools.partial(spoken, setup.tokenizer, lead=lead) if lead else None
     return Trainer(**setup.trainer_kwargs(), reward_funcs=[reward_function(reward, speak) for reward in grpo.rewards])
 
