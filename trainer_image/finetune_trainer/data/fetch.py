@@ -25,12 +25,12 @@ from finetune_api.uris import URI, parse_uri
 from ..job.context import Context
 from ..process.errors import InfrastructureError, SourceUnavailable, UserError
 from ..remote.addresses import allowed_addresses
-from ..remote.retry import error_for_status, host_unavailable, with_retries
+from ..remote.retry import CONNECT_TIMEOUT, READ_TIMEOUT, error_for_status, host_unavailable, with_retries
 from ..remote.s3 import error_code, s3_client, s3_host
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
-_REDIRECTS, _CONNECT_TIMEOUT, _TIMEOUT, _CHUNK = 5, 10, 60, 1 << 20
+_REDIRECTS, _CHUNK = 5, 1 << 20
 
 
 def fetch(context: Context, source: DatasetSource, field: str) -> Path:
@@ -73,7 +73,7 @@ def _connect(host: str, port: int) -> http.client.HTTPSConnection:
     with contextlib.suppress(SourceUnavailable):
         allowed_addresses(host, port)
     proxy = urlsplit(via if "://" in via else f"http://{via}")
-    connection = http.client.HTTPSConnection(str(proxy.hostname), proxy.port or 80, timeout=_TIMEOUT)
+    connection = http.client.HTTPSConnection(str(proxy.hostname), proxy.port or 80, timeout=READ_TIMEOUT)
     token = base64.b64encode(f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()).decode() if proxy.username else ""
     connection.set_tunnel(host, port, {"Proxy-Authorization": f"Basic {token}"} if token else {})
     return connection
@@ -84,12 +84,12 @@ class _Pinned(http.client.HTTPSConnection):
 
     def __init__(self, host: str, port: int, address: str) -> None:
         self._context = ssl.create_default_context()
-        super().__init__(host, port, timeout=_TIMEOUT, context=self._context)
+        super().__init__(host, port, timeout=READ_TIMEOUT, context=self._context)
         self._address = address
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), _CONNECT_TIMEOUT)
-        plain.settimeout(_TIMEOUT)
+        plain = socket.create_connection((self._address, self.port), CONNECT_TIMEOUT)
+        plain.settimeout(READ_TIMEOUT)
         self.sock = self._context.wrap_socket(plain, server_hostname=self.host)
 
 

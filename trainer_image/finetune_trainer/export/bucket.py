@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from finetune_api.status import Artifact
 from finetune_api.uris import URI, parse_uri
 
 from ..job.context import Context
+from ..job.files import parse_digests
 from ..process.errors import InfrastructureError, StageError, UserError
 from ..remote.retry import with_retries
-from ..remote.s3 import error_code, s3_client, s3_host
-from .bundle import artifact, files, refuse_foreign
+from ..remote.s3 import error_code, objects_below, s3_client, s3_host
+from .bundle import artifact, artifact_of, files, refuse_foreign
 
 _PART = 64 * 2**20
 """Bytes of a part: at most 10,000 parts make 625 GiB a file."""
@@ -67,8 +68,8 @@ class _Place:
 
     def check(self) -> Artifact | None:
         if self._owner() is not None and (sums := self._read(SUMS)) is not None:
-            size = sum(size for _, size in self._objects())
-            return Artifact(uri=self.shown, digest=f"sha256:{hashlib.sha256(sums).hexdigest()}", bytes=size)
+            size = sum(size for _, size in objects_below(self.client, self.uri))
+            return artifact_of(sums, size, self.shown)
         upload = self.client.create_multipart_upload(**self._at(LINEAGE))  # whether it may be written
         self.client.abort_multipart_upload(**self._at(LINEAGE), UploadId=upload["UploadId"])
         return None
@@ -83,7 +84,7 @@ class _Place:
             uploads = {name: self._upload(name, bundle / name) for name in names if name != LINEAGE}
             for name, completed in uploads.items():
                 self.client.complete_multipart_upload(**self._at(name), **completed)
-            for name, _ in list(self._objects()):
+            for name, _ in list(objects_below(self.client, self.uri)):
                 if name not in names:
                     self.client.delete_object(**self._at(name))  # of what was published before
             if (damaged := self._damaged(sums)) is not None:
@@ -101,29 +102,22 @@ class _Place:
                 return None
             raise
 
-    def _objects(self) -> Iterator[tuple[str, int]]:
-        """Names below the prefix, and their sizes in bytes."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.uri.name, Prefix=f"{self.uri.path}/")
-        for page in pages:
-            for found in page.get("Contents", ()):
-                yield found["Key"].removeprefix(f"{self.uri.path}/"), found["Size"]
-
     def _owner(self) -> bytes | None:
         """The record of this job's result, None where the place is free. Raises UserError where it holds anything else."""
         record = self._read(LINEAGE)
-        if record is None and next(self._objects(), None) is None:
+        if record is None and next(objects_below(self.client, self.uri), None) is None:
             return None
         refuse_foreign(record, self.context, "prefix")
         return record
 
     def _claim(self, record: bytes) -> None:
         """Put this job's record there, unless another came first."""
-        for condition in ({"IfNoneMatch": "*"}, {}):
+        for _ in range(2):  # where another came between the look and the write, who it was is looked at
             held = self._owner()
             if held == record:
                 return
             try:
-                self.client.put_object(**self._at(LINEAGE), Body=record, **(condition if held is None else {}))
+                self.client.put_object(**self._at(LINEAGE), Body=record, **({"IfNoneMatch": "*"} if held is None else {}))
                 return
             except self.client.exceptions.ClientError as failure:
                 if error_code(failure) not in _RACES:
@@ -132,8 +126,8 @@ class _Place:
 
     def _abort_uploads(self) -> None:
         """What a try that was killed has begun is not kept, nor paid for."""
-        found = self.client.list_multipart_uploads(Bucket=self.uri.name, Prefix=f"{self.uri.path}/")
-        for upload in found.get("Uploads", ()):
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.uri.name, Prefix=f"{self.uri.path}/")
+        for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             with contextlib.suppress(self.client.exceptions.ClientError):  # it is gone
                 self.client.abort_multipart_upload(Bucket=self.uri.name, Key=upload["Key"], UploadId=upload["UploadId"])
 
@@ -150,8 +144,7 @@ class _Place:
 
     def _damaged(self, sums: bytes) -> str | None:
         """Read back what was written: the first object that is not what was sent."""
-        for line in sums.decode().splitlines():
-            digest, _, name = line.partition("  ")
+        for name, digest in parse_digests(sums.decode()).items():
             written = hashlib.sha256()
             try:
                 for chunk in self.client.get_object(**self._at(name))["Body"].iter_chunks(_CHUNK):

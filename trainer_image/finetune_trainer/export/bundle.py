@@ -145,6 +145,10 @@ def files(folder: Path) -> list[Path]:
 
 def artifact(bundle: Path, uri: str) -> Artifact:
     """What the status says of a bundle that was published to `uri`."""
-    digest = hashlib.sha256((bundle / SUMS).read_bytes()).hexdigest()
     size = sum(p.stat().st_size for p in [*files(bundle), bundle / SUMS])
-    return Artifact(uri=uri, digest=f"sha256:{digest}", bytes=size)
+    return artifact_of((bundle / SUMS).read_bytes(), size, uri)
+
+
+def artifact_of(sums: bytes, size: int, uri: str) -> Artifact:
+    """The same of one whose list of digests and size in bytes are known."""
+    return Artifact(uri=uri, digest=f"sha256:{hashlib.sha256(sums).hexdigest()}", bytes=size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from finetune_api.uris import URI, parse_uri
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
 from ..remote.retry import hub_host, with_retries
-from .bundle import artifact, files, refuse_foreign
+from .bundle import artifact, artifact_of, files, refuse_foreign
 
 
 def check_hub(context: Context, target: PublishTarget, field: str) -> Artifact | None:
@@ -41,7 +40,7 @@ def _held(api: HfApi, name: str, context: Context, shown: str) -> Artifact | Non
         return None
     sums = Path(api.hf_hub_download(name, SUMS, cache_dir=f"{context.layout.cache}/hub")).read_bytes()
     size = sum(file.size or 0 for file in api.model_info(name, files_metadata=True).siblings or ())
-    return Artifact(uri=shown, digest=f"sha256:{hashlib.sha256(sums).hexdigest()}", bytes=size)
+    return artifact_of(sums, size, shown)
 
 
 def _account(api: HfApi, uri: URI) -> dict[str, Any]:

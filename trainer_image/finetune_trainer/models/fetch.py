@@ -17,9 +17,10 @@ from finetune_api.spec import Model
 from finetune_api.uris import URI, parse_uri
 
 from ..job.context import Context
+from ..job.files import parse_digests
 from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
-from ..remote.s3 import s3_client, s3_host
+from ..remote.s3 import objects_below, s3_client, s3_host
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
 _FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
@@ -72,27 +73,24 @@ def _fetched(context: Context, name: str, uri: str, config: str) -> Path | None:
 
 
 def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
     parsed = parse_uri(uri)
     patterns = [*_FILES, *(["*.py"] if remote_code else [])]
     field = "teacher" if name == "teacher" else "model"
-    secret = context.secret(field)
 
     def refused(why: str) -> UserError:
         return UserError("SourceNotFound", f"{uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
 
-    def download() -> str:
-        cache = f"{context.layout.cache}/models"
-        found: str = snapshot_download(
-            parsed.name, revision=parsed.revision or None, token=secret, allow_patterns=patterns, cache_dir=cache
-        )
-        return found
-
     if parsed.scheme == "s3":
         endpoint = _model(context, name).s3_endpoint
         return with_retries(lambda: _from_s3(context, parsed, s3_client(context, field, endpoint), patterns), s3_host(endpoint), refused)
-    return Path(with_retries(download, hub_host(), refused))
+    return with_retries(lambda: _from_hub(context, parsed, context.secret(field), patterns), hub_host(), refused)
+
+
+def _from_hub(context: Context, uri: URI, token: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    cache = f"{context.layout.cache}/models"
+    return Path(snapshot_download(uri.name, revision=uri.revision or None, token=token, allow_patterns=patterns, cache_dir=cache))
 
 
 def _model(context: Context, name: str) -> Model:
@@ -110,11 +108,9 @@ def _from_s3(context: Context, uri: URI, client: Any, patterns: list[str]) -> Pa
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=uri.name, Prefix=f"{uri.path}/"):
-        for found in page.get("Contents", ()):
-            name = found["Key"].removeprefix(f"{uri.path}/")
-            if "/" not in name and any(fnmatch(name, pattern) for pattern in [*patterns, SUMS]):
-                client.download_file(uri.name, found["Key"], str(partial / name))
+    for name, _ in objects_below(client, uri):
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in [*patterns, SUMS]):
+            client.download_file(uri.name, f"{uri.path}/{name}", str(partial / name))
     if not any(partial.iterdir()):
         raise UserError("ModelNotFound", f"s3://{uri.name}/{uri.path}: there is no object below this prefix; check the uri")
     _compare(partial, uri)
@@ -128,8 +124,7 @@ def _compare(folder: Path, uri: URI) -> None:
         if (folder / LINEAGE).is_file():
             raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path} has no {SUMS}: publishing it has not ended; name a whole one")
         return
-    for line in (folder / SUMS).read_text().splitlines():
-        digest, _, name = line.partition("  ")
+    for name, digest in parse_digests((folder / SUMS).read_text()).items():
         if (folder / name).is_file():
             with (folder / name).open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != digest:

@@ -29,6 +29,8 @@ UNKNOWN_METHOD = (501, 505)
 HUB = "https://huggingface.co"
 LONGEST_WAIT = 10.0
 """The longest wait within a process: what takes longer is waited for without a pod."""
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
+"""Seconds that a server of data has to take a connection, and to send the next bytes."""
 _PAUSES = (1.0, 2.0, 4.0)
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _TRANSPORT = frozenset({

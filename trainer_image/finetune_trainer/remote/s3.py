@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from finetune_api.contract import S3_KEYS, Env
+from finetune_api.uris import URI
 
 from ..job.context import Context
 from .addresses import allowed_addresses
-
-_CONNECT_TIMEOUT, _TIMEOUT = 10, 60
+from .retry import CONNECT_TIMEOUT, READ_TIMEOUT
 
 
 def s3_host(endpoint: str | None) -> str:
@@ -33,8 +34,8 @@ def s3_client(context: Context, field: str, endpoint: str | None) -> Any:
         allowed_addresses(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
     key, secret = (context.secret(field, name) or os.environ.get(name) for name in S3_KEYS)
     settings = Config(
-        connect_timeout=_CONNECT_TIMEOUT,
-        read_timeout=_TIMEOUT,
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
         retries={"total_max_attempts": 2},
         signature_version=None if key else UNSIGNED,
         s3={"addressing_style": "path"} if endpoint or os.environ.get(Env.S3) else None,
@@ -43,6 +44,13 @@ def s3_client(context: Context, field: str, endpoint: str | None) -> Any:
     return boto3.client(
         "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name=region, config=settings
     )
+
+
+def objects_below(client: Any, uri: URI) -> Iterator[tuple[str, int]]:
+    """Names below a prefix, and their sizes in bytes."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=uri.name, Prefix=f"{uri.path}/"):
+        for found in page.get("Contents", ()):
+            yield found["Key"].removeprefix(f"{uri.path}/"), found["Size"]
 
 
 def error_code(failure: Exception) -> str:
