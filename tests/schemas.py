@@ -12,19 +12,31 @@ import celpy
 import celpy.celtypes
 import jsonschema
 
-from finetune_api.crd import crd, policy, queue_crd, structural_schema
+from finetune_api.crd import definitions, policy, structural_schema
+from finetune_api.endpoint import FineTuneEndpointSpec
 from finetune_api.queue import FineTuneQueueSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.transitions import FROZEN
-from finetune_api.validation import parse_queue, parse_spec
+from finetune_api.tuned_model import FineTunedModelSpec
+from finetune_api.validation import parse_endpoint, parse_model, parse_queue, parse_spec
 from tests.factory import FULL, MINIMAL, merged
 
 Path = tuple[str, ...]
 """Names of fields; `[]` is an item of a list, `{}` a value of a map."""
-PARSERS = {"FineTuneJob": parse_spec, "FineTuneQueue": lambda spec: parse_queue({"spec": spec})}
-CRDS = {"FineTuneJob": crd(), "FineTuneQueue": queue_crd()}
+PARSERS = {
+    "FineTuneJob": parse_spec,
+    "FineTuneQueue": lambda spec: parse_queue({"spec": spec}),
+    "FineTunedModel": lambda spec: parse_model({"spec": spec}),
+    "FineTuneEndpoint": lambda spec: parse_endpoint({"spec": spec}),
+}
+CRDS = {document["spec"]["names"]["kind"]: document for document in definitions()}
 POLICY = policy()[0]["spec"]
-RULED = {"FineTuneJob": structural_schema(FineTuneJobSpec), "FineTuneQueue": structural_schema(FineTuneQueueSpec)}
+RULED = {
+    "FineTuneJob": structural_schema(FineTuneJobSpec),
+    "FineTuneQueue": structural_schema(FineTuneQueueSpec),
+    "FineTunedModel": structural_schema(FineTunedModelSpec),
+    "FineTuneEndpoint": structural_schema(FineTuneEndpointSpec),
+}
 """Schemas of the specs with all rules where they were declared, also those of jobs that a policy says in their place."""
 
 
@@ -228,6 +240,29 @@ _EVERYTHING = merged(
     output={"gguf": ["f16"]},
     publish=[{"uri": "hf://org/support", **_SECRET}],
 )
+TUNED_MODEL: dict[str, Any] = {
+    "storage": "s3://models/support-bot",
+    "secretRef": {"name": "s3-keys"},
+    "s3Endpoint": "http://minio.storage.svc:9000",
+    "promotion": "Manual",
+    "champion": 3,
+    "retention": {"versions": 5, "age": "90d"},
+}
+SERVED: dict[str, Any] = {
+    "base": {"uri": "hf://org/base", "secretRef": {"name": "hub-token"}},
+    "models": [{"name": "support-bot", "versions": [2]}],
+    "modelSelector": {"matchLabels": {"served": "here"}, "matchExpressions": [{"key": "tier", "operator": "In", "values": ["gold"]}]},
+    "resources": {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}, "sharedMemory": "2Gi"},
+    "scheduling": {"queue": "shared", "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"pool": "gpu"}},
+    "replicas": 2,
+    "gpusPerReplica": 0,
+    "rollout": {"steps": [10, 50], "interval": "5m", "minRequests": 500},
+}
+EXTERNAL: dict[str, Any] = {
+    "engine": "external",
+    "base": {"uri": "hf://org/model"},
+    "external": {"service": "vllm", "port": 8000, "adaptersPath": "/adapters"},
+}
 SPECS: dict[str, list[dict[str, Any]]] = {
     "FineTuneJob": [
         MINIMAL,
@@ -245,6 +280,8 @@ SPECS: dict[str, list[dict[str, Any]]] = {
         merged(MINIMAL, tuning={"objective": "distill", "distillation": {"mode": "generate", "endpoint": _ENDPOINT}}),
     ],
     "FineTuneQueue": [QUEUE],
+    "FineTunedModel": [TUNED_MODEL, {"storage": "pvc://models/support-bot"}],
+    "FineTuneEndpoint": [SERVED, {"base": {"uri": "hf://org/model"}}, EXTERNAL],
 }
 """Valid ones; together they have every block."""
 

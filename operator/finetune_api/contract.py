@@ -18,6 +18,7 @@ from .base import APIModel
 from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
 from .status import Artifact, DatasetStatus, Plan, Progress
+from .versions import BaseModelReference, VersionNumber, VersionRecord, VersionState
 
 Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
 """Check runs beside prepare, where something is to be published: with the secrets and targets of publish, and nothing else."""
@@ -84,6 +85,8 @@ class Env:
     S3 = "AWS_ENDPOINT_URL_S3"
     """An S3-compatible server in place of AWS, by the AWS SDKs' own name for it."""
     POD_NAME = "FINETUNE_POD_NAME"
+    CHAMPION = "FINETUNE_CHAMPION"
+    """For evaluate: JSON of the Champion that is one more arm."""
     PARENT = "FINETUNE_PARENT_PID"
     """Process that this one must not outlive; a pod's first process needs none, the kernel sees to it."""
     RESUME = "FINETUNE_RESUME"
@@ -92,6 +95,30 @@ class Env:
 
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """Keys of the Secret of an s3:// source or target, by the AWS SDKs' own names."""
+DOCKER_CONFIG = ".dockerconfigjson"
+"""Key of the Secret of an oci:// source or target: of type kubernetes.io/dockerconfigjson, as for pulling images."""
+
+
+class ModelStorage(APIModel):
+    """Where a FineTunedModel keeps its versions, as its spec says."""
+
+    storage: str
+    """`pvc://CLAIM/PATH` or `s3://BUCKET/PREFIX`; finetune_api/versions.py says what lies below."""
+    s3_endpoint: str | None = None
+    """Address of an S3-compatible server."""
+
+
+class Champion(APIModel):
+    """The version that a tuned model is compared with: in the environment of evaluate, since it may change while a job runs."""
+
+    model: str
+    """FineTunedModel; `JobFile.models` says where it is kept."""
+    number: int
+    """Its version."""
+    digest: str
+    """Of its files."""
+    ancestors: list[int] = []
+    """Versions that it descends from."""
 
 
 class JobFile(APIModel):
@@ -109,6 +136,8 @@ class JobFile(APIModel):
     """Folder of each claim that results are published to, by `pvc://name`."""
     secrets: dict[str, str] = Field(default_factory=dict)
     """Folder that holds each secret's files (`token`, or the keys of an s3:// source), by field: model, train, mix-0, publish-0 and so on."""
+    models: dict[str, ModelStorage] = Field(default_factory=dict)
+    """FineTunedModels that the spec refers to, by name; their secrets are in `secrets` by `model-NAME`."""
 
     def dumps(self) -> str:
         """Deterministic JSON: the same job gives the same bytes."""
@@ -117,6 +146,44 @@ class JobFile(APIModel):
     def layout(self, workspace: str) -> Layout:
         """Where its files are in a workspace."""
         return Layout(workspace, self.namespace, self.name, self.run or self.uid)
+
+
+class CatalogFile(APIModel):
+    """model.json: what the stage `catalog` is to do at a FineTunedModel's storage, mounted read-only.
+
+    It writes states into records, removes the files of versions, and reports every record that is there. It can be run again.
+    """
+
+    name: str
+    namespace: str
+    uid: str
+    storage: ModelStorage
+    targets: dict[str, str] = Field(default_factory=dict)
+    """Folder of the claim, by `pvc://name`."""
+    secrets: dict[str, str] = Field(default_factory=dict)
+    """Folder of the keys of an s3:// storage, as `storage`."""
+    states: dict[VersionNumber, VersionState] = Field(default_factory=dict)
+    """What the records are to say."""
+    remove: list[VersionNumber] = []
+    """Versions whose files go; their records stay and say when."""
+
+    def dumps(self) -> str:
+        """Deterministic JSON."""
+        return json.dumps(self.to_wire(), sort_keys=True)
+
+
+class CatalogReport(APIModel):
+    """What the stage `catalog` sends to the operator: all records, and those that could not be read."""
+
+    done: str
+    """Digest of the CatalogFile that was carried out."""
+    records: Annotated[list[VersionRecord], Field(max_length=100_000)] = []
+    unreadable: Annotated[list[str], Field(max_length=100)] = []
+
+
+def catalog_audience(namespace: str, name: str) -> str:
+    """Audience of the token that a model's catalog pods report with."""
+    return f"https://finetune.dev/namespaces/{namespace}/finetunedmodels/{name}/catalog"
 
 
 LINEAGE, SUMS = "finetune.json", "SHA256SUMS"
@@ -235,6 +302,7 @@ def read_stage_result(text: str) -> StageResult | None:
 class Prepared(APIModel):
     """What prepare's StageResult holds."""
 
+    base: BaseModelReference | None = None
     dataset: DatasetStatus
     plan: Plan
 

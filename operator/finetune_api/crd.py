@@ -16,10 +16,12 @@ import yaml
 
 from . import GROUP, KIND, PLURAL, VERSION
 from .base import APIModel
+from .endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL, FineTuneEndpointSpec, FineTuneEndpointStatus
 from .queue import QUEUE_KIND, QUEUE_PLURAL, FineTuneQueueSpec, FineTuneQueueStatus
 from .spec import FineTuneJobSpec
 from .spec.transitions import FROZEN
 from .status import FineTuneJobStatus
+from .tuned_model import MODEL_KIND, MODEL_PLURAL, FineTunedModelSpec, FineTunedModelStatus
 
 HEADER = "# Generated from operator/finetune_api by `make crds`. Do not edit.\n"
 _DROPPED = {"title", "examples", "discriminator", "$defs", "propertyNames"}  # the model bounds keys: servers cannot
@@ -186,6 +188,69 @@ def queue_crd() -> dict[str, Any]:
     return _definition(QUEUE_KIND, QUEUE_PLURAL, ["ftq"], "Cluster", text, spec, FineTuneQueueStatus, queue_columns(), ["finetune"])
 
 
+def model_columns() -> list[dict[str, Any]]:
+    """Columns of `kubectl get finetunedmodels`: what is served under the name, and how good it is."""
+
+    def column(name: str, path: str, type_: str = "string", **more: Any) -> dict[str, Any]:
+        return {"name": name, "type": type_, "jsonPath": path, **more}
+
+    return [
+        column("Champion", ".status.champion", "integer", description="Version that is served under the model's name"),
+        column("Versions", ".status.count", "integer", description="Versions that are kept"),
+        column("Score", ".status.score", description="The champion's first metric, and its base's"),
+        column("Served", ".status.served", description="Endpoints that serve it"),
+        column("Latest", ".status.latest", "integer", priority=1),
+        column("Promotion", ".spec.promotion", priority=1),
+        column("Storage", ".spec.storage", priority=1),
+        column("Age", ".metadata.creationTimestamp", "date"),
+    ]
+
+
+def endpoint_columns() -> list[dict[str, Any]]:
+    """Columns of `kubectl get finetuneendpoints`: what answers, and whether it is what was evaluated."""
+
+    def column(name: str, path: str, type_: str = "string", **more: Any) -> dict[str, Any]:
+        return {"name": name, "type": type_, "jsonPath": path, **more}
+
+    return [
+        column("Ready", ".status.readyReplicas", "integer", description="Replicas that answer"),
+        column("Replicas", ".spec.replicas", "integer"),
+        column("Verified", ".status.modelsVerified", description="Models that every replica was found to serve as evaluated"),
+        column("Base", ".spec.base.uri"),
+        column("Engine", ".spec.engine", priority=1),
+        column("Age", ".metadata.creationTimestamp", "date"),
+    ]
+
+
+def model_crd() -> dict[str, Any]:
+    """The CustomResourceDefinition of FineTunedModel."""
+    text = "FineTunedModel is a line of versions, of which one is the champion."
+    spec = structural_schema(FineTunedModelSpec)
+    return _definition(
+        MODEL_KIND, MODEL_PLURAL, ["ftm"], "Namespaced", text, spec, FineTunedModelStatus, model_columns(), ["all", "finetune"]
+    )
+
+
+def endpoint_crd() -> dict[str, Any]:
+    """The CustomResourceDefinition of FineTuneEndpoint."""
+    text = "FineTuneEndpoint serves a base and tuned models, and says what each replica was found to answer as."
+    spec, columns = structural_schema(FineTuneEndpointSpec), endpoint_columns()
+    found = _definition(
+        ENDPOINT_KIND, ENDPOINT_PLURAL, ["fte"], "Namespaced", text, spec, FineTuneEndpointStatus, columns, ["all", "finetune"]
+    )
+    found["spec"]["versions"][0]["subresources"]["scale"] = {
+        "specReplicasPath": ".spec.replicas",
+        "statusReplicasPath": ".status.replicas",
+        "labelSelectorPath": ".status.selector",
+    }
+    return found
+
+
+def definitions() -> list[dict[str, Any]]:
+    """All of them."""
+    return [crd(), queue_crd(), model_crd(), endpoint_crd()]
+
+
 def _definition(
     kind: str,
     plural: str,
@@ -270,7 +335,12 @@ def without(node: Any, keyword: str, *, beside: str | None = None) -> Any:
 
 def generated(root: Path) -> dict[Path, str]:
     """Every generated file below the root of the repository, with what it must hold."""
-    texts = {f"{PLURAL}.yaml": render(crd(), *policy()), f"{QUEUE_PLURAL}.yaml": render(queue_crd())}
+    texts = {
+        f"{PLURAL}.yaml": render(crd(), *policy()),
+        f"{QUEUE_PLURAL}.yaml": render(queue_crd()),
+        f"{MODEL_PLURAL}.yaml": render(model_crd()),
+        f"{ENDPOINT_PLURAL}.yaml": render(endpoint_crd()),
+    }
     folders = (root / "crds", root / "charts" / "finetune-operator" / "files")
     return {folder / name: text for folder in folders for name, text in texts.items()}
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from .base import APIModel
 from .scalars import Count, DecimalText, Word
 
-ArmName = Literal["Base", "Instructed", "FewShot", "Tuned"]
+ArmName = Literal["Base", "Instructed", "FewShot", "Champion", "Tuned"]
 Gated = Literal["Passed", "NotPassed", "Inconclusive", "None"]
 
 
@@ -17,7 +17,7 @@ class EvaluationArm(APIModel):
     """One of the ways in which the held-out rows were answered."""
 
     name: ArmName
-    """Base: as it is. Instructed: with the task's instruction. FewShot: with examples before the question. Tuned: the result."""
+    """Base: as it is. Instructed: with the task's instruction. FewShot: with examples before the question. Champion: the version of the FineTunedModel that is served today. Tuned: the result."""
     metrics: Annotated[dict[Word, DecimalText], Field(max_length=128)] = Field(default_factory=dict)
     """What was measured, by metric."""
     shots: Count = 0
@@ -30,12 +30,31 @@ class EvaluationArm(APIModel):
     """Time until a request that is alone has its whole answer, by the time to the first token and the time of each more."""
 
 
+class ChampionComparison(APIModel):
+    """The tuned model against the champion of the FineTunedModel that it is published to."""
+
+    version: Count = 0
+    """Number of that version."""
+    prompts: Count = 0
+    """Held-out prompts that neither of them, nor what they descend from, learned from."""
+    metric: Word = ""
+    """What was compared."""
+    improvement: DecimalText | None = None
+    """Relative for loss and perplexity, absolute for the others."""
+    interval: Annotated[list[DecimalText], Field(max_length=2)] = Field(default_factory=list)
+    """Bootstrap confidence interval of that improvement."""
+    result: Gated = "Inconclusive"
+    """Passed: measurably better. NotPassed: not. Inconclusive: too few prompts, or it cannot be asked beside this base."""
+    message: Word = ""
+    """Why, where it is inconclusive."""
+
+
 class EvaluationStatus(APIModel):
     """The tuned model against its base on the held-out rows."""
 
     arms: Annotated[
         list[EvaluationArm],
-        Field(max_length=4, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+        Field(max_length=5, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
     ] = Field(default_factory=list)
     """The ways in which the rows were answered, the tuned model last."""
     examples: Count = 0
@@ -50,6 +69,8 @@ class EvaluationStatus(APIModel):
     """Bootstrap confidence interval of that improvement; prompts are resampled, not rows."""
     gate: Gated = "None"
     """Whether the gate held. Inconclusive: there are too few prompts to tell."""
+    champion: ChampionComparison | None = None
+    """The same against the champion of then."""
 
     def arm(self, name: ArmName) -> EvaluationArm | None:
         """The arm of that name, where there was one."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .crd import crd, policy, queue_crd
+from . import KIND
+from .crd import definitions, policy
 
 _INTRO = """# Reference
 
@@ -62,10 +63,12 @@ def _rules(node: dict[str, Any]) -> Iterator[str]:
 
 def reference() -> str:
     """The Markdown text."""
-    jobs, queues = crd(), queue_crd()
     between = [validation["message"] for validation in policy()[0]["spec"]["validations"]]
-    spec = queues["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    return "\n".join([_INTRO, *_chapter(jobs, between), "", *_chapter(queues, _rules(spec))]) + "\n"
+    lines = [_INTRO]
+    for document in definitions():
+        spec = document["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        lines += [*_chapter(document, between if document["spec"]["names"]["kind"] == KIND else _rules(spec)), ""]
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def _chapter(document: dict[str, Any], rules: Iterable[str]) -> list[str]:

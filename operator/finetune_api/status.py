@@ -10,6 +10,7 @@ from .base import APIModel
 from .evaluation_status import EvaluationStatus
 from .scalars import REASON_PATTERN, Count, DecimalText, LabelKey, Name, Timestamp, Told, Word
 from .spec.run import Toleration
+from .versions import BaseModelReference
 
 Phase = Literal[
     "Pending",
@@ -182,6 +183,12 @@ class Artifact(APIModel):
     """sha256 over the published files' names and contents."""
     bytes: Count
     """Size of the published files."""
+    model: Name | None = None
+    """FineTunedModel that it is a version of."""
+    version: Count | None = None
+    """Its number there."""
+    rank: Count | None = None
+    """Largest rank of a LoRA adapter; 0 for a whole model."""
 
 
 class Restart(APIModel):
@@ -343,6 +350,8 @@ class FineTuneJobStatus(APIModel):
     """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""
+    base: BaseModelReference | None = None
+    """The base as prepare found it: what a branch stood for, and what its weights are."""
     dataset: DatasetStatus | None = None
     """What prepare found."""
     plan: Plan | None = None

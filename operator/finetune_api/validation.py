@@ -12,9 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from . import API_VERSION, KIND
 from .base import SHOWN, shortened
+from .endpoint import FineTuneEndpointSpec
 from .queue import FineTuneQueueSpec
 from .scalars import DNS_SUBDOMAIN
 from .spec import FineTuneJobSpec
+from .tuned_model import FineTunedModelSpec
 
 MAX_ERRORS = 20
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -50,6 +52,16 @@ def parse_spec(raw: Any, *, strict: bool = True) -> FineTuneJobSpec:
 def parse_queue(document: Mapping[str, Any], *, strict: bool = True) -> FineTuneQueueSpec:
     """Parse the spec of a whole FineTuneQueue document, as `parse_spec` does. Raises InvalidDocument."""
     return _parse(FineTuneQueueSpec, document.get("spec"), strict=strict)
+
+
+def parse_model(document: Mapping[str, Any], *, strict: bool = True) -> FineTunedModelSpec:
+    """Parse the spec of a whole FineTunedModel document, as `parse_spec` does. Raises InvalidDocument."""
+    return _parse(FineTunedModelSpec, document.get("spec"), strict=strict)
+
+
+def parse_endpoint(document: Mapping[str, Any], *, strict: bool = True) -> FineTuneEndpointSpec:
+    """Parse the spec of a whole FineTuneEndpoint document, as `parse_spec` does. Raises InvalidDocument."""
+    return _parse(FineTuneEndpointSpec, document.get("spec"), strict=strict)
 
 
 def _parse(model: type[Spec], raw: Any, *, strict: bool) -> Spec:

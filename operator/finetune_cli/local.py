@@ -55,7 +55,7 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
     """job.json for this machine. `volumes`: claim or ConfigMap name -> folder. Raises MissingVolume."""
     sources: dict[str, str] = {}
     targets: dict[str, str] = {}
-    for text, places in [*((u, sources) for u in spec.source_uris), *((t.uri, targets) for t in spec.publish)]:
+    for text, places in [*((u, sources) for u in spec.source_uris), *((t.address, targets) for t in spec.publish)]:
         uri = parse_uri(text)
         if uri.scheme not in ("pvc", "configmap"):
             continue

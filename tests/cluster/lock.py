@@ -16,7 +16,11 @@ _EVERYWHERE = " ; python_full_version < '3.14' and platform_machine == 'x86_64' 
 
 def main() -> None:
     """Write all lock files."""
-    for name, extras in (("dev", ["--all-extras"]), ("trainer", ["--extra", "trainer"]), ("operator", ["--extra", "operator"])):
+    for name, extras in (
+        ("dev", ["--all-extras"]),
+        ("trainer", ["--extra", "trainer"]),
+        ("operator", ["--extra", "operator", "--extra", "gateway"]),
+    ):
         lock = LOCKS[name]
         constraint = [] if name == "dev" else ["--constraint", str(LOCKS["dev"])]
         with step(f"locking {lock.relative_to(REPO)}"):

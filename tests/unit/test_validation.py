@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_api.scalars import human_duration, seconds
-from finetune_api.uris import parse_uri
+from finetune_api.uris import URI, parse_uri
 from finetune_api.validation import InvalidDocument, parse_job, parse_spec
 from finetune_cli.documents import read_jobs
 from tests.factory import FULL, MINIMAL, merged
@@ -32,14 +32,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "file scheme",
         {"model": {"uri": "file:///etc/passwd"}},
-        "is not a model URI; write hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH or s3://BUCKET/PREFIX",
+        "is not a model URI; write hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/PREFIX, oci://HOST/REPOSITORY[:TAG] or mlflow://HOST/MODEL[@ALIAS]",
     ),
     ("no scheme", {"model": {"uri": "org/model"}}, '"org/model" has no scheme; did you mean hf://org/model?'),
     ("no scheme of rows", {"dataset": {"train": {"uri": "org/rows"}}}, "did you mean hf://org/rows?"),
     ("path traversal", {"model": {"uri": "pvc://models/../secret"}}, "spec.model.uri"),
     ("shell characters", {"model": {"uri": "hf://org/$(id)"}}, "spec.model.uri"),
     ("credentials in a uri", {"dataset": {"train": {"uri": "hf://user:pass@host/x"}}}, "spec.dataset.train.uri"),
-    ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH, hf://ORG/MODEL or s3://BUCKET/PREFIX"),
+    ("publish to a whole volume", {"publish": [{"uri": "pvc://published"}]}, "pvc://CLAIM/PATH, hf://ORG/MODEL, s3://BUCKET/PREFIX, oci:"),
+    ("publish nowhere", {"publish": [{}]}, "publish takes uri or model"),
+    ("publish to two at once", {"publish": [{"uri": "pvc://c/p", "model": "m"}]}, "publish takes uri or model"),
+    ("a Secret beside a model", {"publish": [{"model": "m", "secretRef": {"name": "s"}}]}, "take no secretRef"),
+    ("plain HTTP to a bucket", {"publish": [{"uri": "hf://o/m", "secretRef": {"name": "s"}, "plainHTTP": True}]}, "plainHTTP is only used"),
     ("duration", {"checkpoint": {"every": "10 minutes"}}, '"10 minutes" is not a duration; write for example 90s'),
     ("full with lora settings", {"tuning": {"method": "full", "lora": {"rank": 8}}}, "remove tuning.lora or set method to lora"),
     (
@@ -231,5 +235,11 @@ def test_durations() -> None:
 def test_uris() -> None:
     assert parse_uri("hf://org/m@v1").revision == "v1"
     assert (parse_uri("pvc://c/a/b").name, parse_uri("pvc://c/a/b").path) == ("c", "a/b")
-    with pytest.raises(ValueError, match="is not a data set URI; write hf://"):
+    assert parse_uri("oci://registry.local:5000/team/bot:v2") == URI("oci", "registry.local:5000", "team/bot", "v2")
+    digest = "sha256:" + "a" * 64
+    assert parse_uri(f"oci://ghcr.io/team/bot:v2@{digest}") == URI("oci", "ghcr.io", "team/bot", digest)
+    assert parse_uri("mlflow://mlflow.ml.svc:5000/bot@champion") == URI("mlflow", "mlflow.ml.svc:5000", "bot", "champion")
+    assert parse_uri("mlflow://mlflow.ml.svc:5000/bot/3") == URI("mlflow", "mlflow.ml.svc:5000", "bot", "3")
+    assert parse_uri("model://support-bot@3") == URI("model", "support-bot", "", "3")
+    with pytest.raises(ValueError, match="is not a URI; write for example hf://"):
         parse_uri("http://169.254.169.254/")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..base import APIModel, Format, Rule, Unique
-from ..scalars import PlainName
+from ..scalars import DNSSubdomain, PlainName
 from ..uris import DatasetURI, EndpointURL, PublishURI
 from .common import SecretReference
 from .model import Endpoint
@@ -151,22 +151,46 @@ class Output(APIModel):
 class PublishTarget(APIModel):
     """A place that receives the adapter (or the model, for method full) with its model card."""
 
-    uri: PublishURI
-    """`pvc://CLAIM/PATH`, `hf://ORG/MODEL` or `s3://BUCKET/PREFIX`."""
+    uri: PublishURI | None = None
+    """`pvc://CLAIM/PATH`, `hf://ORG/MODEL`, `s3://BUCKET/PREFIX`, `oci://HOST/REPOSITORY[:TAG]` or `mlflow://HOST/MODEL`."""
+    model: DNSSubdomain | None = None
+    """FineTunedModel of the job's namespace that gets a new version, kept at its own storage."""
     secret_ref: SecretReference | None = None
-    """Secret with a token that may write to an hf:// target, or with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of an s3:// target."""
+    """Secret with a token that may write to an hf:// or mlflow:// target, with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of an s3:// target, or with .dockerconfigjson of an oci:// target."""
     s3_endpoint: EndpointURL | None = None
     """Address of an S3-compatible server; unset means the administrator's, or AWS. Only for s3://."""
+    plain_http: bool = Field(default=False, alias="plainHTTP")
+    """Speak HTTP without TLS with an oci:// registry or an mlflow:// server, which an administrator must allow."""
 
     RULES = (
         Rule(
-            cel="has(self.secretRef) != self.uri.startsWith('pvc://')",
-            message="publish: an hf:// target needs secretRef with a write token, an s3:// target one with its keys, and a pvc:// target takes none",
-            holds=lambda m: (m.secret_ref is not None) != m.uri.startswith("pvc://"),
+            cel="has(self.uri) != has(self.model)",
+            message="publish takes uri or model: the address of a target, or the name of a FineTunedModel; set one of them",
+            holds=lambda m: (m.uri is None) != (m.model is None),
         ),
         Rule(
-            cel="!has(self.s3Endpoint) || self.uri.startsWith('s3://')",
+            cel="!has(self.uri) || !(self.uri.startsWith('hf://') || self.uri.startsWith('s3://')) || has(self.secretRef)",
+            message="publish: an hf:// target needs secretRef with a write token, and an s3:// target one with its keys",
+            holds=lambda m: not (m.uri or "").startswith(("hf://", "s3://")) or m.secret_ref is not None,
+        ),
+        Rule(
+            cel="!has(self.secretRef) || (has(self.uri) && !self.uri.startsWith('pvc://'))",
+            message="publish: a pvc:// target and a model take no secretRef; remove it",
+            holds=lambda m: m.secret_ref is None or (m.uri is not None and not m.uri.startswith("pvc://")),
+        ),
+        Rule(
+            cel="!has(self.s3Endpoint) || (has(self.uri) && self.uri.startsWith('s3://'))",
             message="publish: s3Endpoint is only used with an s3:// uri; remove it or change the uri",
-            holds=lambda m: m.s3_endpoint is None or m.uri.startswith("s3://"),
+            holds=lambda m: m.s3_endpoint is None or (m.uri or "").startswith("s3://"),
+        ),
+        Rule(
+            cel="!self.plainHTTP || (has(self.uri) && (self.uri.startsWith('oci://') || self.uri.startsWith('mlflow://')))",
+            message="publish: plainHTTP is only used with an oci:// or mlflow:// uri; remove it or change the uri",
+            holds=lambda m: not m.plain_http or (m.uri or "").startswith(("oci://", "mlflow://")),
         ),
     )
+
+    @property
+    def address(self) -> str:
+        """What messages and statuses call it: the uri, or the model as one."""
+        return self.uri if self.uri is not None else f"model://{self.model}"

@@ -60,10 +60,7 @@ class FineTuneJobSpec(APIModel):
     """Compare the tuned model with its base. Unset: no eval job."""
     output: Output = Field(default_factory=Output)
     """What is made of the result beside the adapter: merged model, GGUF."""
-    publish: Annotated[
-        list[PublishTarget],
-        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uri"]}),
-    ] = Field(default_factory=list)
+    publish: Annotated[list[PublishTarget], Field(max_length=8)] = Field(default_factory=list)
     """Where the result goes, in order. Empty: it stays in the workspace."""
     managed_by: DomainPrefixedPath | None = None
     """Controller that the job is for, as in a batch/v1 Job: this operator leaves those of another one alone. Unset, or `finetune.dev/finetune-operator`: this one."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from finetune_api.crd import crd, queue_crd
+from finetune_api.crd import definitions
 from finetune_api.queue import QUEUE_KIND
 
 from ..model.objects import Object
@@ -79,7 +79,8 @@ class Kinds:
         """
         told: list[str] = []
         self._compared = time.monotonic()
-        for resource, own in ((RESOURCES["FineTuneJob"], crd()), (RESOURCES[QUEUE_KIND], queue_crd())):
+        for own in definitions():
+            resource = RESOURCES[own["spec"]["names"]["kind"]]
             if resource not in self._served:
                 continue
             served = await self._cluster.served_schema(resource)

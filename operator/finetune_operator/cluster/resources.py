@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_api import GROUP, PLURAL, VERSION
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
+from finetune_api.tuned_model import MODEL_KIND, MODEL_PLURAL
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ RESOURCES = {
         Resource("Event", "events"),
         Resource("Secret", "secrets"),
         Resource(QUEUE_KIND, QUEUE_PLURAL, GROUP, VERSION),
+        Resource(MODEL_KIND, MODEL_PLURAL, GROUP, VERSION),
+        Resource(ENDPOINT_KIND, ENDPOINT_PLURAL, GROUP, VERSION),
         Resource("Node", "nodes"),
         Resource("Namespace", "namespaces"),
         Resource("PriorityClass", "priorityclasses", "scheduling.k8s.io"),

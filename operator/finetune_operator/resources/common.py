@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from finetune_api import API_VERSION, KIND, names
-from finetune_api.contract import S3_KEYS, Env, JobFile, Mounts, Stage, progress_audience
+from finetune_api.contract import DOCKER_CONFIG, S3_KEYS, Env, JobFile, Mounts, Stage, progress_audience
 from finetune_api.spec import FineTuneJobSpec, RunPolicy, SecretReference
 from finetune_api.uris import parse_uri
 
@@ -70,7 +70,7 @@ def sources(spec: FineTuneJobSpec) -> list[str]:
 
 def targets(spec: FineTuneJobSpec) -> list[str]:
     """Claims that results are published to, as `pvc://name`, in a stable order."""
-    return sorted({f"pvc://{uri.name}" for uri in map(parse_uri, (t.uri for t in spec.publish)) if uri.scheme == "pvc"})
+    return sorted({f"pvc://{uri.name}" for uri in map(parse_uri, (t.address for t in spec.publish)) if uri.scheme == "pvc"})
 
 
 def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[str, str]]]:
@@ -79,8 +79,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
 
     def need(field: str, reference: SecretReference | None, uri: str = "") -> None:
         if reference is not None:
-            keys = {key: key for key in S3_KEYS} if uri.startswith("s3://") else {reference.key: "token"}
-            found[field] = (reference.name, keys)
+            found[field] = (reference.name, _files_of(reference, uri))
 
     if stage == "prepare":
         distillation = spec.tuning.distillation
@@ -99,8 +98,15 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
         need("judge", spec.evaluation.judge.secret_ref)
     if stage in ("check", "publish"):
         for index, target in enumerate(spec.publish):
-            need(f"publish-{index}", target.secret_ref, target.uri)
+            need(f"publish-{index}", target.secret_ref, target.address)
     return found
+
+
+def _files_of(reference: SecretReference, uri: str) -> dict[str, str]:
+    """Keys of a Secret, and the files that they become: by what the uri's scheme takes."""
+    if uri.startswith("s3://"):
+        return {key: key for key in S3_KEYS}
+    return {DOCKER_CONFIG: DOCKER_CONFIG} if uri.startswith("oci://") else {reference.key: "token"}
 
 
 def _folder(root: str, reference: str) -> str:

@@ -49,12 +49,12 @@ def publish_to_bucket(context: Context, target: PublishTarget, field: str, bundl
         if (code := error_code(failure)) == "":
             raise
         raise InfrastructureError("PublishFailed", f"the bucket did not take it: {code}") from failure
-    return artifact(bundle, target.uri)
+    return artifact(bundle, target.address)
 
 
 def _refused(target: PublishTarget) -> Callable[[str], UserError]:
     """What it means that S3 refuses."""
-    bucket = parse_uri(target.uri).name
+    bucket = parse_uri(target.address).name
     return lambda why: UserError("PublishRefused", f"{why}: the keys may not read and write there, or there is no bucket {bucket}")
 
 
@@ -62,8 +62,8 @@ class _Place:
     """A prefix of a bucket, as one job sees it."""
 
     def __init__(self, context: Context, target: PublishTarget, field: str) -> None:
-        self.context, self.shown = context, target.uri
-        self.uri: URI = parse_uri(target.uri)
+        self.context, self.shown = context, target.address
+        self.uri: URI = parse_uri(target.address)
         self.client: Any = s3_client(context, field, target.s3_endpoint)
 
     def check(self) -> Artifact | None:

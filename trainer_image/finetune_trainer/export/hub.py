@@ -25,8 +25,8 @@ def check_hub(context: Context, target: PublishTarget, field: str) -> Artifact |
 
     Raises UserError or SourceUnavailable when `publish_to_hub` would fail.
     """
-    uri, api = parse_uri(target.uri), HfApi(token=context.secret(field))
-    found = with_retries(lambda: _held(api, uri.name, context, target.uri), hub_host(), _refused(uri))
+    uri, api = parse_uri(target.address), HfApi(token=context.secret(field))
+    found = with_retries(lambda: _held(api, uri.name, context, target.address), hub_host(), _refused(uri))
     if found is not None:
         return found
     if (_account(api, uri).get("auth") or {}).get("accessToken", {}).get("role") == "read":
@@ -62,7 +62,7 @@ def _account(api: HfApi, uri: URI) -> dict[str, Any]:
 
 def publish_to_hub(context: Context, target: PublishTarget, field: str, bundle: Path) -> Artifact:
     """One commit with all files; then look at what is there."""
-    uri = parse_uri(target.uri)
+    uri = parse_uri(target.address)
     try:
         present = with_retries(lambda: _commit(context, bundle, uri, context.secret(field)), hub_host(), _refused(uri))
     except (OSError, HfHubHTTPError) as failure:
@@ -70,7 +70,7 @@ def publish_to_hub(context: Context, target: PublishTarget, field: str, bundle: 
     missing = {str(p.relative_to(bundle)) for p in files(bundle)} - present
     if missing:
         raise InfrastructureError("VerificationFailed", f"not uploaded: {', '.join(sorted(missing))}")
-    return artifact(bundle, target.uri)
+    return artifact(bundle, target.address)
 
 
 def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[str]:

@@ -23,12 +23,12 @@ _PUBLISH = {"pvc": publish_to_volume, "hf": publish_to_hub, "s3": publish_to_buc
 
 def check_targets(context: Context) -> tuple[list[Artifact], Failed]:
     """This job's results that are there already, and the targets that will not take one. Writes nothing."""
-    return _each(context, lambda target, field: _CHECK[parse_uri(target.uri).scheme](context, target, field))
+    return _each(context, lambda target, field: _CHECK[parse_uri(target.address).scheme](context, target, field))
 
 
 def publish_to_targets(context: Context, bundle: Path) -> tuple[list[Artifact], Failed]:
     """What was published, and the targets that did not take it."""
-    return _each(context, lambda target, field: _PUBLISH[parse_uri(target.uri).scheme](context, target, field, bundle))
+    return _each(context, lambda target, field: _PUBLISH[parse_uri(target.address).scheme](context, target, field, bundle))
 
 
 def _each(context: Context, act: Callable[[PublishTarget, str], Artifact | None]) -> tuple[list[Artifact], Failed]:
@@ -40,5 +40,5 @@ def _each(context: Context, act: Callable[[PublishTarget, str], Artifact | None]
             found = act(target, f"publish-{index}")
             done += [found] if found is not None else []
         except (UserError, InfrastructureError) as failure:
-            failed.append((target.uri, failure))
+            failed.append((target.address, failure))
     return done, failed

@@ -77,7 +77,7 @@ class Usage:
 
     def _folder(self) -> str | None:
         """Where the job had its base model; None where the card goes to others, who need not know this machine's folders."""
-        public = any(target.uri.startswith("hf://") for target in self.job.spec.publish)
+        public = any(target.address.startswith("hf://") for target in self.job.spec.publish)
         return None if public else str(self.base["path"])
 
     def _where(self) -> str:

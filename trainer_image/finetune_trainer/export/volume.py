@@ -21,11 +21,11 @@ def check_volume(context: Context, to: PublishTarget, field: str) -> Artifact | 
 
     Raises UserError or InfrastructureError when `publish_to_volume` would fail.
     """
-    uri = parse_uri(to.uri)
+    uri = parse_uri(to.address)
     target = context.target(uri)
     _refuse_foreign(target, context)
     if (target / LINEAGE).exists() and (target / SUMS).exists():  # it came there whole, by a rename
-        return artifact(target, to.uri)
+        return artifact(target, to.address)
     folder = next(p for p in target.parents if p.exists())
     if not _writable(folder):
         message = f"{folder.name or folder} in claim {uri.name} cannot be written by uid {os.getuid()}: give it to this user or group"
@@ -39,7 +39,7 @@ def _writable(folder: Path) -> bool:
 
 def publish_to_volume(context: Context, to: PublishTarget, field: str, bundle: Path) -> Artifact:
     """Write beside the target, verify, rename. The same job may replace what it published; nobody else."""
-    target = context.target(parse_uri(to.uri))
+    target = context.target(parse_uri(to.address))
     _refuse_foreign(target, context)
     aside = target.with_name(f".{target.name}.{context.job.uid[:8]}.partial")
     try:
@@ -51,7 +51,7 @@ def publish_to_volume(context: Context, to: PublishTarget, field: str, bundle: P
         if target.exists():
             if digests(target) == (bundle / SUMS).read_text():
                 shutil.rmtree(aside)
-                return artifact(bundle, to.uri)
+                return artifact(bundle, to.address)
             old = target.with_name(f".{target.name}.{context.job.uid[:8]}.old")
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -61,7 +61,7 @@ def publish_to_volume(context: Context, to: PublishTarget, field: str, bundle: P
             aside.rename(target)
     except OSError as failure:
         raise InfrastructureError("TargetNotWritable", f"cannot write: {failure.strerror or failure}") from failure
-    return artifact(bundle, to.uri)
+    return artifact(bundle, to.address)
 
 
 def _refuse_foreign(target: Path, context: Context) -> None:

@@ -19,7 +19,7 @@ def check(context: Context) -> StageResult:
     held, failed = check_targets(context)
     if failed:
         raise combine(failed, "; no GPU was taken")
-    targets = ", ".join(target.uri for target in context.spec.publish)
+    targets = ", ".join(target.address for target in context.spec.publish)
     if held and len(held) == len(context.spec.publish):
         message = (
             f"{targets}: this job's result is there already, from before its status was lost; "

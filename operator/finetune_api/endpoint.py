@@ -1,0 +1,196 @@
+"""FineTuneEndpoint: serves a base and any number of tuned models, and says what each replica was found to answer as."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import APIModel, Rule, Unique
+from .queue import NamespaceSelector
+from .scalars import Count, DecimalText, DNSSubdomain, Duration, Name, Timestamp, Told, Word
+from .spec.model import Model
+from .spec.run import Resources, Scheduling
+from .status import Condition
+from .versions import VersionNumber
+
+ENDPOINT_KIND, ENDPOINT_PLURAL = "FineTuneEndpoint", "finetuneendpoints"
+MOST_REPLICAS = 64
+ModelName = Annotated[str, Told(253)]
+"""A FineTunedModel's name, or NAME@VERSION."""
+
+
+class ServedModel(APIModel):
+    """A FineTunedModel of the endpoint's namespace."""
+
+    name: DNSSubdomain
+    """Its name, under which its champion answers."""
+    versions: Annotated[list[VersionNumber], Field(max_length=8), Unique()] = []
+    """Versions that answer as NAME@VERSION besides; the champion always does."""
+
+
+class Rollout(APIModel):
+    """How a new champion takes over: a share of the requests first, judged beside the old one."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=1, le=99)]], Field(max_length=8)] = [10, 50]
+    """Percent of the requests that it gets, step by step. Empty: all at once, after verification."""
+    interval: Duration = "10m"
+    """Least time of a step."""
+    min_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    """Fewest requests that the new one has to answer in a step before the next."""
+
+
+class ExternalEngine(APIModel):
+    """vLLM replicas that somebody else runs."""
+
+    service: DNSSubdomain
+    """Service of the endpoint's namespace in front of them; its endpoints are the replicas."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port of the replicas."""
+    adapters_path: Annotated[str, Field(min_length=1, max_length=512)] = "/adapters"
+    """Folder in which the replicas see what `spec.storage` of the models holds, by NAMESPACE/MODEL/VERSION."""
+
+
+class FineTuneEndpointSpec(APIModel):
+    """What is served, by how many replicas, on which hardware."""
+
+    engine: Literal["vllm", "external"] = "vllm"
+    """`vllm`: pods of this endpoint. `external`: replicas that are there already."""
+    base: Model
+    """The base model, which answers under the endpoint's own name."""
+    models: Annotated[
+        list[ServedModel],
+        Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = []
+    """FineTunedModels that it serves."""
+    model_selector: NamespaceSelector | None = None
+    """Also those of its namespace with these labels."""
+    replicas: Annotated[int, Field(ge=0, le=MOST_REPLICAS)] = 1
+    """Pods that serve."""
+    gpus_per_replica: Annotated[int, Field(ge=0, le=16)] = 1
+    """GPUs of each; 0 serves on CPU, where an administrator allows it."""
+    max_lora_rank: Annotated[int, Field(ge=1, le=512)] = 64
+    """Largest rank of an adapter that can be loaded; the engine reserves the next size that it has: 8, 16, 32, 64, 128, 256 or 512."""
+    max_model_length: Annotated[int, Field(ge=16, le=10_000_000)] | None = None
+    """Longest prompt and answer in tokens. Unset: the base's own."""
+    resources: Resources = Field(default_factory=Resources)
+    """CPU, memory and shared memory of each replica."""
+    scheduling: Scheduling = Field(default_factory=Scheduling)
+    """Queue, priority and node constraints."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """How a new champion takes over."""
+    keep_loaded: Duration = "1h"
+    """How long a champion stays loaded after another one took over: rolling back takes seconds."""
+    verify_every: Duration = "1h"
+    """How often every replica is asked its probes again."""
+    external: ExternalEngine | None = None
+    """Where the replicas of engine external are."""
+
+    RULES = (
+        Rule(
+            cel="(self.engine == 'external') == has(self.external)",
+            message="engine external and the block external belong together; set both or neither",
+            holds=lambda m: (m.engine == "external") == (m.external is not None),
+        ),
+    )
+
+
+Verification = Literal["Pending", "Loaded", "Verified", "Mismatch", "Unverifiable", "Refused"]
+
+
+class ReplicaModel(APIModel):
+    """One version on one replica."""
+
+    name: ModelName
+    """NAME@VERSION."""
+    state: Verification = "Pending"
+    """Loaded: not asked yet. Refused: its files were not let in."""
+    distance: DecimalText | None = None
+    """Between tuned model and base over the probes, in nats a token."""
+    message: Annotated[str, Told(512)] = ""
+    """What was found."""
+    verified_at: Timestamp | None = None
+    """When it was last asked."""
+
+
+class Replica(APIModel):
+    """A pod, or an endpoint of the external Service."""
+
+    name: Name
+    """Name of the pod, or the address."""
+    address: Word = ""
+    """Where it is asked, for example 10.0.0.7:8000."""
+    ready: bool = False
+    """Whether it answers at all."""
+    models: Annotated[list[ReplicaModel], Field(max_length=64)] = []
+    """What it serves."""
+
+
+class Canary(APIModel):
+    """A new champion on its way."""
+
+    version: VersionNumber
+    """Which."""
+    step: Count = 0
+    """Of spec.rollout.steps, from 0."""
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Of the requests."""
+    since: Timestamp | None = None
+    """When the step began."""
+    requests: Count = 0
+    """Answered by the new one in this step."""
+    message: Annotated[str, Told(512)] = ""
+    """What it waits for."""
+
+
+class EndpointModel(APIModel):
+    """A tuned model, over all replicas."""
+
+    name: Name
+    """FineTunedModel."""
+    version: VersionNumber | None = None
+    """Version that answers under its name."""
+    digest: Word = ""
+    """Of its files."""
+    verified: Count = 0
+    """Replicas that were found to serve it."""
+    replicas: Count = 0
+    """Replicas that are to."""
+    verified_at: Timestamp | None = None
+    """When all of them were last asked."""
+    mismatch: Annotated[str, Told(512)] = ""
+    """The first that is not: replica, and what was found."""
+    canary: Canary | None = None
+    """The version that is to take over."""
+    kept: Annotated[list[VersionNumber], Field(max_length=8)] = []
+    """Versions that stay loaded for a roll-back, or that spec.models names."""
+
+
+class FineTuneEndpointStatus(APIModel):
+    """What answers."""
+
+    observed_generation: Count = 0
+    """metadata.generation that this status was derived from."""
+    conditions: Annotated[
+        list[Condition],
+        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = Field(default_factory=list)
+    """Ready: at least one replica answers. Verified: every replica serves what was evaluated. RolledBack: a canary went back, and why."""
+    replicas: Count = 0
+    """Pods."""
+    ready_replicas: Count = 0
+    """Those that answer."""
+    selector: Annotated[str, Told(512)] = ""
+    """Label selector of the pods, for the scale subresource."""
+    models: Annotated[
+        list[EndpointModel],
+        Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = Field(default_factory=list)
+    """Each tuned model: which version, verified where."""
+    pods: Annotated[
+        list[Replica],
+        Field(max_length=MOST_REPLICAS, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = Field(default_factory=list)
+    """Each replica: where it is, and what it was found to serve."""
+    models_verified: Word = ""
+    """Models verified on every replica, of all: `2/3`."""
