@@ -143,6 +143,26 @@ class Canary(APIModel):
     """What it waits for."""
 
 
+class Retained(APIModel):
+    """A version that answered under the model's name, and stays loaded for a while: rolling back takes seconds."""
+
+    version: VersionNumber
+    """Which."""
+    until: Timestamp
+    """When it is unloaded."""
+
+
+class RollBack(APIModel):
+    """A version that was on its way and went back. It is not tried again until the FineTunedModel's champion is another one."""
+
+    version: VersionNumber
+    """Which."""
+    at: Timestamp
+    """When."""
+    message: Annotated[str, Told(512)] = ""
+    """Why, with the numbers."""
+
+
 class EndpointModel(APIModel):
     """A tuned model, over all replicas."""
 
@@ -164,6 +184,10 @@ class EndpointModel(APIModel):
     """The version that is to take over."""
     kept: Annotated[list[VersionNumber], Field(max_length=8)] = []
     """Versions that stay loaded for a roll-back, or that spec.models names."""
+    retained: Annotated[list[Retained], Field(max_length=8)] = []
+    """Of those, the ones for a roll-back, and how long."""
+    rolled_back: RollBack | None = None
+    """The version that went back last."""
 
 
 class FineTuneEndpointStatus(APIModel):

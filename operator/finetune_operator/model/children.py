@@ -85,6 +85,9 @@ def pod_view(raw: dict[str, Any]) -> PodView:
         eviction_message=shortened(str(stopped.get("message") or ""), 1000),
         queue=str(labels.get(QUEUE_LABEL, "")),
         priority=_whole((raw.get("spec") or {}).get("priority")) or 0,
+        ip=str(status.get("podIP") or ""),
+        ready=(conditions.get("Ready") or {}).get("status") == "True",
+        restarts=sum(_whole(c.get("restartCount")) or 0 for c in status.get("containerStatuses") or ()),
     )
 
 

@@ -61,6 +61,11 @@ class PodView:
     """What its gang was admitted to, as JSON."""
     seal: str = ""
     """That the operator wrote that (model/seal.py)."""
+    ip: str = ""
+    ready: bool = False
+    """By its kubelet."""
+    restarts: int = 0
+    """Of all its containers."""
 
     @property
     def is_worker(self) -> bool:

@@ -1,0 +1,94 @@
+"""What is known of a FineTuneEndpoint, its pods, and the models that it names. Knows nothing of what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from finetune_api.base import shortened
+from finetune_api.endpoint import FineTuneEndpointSpec, FineTuneEndpointStatus
+from finetune_api.serving import CanaryTraffic, ReplicaReport
+from finetune_api.tuned_model import FineTunedModelSpec, FineTunedModelStatus, ModelVersion
+
+from .job import PodView
+from .objects import Object
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaPod:
+    """A pod of an endpoint."""
+
+    name: str
+    uid: str
+    ip: str = ""
+    ready: bool = False
+    """By its kubelet."""
+    restarts: int = 0
+    """Of its containers: what was loaded is gone with a restart."""
+    problem: str = ""
+    """Why it does not start, where that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLine:
+    """A FineTunedModel."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    spec: FineTunedModelSpec
+    status: FineTunedModelStatus
+
+    @property
+    def champion(self) -> ModelVersion | None:
+        """The version that is to answer under its name."""
+        return self.status.version(self.status.champion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedEndpoint:
+    """Everything a decision may depend on."""
+
+    endpoint: Object
+    spec: FineTuneEndpointSpec | None
+    invalid: str = ""
+    """What is wrong with the spec, where it cannot be read."""
+    status: FineTuneEndpointStatus = field(default_factory=FineTuneEndpointStatus)
+    lines: Mapping[str, ModelLine] = field(default_factory=dict)
+    """FineTunedModels of its namespace, by name; those that are being deleted are not."""
+    pods: tuple[ReplicaPod, ...] = ()
+    """Those that are neither ended nor being deleted."""
+    reports: Mapping[str, ReplicaReport] = field(default_factory=dict)
+    """By the pod's UID: what it says it serves."""
+    silent: Mapping[str, str] = field(default_factory=dict)
+    """By the pod's UID: why it says nothing."""
+    emptied: frozenset[str] = frozenset()
+    """UIDs of pods that restarted since they were last heard of: what they served is not loaded any more."""
+    traffic: tuple[CanaryTraffic, ...] = ()
+    """What gateways counted."""
+    canaries: bool = True
+    """Whether there is a gateway that gives a version its share of the requests."""
+    applied: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """(kind, name) -> digest, of what was applied lately."""
+    identity: str = ""
+    """Secret with the replicas' certificate."""
+    queue_problem: str = ""
+    """Why it may not have GPUs of the queue that it names."""
+    now: datetime
+
+    @property
+    def raw(self) -> Object:
+        """The object."""
+        return self.endpoint
+
+
+def replica_pod(pod: PodView) -> ReplicaPod | None:
+    """A pod as a replica; None where it has ended or is on its way out."""
+    if pod.deleting or pod.ended:
+        return None
+    waiting = f"{pod.waiting_reason}: {pod.waiting_message}".rstrip(": ") if pod.waiting_reason not in _USUAL else ""
+    problem = shortened(pod.unschedulable or waiting, 300)
+    return ReplicaPod(name=pod.name, uid=pod.uid, ip=pod.ip, ready=pod.ready, restarts=pod.restarts, problem=problem)
+
+
+_USUAL = ("", "ContainerCreating", "PodInitializing")

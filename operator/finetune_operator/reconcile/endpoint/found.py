@@ -1,0 +1,155 @@
+"""What is said of the replicas, and of all of them together. Pure: pods and their reports -> the status and its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from finetune_api.base import shortened
+from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica, ReplicaModel
+from finetune_api.scalars import printable
+from finetune_api.serving import USER_PORT
+from finetune_api.status import Condition
+
+from ...model.endpoint import ObservedEndpoint, ReplicaPod
+from ...model.times import parse_time, rfc3339
+from .orders import fits, selected
+from .rollout import BAD, SETTLED, first, versioned
+
+
+def replicas(observed: ObservedEndpoint) -> list[Replica]:
+    """Each pod, with what it was last found to serve.
+
+    Of one that does not say anything what is on record stays, and its kubelet tells whether it answers: that the operator cannot
+    reach a replica is no reason to take it from its users.
+    """
+    before = {replica.name: replica for replica in observed.status.pods}
+    return [_replica(observed, pod, before.get(pod.name)) for pod in sorted(observed.pods, key=lambda pod: pod.name)]
+
+
+def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None) -> Replica:
+    report = observed.reports.get(pod.uid)
+    address = f"[{pod.ip}]:{USER_PORT}" if ":" in pod.ip else f"{pod.ip}:{USER_PORT}" if pod.ip else ""
+    if report is not None:
+        return Replica(name=pod.name, address=address, ready=report.ready and pod.ready, models=report.models)
+    known = before.models if before is not None and pod.uid not in observed.emptied else []
+    if pod.uid in observed.emptied and before is not None:
+        known = [ReplicaModel(name=model.name, message="its container started anew") for model in before.models]
+    return Replica(name=pod.name, address=address, ready=pod.ready and before is not None and bool(before.address), models=known)
+
+
+def over_all(entry: EndpointModel, found: Sequence[Replica]) -> EndpointModel:
+    """With what the replicas were found to serve of the version that answers."""
+    if entry.version is None:
+        return entry.model_copy(update={"verified": 0, "replicas": len(found), "verified_at": None, "mismatch": ""})
+    name = versioned(entry.name, entry.version)
+    states = [next((m for m in replica.models if m.name == name), None) for replica in found]
+    verified = [model for model in states if model is not None and model.state == "Verified"]
+    asked = [model.verified_at for model in verified if model.verified_at is not None and parse_time(model.verified_at) is not None]
+    bad = first(found, name, BAD)
+    return entry.model_copy(
+        update={
+            "verified": len(verified),
+            "replicas": len(found),
+            "verified_at": min(asked) if found and len(asked) == len(found) else None,
+            "mismatch": f"{bad[0].name}: {bad[1].state}: {bad[1].message}" if bad is not None else "",
+        }
+    )
+
+
+def ready(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, found: Sequence[Replica]) -> Condition:
+    """Whether at least one replica answers."""
+    answer = sum(replica.ready for replica in found)
+    if answer:
+        return _condition(observed, "Ready", "True", "Serving", f"{answer} of {max(spec.replicas, len(found))} replicas answer")
+    if spec.replicas == 0:
+        return _condition(observed, "Ready", "False", "ScaledToZero", "spec.replicas is 0")
+    problems = [f"{pod.name}: {pod.problem}" for pod in observed.pods if pod.problem]
+    problems += [f"{pod.name}: {r.message}" for pod in observed.pods if (r := observed.reports.get(pod.uid)) is not None and r.message]
+    problems += [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
+    return _condition(observed, "Ready", "False", "NoReplicaReady", "; ".join(problems[:3]) or "replicas start")
+
+
+def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Condition:
+    """Whether every model that it names can be served by it."""
+    missing: dict[str, list[str]] = {}
+    for name in selected(observed, spec):
+        line = observed.lines.get(name)
+        if line is None:
+            missing.setdefault("ModelNotFound", []).append(f"there is no FineTunedModel {name} in this namespace")
+        elif line.champion is None:
+            missing.setdefault("NoChampion", []).append(f"{name} has no champion yet")
+        elif not fits(line.champion):
+            whole = f"{versioned(name, line.champion.number)} is a whole model, and replicas serve adapters beside spec.base"
+            missing.setdefault("WholeModel", []).append(f"{whole}: make an endpoint of its own whose spec.base is its folder")
+        elif line.champion.rank is not None and line.champion.rank > spec.max_lora_rank:
+            rank = f"{versioned(name, line.champion.number)} has rank {line.champion.rank}, more than spec.maxLoraRank {spec.max_lora_rank}"
+            missing.setdefault("RankTooHigh", []).append(f"{rank}; raise it")
+    if missing:
+        told = "; ".join(message for messages in missing.values() for message in messages)
+        return _condition(observed, "ModelsServed", "False", next(iter(missing)), told)
+    return _condition(observed, "ModelsServed", "True", "Served", "")
+
+
+def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found: Sequence[Replica]) -> Condition:
+    """Whether every replica serves what was evaluated."""
+    if not models:
+        return _condition(observed, "Verified", "Unknown", "NoModels", "no tuned model is served")
+    bad = [f"{model.name}: {model.mismatch}" for model in models if model.mismatch]
+    bad += [
+        f"{model.name}: {canary.message}" for model in models if (canary := model.canary) is not None and canary.message.startswith("replica ")
+    ]
+    if bad:
+        return _condition(observed, "Verified", "False", "Mismatch", "; ".join(bad))
+    silent = [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
+    if silent:
+        return _condition(observed, "Verified", "Unknown", "ReplicaSilent", "; ".join(silent[:3]))
+    waits = [model for model in models if model.version is None or model.verified < model.replicas or not model.replicas]
+    open_ = [model for model in waits if model.version is None or not model.replicas or not _settled(model, found)]
+    if open_:
+        told = [f"{model.name}: {model.verified} of {model.replicas} replicas" for model in open_]
+        return _condition(observed, "Verified", "Unknown", "Pending", "; ".join(told))
+    if waits:
+        told = [next((f"{model.name}: {m.message}" for r in found for m in r.models if m.state == "Unverifiable"), model.name) for model in waits]
+        return _condition(observed, "Verified", "Unknown", "Unverifiable", "; ".join(told))
+    return _condition(observed, "Verified", "True", "Verified", "every replica was found to serve what was evaluated")
+
+
+def _settled(model: EndpointModel, found: Sequence[Replica]) -> bool:
+    name = versioned(model.name, model.version or 0)
+    return all(any(m.name == name and m.state in SETTLED for m in replica.models) for replica in found)
+
+
+def rolled_back(observed: ObservedEndpoint, models: Sequence[EndpointModel]) -> Condition:
+    """Whether a version went back, and why."""
+    gone = [model.rolled_back.message for model in models if model.rolled_back is not None]
+    if gone:
+        return _condition(observed, "RolledBack", "True", "CanaryWorse", "; ".join(gone))
+    return _condition(observed, "RolledBack", "False", "NothingRolledBack", "")
+
+
+def refuses(observed: ObservedEndpoint, reason: str, message: str) -> Condition:
+    """The endpoint cannot be made as it is written."""
+    return _condition(observed, "Ready", "False", reason, message)
+
+
+def _condition(
+    observed: ObservedEndpoint, type_: str, status: Literal["True", "False", "Unknown"], reason: str, message: str
+) -> Condition:
+    """Its transition time moves only when its status changes."""
+    old = next((c for c in observed.status.conditions if c.type == type_), None)
+    return Condition(
+        type=type_,
+        status=status,
+        reason=reason,
+        message=printable(shortened(message, 4000)),
+        last_transition_time=old.last_transition_time if old is not None and old.status == status else rfc3339(observed.now),
+        observed_generation=int(observed.endpoint["metadata"].get("generation") or 0),
+    )
+
+
+def with_conditions(status: FineTuneEndpointStatus, *conditions: Condition) -> FineTuneEndpointStatus:
+    """With these in place of those of their types."""
+    new = {condition.type: condition for condition in conditions}
+    kept = [new.pop(condition.type, condition) for condition in status.conditions]
+    return status.model_copy(update={"conditions": [*kept, *new.values()]})

@@ -1,0 +1,70 @@
+"""What each replica is to serve. Pure: the spec, the models and what is on record -> the order, the same for all replicas."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec
+from finetune_api.scalars import seconds
+from finetune_api.serving import OrderedModel, ReplicaOrder
+from finetune_api.tuned_model import ModelVersion
+
+from ...model.endpoint import ModelLine, ObservedEndpoint
+from ...model.times import rfc3339
+from .rollout import versioned
+
+MOST_MODELS = 64
+"""That a status has room for, and an order."""
+
+
+def selected(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> list[str]:
+    """Names of the models that it is to serve, also of those that are not there: those named first."""
+    names = [served.name for served in spec.models]
+    if spec.model_selector is not None:
+        names += sorted(line.name for line in observed.lines.values() if spec.model_selector.selects(dict(line.labels)))
+    return list(dict.fromkeys(names))[:MOST_MODELS]
+
+
+def fits(version: ModelVersion) -> bool:
+    """Whether it is loaded beside the base: whole models are not."""
+    return version.form == "Adapter"
+
+
+def order(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> ReplicaOrder:
+    """Everything that a replica of it is to serve now. One that is being deleted serves no tuned model any more."""
+    models: list[OrderedModel] = []
+    if not observed.endpoint["metadata"].get("deletionTimestamp"):
+        known = {model.name: model for model in observed.status.models}
+        for name in selected(observed, spec):
+            if (line := observed.lines.get(name)) is not None:
+                models += _of(line, known.get(name) or EndpointModel(name=name), spec)
+    return ReplicaOrder(
+        generation=int(observed.endpoint["metadata"].get("generation") or 0),
+        models=models[:MOST_MODELS],
+        verify_before=rfc3339(observed.now - timedelta(seconds=seconds(spec.verify_every))),
+    )
+
+
+def _of(line: ModelLine, entry: EndpointModel, spec: FineTuneEndpointSpec) -> list[OrderedModel]:
+    """What answers, what is to take over, and what stays loaded, in this order."""
+    champion = line.status.champion
+    went_back = entry.rolled_back is not None and entry.rolled_back.version == champion
+    named = next((served.versions for served in spec.models if served.name == line.name), [])
+    numbers = [entry.version, None if went_back else champion, *(r.version for r in entry.retained), *named]
+    found = [line.status.version(number) for number in dict.fromkeys(n for n in numbers if n is not None)]
+    return [_ordered(line, version, entry.version) for version in found if version is not None and fits(version)]
+
+
+def _ordered(line: ModelLine, version: ModelVersion, answers: int | None) -> OrderedModel:
+    return OrderedModel(
+        name=versioned(line.name, version.number),
+        aliases=[line.name] if version.number == answers else [],
+        model=line.name,
+        number=version.number,
+        storage=line.spec.storage,
+        s3_endpoint=line.spec.s3_endpoint,
+        form=version.form,
+        digest=version.digest,
+        rank=version.rank,
+        base_fingerprint=version.base.fingerprint if version.base is not None else "",
+    )
