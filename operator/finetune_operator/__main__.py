@@ -62,7 +62,7 @@ def _probes(
             return f"the API server does not serve {', '.join(kinds.missing)}: install the CustomResourceDefinitions"
         if not manager.synced.is_set():
             return "not in sync yet"
-        unwatched = set(kinds.watched) - handlers.watching(insights, kinds)
+        unwatched = {r for r in kinds.watched if kinds.serves(r.kind)} - handlers.watching(insights, kinds)
         return f"not watched yet: {', '.join(sorted(r.plural for r in unwatched))}" if unwatched else ""
 
     async def healthz(_: web.Request) -> web.Response:
@@ -142,8 +142,8 @@ async def run(settings: Settings) -> None:
     holder = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     tracing.configure(settings.tracing_endpoint, holder)
     lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
-    manager = Manager(cluster, store, board, settings, lease)
     kinds, insights = Kinds(cluster, settings), handlers.Insights()
+    manager = Manager(cluster, store, board, settings, lease, kinds.serves)
     server = ProgressServer(cluster, store, board, manager.wake, lambda: manager.acting)
     endpoints = server.application()
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())

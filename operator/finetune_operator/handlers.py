@@ -12,7 +12,7 @@ from typing import Any
 import kopf
 from kopf._cogs.structs.references import Insights as Insights  # what kopf.operator takes as `insights`; kopf 1.45 does not export it
 
-from finetune_api import GROUP, PLURAL, VERSION, names
+from finetune_api import KIND, names
 
 from . import metrics
 from .cluster.kinds import Kinds
@@ -21,7 +21,7 @@ from .cluster.resources import RESOURCES, Resource
 from .controllers.manager import Manager
 from .controllers.resync import SELECTOR
 from .model.legible import identified
-from .model.objects import CHILD_KINDS, Object, child_kinds
+from .model.objects import CHILD_KINDS, RECONCILED, Object, child_kinds
 from .settings import Settings
 
 log = logging.getLogger("finetune.handlers")
@@ -94,13 +94,16 @@ def _seen(kind: str, event: kopf.RawEvent) -> Object | None:
 
 
 def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settings, kinds: Kinds) -> None:
-    """Connect the watches of the job and of its children to the manager."""
+    """Connect the watches of our kinds, and of what their objects own, to the manager."""
     kopf.on.login(registry=registry)(login)
 
-    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def on_job(event: kopf.RawEvent, **_: Any) -> None:
-        if (raw := _seen("FineTuneJob", event)) is not None:
-            manager.job_event(raw, deleted=event["type"] == "DELETED")
+    def watch_objects(kind: str) -> None:
+        resource = RESOURCES[kind]
+
+        @kopf.on.event(resource.group, resource.version, resource.plural, registry=registry, id=f"on_{kind}")
+        async def on_object(event: kopf.RawEvent, **_: Any) -> None:
+            if (raw := _seen(kind, event)) is not None:
+                manager.object_event(kind, raw, deleted=event["type"] == "DELETED")
 
     def watch(kind: str) -> None:
         resource = RESOURCES[kind]
@@ -111,5 +114,8 @@ def register(registry: kopf.OperatorRegistry, manager: Manager, settings: Settin
             if raw is not None and (raw["metadata"].get("labels") or {}).get(names.LABEL_MANAGED_BY) == names.MANAGER:
                 manager.child_event(kind, raw, deleted=event["type"] == "DELETED")
 
+    for kind in RECONCILED:
+        if kind == KIND or kinds.serves(kind):  # of one that comes later a fresh start tells (cluster/kinds.py)
+            watch_objects(kind)
     for kind in child_kinds(network_policies=settings.network_policies):
         watch(kind)

@@ -25,7 +25,7 @@ ASSUMPTIONS_EXPIRED = Counter(
     "finetune_assumptions_expired_total", "Admissions and evictions that did not come on record and were given up", ["action"]
 )
 API_REQUESTS = Gauge("finetune_api_requests", "Requests to the API server since start", ["verb", "kind"])
-QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Jobs waiting for or in a reconcile pass")
+QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Objects of a kind waiting for or in a reconcile pass", ["kind"])
 JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase, also of phases that no job is in", ["phase"])
 SUSPECT_NODES = Gauge("finetune_suspect_node", "Nodes that jobs kept failing on lately and that new gangs rather avoid", ["node"])
 PROGRESS_REPORTS = Counter("finetune_progress_reports_total", "Progress reports by outcome", ["code"])

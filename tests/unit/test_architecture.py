@@ -68,7 +68,7 @@ async def test_one_key_from_the_watch_to_its_write() -> None:
     operator.acting = True
     registry = kopf.OperatorRegistry()
     handlers.register(registry, operator, Settings(), SimpleNamespace(serves=lambda kind: False))  # type: ignore[arg-type]
-    on_job = next(h.fn for h in registry._watching._handlers if h.fn.__name__ == "on_job")
+    on_job = next(h.fn for h in registry._watching._handlers if h.id == "on_FineTuneJob")
     raw = cluster.put("FineTuneJob", job())
     working = asyncio.create_task(operator.jobs.run(1))
     await asyncio.sleep(0)

@@ -209,6 +209,27 @@ async def test_a_new_kind_is_a_row_of_functions(cluster: Cluster) -> None:
     assert "create Event" in cluster.writes
 
 
+@pytest.mark.parametrize(
+    ("serves", "refusal"), [(False, None), (True, APIError(403, "Forbidden", "no")), (True, APIError(404, "NotFound", "no"))]
+)
+async def test_a_kind_that_is_absent_or_forbidden_does_not_hold_jobs_up(cluster: Cluster, serves: bool, refusal: APIError | None) -> None:
+    """An operator is upgraded before its definitions, or before its rights."""
+    real = cluster.list
+
+    async def listed(kind: str, namespace: str = "", selector: str = "") -> Any:
+        assert serves or kind not in ("FineTunedModel", "FineTuneEndpoint"), "what is not served is not asked for"
+        if kind in ("FineTunedModel", "FineTuneEndpoint") and refusal is not None:
+            raise refusal
+        async for raw in real(kind, namespace, selector):
+            yield raw
+
+    cluster.list = listed  # type: ignore[method-assign]
+    operator = Manager(cluster, Store(), ProgressBoard(), SETTINGS, serves=lambda kind: serves)  # type: ignore[arg-type]
+    await operator.resync.once()
+    await operator.jobs.process(KEY)
+    assert cluster.objects["FineTuneJob", "support"]["status"]["phase"] == "Preparing"
+
+
 # what is assumed
 
 
@@ -327,14 +348,14 @@ async def test_one_place_forgets_a_job_whatever_tells_of_its_end(cluster: Cluste
     operator.writer._written[UID] = 1.0
     assert KEY in samples()
     if told_by == "watch":
-        operator.job_event(raw, deleted=True)
+        operator.object_event("FineTuneJob", raw, deleted=True)
     elif told_by == "resync":
         cluster.objects.clear()
         await asyncio.sleep(0.01)
         await operator.resync.once()
     else:
         cluster.put("FineTuneJob", job(uid="uid-of-another"))
-        operator.job_event(copy.deepcopy(cluster.objects["FineTuneJob", "support"]), deleted=False)
+        operator.object_event("FineTuneJob", copy.deepcopy(cluster.objects["FineTuneJob", "support"]), deleted=False)
     assert KEY not in samples() and board.latest(UID) is None
     assert operator.assumptions.decision(UID) is None and operator.assumptions.backlog == 0
     assert UID not in operator.writer._written
@@ -345,7 +366,7 @@ async def test_a_job_made_anew_under_its_name_inherits_no_decision(cluster: Clus
     await operator.resync.once()
     operator.assumptions.decide(UID, Decision(action="admit", admission=Admission(queue="", flavor="", pods=1)))
     cluster.put("FineTuneJob", job(uid="uid-of-another"))
-    operator.job_event(copy.deepcopy(cluster.objects["FineTuneJob", "support"]), deleted=False)
+    operator.object_event("FineTuneJob", copy.deepcopy(cluster.objects["FineTuneJob", "support"]), deleted=False)
     seen = await operator.jobs.kind.observe(KEY)
     assert seen is not None and seen.decision is None
 
@@ -363,7 +384,7 @@ async def test_a_restored_etcd_is_believed(cluster: Cluster) -> None:
     for _ in range(3):
         changed = cluster.objects["FineTuneJob", "support"]
         changed["metadata"]["labels"] = {"changed": "since"}
-        operator.job_event(cluster.put("FineTuneJob", changed), deleted=False)
+        operator.object_event("FineTuneJob", cluster.put("FineTuneJob", changed), deleted=False)
     child = next(name for kind, name in backup if kind == "Job")
     cluster.remove("Job", child)
     gone = cluster.watch[-1][1]
@@ -393,7 +414,7 @@ async def test_a_late_event_does_not_undo_what_was_heard_after_the_list_began(cl
     await asyncio.sleep(0.01)
     changed: dict[str, Any] = copy.deepcopy(old)
     changed["metadata"]["labels"] = {"new": "1"}
-    operator.job_event(cluster.put("FineTuneJob", changed), deleted=False)
+    operator.object_event("FineTuneJob", cluster.put("FineTuneJob", changed), deleted=False)
     operator.store.put_job(old, asked_at=asked_at)
     assert operator.store.job(KEY)["metadata"]["labels"] == {"new": "1"}  # type: ignore[index]
 
@@ -470,7 +491,7 @@ async def test_jobs_that_are_there_at_the_start_are_served_oldest_first() -> Non
 
     operator.jobs.process = process  # type: ignore[method-assign]
     for raw in reversed(cluster.of("FineTuneJob")):
-        operator.job_event(copy.deepcopy(raw), deleted=False)
+        operator.object_event("FineTuneJob", copy.deepcopy(raw), deleted=False)
     running = asyncio.create_task(operator.run())
     async with asyncio.timeout(5):
         while len(order) < 40:  # noqa: ASYNC110

@@ -139,7 +139,7 @@ def deleted(scene: Scene, first: dict[str, Any]) -> None:
 
 def pruned(scene: Scene, first: dict[str, Any]) -> None:
     """A watch that was dead: a LIST shows that it is gone."""
-    scene.store.prune_jobs({"uid-second"}, float("inf"))
+    scene.store.jobs.prune({"uid-second"}, float("inf"))
 
 
 def made_anew(scene: Scene, first: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ async def test_a_job_of_any_shape_is_seen_decided_about_and_ranked() -> None:
         count += 1
         if found["metadata"]["uid"] == UID:
             found["metadata"] |= {"uid": f"u-{count}", "name": f"bad-{count}"}
-        manager.job_event(found, deleted=False)
+        manager.object_event("FineTuneJob", found, deleted=False)
         key = (found["metadata"]["namespace"], found["metadata"]["name"])
         observed = store.observe(key, NOW, None)
         assert observed is not None
@@ -313,7 +313,7 @@ async def test_a_job_that_cannot_be_worked_on_says_so_and_the_others_go_on(monke
     monkeypatch.setattr(jobs_module, "reconcile", decide)
     manager = Manager(Takes(), Store(), ProgressBoard(), Settings(soon_seconds=0))  # type: ignore[arg-type]
     for name in ("bad", "good"):
-        manager.job_event(job(name=name, uid=f"u-{name}"), deleted=False)
+        manager.object_event("FineTuneJob", job(name=name, uid=f"u-{name}"), deleted=False)
     for name in ("bad", "good", "bad"):
         await manager.jobs.process(("team-a", name))
     (told,) = [c for c in written["bad"]["conditions"] if c["type"] == "Accepted"]

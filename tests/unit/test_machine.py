@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from finetune_api import names
 from finetune_api.contract import ExitCode, StageResult
 from finetune_api.lenient import read_status
-from finetune_operator.cache import store
+from finetune_operator.cache import objects, store
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster import reflector
@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         ticks = itertools.count()  # not this machine's clock, which makes a busy machine's runs differ
         clock = SimpleNamespace(monotonic=lambda: next(ticks) / 1000)
         self.clocks = contextlib.ExitStack()
-        for module in (admission, controller, jobs, queue_status, resync, writer, reflector, store):
+        for module in (admission, controller, jobs, queue_status, resync, writer, reflector, objects, store):
             self.clocks.enter_context(mock.patch.object(module, "time", clock))
 
     @initialize(stage=st.sampled_from(["", "prepare", "check", "train", "train", "train", "evaluate", "publish"]), patient=st.booleans())
@@ -306,7 +306,7 @@ class Machine(RuleBasedStateMachine):
 
     def tell(self, kind: str, raw: Object, deleted: bool) -> None:
         if kind == "FineTuneJob":
-            self.manager.job_event(copy.deepcopy(raw), deleted=deleted)
+            self.manager.object_event("FineTuneJob", copy.deepcopy(raw), deleted=deleted)
         else:
             self.manager.child_event(kind, copy.deepcopy(raw), deleted=deleted)
 

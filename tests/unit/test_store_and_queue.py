@@ -45,7 +45,7 @@ def test_children_are_found_by_owner_uid_through_child_jobs() -> None:
 def test_a18_foreign_pods_with_our_labels_are_not_adopted() -> None:
     store = Store()
     store.put_job(job())
-    assert store.put_child("Pod", child("Pod", "support-worker-0", "evil", "somebody-else")) == KEY, "it may wake the job"
+    assert store.put_child("Pod", child("Pod", "support-worker-0", "evil", "somebody-else")) == ("FineTuneJob", KEY), "it may wake the job"
     seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods, "but it is none of its pods"
 
@@ -87,7 +87,7 @@ def test_a_late_event_does_not_raise_the_dead() -> None:
     store.put_job(job())
     pod = child("Pod", "w", "p", UID)
     store.put_child("Pod", pod)
-    assert store.drop_child("Pod", pod) == KEY
+    assert store.drop_child("Pod", pod) == ("FineTuneJob", KEY)
     store.put_child("Pod", pod)
     seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods
@@ -108,10 +108,10 @@ def test_f4_a_list_prunes_what_a_dead_watch_hid() -> None:
     store = Store()
     store.put_job(job())
     store.put_child("Pod", child("Pod", "w", "p", UID))
-    assert store.prune("Pod", set(), float("inf")) == {KEY}
+    assert store.prune("Pod", set(), float("inf")) == {("FineTuneJob", KEY)}
     seen = store.observe(KEY, NOW, None)
     assert seen is not None and not seen.pods
-    store.prune_jobs(set(), float("inf"))
+    store.jobs.prune(set(), float("inf"))
     assert store.job_keys() == []
 
 
@@ -120,8 +120,51 @@ def test_a_list_does_not_prune_what_came_after_it_began() -> None:
     store.put_job(job())
     store.put_child("Pod", child("Pod", "w", "p", UID))
     assert store.prune("Pod", set(), 0.0) == set()
-    store.prune_jobs(set(), 0.0)
+    store.jobs.prune(set(), 0.0)
     assert store.job_keys() == [KEY], "created while the pages came in: it is not in them"
+
+
+def other(kind: str, name: str, version: int = 1, **more: Any) -> dict[str, Any]:
+    meta = {"name": name, "namespace": "team-a", "uid": f"uid-{name}", "resourceVersion": str(version)}
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": kind, "metadata": meta, "spec": {}, **more}
+
+
+def test_every_reconciled_kind_is_remembered_as_jobs_are() -> None:
+    """By key and UID; an older state is not taken up, a late event raises no dead; and jobs do not hear of it."""
+    store, told, forgotten = Store(), list[tuple[str, str]](), list[str]()
+    store.changed.append(lambda kind, raw: told.append((kind, raw["metadata"]["name"])))
+    store.forgotten.append(forgotten.append)
+    models = store.of("FineTunedModel")
+    key = models.put(other("FineTunedModel", "bot", 5, status={"count": 2}))
+    models.put(other("FineTunedModel", "bot", 4))
+    assert models.get(key) == models.of_uid("uid-bot") and (models.get(key) or {})["status"] == {"count": 2}
+    assert told == [("FineTunedModel", "bot")] and not store.changes() and store.endpoints.keys == [] == store.job_keys()
+    models.prune(set(), float("inf"))
+    models.put(other("FineTunedModel", "bot", 9))
+    assert models.get(key) is None and forgotten == ["uid-bot"] and told[1:] == [("FineTunedModel", "bot")]
+
+
+def test_what_another_kind_owns_wakes_it_by_its_label() -> None:
+    store = Store()
+    store.models.put(other("FineTunedModel", "bot"))
+    labels = {names.LABEL_OWNER_UID: "uid-bot", names.LABEL_STAGE: "catalog"}
+    made, pod = child("Job", "bot-catalog", "j1", "uid-bot"), child("Pod", "bot-catalog-x", "p1", "j1", status={"phase": "Running"})
+    for kind, raw in (("Job", made), ("Pod", pod)):
+        raw["metadata"]["labels"] = labels
+        assert store.put_child(kind, raw) == ("FineTunedModel", ("team-a", "bot"))
+    owned = store.owned("uid-bot")
+    assert [j.name for j in owned.jobs] == ["bot-catalog"] and [p.phase for p in owned.pods] == ["Running"]
+    assert not store.left_behind(), "they hold nothing of a queue"
+
+
+def test_jobs_are_found_by_the_models_that_they_name() -> None:
+    store, bot, old = Store(), ("team-a", "bot"), ("team-a", "old")
+    store.put_job(job({**MINIMAL, "publish": [{"model": "bot"}], "tuning": {"continueFrom": "model://old@3"}}))
+    assert [len(store.jobs_naming(key)) for key in (bot, old, ("team-b", "bot"))] == [1, 1, 0]
+    store.put_job(job({**MINIMAL, "publish": [{"model": "bot"}, {"model": 5}, 7]}, resourceVersion="2"))
+    assert [len(store.jobs_naming(key)) for key in (bot, old)] == [1, 0]
+    store.drop_job(job())
+    assert not store.jobs_naming(bot)
 
 
 async def _run(queue: WorkQueue[str], work: Any, seconds: float, workers: int = 4) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 from finetune_api.crd import definitions
 from finetune_api.queue import QUEUE_KIND
 
-from ..model.objects import Object
+from ..model.objects import RECONCILED, Object
 from ..resources.backends import GROUP_KINDS
 from ..settings import Settings
 from .errors import APIError
@@ -36,8 +36,8 @@ class Kinds:
 
     def __init__(self, cluster: KubernetesCluster, settings: Settings) -> None:
         self._cluster, self._settings = cluster, settings
-        self.watched = (RESOURCES["FineTuneJob"],)
-        """What kopf watches, which resolves its kinds once; queues come through a watch that waits for theirs (inventory.py)"""
+        self.watched = tuple(RESOURCES[kind] for kind in RECONCILED)
+        """What kopf watches where it is served; it resolves its kinds once. Queues come through a watch that waits for theirs (inventory.py)"""
         self.asked = tuple(RESOURCES[kind] for kind in GROUP_KINDS.get(settings.queueing_backend, ()))
         """Of these one is enough: a back-end's kind in its versions."""
         self.missing: tuple[str, ...] = tuple(map(_shown, self.needed))
@@ -60,7 +60,7 @@ class Kinds:
 
     async def look(self) -> None:
         """Ask what is served. Raises APIError when the API server does not say."""
-        wanted = (*self.needed, *self.asked)
+        wanted = (*self.needed, *self.watched, *self.asked)
         versions = sorted({(resource.group, resource.version) for resource in wanted})
         plurals = {version: await self._cluster.plurals(*version) for version in versions}
         self._served = frozenset(r for r in wanted if r.plural in plurals[r.group, r.version])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -52,6 +52,8 @@ class Kind(Generic[O]):
     recorded: Callable[[Object, Plan], None] = lambda raw, plan: None
     """Told when a status was written: the object as it was before, and the plan."""
     not_recorded: Callable[[O, str], None] = lambda observed, why: None
+    touched: Callable[[str, Object], Iterable[Key]] = lambda kind, raw: ()
+    """Keys that are to be looked at when an object of another kind, as given, is different now, or gone."""
 
 
 class Controller(Generic[O]):
@@ -84,7 +86,7 @@ class Controller(Generic[O]):
             self._failed(key, type(failure).__name__, str(failure), expected=False)
         finally:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
-            metrics.QUEUE_DEPTH.set(len(self.queue))
+            metrics.QUEUE_DEPTH.labels(kind=self.kind.name).set(len(self.queue))
 
     async def _pass(self, key: Key) -> None:
         observed = await self.kind.observe(key)

@@ -89,7 +89,7 @@ class Jobs:
             decision=self.assumptions.decision(uid),
         )
 
-    def reconcile(self, observed: Observed) -> Plan:
+    def reconcile(self, observed: Observed) -> Plan[FineTuneJobStatus]:
         """What to do about it."""
         plan = reconcile(observed, self.settings)
         if plan.due is WriteUrgency.SOON and plan.status is not None and plan.status.phase == "Queued":
@@ -97,16 +97,16 @@ class Jobs:
             return dataclasses.replace(plan, waits_anew=self.assumptions.wait(observed.job["metadata"]["uid"]))
         return plan
 
-    def refused(self, observed: Observed, why: str) -> Plan:
+    def refused(self, observed: Observed, why: str) -> Plan[FineTuneJobStatus]:
         """What to say when the API server refuses what was to be done."""
         return refused(observed, self.settings, why)
 
-    def unreadable(self, key: Key, why: str) -> tuple[Object, Plan] | None:
+    def unreadable(self, key: Key, why: str) -> tuple[Object, Plan[FineTuneJobStatus]] | None:
         """What to say of one whose pass failed for no reason that is known."""
         job = self.store.job(key)
         return None if job is None else (job, unreadable(Observed(job=job, now=self.cluster.now()), self.settings, why))
 
-    def recorded(self, raw: Object, plan: Plan) -> None:
+    def recorded(self, raw: Object, plan: Plan[FineTuneJobStatus]) -> None:
         """Its status was written."""
         if plan.status is not None:
             self.telemetry.wrote(raw, plan.before or FineTuneJobStatus(), plan.status)

@@ -10,13 +10,17 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Callable
+from typing import Any
+
+from finetune_api import KIND
+from finetune_api.status import FineTuneJobStatus
 
 from ..cache.assumptions import Assumptions, Expired
 from ..cache.progress import ProgressBoard
 from ..cache.store import Store
 from ..cluster.lease import Lease
 from ..cluster.transport import Cluster
-from ..model.objects import Key, Object
+from ..model.objects import Key, Object, key_of
 from ..reconcile.plan import Event, Plan
 from ..settings import Settings
 from .admission import AdmissionLoop, place_seconds
@@ -34,7 +38,15 @@ log = logging.getLogger("finetune.controller")
 class Manager:
     """One per process. A kind is added by a row in `controllers`."""
 
-    def __init__(self, cluster: Cluster, store: Store, board: ProgressBoard, settings: Settings, lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        store: Store,
+        board: ProgressBoard,
+        settings: Settings,
+        lease: Lease | None = None,
+        serves: Callable[[str], bool] = lambda kind: True,
+    ) -> None:
         self.store, self.settings, self.lease = store, settings, lease
         self.telemetry, self.events = Telemetry(), Events(cluster)
         self.assumptions = Assumptions(lambda: self.admission.poke())
@@ -55,8 +67,8 @@ class Manager:
             poke=self.admission.poke,
         )
         self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
-        self.controllers = (self.jobs,)
-        self.resync = Resync(cluster, store, settings, self.wake, self._child_seen)
+        self.controllers: dict[str, Controller[Any]] = {KIND: self.jobs}
+        self.resync = Resync(cluster, store, settings, self.wake, self._child_seen, serves)
         forget: tuple[Callable[[str], None], ...] = (
             board.forget,
             self.telemetry.forget,
@@ -65,6 +77,7 @@ class Manager:
             self.admission.forget,
         )
         store.forgotten.extend(forget)
+        store.changed.append(self._touch)
         self.synced = asyncio.Event()
         self.acting = False
         """Whether this is the operator that acts, not one that stands by."""
@@ -83,14 +96,13 @@ class Manager:
                 await self.resync.until_done()  # what the one before wrote last
                 group.create_task(self.lease.hold())
             self.acting = True
-            for key in sorted(self.store.job_keys(), key=self._created):  # watches tell of those that are there in any order
-                self.wake(key)
+            self._wake_all()
             group.create_task(self.events.run())
             if self.settings.queueing_backend == "kueue":
                 group.create_task(self.external_queue.run())
             if self.settings.admits_itself:
                 group.create_task(self.admission.run())
-            for controller in self.controllers:
+            for controller in self.controllers.values():
                 group.create_task(controller.run(self.settings.workers))
 
     @property
@@ -98,44 +110,51 @@ class Manager:
         """For how long nothing was heard of nodes, queues and what else the admission loop watches; 0 while it does not."""
         return self.admission.watch.silent_seconds if self.acting and self.settings.admits_itself else 0.0
 
-    def wake(self, key: Key) -> None:
-        """A job is to be looked at. Before this operator acts nothing is: then all of them are, the oldest first."""
-        if self.acting:
-            self.jobs.queue.add(key)
+    def wake(self, key: Key, kind: str = KIND) -> None:
+        """An object is to be looked at. Before this operator acts nothing is: then all of them are, the oldest first."""
+        if self.acting and (controller := self.controllers.get(kind)) is not None:
+            controller.queue.add(key)
+
+    def _wake_all(self) -> None:
+        for kind in self.controllers:
+            objects = self.store.of(kind)
+            for raw in sorted(objects, key=lambda raw: (str(raw["metadata"].get("creationTimestamp", "")), key_of(raw))):
+                self.wake(key_of(raw), kind)  # watches tell of those that are there in any order
+
+    def _touch(self, kind: str, raw: Object) -> None:
+        """An object is different now, or gone: objects of other kinds may depend on it."""
+        for other, controller in self.controllers.items() if self.acting else ():
+            for key in controller.kind.touched(kind, raw) if other != kind else ():
+                controller.queue.add(key)
 
     def configure(self, **found: str) -> None:
-        """Settings that are found after the start. Jobs are looked at again where they are new."""
+        """Settings that are found after the start. Everything is looked at again where they are new."""
         new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]
         if new != self.settings:
             self.settings = self._jobs.settings = new
             self.admission.configure(new)
-            for key in self.store.job_keys():
-                self.wake(key)
-
-    def _created(self, key: Key) -> tuple[str, Key]:
-        return str((self.store.job(key) or {}).get("metadata", {}).get("creationTimestamp", "")), key
+            self._wake_all()
 
     # events in
 
-    def job_event(self, raw: Object, *, deleted: bool) -> None:
-        """A FineTuneJob was seen, or is gone."""
-        if deleted:
-            self.wake(self.store.drop_job(raw))
-        elif self.store.is_known(raw):
+    def object_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
+        """An object of ours was seen, or is gone."""
+        objects = self.store.of(kind)
+        if not deleted and objects.is_known(raw):
             return  # the echo of what was written here
-        else:
-            self.wake(self.store.put_job(raw))
-        self.admission.poke()
+        self.wake(objects.drop(raw) if deleted else objects.put(raw), kind)
+        if kind == KIND:
+            self.admission.poke()
 
     def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:
         """A child was seen, or is gone."""
-        key = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
+        owner = self.store.drop_child(kind, raw) if deleted else self.store.put_child(kind, raw)
         if not deleted:
             self._child_seen(kind, raw)
         if kind == "Pod" and (deleted or (raw.get("status") or {}).get("phase") in ("Succeeded", "Failed")):
             self.admission.poke()  # something is free again
-        if key is not None:
-            self.wake(key)
+        if owner is not None:
+            self.wake(owner[1], owner[0])
 
     def _child_seen(self, kind: str, raw: Object) -> None:
         if kind == "Pod":
@@ -145,7 +164,7 @@ class Manager:
 
     def _interval(self, plan: Plan) -> float:
         """Seconds between two statuses of a job that only carry progress, or its place in a line."""
-        waits = plan.status is not None and plan.status.queue is not None
+        waits = isinstance(plan.status, FineTuneJobStatus) and plan.status.queue is not None
         return max(self.settings.status_interval_seconds, place_seconds(self.store) if waits else 0.0)
 
     def _expired(self, job: Object, expired: Expired) -> None:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from finetune_api import names
+from finetune_api import KIND, names
 
 from ..cache.store import Store
 from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
-from ..model.objects import Key, Object, child_kinds
+from ..model.objects import RECONCILED, Key, Object, child_kinds
 from ..settings import Settings
 
 log = logging.getLogger("finetune.controller")
@@ -24,34 +24,30 @@ SELECTOR = f"{names.LABEL_MANAGED_BY}={names.MANAGER}"
 
 
 class Resync:
-    """`wake`: an object is to be looked at. `seen`: a child was listed."""
+    """`wake`: an object of a kind is to be looked at. `seen`: a child was listed. `serves`: whether the API server has a kind of ours."""
 
     def __init__(
         self,
         cluster: Cluster,
         store: Store,
         settings: Settings,
-        wake: Callable[[Key], None],
+        wake: Callable[[Key, str], None],
         seen: Callable[[str, Object], None] = lambda kind, raw: None,
+        serves: Callable[[str], bool] = lambda kind: True,
     ) -> None:
         self._cluster, self._store, self._settings, self._wake = cluster, store, settings, wake
-        self._seen = seen
+        self._seen, self._serves = seen, serves
         self.last = time.monotonic()
 
     async def once(self) -> None:
-        """LIST everything, forget what is gone, and look at every job once. Raises APIError.
+        """LIST everything, forget what is gone, and look at every object once. Raises APIError.
 
         An object that was not heard of since the LIST began is taken as listed, whatever its resourceVersion: etcd may have been
         restored to an older state.
         """
         spaces = self._settings.watch_namespaces or ("",)
-        began = time.monotonic()
-        jobs = set()
-        for namespace in spaces:
-            async for raw in self._cluster.list("FineTuneJob", namespace):
-                self._store.put_job(raw, asked_at=began)
-                jobs.add(raw["metadata"]["uid"])
-        self._store.prune_jobs(jobs, began)
+        for kind in RECONCILED:
+            await self._objects(kind, spaces)
         for kind in child_kinds(network_policies=self._settings.network_policies):
             children, began = set(), time.monotonic()
             for namespace in spaces:
@@ -59,11 +55,30 @@ class Resync:
                     self._store.put_child(kind, raw, asked_at=began)
                     self._seen(kind, raw)
                     children.add(raw["metadata"]["uid"])
-            for key in self._store.prune(kind, children, began):
-                self._wake(key)
-        for key in self._store.job_keys():
-            self._wake(key)
+            for owner, key in self._store.prune(kind, children, began):
+                self._wake(key, owner)
+        for kind in RECONCILED:
+            for key in self._store.of(kind).keys:
+                self._wake(key, kind)
         self.last = time.monotonic()
+
+    async def _objects(self, kind: str, spaces: tuple[str, ...]) -> None:
+        """Those of one kind. Of the kinds that jobs can do without the definition, or the right to look, may come later."""
+        objects, began = self._store.of(kind), time.monotonic()
+        found: set[str] = set()
+        if kind != KIND and not self._serves(kind):
+            return objects.prune(found, began)
+        try:
+            for namespace in spaces:
+                async for raw in self._cluster.list(kind, namespace):
+                    objects.put(raw, asked_at=began)
+                    found.add(raw["metadata"]["uid"])
+        except APIError as failure:
+            if kind == KIND or failure.transient:
+                raise
+            log.warning("%s cannot be listed: %s", kind, failure)
+            return
+        objects.prune(found, began)
 
     async def until_done(self) -> None:
         """Try until it succeeds."""

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
+from finetune_api import KIND
 from finetune_api.lenient import rewritten
 
 from ..cache.store import Store
@@ -81,7 +82,8 @@ class Writer:
                 raise
             made = await self._cluster.get(kind, namespace, name)
             if owner_uid(made) != raw["metadata"]["uid"]:
-                message = f"{kind} {name} exists and does not belong to this job; delete it or rename the job"
+                one = "job" if raw["kind"] == KIND else raw["kind"]
+                message = f"{kind} {name} exists and does not belong to this {one}; delete it or rename the {one}"
                 raise APIError(409, "NameTaken", message) from None
         self._made(kind, made)  # its watch event wakes the owner
 
@@ -130,9 +132,9 @@ class Writer:
                 return False
             if failure.conflict:  # somebody changed it meanwhile: look again and derive anew
                 with contextlib.suppress(APIError):
-                    self._store.put_job(await self._cluster.get(raw["kind"], meta["namespace"], meta["name"]), asked_at=began)
+                    self._store.of(raw["kind"]).put(await self._cluster.get(raw["kind"], meta["namespace"], meta["name"]), asked_at=began)
             raise
         self._written[meta["uid"]] = time.monotonic()
-        self._store.put_job(answer)
+        self._store.of(raw["kind"]).put(answer)
         recorded(raw, plan)
         return bool(answer.get("status") != raw.get("status"))  # a definition of an older release drops what it does not know

@@ -11,13 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune_api import KIND, names
+from finetune_api import names
 from finetune_api.lenient import read_status, rewritten
 from finetune_api.status import FineTuneJobStatus
 
 from .children import job_view, pod_view
 from .job import ChildJobView, PodView
-from .objects import CHILD_KINDS, Object
+from .objects import CHILD_KINDS, RECONCILED, Object
 
 _TEXTS = ("namespace", "resourceVersion", "creationTimestamp", "deletionTimestamp")
 
@@ -25,7 +25,7 @@ _TEXTS = ("namespace", "resourceVersion", "creationTimestamp", "deletionTimestam
 def identified(kind: str, raw: Any) -> Object | None:
     """The object with metadata that can be relied on; None without name, namespace and UID, by which everything is found."""
     meta = raw.get("metadata") if isinstance(raw, dict) else None
-    needed = ("name", "uid", "namespace") if kind == KIND or kind in CHILD_KINDS else ("name",)
+    needed = ("name", "uid", "namespace") if kind in RECONCILED or kind in CHILD_KINDS else ("name",)
     if not isinstance(meta, dict) or not all(isinstance(meta.get(field), str) and meta[field] for field in needed):
         return None
     good = {field: value for field, value in meta.items() if _is_legible(field, value)}
@@ -58,6 +58,12 @@ def legible_job(raw: Object) -> Object:
             read = read_status(status)
             return {**raw, "status": rewritten(status, read, read)}
     return raw
+
+
+def legible_object(raw: Object) -> Object:
+    """An object of another kind, whose spec and status are objects. Whoever reads them does so leniently (finetune_api/lenient.py)."""
+    wrong = {field: None for field in ("spec", "status") if raw.get(field) is not None and not isinstance(raw[field], dict)}
+    return {**raw, **wrong} if wrong else raw
 
 
 def _is_harmless(error: ErrorDetails) -> bool:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_api import KIND
+from finetune_api.endpoint import ENDPOINT_KIND
+from finetune_api.tuned_model import MODEL_KIND
+
 Object = dict[str, Any]
 Key = tuple[str, str]
 """(namespace, name); no namespace for what has none"""
+Ref = tuple[str, Key]
+"""(kind, key) of an object of a reconciled kind"""
 
 
 def as_object(value: Any) -> Object:
@@ -20,8 +26,16 @@ def version_of(raw: Object) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def key_of(raw: Object) -> Key:
+    """The key of an object that has a namespace."""
+    meta = raw["metadata"]
+    return meta["namespace"], meta["name"]
+
+
+RECONCILED = (KIND, MODEL_KIND, ENDPOINT_KIND)
+"""Kinds of ours with a namespace. Nothing can be done without the first; of the others the definitions may be absent."""
 CHILD_KINDS = ("Pod", "Job", "ConfigMap", "Service", "PersistentVolumeClaim", "NetworkPolicy")
-"""What a job owns."""
+"""What objects of these kinds own."""
 
 
 def child_kinds(*, network_policies: bool) -> tuple[str, ...]:

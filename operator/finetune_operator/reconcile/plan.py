@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Literal
+from typing import Any, Generic, Literal
 
-from finetune_api.status import FineTuneJobStatus
+from typing_extensions import TypeVar
+
+from finetune_api.status import Status
 
 from ..model.objects import Object
 
@@ -51,7 +53,7 @@ Action = Apply | Create | Patch | Delete
 
 @dataclass(frozen=True)
 class Event:
-    """A Kubernetes Event on the job."""
+    """A Kubernetes Event on the object."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -70,14 +72,17 @@ class WriteUrgency(Enum):
     """It only carries progress, of which a later one tells more."""
 
 
+S = TypeVar("S", bound=Status, default=Any)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[S]):
     """What to do. Actions come first, then the status, then events; `status` None means: leave it."""
 
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
-    status: FineTuneJobStatus | None = None
-    before: FineTuneJobStatus | None = None
+    status: S | None = None
+    before: S | None = None
     """The status that it is derived from."""
     due: WriteUrgency = WriteUrgency.NOW
     """When status and events are written."""

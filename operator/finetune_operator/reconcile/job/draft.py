@@ -167,7 +167,7 @@ class Draft:
             return WriteUrgency.LATER
         return WriteUrgency.SOON if self.more_follows else WriteUrgency.NOW
 
-    def plan(self) -> Plan:
+    def plan(self) -> Plan[FineTuneJobStatus]:
         """The finished plan; without a status when nothing changed."""
         self._as_kueue_says()
         self._summarise()

@@ -35,7 +35,7 @@ from .usage import workers
 from .waiting import end_wait
 
 
-def reconcile(observed: Observed, settings: Settings) -> Plan:
+def reconcile(observed: Observed, settings: Settings) -> Plan[FineTuneJobStatus]:
     """Decide the next actions and the status of one job. Pure."""
     metadata = observed.job["metadata"]
     if metadata.get("deletionTimestamp"):
@@ -62,14 +62,14 @@ def reconcile(observed: Observed, settings: Settings) -> Plan:
     return _go_on(draft, as_accepted(draft, spec))
 
 
-def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocument) -> Plan:
+def _invalid_change(draft: Draft, kept: FineTuneJobSpec, failure: InvalidDocument) -> Plan[FineTuneJobStatus]:
     """A running job is not ended by a change that cannot be read: it goes on as it was."""
     message = f"the changed spec is not valid and ignored, the job goes on as it was: {failure}"
     draft.set("Accepted", "True", REASON, message)
     return _go_on(draft, kept)
 
 
-def _go_on(draft: Draft, spec: FineTuneJobSpec | None) -> Plan:
+def _go_on(draft: Draft, spec: FineTuneJobSpec | None) -> Plan[FineTuneJobStatus]:
     if spec is None:
         return draft.plan()
     note_checkpoints(draft)
@@ -82,7 +82,7 @@ def _go_on(draft: Draft, spec: FineTuneJobSpec | None) -> Plan:
     return draft.plan()
 
 
-def refused(observed: Observed, settings: Settings, message: str) -> Plan:
+def refused(observed: Observed, settings: Settings, message: str) -> Plan[FineTuneJobStatus]:
     """Say that the API server refused an action (quota, admission, a name that is taken). Nothing else is decided."""
     draft = Draft(observed, settings)
     if draft.status.finished:
@@ -95,7 +95,7 @@ def refused(observed: Observed, settings: Settings, message: str) -> Plan:
     return draft.plan()
 
 
-def unreadable(observed: Observed, settings: Settings, problem: str) -> Plan:
+def unreadable(observed: Observed, settings: Settings, problem: str) -> Plan[FineTuneJobStatus]:
     """Say that the job cannot be worked on as it is. Nothing else is decided: what it has, it keeps."""
     draft = Draft(observed, settings)
     if draft.status.finished:
@@ -320,7 +320,7 @@ def _stop_jobs(draft: Draft) -> None:
             draft.actions.append(Delete("Job", job.name, job.uid))
 
 
-def _after_the_end(draft: Draft) -> Plan:
+def _after_the_end(draft: Draft) -> Plan[FineTuneJobStatus]:
     """Give back what still runs, and delete the job after its TTL. The status never changes again."""
     release(draft)
     _stop_jobs(draft)
