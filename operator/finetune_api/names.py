@@ -16,6 +16,7 @@ LABEL_JOB = "finetune.dev/job"
 LABEL_JOB_UID = "finetune.dev/job-uid"
 LABEL_OWNER_UID = "finetune.dev/owner-uid"
 """On what a FineTunedModel or FineTuneEndpoint owns: whom its changes wake"""
+LABEL_ENDPOINT = "finetune.dev/endpoint"
 LABEL_STAGE = "finetune.dev/stage"
 LABEL_ATTEMPT = "finetune.dev/attempt"
 LABEL_RANK = "finetune.dev/rank"
@@ -24,6 +25,8 @@ ANNOTATION_ADMISSION = "finetune.dev/admission"
 """On worker pods: what their gang was admitted to, should the job's status be lost"""
 ANNOTATION_SEAL = "finetune.dev/admission-seal"
 """Beside it: that the operator wrote it, for this job. Whoever may edit pods cannot make one"""
+FINALIZER = "finetune.dev/unload"
+"""On a FineTuneEndpoint: its replicas let go of what they serve before it is gone"""
 ANNOTATION_CREATED_BY = "finetune.dev/created-by"
 """Who created a job, by the webhook: limits per user count by it"""
 
@@ -78,3 +81,8 @@ def group_name(job_name: str, attempt: int) -> str:
 def stage_name(job_name: str, stage: Stage, retry: int) -> str:
     """Child Job of a single-pod stage."""
     return f"{base_name(job_name)}-{stage}-{retry}"
+
+
+def endpoint_name(endpoint: str) -> str:
+    """Deployment, Service, ConfigMap, PodDisruptionBudget and NetworkPolicy of a FineTuneEndpoint."""
+    return f"{base_name(endpoint)}-endpoint"

@@ -164,6 +164,7 @@ async def run(settings: Settings) -> None:
             await lease.release()  # nothing acts any more
         for runner in runners:
             await runner.cleanup()
+        await manager.close()
         await cluster.close()
         await lookups.close()
     for name, error in failed:

@@ -50,8 +50,14 @@ REPORTED_AT = Gauge("finetune_training_reported_timestamp_seconds", "When rank 0
 PENDING = Gauge("finetune_queue_pending_jobs", "Jobs that wait in a queue", ["queue"])
 QUEUE_USED = Gauge("finetune_queue_used", "Units of a flavor that a queue's jobs hold", ["queue", "flavor"])
 UNREADABLE = Counter("finetune_unreadable_objects_total", "Objects that were passed by since they cannot be read", ["kind"])
+ENDPOINT_READY = Gauge("finetune_endpoint_ready_replicas", "Replicas of a FineTuneEndpoint that answer", _JOB)
+ENDPOINT_UNVERIFIED = Gauge(
+    "finetune_endpoint_unverified", "Versions on replicas that do not answer as they were evaluated, or were not let in", _JOB
+)
+ENDPOINT_ROLLED_BACK = Gauge("finetune_endpoint_rolled_back", "Models whose new champion went back, and is not tried again", _JOB)
+OF_ENDPOINTS = (ENDPOINT_READY, ENDPOINT_UNVERIFIED, ENDPOINT_ROLLED_BACK)
 OF_TRAINING = (TRAINING_STEP, TRAINING_TOTAL_STEPS, TRAINING_LOSS, TOKENS_PER_SECOND, REPORTED_AT)
-_OF_THE_LEADER = (JOBS, SUSPECT_NODES, *OF_TRAINING, PENDING, QUEUE_USED)
+_OF_THE_LEADER = (JOBS, SUSPECT_NODES, *OF_TRAINING, *OF_ENDPOINTS, PENDING, QUEUE_USED)
 _API_REASONS = frozenset(
     # metav1.StatusReason, and the operator's own
     [

@@ -64,6 +64,23 @@ class Settings:
     """What is reached without them, beside names of the cluster."""
     authorities_file: str = ""
     """PEM file with certificate authorities that every stage trusts beside the public ones."""
+    serving_image: str = "vllm/vllm-openai:v0.32.0"
+    """Image of the engine that endpoints serve with: vLLM."""
+    serving_proxy_image: str = "nginxinc/nginx-unprivileged:1.29-alpine"
+    """Image of the nginx in front of it."""
+    serving_args: tuple[str, ...] = ()
+    """More arguments of every engine."""
+    serving_env: tuple[str, ...] = ()
+    """More of its environment, each as NAME=VALUE."""
+    serving_authority_secret: str = ""
+    """Secret that keeps the authority of the certificates between the operator and replicas; empty: one of this process."""
+    serving_gateways: str = ""
+    """HOST:PORT at which every gateway tells what canaries answered, by all addresses of the host; empty: there is none, and a new
+    champion takes over at once when it is verified."""
+    operator_labels: tuple[str, ...] = ()
+    """Labels of the operator's own pods, each as NAME=VALUE: who else asks a replica's agent is shut out by its NetworkPolicy."""
+    gateway_labels: tuple[str, ...] = ()
+    """The same of the gateway's pods, which reach the replicas from the operator's namespace."""
     stage_retries: int = 3
     """Retries of prepare, evaluate and publish after failures of the infrastructure."""
     backoff_base_seconds: float = 10.0

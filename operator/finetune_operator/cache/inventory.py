@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from ..model.nodes import NOT_READY, namespace_of, node_of, pod_requests, queue_of
 from ..model.objects import Object, version_of
-from ..model.queueing import Amounts, Namespace, Node, Queue, Taint
+from ..model.queueing import Amounts, Namespace, Node, Queue, Taint, may_use
 
 T = TypeVar("T")
 _NOTHING: Amounts = {}
@@ -307,6 +307,18 @@ class Inventory:
     def pods(self, namespace: str = "") -> Holdings:
         """Where the pods of a namespace, or of all, are put."""
         return self._pods.setdefault(namespace, Holdings(self._use, self._changed))
+
+    def queue_problem(self, namespace: str, queue: str) -> str:
+        """Why a queue is not for the namespace; nothing where it is, or where that is not known."""
+        if not self.queues.listed or self.queues.refused is not None:
+            return ""
+        known = self.queues.parsed.get(queue)
+        if known is None:
+            return f"scheduling.queue: there is no FineTuneQueue {queue}"
+        home = self.namespaces.items.get(namespace)
+        if may_use(known, home[1] if home is not None else None):
+            return ""
+        return f"scheduling.queue: queue {queue} is not for namespace {namespace} (its namespaceSelector)"
 
     def requests_of(self, uids: Iterable[str]) -> dict[str, Amounts]:
         """What those of these pods that are bound to a node hold of it."""

@@ -360,6 +360,10 @@ class Store:
                 self._unowned.discard(owner)
         return found
 
+    def labelled_pods(self, uid: str) -> list[PodView]:
+        """Pods with that UID on their label. Anyone may set it: good for those of a kind that owns its pods by way of another."""
+        return [self._children["Pod"][child].value for child in self._labelled.get(uid, ())]
+
     def pod(self, uid: str) -> PodView | None:
         """A pod, whoever owns it."""
         entry = self._children["Pod"].get(uid)

@@ -35,6 +35,8 @@ RESOURCES = {
         Resource("ConfigMap", "configmaps"),
         Resource("Service", "services"),
         Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
+        Resource("Deployment", "deployments", "apps"),
+        Resource("PodDisruptionBudget", "poddisruptionbudgets", "policy"),
         Resource("NetworkPolicy", "networkpolicies", "networking.k8s.io"),
         Resource("Event", "events"),
         Resource("Secret", "secrets"),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_api import KIND
+from finetune_api.endpoint import ENDPOINT_KIND
 from finetune_api.status import FineTuneJobStatus
 
 from ..cache.assumptions import Assumptions, Expired
@@ -25,6 +26,7 @@ from ..reconcile.plan import Event, Plan
 from ..settings import Settings
 from .admission import AdmissionLoop, place_seconds
 from .controller import Controller
+from .endpoints import Endpoints
 from .events import Events
 from .external_queue import ExternalQueue
 from .jobs import Jobs
@@ -67,7 +69,9 @@ class Manager:
             poke=self.admission.poke,
         )
         self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
-        self.controllers: dict[str, Controller[Any]] = {KIND: self.jobs}
+        self._endpoints = Endpoints(cluster, store, settings, self.admission.watch.inventory.queue_problem)
+        self.endpoints = Controller(self._endpoints.kind(), self.writer, lambda: lease is None or lease.held)
+        self.controllers: dict[str, Controller[Any]] = {KIND: self.jobs, ENDPOINT_KIND: self.endpoints}
         self.resync = Resync(cluster, store, settings, self.wake, self._child_seen, serves)
         forget: tuple[Callable[[str], None], ...] = (
             board.forget,
@@ -75,6 +79,7 @@ class Manager:
             self.writer.forget,
             self.assumptions.forget,
             self.admission.forget,
+            self._endpoints.forget,
         )
         store.forgotten.extend(forget)
         store.changed.append(self._touch)
@@ -105,6 +110,10 @@ class Manager:
             for controller in self.controllers.values():
                 group.create_task(controller.run(self.settings.workers))
 
+    async def close(self) -> None:
+        """Close the connections of the loops' own."""
+        await self._endpoints.replicas.close()
+
     @property
     def silent_seconds(self) -> float:
         """For how long nothing was heard of nodes, queues and what else the admission loop watches; 0 while it does not."""
@@ -131,7 +140,7 @@ class Manager:
         """Settings that are found after the start. Everything is looked at again where they are new."""
         new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]
         if new != self.settings:
-            self.settings = self._jobs.settings = new
+            self.settings = self._jobs.settings = self._endpoints.settings = new
             self.admission.configure(new)
             self._wake_all()
 

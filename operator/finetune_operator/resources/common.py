@@ -79,7 +79,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
 
     def need(field: str, reference: SecretReference | None, uri: str = "") -> None:
         if reference is not None:
-            found[field] = (reference.name, _files_of(reference, uri))
+            found[field] = (reference.name, files_of(reference, uri))
 
     if stage == "prepare":
         distillation = spec.tuning.distillation
@@ -102,7 +102,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
     return found
 
 
-def _files_of(reference: SecretReference, uri: str) -> dict[str, str]:
+def files_of(reference: SecretReference, uri: str) -> dict[str, str]:
     """Keys of a Secret, and the files that they become: by what the uri's scheme takes."""
     if uri.startswith("s3://"):
         return {key: key for key in S3_KEYS}
@@ -136,13 +136,30 @@ def workspace_claim(job: JobRef) -> str:
     return own.claim_name if own is not None else names.workspace_name(job.name)
 
 
-def _net(settings: Settings) -> dict[str, str]:
+def net(settings: Settings) -> dict[str, str]:
     """How a stage reaches hubs and servers, as their libraries read it."""
     proxies = {"HTTP_PROXY": settings.http_proxy, "HTTPS_PROXY": settings.https_proxy}
     if any(proxies.values()):
         proxies["NO_PROXY"] = ",".join(filter(None, (settings.no_proxy, "localhost,127.0.0.1,.svc,.cluster.local")))
     found = {Env.HUB: settings.hub_endpoint, Env.S3: settings.s3_endpoint, **proxies}
     return {name: value for name, value in found.items() if value}
+
+
+def pod_security(settings: Settings) -> Manifest:
+    """As the `restricted` Pod Security Standard wants it of a pod."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": settings.run_as_user,
+        "runAsGroup": settings.run_as_user,
+        "fsGroup": settings.run_as_user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def container_security() -> Manifest:
+    """And of a container, with a read-only root file system."""
+    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
 def pod_spec(
@@ -194,7 +211,7 @@ def pod_spec(
 
     everything = {
         "HOME": "/tmp",
-        **_net(settings),
+        **net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
         **(
             {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)}
@@ -208,14 +225,7 @@ def pod_spec(
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": settings.run_as_user,
-            "runAsGroup": settings.run_as_user,
-            "fsGroup": settings.run_as_user,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_security(settings),
         "containers": [
             {
                 "name": "trainer",
@@ -227,11 +237,7 @@ def pod_spec(
                     *({"name": name, "value": value} for name, value in sorted(everything.items())),
                 ],
                 "resources": resources,
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
+                "securityContext": container_security(),
                 "terminationMessagePath": Mounts.TERMINATION_LOG,
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": mounts,

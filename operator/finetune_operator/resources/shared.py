@@ -66,7 +66,7 @@ def workspace(job: JobRef) -> Manifest | None:
     )
 
 
-_METADATA = ("169.254.0.0/16", "fd00:ec2::254/128")
+METADATA_ADDRESSES = ("169.254.0.0/16", "fd00:ec2::254/128")
 """Link-local addresses, where clouds hand out the node's credentials."""
 
 
@@ -75,7 +75,7 @@ def network_policy(job: JobRef, settings: Settings) -> Manifest | None:
     if not settings.network_policies:
         return None
     own = {"matchLabels": {names.LABEL_JOB_UID: job.uid}}
-    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), _METADATA, strict=True)]
+    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), METADATA_ADDRESSES, strict=True)]
     dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]  # a node's own cache has a link-local address, too
     return with_hash(
         {

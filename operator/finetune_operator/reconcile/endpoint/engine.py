@@ -38,6 +38,8 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     if (why := refused_for(observed, settings)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
         return _plan(observed, found.with_conditions(observed.status, found.refuses(observed, reason, message)), (), (), None)
+    if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
+        return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
     pods = found.replicas(observed)
     models, changes = _models(observed, spec, pods)
     status = observed.status.model_copy(
@@ -72,7 +74,9 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
     if spec.gpus_per_replica == 0 and not settings.allow_cpu:
         return "CPUNotAllowed", "spec.gpusPerReplica 0 serves on CPU, which an administrator has to allow (chart value trainer.allowCPU)"
     if spec.base.trust_remote_code and not settings.allows_remote_code(str(observed.endpoint["metadata"].get("namespace"))):
-        message = "spec.base.trustRemoteCode has to be allowed for this namespace by an administrator (chart value trainer.remoteCodeNamespaces)"
+        message = (
+            "spec.base.trustRemoteCode has to be allowed for this namespace by an administrator (chart value trainer.remoteCodeNamespaces)"
+        )
         return "RemoteCodeNotAllowed", message
     if observed.queue_problem:
         return "QueueNotAllowed", observed.queue_problem
@@ -89,9 +93,7 @@ def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> EndpointRef:
     return EndpointRef(meta["name"], meta["namespace"], meta["uid"], spec)
 
 
-def _models(
-    observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[Replica]
-) -> tuple[list[EndpointModel], list[Change]]:
+def _models(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[Replica]) -> tuple[list[EndpointModel], list[Change]]:
     known = {model.name: model for model in observed.status.models}
     models, changes = [], []
     for name in selected(observed, spec):
@@ -106,18 +108,18 @@ def _models(
 
 
 def _actions(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, settings: Settings) -> list[Action]:
-    """What is not applied already, or is another one now; the finalizer before anything can be loaded."""
-    meta, actions = observed.endpoint["metadata"], list[Action]()
-    if names.FINALIZER not in (meta.get("finalizers") or ()):
-        actions.append(_with_finalizers(observed, [*(meta.get("finalizers") or ()), names.FINALIZER]))
-    if not observed.identity:
-        return actions
+    """What is not applied already, or is another one now."""
+    actions = list[Action]()
     lines = [observed.lines[name] for name in selected(observed, spec) if name in observed.lines]
     for manifest in manifests(_ref(observed, spec), lines, settings, observed.identity):
         key = manifest["kind"], manifest["metadata"]["name"]
         if observed.applied.get(key) != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]:
             actions.append(Apply(manifest))
     return actions
+
+
+def _finalizers(observed: ObservedEndpoint) -> list[str]:
+    return list(observed.endpoint["metadata"].get("finalizers") or ())
 
 
 def _with_finalizers(observed: ObservedEndpoint, finalizers: list[str]) -> Patch:
@@ -129,16 +131,15 @@ def _with_finalizers(observed: ObservedEndpoint, finalizers: list[str]) -> Patch
 
 def _leave(observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
     """It is deleted: let it go when nothing is loaded any more, or the time is over. The garbage collector takes the rest."""
-    meta = observed.endpoint["metadata"]
-    finalizers = [name for name in meta.get("finalizers") or () if name != names.FINALIZER]
-    if len(finalizers) == len(meta.get("finalizers") or ()):
+    finalizers = _finalizers(observed)
+    if names.FINALIZER not in finalizers:
         return Plan()
-    deleted = parse_time(meta.get("deletionTimestamp")) or observed.now
+    deleted = parse_time(observed.endpoint["metadata"].get("deletionTimestamp")) or observed.now
     loaded = [pod for pod in observed.pods if pod.uid not in observed.reports or observed.reports[pod.uid].models]
     end = deleted + timedelta(seconds=UNLOAD_SECONDS)
     if loaded and observed.now < end:
         return Plan(requeue_at=observed.now + timedelta(seconds=1))
-    return Plan(actions=(_with_finalizers(observed, finalizers),))
+    return Plan(actions=(_with_finalizers(observed, [name for name in finalizers if name != names.FINALIZER]),))
 
 
 def _awaits(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, models: list[EndpointModel], pods: list[Replica]) -> bool:
@@ -188,7 +189,9 @@ def _only_counts(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus) 
     """Whether nothing is different but what a canary has answered so far."""
 
     def plain(status: FineTuneEndpointStatus) -> Any:
-        models = [m.model_copy(update={"canary": m.canary and m.canary.model_copy(update={"requests": 0, "message": ""})}) for m in status.models]
+        models = [
+            m.model_copy(update={"canary": m.canary and m.canary.model_copy(update={"requests": 0, "message": ""})}) for m in status.models
+        ]
         return status.model_copy(update={"models": models})
 
     return bool(plain(before) == plain(after))
@@ -213,5 +216,3 @@ def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, chang
 
 def _of(status: FineTuneEndpointStatus, type_: str) -> Condition | None:
     return next((condition for condition in status.conditions if condition.type == type_), None)
-
-

@@ -97,7 +97,9 @@ def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found:
         return _condition(observed, "Verified", "Unknown", "NoModels", "no tuned model is served")
     bad = [f"{model.name}: {model.mismatch}" for model in models if model.mismatch]
     bad += [
-        f"{model.name}: {canary.message}" for model in models if (canary := model.canary) is not None and canary.message.startswith("replica ")
+        f"{model.name}: {canary.message}"
+        for model in models
+        if (canary := model.canary) is not None and canary.message.startswith("replica ")
     ]
     if bad:
         return _condition(observed, "Verified", "False", "Mismatch", "; ".join(bad))
@@ -110,7 +112,10 @@ def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found:
         told = [f"{model.name}: {model.verified} of {model.replicas} replicas" for model in open_]
         return _condition(observed, "Verified", "Unknown", "Pending", "; ".join(told))
     if waits:
-        told = [next((f"{model.name}: {m.message}" for r in found for m in r.models if m.state == "Unverifiable"), model.name) for model in waits]
+        told = [
+            next((f"{model.name}: {m.message}" for r in found for m in r.models if m.state == "Unverifiable"), model.name)
+            for model in waits
+        ]
         return _condition(observed, "Verified", "Unknown", "Unverifiable", "; ".join(told))
     return _condition(observed, "Verified", "True", "Verified", "every replica was found to serve what was evaluated")
 
@@ -133,9 +138,7 @@ def refuses(observed: ObservedEndpoint, reason: str, message: str) -> Condition:
     return _condition(observed, "Ready", "False", reason, message)
 
 
-def _condition(
-    observed: ObservedEndpoint, type_: str, status: Literal["True", "False", "Unknown"], reason: str, message: str
-) -> Condition:
+def _condition(observed: ObservedEndpoint, type_: str, status: Literal["True", "False", "Unknown"], reason: str, message: str) -> Condition:
     """Its transition time moves only when its status changes."""
     old = next((c for c in observed.status.conditions if c.type == type_), None)
     return Condition(

@@ -100,10 +100,10 @@ def _on_its_way(
         if canary.step + 1 >= len(steps):
             return _take_over(model, number, spec, now, verdict.message)
         return _step(model, number, canary.step + 1, steps, now, verdict.message)
-    waits = [f"{new.requests} of {spec.rollout.min_requests} requests"] if new.requests < spec.rollout.min_requests else []
-    waits += [f"{human_duration(needs - elapsed)} more"] if elapsed < needs else []
-    told = canary.model_copy(update={"requests": new.requests, "message": f"waits: {', '.join(waits)}; {verdict.message}"})
-    return model.model_copy(update={"canary": told}), None
+    lacks = [f"{new.requests} of {spec.rollout.min_requests} requests"] if new.requests < spec.rollout.min_requests else []
+    lacks += [f"{human_duration(needs - elapsed)} more"] if elapsed < needs else []
+    going = canary.model_copy(update={"requests": new.requests, "message": f"waits: {', '.join(lacks)}; {verdict.message}"})
+    return model.model_copy(update={"canary": going}), None
 
 
 def _step(

@@ -1,0 +1,102 @@
+"""The containers of a replica: vLLM on the pod's loopback, its agent beside it, and nginx, by which alone both are reached. Pure."""
+
+from __future__ import annotations
+
+from finetune_api.endpoint import FineTuneEndpointSpec
+from finetune_api.serving import AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT, ReplicaPaths
+
+from ..settings import Settings
+from .common import Manifest
+
+_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Sizes for which vLLM reserves."""
+_ACTIVE_ADAPTERS = 4
+"""That one batch may have; more are loaded, and swapped."""
+_START_SECONDS = 3600
+"""That an engine may take to load its base."""
+
+
+def lora_rank(wanted: int) -> int:
+    """The next size that the engine has."""
+    return next(size for size in _RANKS if size >= wanted)
+
+
+def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources: Manifest, mounts: list[Manifest]) -> Manifest:
+    """vLLM. Its own doors stay shut: it listens on the pod's loopback."""
+    arguments = {
+        "--model": ReplicaPaths.BASE,
+        "--served-model-name": name,
+        "--host": "127.0.0.1",
+        "--port": str(ENGINE_LOCAL_PORT),
+        "--max-loras": str(_ACTIVE_ADAPTERS),
+        "--max-lora-rank": str(lora_rank(spec.max_lora_rank)),
+        **({"--max-model-len": str(spec.max_model_length)} if spec.max_model_length is not None else {}),
+        **({"--tensor-parallel-size": str(spec.gpus_per_replica)} if spec.gpus_per_replica > 1 else {}),
+    }
+    flags = ["--enable-lora", *(["--trust-remote-code"] if spec.base.trust_remote_code else []), *settings.serving_args]
+    env = {
+        "HOME": "/tmp",
+        "VLLM_CACHE_ROOT": "/tmp/vllm",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **dict(entry.split("=", 1) for entry in settings.serving_env),
+    }
+    # asked through the proxy: nothing else reaches it
+    health = {"httpGet": {"path": "/health", "port": USER_PORT, "scheme": "HTTP"}}
+    return {
+        "name": "vllm",
+        "image": settings.serving_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python3", "-m", "vllm.entrypoints.openai.api_server"],
+        "args": [*(text for pair in arguments.items() for text in pair), *flags],
+        "env": _env(env),
+        "resources": resources,
+        "startupProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": _START_SECONDS // 5},
+        "livenessProbe": {**health, "periodSeconds": 20, "timeoutSeconds": 10, "failureThreshold": 6},
+        "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 2},
+        "volumeMounts": mounts,
+    }
+
+
+def _trainer(name: str, stage: str, settings: Settings, env: dict[str, str], mounts: list[Manifest], requests: Manifest) -> Manifest:
+    return {
+        "name": name,
+        "image": settings.trainer_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": [stage, "--replica", ReplicaPaths.FILE],
+        "env": _env(env),
+        "resources": {"requests": requests},
+        "volumeMounts": mounts,
+    }
+
+
+def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:
+    """Puts the base where the engine looks for it: fetched, or a link into its claim."""
+    return _trainer("base", "fetch-base", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
+
+
+def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:
+    """Fetches and checks what is to be served, has the engine load it, and asks it its probes."""
+    return _trainer("agent", "agent", settings, env, mounts, {"cpu": "100m", "memory": "1Gi"})
+
+
+def proxy(settings: Settings, mounts: list[Manifest]) -> Manifest:
+    """Lets the users' paths through, and the operator, by mutual TLS, to the agent."""
+    return {
+        "name": "proxy",
+        "image": settings.serving_proxy_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["nginx", "-c", ReplicaPaths.PROXY, "-g", "daemon off;"],
+        "ports": [
+            {"name": "http", "containerPort": USER_PORT, "protocol": "TCP"},
+            {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
+        ],
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
+        "livenessProbe": {"tcpSocket": {"port": USER_PORT}, "periodSeconds": 20, "timeoutSeconds": 5},
+        "volumeMounts": mounts,
+    }
+
+
+def _env(env: dict[str, str]) -> list[Manifest]:
+    return [{"name": name, "value": value} for name, value in sorted(env.items())]
