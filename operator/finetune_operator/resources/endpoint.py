@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import msgspec
 
@@ -27,6 +28,7 @@ from .proxy import nginx_conf
 from .replica import agent, engine, fetch, proxy
 from .shared import METADATA_ADDRESSES
 
+_FILE, _PROXY, _AUTHORITIES = (PurePath(path).name for path in (ReplicaPaths.FILE, ReplicaPaths.PROXY, Mounts.AUTHORITIES))
 _DRAIN_SECONDS = 15
 """Between a pod's leaving its Service and the end of its containers: streams go on meanwhile."""
 
@@ -59,7 +61,7 @@ def metadata(endpoint: EndpointRef, name: str) -> Manifest:
 
 def manifests(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> list[Manifest]:
     """All of them, with their digests. `lines`: the models that it serves. `identity`: the Secret with the replicas' certificate."""
-    made = [config_map(endpoint, lines), service(endpoint), disruption_budget(endpoint)]
+    made = [config_map(endpoint, lines, settings), service(endpoint), disruption_budget(endpoint)]
     if settings.network_policies:
         made.append(network_policy(endpoint, settings))
     # last: its pods mount the rest
@@ -88,8 +90,8 @@ def folder(claim: str) -> str:
     return f"{Mounts.SOURCES}/{claim.replace('://', '/')}"
 
 
-def config_map(endpoint: EndpointRef, lines: Sequence[ModelLine]) -> Manifest:
-    """replica.json and the proxy's settings."""
+def config_map(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings) -> Manifest:
+    """replica.json, the proxy's settings, and the authorities that an administrator trusts."""
     file = ReplicaFile(
         name=endpoint.name,
         namespace=endpoint.namespace,
@@ -103,7 +105,11 @@ def config_map(endpoint: EndpointRef, lines: Sequence[ModelLine]) -> Manifest:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata(endpoint, names.endpoint_name(endpoint.name)),
-        "data": {"replica.json": msgspec.json.format(file.dumps(), indent=1), "nginx.conf": nginx_conf()},
+        "data": {
+            _FILE: msgspec.json.format(file.dumps(), indent=1),
+            _PROXY: nginx_conf(),
+            **({_AUTHORITIES: settings.authorities} if settings.authorities else {}),
+        },
     }
 
 
@@ -180,8 +186,8 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
     spec, name = endpoint.spec, names.endpoint_name(endpoint.name)
     sources, keys = _sources(endpoint, lines), _keys(endpoint, lines)
 
-    def file(volume: str, key: str) -> Manifest:
-        return {"name": volume, "configMap": {"name": name, "items": [{"key": key, "path": key}]}}
+    def files(volume: str, *keys: str) -> Manifest:
+        return {"name": volume, "configMap": {"name": name, "items": [{"key": key, "path": key} for key in keys]}}
 
     def at(volume: str, path: str, *, read_only: bool = True) -> Manifest:
         return {"name": volume, "mountPath": path, **({"readOnly": True} if read_only else {})}
@@ -208,8 +214,8 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
             {"name": "tmp", "emptyDir": {}},
             {"name": "models", "emptyDir": {}},
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}},
-            file("settings", "replica.json"),
-            file("proxy", "nginx.conf"),
+            files("settings", _FILE, *([_AUTHORITIES] if settings.authorities else [])),
+            files("proxy", _PROXY),
             {"name": "tls", "secret": {"secretName": identity, "defaultMode": 0o440}},
             *(volume for volume, _ in (*sources, *keys)),
         ],

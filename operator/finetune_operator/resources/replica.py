@@ -64,7 +64,7 @@ def _trainer(name: str, stage: str, settings: Settings, env: dict[str, str], mou
         "name": name,
         "image": settings.trainer_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "args": [stage, "--replica", ReplicaPaths.FILE],
+        "args": [stage],
         "env": _env(env),
         "resources": {"requests": requests},
         "volumeMounts": mounts,
@@ -73,7 +73,7 @@ def _trainer(name: str, stage: str, settings: Settings, env: dict[str, str], mou
 
 def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:
     """Puts the base where the engine looks for it: fetched, or a link into its claim."""
-    return _trainer("base", "fetch-base", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
+    return _trainer("base", "fetch", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
 
 
 def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:

@@ -96,11 +96,8 @@ def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found:
     if not models:
         return _condition(observed, "Verified", "Unknown", "NoModels", "no tuned model is served")
     bad = [f"{model.name}: {model.mismatch}" for model in models if model.mismatch]
-    bad += [
-        f"{model.name}: {canary.message}"
-        for model in models
-        if (canary := model.canary) is not None and canary.message.startswith("replica ")
-    ]
+    coming = [versioned(model.name, model.canary.version) for model in models if model.canary is not None]
+    bad += [f"{name}: {told[0].name}: {told[1].state}: {told[1].message}" for name in coming if (told := first(found, name, BAD))]
     if bad:
         return _condition(observed, "Verified", "False", "Mismatch", "; ".join(bad))
     silent = [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
