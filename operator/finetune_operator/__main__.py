@@ -30,6 +30,7 @@ from .cluster.kinds import Kinds, StartOver
 from .cluster.lease import Lease
 from .cluster.seal_key import ensure_seal_key
 from .cluster.transport import KubernetesCluster
+from .controllers.leaving import leave
 from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate
@@ -219,6 +220,17 @@ async def _work(
     ]
 
 
+async def run_leave(settings: Settings) -> None:
+    """Before it is uninstalled: stop the operator, and let go of what it keeps from being deleted."""
+    cluster = await connect(settings.api_qps, settings.api_burst)
+    holder = f"{socket.gethostname()}_leaving_{uuid.uuid4().hex[:8]}"
+    lease = Lease(cluster, settings.namespace, settings.lease, holder, seconds=settings.lease_seconds) if settings.lease else None
+    try:
+        await leave(cluster, settings, lease)
+    finally:
+        await cluster.close()
+
+
 def spare_the_collector() -> None:
     """What is remembered of ten thousand jobs is walked through by Python's cyclic collector again and again: a quarter of the time.
 
@@ -244,6 +256,9 @@ def main() -> None:
             settings = dataclasses.replace(settings, authorities=certificate.read_authorities(settings.authorities_file))
     except ValueError as failure:
         sys.exit(f"finetune-operator: {failure}")
+    if sys.argv[1:] == ["leave"]:
+        uvloop.run(run_leave(settings))
+        return
     while True:
         try:
             uvloop.run(run(settings))  # a twelfth less work per job than asyncio's own loop, of which most goes into TLS and HTTP

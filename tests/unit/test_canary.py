@@ -28,9 +28,7 @@ def rollout(seed: int, share: float, failing: tuple[float, float], slower: float
             arm[2] += logarithm
             arm[3] += logarithm**2
         if done % 20 == 0:
-            old, fresh = (
-                ArmTraffic.model_construct(requests=a[0], errors=a[1], log_seconds=a[2], log_seconds_squared=a[3]) for a in arms
-            )
+            old, fresh = (ArmTraffic.model_construct(requests=a[0], errors=a[1], log_seconds=a[2], log_seconds_squared=a[3]) for a in arms)
             if judge(old, fresh).worse:
                 return done
     return None

@@ -24,7 +24,9 @@ SETTINGS = Settings(serving_gateways="gateways:9090")
 SPEC: dict[str, Any] = {"base": {"uri": "pvc://models/tiny"}, "models": [{"name": "support"}], "replicas": 2, "verifyEvery": "1h"}
 
 
-def line(champion: int | None = 1, versions: int = 3, name: str = "support", labels: dict[str, str] | None = None, **version: Any) -> ModelLine:
+def line(
+    champion: int | None = 1, versions: int = 3, name: str = "support", labels: dict[str, str] | None = None, **version: Any
+) -> ModelLine:
     found = [{"number": n, "job": "j", "digest": f"sha256:{n}", "rank": 8, **version} for n in range(1, versions + 1)]
     return ModelLine(
         name=name,
@@ -68,9 +70,7 @@ class Scene:
     def _report(self, uid: str, observed: ObservedEndpoint) -> ReplicaReport:
         assert observed.spec is not None
         models = [
-            ReplicaModel(
-                name=ordered.name, state=self.found[uid].get(ordered.name, "Verified"), message="as found", verified_at=stamp(NOW)
-            )  # type: ignore[arg-type]
+            ReplicaModel(name=ordered.name, state=self.found[uid].get(ordered.name, "Verified"), message="as found", verified_at=stamp(NOW))  # type: ignore[arg-type]
             for ordered in order(observed, observed.spec).models
         ]
         return ReplicaReport(generation=3, ready=True, models=models)
@@ -379,5 +379,3 @@ def test_the_orders_verification_time_follows_verify_every() -> None:
     observed = scene.observed
     assert observed.spec is not None
     assert order(observed, observed.spec).verify_before == stamp(after(-3600))
-
-

@@ -158,7 +158,9 @@ def test_another_model_of_another_claim_is_another_template_and_a_label_is_not()
         return str(found)
 
     assert digest(LINES) != digest(LINES[:1])
-    same = ModelLine(name="more", spec=FineTunedModelSpec.model_validate({"storage": "pvc://published/more"}), status=FineTunedModelStatus())
+    same = ModelLine(
+        name="more", spec=FineTunedModelSpec.model_validate({"storage": "pvc://published/more"}), status=FineTunedModelStatus()
+    )
     assert digest(LINES) == digest([*LINES, same]), "what lies in a claim that is mounted already takes no restart"
 
 

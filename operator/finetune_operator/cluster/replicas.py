@@ -1,6 +1,7 @@
 """Asks the replicas of endpoints what they serve, and gateways what canaries answered: in parallel, and within bounded time.
 
 A pod's answer is input: bounded, parsed into types, and no more than a word in a message where it is none.
+Knows nothing of what follows from it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """FineTuneEndpoints as the generic loop sees them: how one is observed, decided about, and who wakes it.
 
 To observe one is also to tell its replicas what is on record that they are to serve: they answer with what they do serve.
+Knows nothing of how anything is written, nor of which version answers.
 """
 
 from __future__ import annotations
@@ -72,20 +73,18 @@ class Endpoints:
             self.refused,
             self.unreadable,
             not_recorded=lambda observed, why: self.forget_applied(observed.raw["metadata"]["uid"]),
+            depends_on=(MODEL_KIND,),
             touched=self.touched,
         )
 
     def touched(self, kind: str, raw: Object) -> Iterable[Key]:
         """Endpoints of the namespace of a FineTunedModel: whoever names it, or selects it or did so."""
-        if kind == MODEL_KIND:
-            name = raw["metadata"]["name"]
-            for endpoint in self.store.endpoints.of_namespace(raw["metadata"]["namespace"]):
-                spec = as_object(endpoint.get("spec"))
-                named = spec.get("models")
-                if spec.get("modelSelector") is not None or any(
-                    as_object(model).get("name") == name for model in (named if isinstance(named, list) else ())
-                ):
-                    yield key_of(endpoint)
+        name = raw["metadata"]["name"]
+        for endpoint in self.store.endpoints.of_namespace(raw["metadata"]["namespace"]):
+            spec = as_object(endpoint.get("spec"))
+            named = found if isinstance(found := spec.get("models"), list) else []
+            if spec.get("modelSelector") is not None or any(as_object(model).get("name") == name for model in named):
+                yield key_of(endpoint)
 
     async def observe(self, key: Key) -> ObservedEndpoint | None:
         """What a decision about an endpoint may depend on. Raises APIError."""

@@ -133,7 +133,8 @@ class Manager:
     def _touch(self, kind: str, raw: Object) -> None:
         """An object is different now, or gone: objects of other kinds may depend on it."""
         for other, controller in self.controllers.items() if self.acting else ():
-            for key in controller.kind.touched(kind, raw) if other != kind else ():
+            depends_on = controller.kind.depends_on
+            for key in controller.kind.touched(kind, raw) if other != kind and (depends_on is None or kind in depends_on) else ():
                 controller.queue.add(key)
 
     def configure(self, **found: str) -> None:

@@ -1,4 +1,7 @@
-"""Settings of the nginx in front of a replica: what users may ask of the engine, and the operator of the agent. Nothing else gets through."""
+"""Settings of the nginx in front of a replica: what users may ask of the engine, and the operator of the agent. Nothing else gets through.
+
+Knows nothing of any one endpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The containers of a replica: vLLM on the pod's loopback, its agent beside it, and nginx, by which alone both are reached. Pure."""
+"""The containers of a replica: vLLM on the pod's loopback, its agent beside it, and nginx, by which alone both are reached. Pure.
+
+Knows nothing of what is mounted where.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Looked at every few seconds, a test for a fixed number of requests would find something sooner or later. These are mixture sequential
 probability ratio tests (Robbins 1970; Johari, Pekelis and Walsh 2015, "Always valid inference"): under "the new one is not worse" the
 likelihood ratio, averaged over what "worse" may be, exceeds 1/alpha at *any* look with a probability of at most alpha (Ville). So it
-may be looked at as often as one likes, and be stopped at any time.
+may be looked at as often as one likes, and be stopped at any time. Knows nothing of what a verdict leads to.
 """
 
 from __future__ import annotations

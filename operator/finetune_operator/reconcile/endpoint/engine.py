@@ -2,6 +2,7 @@
 
 Level-triggered, as for jobs. What replicas are told to serve follows from what is on record (orders.py): a decision is put into the
 status first, and the next pass acts on it.
+Knows nothing of how anything is carried out.
 """
 
 from __future__ import annotations

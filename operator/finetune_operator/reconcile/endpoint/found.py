@@ -1,4 +1,7 @@
-"""What is said of the replicas, and of all of them together. Pure: pods and their reports -> the status and its conditions."""
+"""What is said of the replicas, and of all of them together. Pure: pods and their reports -> the status and its conditions.
+
+Knows nothing of which version is to answer.
+"""
 
 from __future__ import annotations
 

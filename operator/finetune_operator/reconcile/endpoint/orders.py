@@ -1,4 +1,7 @@
-"""What each replica is to serve. Pure: the spec, the models and what is on record -> the order, the same for all replicas."""
+"""What each replica is to serve. Pure: the spec, the models and what is on record -> the order, the same for all replicas.
+
+Knows nothing of what they answer.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Which version of a model answers, and how a new champion takes over. Pure: what is on record and observed -> what is to be.
 
 The only memory is the endpoint's status: the same from any operator, at any time.
+Knows nothing of how it is brought about.
 """
 
 from __future__ import annotations
