@@ -100,7 +100,7 @@ def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found:
         return _condition(observed, "Verified", "Unknown", "NoModels", "no tuned model is served")
     bad = [f"{model.name}: {model.mismatch}" for model in models if model.mismatch]
     coming = [versioned(model.name, model.canary.version) for model in models if model.canary is not None]
-    bad += [f"{name}: {told[0].name}: {told[1].state}: {told[1].message}" for name in coming if (told := first(found, name, BAD))]
+    bad += [f"{name}: {at[0].name}: {at[1].state}: {at[1].message}" for name in coming if (at := first(found, name, BAD))]
     if bad:
         return _condition(observed, "Verified", "False", "Mismatch", "; ".join(bad))
     silent = [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
