@@ -74,14 +74,19 @@ def network_policy(job: JobRef, settings: Settings) -> Manifest | None:
     """The pods of a job are reached by each other alone, and reach everything but the cloud's metadata. None where none is wanted."""
     if not settings.network_policies:
         return None
-    own = {"matchLabels": {names.LABEL_JOB_UID: job.uid}}
+    return isolation(metadata(job, names.service_name(job.name)), {names.LABEL_JOB_UID: job.uid})
+
+
+def isolation(meta: Manifest, labels: dict[str, str]) -> Manifest:
+    """The NetworkPolicy of the pods with these labels."""
+    own = {"matchLabels": labels}
     everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), _METADATA, strict=True)]
     dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]  # a node's own cache has a link-local address, too
     return with_hash(
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": metadata(job, names.service_name(job.name)),
+            "metadata": meta,
             "spec": {
                 "podSelector": own,
                 "policyTypes": ["Ingress", "Egress"],
