@@ -26,6 +26,10 @@ Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
 #: Kubernetes keeps 4096 bytes of a termination message
 TERMINATION_MESSAGE_LIMIT = 4096
 PROGRESS_BODY_LIMIT = 16 * 1024
+CATALOG_BODY_LIMIT = 16 * 1024 * 1024
+"""Of a CatalogReport: a record has at most a few kilobytes."""
+CATALOG = "catalog"
+"""The stage of a FineTunedModel: it belongs to no job."""
 
 
 class ExitCode(enum.IntEnum):
@@ -62,6 +66,8 @@ class Mounts:
     SECRETS = "/var/run/finetune/secrets"
     TOKEN = "/var/run/finetune/progress"
     TERMINATION_LOG = "/dev/termination-log"
+    MODEL_FILE = f"{JOB}/model.json"
+    """CatalogFile of the stage `catalog`."""
     AUTHORITIES = f"{JOB}/authorities.crt"
     """Certificate authorities of an administrator, trusted beside the system's."""
 
@@ -162,7 +168,7 @@ class CatalogFile(APIModel):
     """Folder of the claim, by `pvc://name`."""
     secrets: dict[str, str] = Field(default_factory=dict)
     """Folder of the keys of an s3:// storage, as `storage`."""
-    states: dict[VersionNumber, VersionState] = Field(default_factory=dict)
+    states: dict[Annotated[int, Field(ge=1, strict=False)], VersionState] = Field(default_factory=dict)
     """What the records are to say."""
     remove: list[VersionNumber] = []
     """Versions whose files go; their records stay and say when."""
@@ -171,12 +177,18 @@ class CatalogFile(APIModel):
         """Deterministic JSON."""
         return json.dumps(self.to_wire(), sort_keys=True)
 
+    @property
+    def digest(self) -> str:
+        """What is to be done there: `done` of the report once it is."""
+        wanted = {"states": {str(number): state for number, state in self.states.items()}, "remove": sorted(self.remove)}
+        return "sha256:" + hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
 
 class CatalogReport(APIModel):
     """What the stage `catalog` sends to the operator: all records, and those that could not be read."""
 
     done: str
-    """Digest of the CatalogFile that was carried out."""
+    """`digest` of the CatalogFile that was carried out."""
     records: Annotated[list[VersionRecord], Field(max_length=100_000)] = []
     unreadable: Annotated[list[str], Field(max_length=100)] = []
 
@@ -184,6 +196,11 @@ class CatalogReport(APIModel):
 def catalog_audience(namespace: str, name: str) -> str:
     """Audience of the token that a model's catalog pods report with."""
     return f"https://finetune.dev/namespaces/{namespace}/finetunedmodels/{name}/catalog"
+
+
+def catalog_path(namespace: str, name: str) -> str:
+    """Where the operator's progress server takes a CatalogReport."""
+    return f"/v1/namespaces/{namespace}/finetunedmodels/{name}/catalog"
 
 
 LINEAGE, SUMS = "finetune.json", "SHA256SUMS"

@@ -58,6 +58,16 @@ def config_map_name(job_name: str) -> str:
     return f"{base_name(job_name)}-job"
 
 
+def catalog_config_name(model_name: str) -> str:
+    """ConfigMap that holds a FineTunedModel's model.json."""
+    return f"{base_name(model_name)}-catalog"
+
+
+def catalog_name(model_name: str, digest: str) -> str:
+    """Child Job of a FineTunedModel that does at its storage what the digest (hexadecimal) says."""
+    return f"{base_name(model_name)}-catalog-{digest[:8]}"
+
+
 def service_name(job_name: str) -> str:
     """Headless Service of the gang."""
     return f"{base_name(job_name)}-workers"

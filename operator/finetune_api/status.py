@@ -10,7 +10,7 @@ from .base import APIModel
 from .evaluation_status import EvaluationStatus
 from .scalars import REASON_PATTERN, Count, DecimalText, LabelKey, Name, Timestamp, Told, Word
 from .spec.run import Toleration
-from .versions import BaseModelReference
+from .versions import BaseModelReference, VersionNumber
 
 Phase = Literal[
     "Pending",
@@ -189,6 +189,21 @@ class Artifact(APIModel):
     """Its number there."""
     rank: Count | None = None
     """Largest rank of a LoRA adapter; 0 for a whole model."""
+
+
+class ModelInUse(APIModel):
+    """A FineTunedModel that the job refers to, as it was when the job began: what becomes of it later does not change the job."""
+
+    name: Name
+    """Its name."""
+    storage: Annotated[str, Told(1024)]
+    """Where its versions are kept."""
+    s3_endpoint: Annotated[str, Told(512)] | None = None
+    """Address of an S3-compatible server."""
+    secret: Name = ""
+    """Secret with the keys of an s3:// storage."""
+    version: VersionNumber | None = None
+    """Version that `tuning.continueFrom` goes on from: the one that it names, or the champion of then."""
 
 
 class Restart(APIModel):
@@ -371,6 +386,11 @@ class FineTuneJobStatus(Status):
     """Tries of prepare, evaluate and publish."""
     progress: Progress | None = None
     """The last report of training rank 0."""
+    models: Annotated[
+        list[ModelInUse],
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+    ] = Field(default_factory=list)
+    """FineTunedModels that the job publishes to, or goes on from."""
     base: BaseModelReference | None = None
     """The base as prepare found it: what a branch stood for, and what its weights are."""
     dataset: DatasetStatus | None = None

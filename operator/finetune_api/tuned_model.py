@@ -16,6 +16,7 @@ from .versions import BaseModelReference, Form, VersionNumber, VersionState
 
 MODEL_KIND, MODEL_PLURAL = "FineTunedModel", "finetunedmodels"
 MOST_VERSIONS = 100
+MOST_REMOVED = 1000
 
 
 class Retention(APIModel):
@@ -97,6 +98,8 @@ class ModelVersion(APIModel):
 class StorageStatus(APIModel):
     """What was last read from, and written to, `spec.storage`."""
 
+    uri: Annotated[str, Told(1024)] = ""
+    """`spec.storage` that all this was read from."""
     written: Word = ""
     """Digest of the states and removals that are on record there."""
     retries: Count = 0
@@ -105,6 +108,10 @@ class StorageStatus(APIModel):
     """When the next try starts."""
     highest: Count = 0
     """Highest number that was ever given."""
+    removing: Annotated[list[VersionNumber], Field(max_length=MOST_REMOVED)] = []
+    """Versions that are not kept any more, whose files may still be there."""
+    removed: Annotated[list[VersionNumber], Field(max_length=MOST_REMOVED)] = []
+    """Versions whose files are gone while their jobs are still there."""
 
 
 class FineTunedModelStatus(Status):

@@ -14,7 +14,8 @@ from .evaluation_status import EvaluationStatus
 from .scalars import Count, Name, Timestamp, Told, Word
 
 VersionState = Literal["Candidate", "Champion", "Retired", "Rejected"]
-VersionNumber = Annotated[int, Field(ge=1, le=1_000_000)]
+MOST_NUMBER = 1_000_000
+VersionNumber = Annotated[int, Field(ge=1, le=MOST_NUMBER)]
 Form = Literal["Adapter", "Model"]
 """An adapter needs its base beside it; a model (methods full and partial) does not."""
 

@@ -35,6 +35,7 @@ from .controllers.manager import Manager
 from .handlers import Insights
 from .servers import certificate
 from .servers.bundle import Bundle
+from .servers.catalog import CatalogServer
 from .servers.certificate import Certificate, Identity
 from .servers.progress import ProgressServer
 from .servers.webhooks import AdmissionServer
@@ -147,6 +148,7 @@ async def run(settings: Settings) -> None:
     manager = Manager(cluster, store, board, settings, lease, kinds.serves)
     server = ProgressServer(cluster, store, board, manager.wake, lambda: manager.acting)
     endpoints = server.application()
+    endpoints.add_routes(CatalogServer(cluster, store, manager.catalogs, manager.wake, lambda: manager.acting).routes())
     endpoints.add_routes(AdmissionServer(lookups, settings).routes())
     runners = [await _serve(_probes(manager, identity, cluster, settings, kinds, insights), settings.probe_port)]
     failed: list[tuple[str, BaseException]] = []

@@ -29,6 +29,7 @@ QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Objects of a kind waiting for o
 JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase, also of phases that no job is in", ["phase"])
 SUSPECT_NODES = Gauge("finetune_suspect_node", "Nodes that jobs kept failing on lately and that new gangs rather avoid", ["node"])
 PROGRESS_REPORTS = Counter("finetune_progress_reports_total", "Progress reports by outcome", ["code"])
+CATALOG_REPORTS = Counter("finetune_catalog_reports_total", "Reports of what FineTunedModels keep, by outcome", ["code"])
 ADMISSION_REVIEWS = Counter("finetune_admission_reviews_total", "Requests to the admission webhooks", ["webhook", "allowed"])
 SCHEDULING_SECONDS = Histogram(
     "finetune_scheduling_duration_seconds", "Time of one scheduling pass over all jobs", buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10)

@@ -44,6 +44,14 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class OwnedJob:
+    """A Job, and the UID of its owner."""
+
+    name: str
+    owner: str
+
+
+@dataclass(frozen=True)
 class Owned:
     """What an object owns, by UID."""
 
@@ -339,6 +347,11 @@ class Store:
                 applied[kind, entry.name] = entry.value
         pods = [pod for owner in (uid, *(j.uid for j in jobs)) for pod in self._pods_of(owner)]
         return Owned(tuple(sorted(jobs, key=lambda j: j.name)), tuple(sorted(pods, key=lambda p: p.name)), applied)
+
+    def child_job(self, uid: str) -> OwnedJob | None:
+        """A Job of ours, whoever owns it."""
+        entry = self._children["Job"].get(uid)
+        return OwnedJob(entry.name, entry.owner) if entry is not None else None
 
     def gpu_pods(self, uid: str) -> list[PodView]:
         """A job's workers and the pods of its evaluation, also of a job and an evaluation that are gone while their pods still save."""

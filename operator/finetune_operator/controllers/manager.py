@@ -15,8 +15,10 @@ from typing import Any
 from finetune_api import KIND
 from finetune_api.endpoint import ENDPOINT_KIND
 from finetune_api.status import FineTuneJobStatus
+from finetune_api.tuned_model import MODEL_KIND
 
 from ..cache.assumptions import Assumptions, Expired
+from ..cache.catalog import CatalogBoard
 from ..cache.progress import ProgressBoard
 from ..cache.store import Store
 from ..cluster.lease import Lease
@@ -32,6 +34,7 @@ from .external_queue import ExternalQueue
 from .jobs import Jobs
 from .resync import Resync
 from .telemetry import Telemetry
+from .tuned_models import TunedModels
 from .writer import Writer
 
 log = logging.getLogger("finetune.controller")
@@ -71,10 +74,14 @@ class Manager:
         self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
         self._endpoints = Endpoints(cluster, store, settings, self.admission.watch.inventory.queue_problem)
         self.endpoints = Controller(self._endpoints.kind(), self.writer, lambda: lease is None or lease.held)
-        self.controllers: dict[str, Controller[Any]] = {KIND: self.jobs, ENDPOINT_KIND: self.endpoints}
+        self.catalogs = CatalogBoard()
+        self._models = TunedModels(cluster, store, self.catalogs, settings)
+        self.models = Controller(self._models.kind(), self.writer, lambda: lease is None or lease.held)
+        self.controllers: dict[str, Controller[Any]] = {KIND: self.jobs, MODEL_KIND: self.models, ENDPOINT_KIND: self.endpoints}
         self.resync = Resync(cluster, store, settings, self.wake, self._child_seen, serves)
         forget: tuple[Callable[[str], None], ...] = (
             board.forget,
+            self.catalogs.forget,
             self.telemetry.forget,
             self.writer.forget,
             self.assumptions.forget,
@@ -141,7 +148,7 @@ class Manager:
         """Settings that are found after the start. Everything is looked at again where they are new."""
         new = dataclasses.replace(self.settings, **found)  # type: ignore[arg-type]
         if new != self.settings:
-            self.settings = self._jobs.settings = self._endpoints.settings = new
+            self.settings = self._jobs.settings = self._models.settings = self._endpoints.settings = new
             self.admission.configure(new)
             self._wake_all()
 

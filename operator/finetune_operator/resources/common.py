@@ -1,4 +1,4 @@
-"""What all manifests of a job share: metadata, and a pod that satisfies the `restricted` Pod Security Standard.
+"""What all manifests share: metadata, and a pod that satisfies the `restricted` Pod Security Standard.
 
 Knows nothing of where a job stands.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from finetune_api import API_VERSION, KIND, names
-from finetune_api.contract import DOCKER_CONFIG, S3_KEYS, Env, JobFile, Mounts, Stage, progress_audience
+from finetune_api.contract import DOCKER_CONFIG, S3_KEYS, Env, JobFile, ModelStorage, Mounts, Stage, progress_audience
 from finetune_api.spec import FineTuneJobSpec, RunPolicy, SecretReference
+from finetune_api.status import ModelInUse
 from finetune_api.uris import parse_uri
 
 from ..settings import Settings
@@ -29,25 +31,42 @@ class JobRef:
     namespace: str
     uid: str
     spec: FineTuneJobSpec = dataclasses.field(hash=False)
+    models: tuple[ModelInUse, ...] = dataclasses.field(default=(), hash=False)
+    """FineTunedModels that the spec refers to."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """An object of another kind of ours that owns what is made for it."""
+
+    kind: str
+    name: str
+    namespace: str
+    uid: str
 
 
 def metadata(job: JobRef, name: str, **labels: str) -> Manifest:
     """Object metadata with the job's labels and a controlling owner reference."""
+    labels = {names.LABEL_JOB: names.job_label(job.name), names.LABEL_JOB_UID: job.uid, **labels}
+    return _metadata(Owner(KIND, job.name, job.namespace, job.uid), name, labels)
+
+
+def owned(owner: Owner, name: str, **labels: str) -> Manifest:
+    """The same of what another kind owns."""
+    return _metadata(owner, name, {names.LABEL_OWNER_UID: owner.uid, **labels})
+
+
+def _metadata(owner: Owner, name: str, labels: dict[str, str]) -> Manifest:
     return {
         "name": name,
-        "namespace": job.namespace,
-        "labels": {
-            names.LABEL_MANAGED_BY: names.MANAGER,
-            names.LABEL_JOB: names.job_label(job.name),
-            names.LABEL_JOB_UID: job.uid,
-            **labels,
-        },
+        "namespace": owner.namespace,
+        "labels": {names.LABEL_MANAGED_BY: names.MANAGER, **labels},
         "ownerReferences": [
             {
                 "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": job.name,
-                "uid": job.uid,
+                "kind": owner.kind,
+                "name": owner.name,
+                "uid": owner.uid,
                 "controller": True,
                 "blockOwnerDeletion": True,
             }
@@ -62,18 +81,25 @@ def with_hash(manifest: Manifest) -> Manifest:
     return manifest
 
 
-def sources(spec: FineTuneJobSpec) -> list[str]:
-    """Claims and ConfigMaps that stages read from, as `scheme://name`, in a stable order."""
+def sources(spec: FineTuneJobSpec, models: Iterable[ModelInUse] = (), stage: Stage | None = None) -> list[str]:
+    """Claims and ConfigMaps that stages (or one of them) read from, as `scheme://name`, in a stable order."""
     parsed = [parse_uri(uri) for uri in spec.source_uris]
-    return sorted({f"{uri.scheme}://{uri.name}" for uri in parsed if uri.scheme in ("pvc", "configmap")})
+    found = {f"{uri.scheme}://{uri.name}" for uri in parsed if uri.scheme in ("pvc", "configmap")}
+    for model in models:
+        # a version that training goes on from stays where it is, as any adapter on a claim; publish writes to its targets
+        reads = stage is None or model.version is not None or (stage == "evaluate" and stage in _stages_of(spec, model))
+        if reads and (claim := _claim(model)) is not None:
+            found.add(claim)
+    return sorted(found)
 
 
-def targets(spec: FineTuneJobSpec) -> list[str]:
+def targets(spec: FineTuneJobSpec, models: Iterable[ModelInUse] = ()) -> list[str]:
     """Claims that results are published to, as `pvc://name`, in a stable order."""
-    return sorted({f"pvc://{uri.name}" for uri in map(parse_uri, (t.address for t in spec.publish)) if uri.scheme == "pvc"})
+    found = {f"pvc://{uri.name}" for uri in map(parse_uri, (t.address for t in spec.publish)) if uri.scheme == "pvc"}
+    return sorted(found | {claim for model in models if "publish" in _stages_of(spec, model) and (claim := _claim(model)) is not None})
 
 
-def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[str, str]]]:
+def secrets(spec: FineTuneJobSpec, stage: Stage, models: Iterable[ModelInUse] = ()) -> dict[str, tuple[str, dict[str, str]]]:
     """Secrets that a stage needs: field -> (Secret name, its keys and the files they become)."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
 
@@ -99,7 +125,24 @@ def secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, tuple[str, dict[st
     if stage in ("check", "publish"):
         for index, target in enumerate(spec.publish):
             need(f"publish-{index}", target.secret_ref, target.address)
+    for model in models:
+        if model.secret and stage in _stages_of(spec, model):
+            found[f"model-{model.name}"] = model.secret, {key: key for key in S3_KEYS}
     return found
+
+
+def _stages_of(spec: FineTuneJobSpec, model: ModelInUse) -> set[Stage]:
+    """Stages that reach a FineTunedModel's storage: its version is fetched once, its champion is asked beside the result."""
+    stages: set[Stage] = {"prepare"} if model.version is not None else set()
+    if any(target.model == model.name for target in spec.publish):
+        stages |= {"check", "evaluate", "publish"}
+    return stages
+
+
+def _claim(model: ModelInUse) -> str | None:
+    """The claim of its storage, as `pvc://name`."""
+    uri = parse_uri(model.storage)
+    return f"pvc://{uri.name}" if uri.scheme == "pvc" else None
 
 
 def files_of(reference: SecretReference, uri: str) -> dict[str, str]:
@@ -124,9 +167,10 @@ def job_file(job: JobRef) -> JobFile:
         namespace=job.namespace,
         uid=job.uid,
         spec=spec,
-        sources={reference: _folder(Mounts.SOURCES, reference) for reference in sources(spec)},
-        targets={reference: _folder(Mounts.TARGETS, reference) for reference in targets(spec)},
-        secrets={field: f"{Mounts.SECRETS}/{field}" for stage in get_args(Stage) for field in secrets(spec, stage)},
+        sources={reference: _folder(Mounts.SOURCES, reference) for reference in sources(spec, job.models)},
+        targets={reference: _folder(Mounts.TARGETS, reference) for reference in targets(spec, job.models)},
+        secrets={field: f"{Mounts.SECRETS}/{field}" for stage in get_args(Stage) for field in secrets(spec, stage, job.models)},
+        models={model.name: ModelStorage(storage=model.storage, s3_endpoint=model.s3_endpoint) for model in job.models},
     )
 
 
@@ -143,23 +187,6 @@ def net(settings: Settings) -> dict[str, str]:
         proxies["NO_PROXY"] = ",".join(filter(None, (settings.no_proxy, "localhost,127.0.0.1,.svc,.cluster.local")))
     found = {Env.HUB: settings.hub_endpoint, Env.S3: settings.s3_endpoint, **proxies}
     return {name: value for name, value in found.items() if value}
-
-
-def pod_security(settings: Settings) -> Manifest:
-    """As the `restricted` Pod Security Standard wants it of a pod."""
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": settings.run_as_user,
-        "runAsGroup": settings.run_as_user,
-        "fsGroup": settings.run_as_user,
-        "fsGroupChangePolicy": "OnRootMismatch",
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def container_security() -> Manifest:
-    """And of a container, with a read-only root file system."""
-    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
 def pod_spec(
@@ -187,31 +214,25 @@ def pod_spec(
 
     if stage != "check":  # it looks at targets alone
         mount("workspace", Mounts.WORKSPACE, {"persistentVolumeClaim": {"claimName": workspace_claim(job)}}, read_only=False)
-    for index, reference in enumerate(sources(job.spec) if stage != "check" else ()):
+    for index, reference in enumerate(sources(job.spec, job.models, stage) if stage != "check" else ()):
         scheme, name = reference.split("://")
         volume = {"persistentVolumeClaim": {"claimName": name, "readOnly": True}} if scheme == "pvc" else {"configMap": {"name": name}}
         if scheme == "pvc" or stage == "prepare":  # a ConfigMap's rows are in the workspace after prepare
             mount(f"source-{index}", _folder(Mounts.SOURCES, reference), volume, read_only=True)
     if stage in ("check", "publish"):
-        for index, reference in enumerate(targets(job.spec)):
+        for index, reference in enumerate(targets(job.spec, job.models)):
             claim = {"persistentVolumeClaim": {"claimName": reference.split("://")[1]}}
             mount(f"target-{index}", _folder(Mounts.TARGETS, reference), claim, read_only=False)
-    for field, (secret, keys) in secrets(job.spec, stage).items():
-        source = {"secret": {"secretName": secret, "items": [{"key": key, "path": path} for key, path in keys.items()]}}
-        mount(f"secret-{field}", f"{Mounts.SECRETS}/{field}", source, read_only=True)
+    for index, (field, (secret, keys)) in enumerate(secrets(job.spec, stage, job.models).items()):
+        # the name of a FineTunedModel may be longer than that of a volume
+        name = f"secret-model-{index}" if field.startswith("model-") else f"secret-{field}"
+        mount(name, f"{Mounts.SECRETS}/{field}", secret_volume(secret, keys), read_only=True)
     if shared_memory is not None:
         mount("shared-memory", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}, read_only=False)
     if stage == "train" and settings.endpoint:
-        token = {
-            "audience": progress_audience(job.namespace, job.name),
-            "expirationSeconds": 3600,
-            "path": "token",
-        }
-        mount("progress", Mounts.TOKEN, {"projected": {"sources": [{"serviceAccountToken": token}]}}, read_only=True)
+        mount("progress", Mounts.TOKEN, token_volume(progress_audience(job.namespace, job.name)), read_only=True)
 
     everything = {
-        "HOME": "/tmp",
-        **net(settings),
         **({Env.ALLOW_CPU: "1"} if settings.allow_cpu else {}),
         **(
             {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)}
@@ -221,6 +242,62 @@ def pod_spec(
         **env,
     }
     scheduling = job.spec.scheduling
+    arguments = [stage, "--job", f"{Mounts.JOB}/job.json", "--workspace", "/tmp" if stage == "check" else Mounts.WORKSPACE]
+    return {
+        **restricted_pod(settings, arguments, env=everything, resources=resources, mounts=mounts, volumes=volumes),
+        **({"nodeSelector": scheduling.node_selector} if scheduling.node_selector and stage in ("train", "evaluate") else {}),
+        **(
+            {"tolerations": [{k: v for k, v in t.to_wire().items() if v} for t in scheduling.tolerations]}
+            if scheduling.tolerations and stage in ("train", "evaluate")
+            else {}
+        ),
+        **(
+            {"priorityClassName": scheduling.priority_class_name}
+            if scheduling.priority_class_name and stage in ("train", "evaluate")
+            else {}
+        ),
+    }
+
+
+def secret_volume(secret: str, keys: dict[str, str]) -> Manifest:
+    """Keys of a Secret, as the files that they become."""
+    return {"secret": {"secretName": secret, "items": [{"key": key, "path": path} for key, path in keys.items()]}}
+
+
+def token_volume(audience: str) -> Manifest:
+    """A token of the pod's service account that is good for one audience alone."""
+    token = {"audience": audience, "expirationSeconds": 3600, "path": "token"}
+    return {"projected": {"sources": [{"serviceAccountToken": token}]}}
+
+
+def pod_security(settings: Settings) -> Manifest:
+    """As the `restricted` Pod Security Standard wants it of a pod."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": settings.run_as_user,
+        "runAsGroup": settings.run_as_user,
+        "fsGroup": settings.run_as_user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def container_security() -> Manifest:
+    """And of a container, with a read-only root file system."""
+    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+
+
+def restricted_pod(
+    settings: Settings,
+    arguments: list[str],
+    *,
+    env: dict[str, str],
+    resources: Manifest,
+    mounts: list[Manifest],
+    volumes: list[Manifest],
+) -> Manifest:
+    """A pod of the trainer's image that ends: non-root, read-only root file system, no service-account token for the API server."""
+    everything = {"HOME": "/tmp", **net(settings), **env}
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -231,7 +308,7 @@ def pod_spec(
                 "name": "trainer",
                 "image": settings.trainer_image,
                 "imagePullPolicy": settings.image_pull_policy,
-                "args": [stage, "--job", f"{Mounts.JOB}/job.json", "--workspace", "/tmp" if stage == "check" else Mounts.WORKSPACE],
+                "args": arguments,
                 "env": [
                     {"name": Env.POD_NAME, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
                     *({"name": name, "value": value} for name, value in sorted(everything.items())),
@@ -245,15 +322,4 @@ def pod_spec(
         ],
         "volumes": volumes,
         **({"imagePullSecrets": [{"name": n} for n in settings.image_pull_secrets]} if settings.image_pull_secrets else {}),
-        **({"nodeSelector": scheduling.node_selector} if scheduling.node_selector and stage in ("train", "evaluate") else {}),
-        **(
-            {"tolerations": [{k: v for k, v in t.to_wire().items() if v} for t in scheduling.tolerations]}
-            if scheduling.tolerations and stage in ("train", "evaluate")
-            else {}
-        ),
-        **(
-            {"priorityClassName": scheduling.priority_class_name}
-            if scheduling.priority_class_name and stage in ("train", "evaluate")
-            else {}
-        ),
     }

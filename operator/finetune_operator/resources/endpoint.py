@@ -13,7 +13,7 @@ from pathlib import PurePath
 
 import msgspec
 
-from finetune_api import API_VERSION, names
+from finetune_api import names
 from finetune_api.contract import S3_KEYS, Env, Mounts
 from finetune_api.endpoint import ENDPOINT_KIND, FineTuneEndpointSpec
 from finetune_api.serving import AGENT_PORT, USER_PORT, ReplicaFile, ReplicaPaths
@@ -23,10 +23,10 @@ from finetune_api.uris import parse_uri
 from ..model.children import QUEUE_LABEL
 from ..model.endpoint import ModelLine
 from ..settings import Settings
-from .common import Manifest, container_security, files_of, net, pod_security, with_hash
+from .common import Manifest, Owner, container_security, files_of, net, owned, pod_security, secret_volume, with_hash
 from .proxy import nginx_conf
 from .replica import agent, engine, fetch, proxy
-from .shared import METADATA_ADDRESSES
+from .shared import outside
 
 _FILE, _PROXY, _AUTHORITIES = (PurePath(path).name for path in (ReplicaPaths.FILE, ReplicaPaths.PROXY, Mounts.AUTHORITIES))
 _DRAIN_SECONDS = 15
@@ -50,13 +50,8 @@ def selector(endpoint: EndpointRef) -> dict[str, str]:
 
 def metadata(endpoint: EndpointRef, name: str) -> Manifest:
     """Object metadata with the endpoint's labels and a controlling owner reference."""
-    owner = {"apiVersion": API_VERSION, "kind": ENDPOINT_KIND, "name": endpoint.name, "uid": endpoint.uid}
-    return {
-        "name": name,
-        "namespace": endpoint.namespace,
-        "labels": {names.LABEL_MANAGED_BY: names.MANAGER, **selector(endpoint)},
-        "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
-    }
+    owner = Owner(ENDPOINT_KIND, endpoint.name, endpoint.namespace, endpoint.uid)
+    return owned(owner, name, **{names.LABEL_ENDPOINT: names.job_label(endpoint.name)})
 
 
 def manifests(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> list[Manifest]:
@@ -144,7 +139,6 @@ def network_policy(endpoint: EndpointRef, settings: Settings) -> Manifest:
         home = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}}}
         return {**home, **({"podSelector": {"matchLabels": pods}} if pods else {})}
 
-    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), METADATA_ADDRESSES, strict=True)]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -156,7 +150,7 @@ def network_policy(endpoint: EndpointRef, settings: Settings) -> Manifest:
                 {"from": [{"podSelector": {}}, peer(settings.gateway_labels)], "ports": [{"port": USER_PORT, "protocol": "TCP"}]},
                 {"from": [peer(settings.operator_labels)], "ports": [{"port": AGENT_PORT, "protocol": "TCP"}]},
             ],
-            "egress": [{"to": everywhere}, {"ports": [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]}],
+            "egress": outside(),
         },
     }
 
@@ -198,16 +192,16 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
     reads = [tmp, at("shared-memory", "/dev/shm", read_only=False), at("models", ReplicaPaths.MODELS), *data]
     stands = [tmp, at("proxy", ReplicaPaths.PROXY.rpartition("/")[0]), at("tls", ReplicaPaths.TLS)]
     hosts = {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts else {}
-    outside = {"HOME": "/tmp", **net(settings), **hosts}
+    env = {"HOME": "/tmp", **net(settings), **hosts}
     pod: Manifest = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": settings.termination_grace_seconds + _DRAIN_SECONDS,
         "securityContext": pod_security(settings),
-        "initContainers": [fetch(settings, outside, own)],
+        "initContainers": [fetch(settings, env, own)],
         "containers": [
             _drained(engine(endpoint.name, spec, settings, _resources(spec), reads)),
-            _drained(agent(settings, outside, own)),
+            _drained(agent(settings, env, own)),
             _drained(proxy(settings, stands)),
         ],
         "volumes": [
@@ -243,8 +237,7 @@ def _keys(endpoint: EndpointRef, lines: Sequence[ModelLine]) -> list[tuple[Manif
     """The same of each Secret."""
     found = []
     for index, (field, (secret, files)) in enumerate(secrets(endpoint, lines).items()):
-        items = [{"key": key, "path": path} for key, path in files.items()]
-        found.append(({"name": f"secret-{index}", "secret": {"secretName": secret, "items": items}}, f"{Mounts.SECRETS}/{field}"))
+        found.append(({"name": f"secret-{index}", **secret_volume(secret, files)}, f"{Mounts.SECRETS}/{field}"))
     return found
 
 

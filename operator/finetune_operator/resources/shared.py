@@ -66,7 +66,7 @@ def workspace(job: JobRef) -> Manifest | None:
     )
 
 
-METADATA_ADDRESSES = ("169.254.0.0/16", "fd00:ec2::254/128")
+_METADATA = ("169.254.0.0/16", "fd00:ec2::254/128")
 """Link-local addresses, where clouds hand out the node's credentials."""
 
 
@@ -74,19 +74,30 @@ def network_policy(job: JobRef, settings: Settings) -> Manifest | None:
     """The pods of a job are reached by each other alone, and reach everything but the cloud's metadata. None where none is wanted."""
     if not settings.network_policies:
         return None
-    own = {"matchLabels": {names.LABEL_JOB_UID: job.uid}}
-    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), METADATA_ADDRESSES, strict=True)]
+    return isolation(metadata(job, names.service_name(job.name)), {names.LABEL_JOB_UID: job.uid})
+
+
+def outside() -> list[Manifest]:
+    """Egress rules: everything but the cloud's metadata."""
+    everywhere = [{"ipBlock": {"cidr": cidr, "except": [bad]}} for cidr, bad in zip(("0.0.0.0/0", "::/0"), _METADATA, strict=True)]
     dns = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]  # a node's own cache has a link-local address, too
+    return [{"to": everywhere}, {"ports": dns}]
+
+
+def isolation(meta: Manifest, labels: dict[str, str]) -> Manifest:
+    """The NetworkPolicy of the pods with these labels."""
+    own = {"matchLabels": labels}
+    everywhere, dns = outside()
     return with_hash(
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": metadata(job, names.service_name(job.name)),
+            "metadata": meta,
             "spec": {
                 "podSelector": own,
                 "policyTypes": ["Ingress", "Egress"],
                 "ingress": [{"from": [{"podSelector": own}]}],
-                "egress": [{"to": everywhere}, {"to": [{"podSelector": own}]}, {"ports": dns}],
+                "egress": [everywhere, {"to": [{"podSelector": own}]}, dns],
             },
         }
     )

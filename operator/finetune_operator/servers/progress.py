@@ -1,19 +1,16 @@
 """HTTPS endpoint for progress reports: rank 0 of the current attempt of the very job that its token is bound to.
 
-A report carries a projected service-account token whose audience names the job. TokenReview tells which pod holds
-it; the pod's UID leads to its owner and so to the job. Labels and names that a tenant can choose decide nothing.
+A report carries a projected service-account token whose audience names the job (tokens.py); the UID of the pod that holds it leads
+to its owner and so to the job.
 Knows nothing of what becomes of a report.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -23,22 +20,13 @@ from finetune_api.contract import PROGRESS_BODY_LIMIT, ProgressReport, progress_
 from .. import metrics
 from ..cache.progress import ProgressBoard
 from ..cache.store import Store
-from ..cluster.errors import APIError
 from ..cluster.transport import Cluster
 from ..model.objects import Key
+from .tokens import CACHE_SIZE, Tokens
 
 log = logging.getLogger("finetune.progress")
 PATH = "/v1/namespaces/{namespace}/finetunejobs/{name}/progress"
-_CACHE_SECONDS, _CACHE_SIZE = 120.0, 10_000
 _LEAST_INTERVAL = 0.2
-_REVIEWS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class _Review:
-    pod_uid: str
-    """Empty: the token was refused."""
-    until: float
 
 
 class ProgressServer:
@@ -48,9 +36,8 @@ class ProgressServer:
         self, cluster: Cluster, store: Store, board: ProgressBoard, wake: Callable[[Key], None], acting: Callable[[], bool] = lambda: True
     ) -> None:
         self._cluster, self._store, self._board, self._wake, self._acting = cluster, store, board, wake, acting
-        self._reviewed: dict[str, _Review] = {}
+        self._tokens = Tokens(cluster)
         self._last: dict[str, float] = {}
-        self._reviews = asyncio.Semaphore(_REVIEWS_AT_ONCE)
 
     def application(self) -> web.Application:
         """The aiohttp application; bodies over the limit are refused before they are read."""
@@ -71,12 +58,7 @@ class ProgressServer:
         if not self._acting():  # the pod's next report may reach the one that acts
             raise web.HTTPServiceUnavailable(text="this operator stands by", headers={"Retry-After": "1"})
         namespace, name = request.match_info["namespace"], request.match_info["name"]
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token or len(token) > 8192:
-            raise web.HTTPUnauthorized(text="a bearer token is required")
-        pod_uid = await self._pod_of(token, progress_audience(namespace, name))
-        if not pod_uid:
-            raise web.HTTPUnauthorized(text="the token is not valid for this job")
+        pod_uid = await self._tokens.pod_of(request, progress_audience(namespace, name), "job")
         now = time.monotonic()
         if now - self._last.get(pod_uid, 0.0) < _LEAST_INTERVAL:
             raise web.HTTPTooManyRequests(text="too many reports", headers={"Retry-After": "1"})
@@ -101,27 +83,5 @@ class ProgressServer:
 
     def _remember(self, pod_uid: str, now: float) -> None:
         self._last[pod_uid] = now
-        if len(self._last) > _CACHE_SIZE:
+        if len(self._last) > CACHE_SIZE:
             self._last = {uid: at for uid, at in self._last.items() if now - at < 60}
-
-    async def _pod_of(self, token: str, audience: str) -> str:
-        """UID of the pod that the token is bound to, or empty when the API server refuses the token."""
-        key = hashlib.sha256(f"{audience}\0{token}".encode()).hexdigest()
-        now = time.monotonic()
-        known = self._reviewed.get(key)
-        if known is not None and known.until > now:
-            return known.pod_uid
-        async with self._reviews:
-            try:
-                status = await self._cluster.review_token(token, audience)
-            except APIError as failure:
-                raise web.HTTPServiceUnavailable(text="tokens cannot be checked now") from failure
-        extra = (status.get("user") or {}).get("extra") or {}
-        uids = extra.get("authentication.kubernetes.io/pod-uid") or []
-        good = status.get("authenticated") is True and audience in (status.get("audiences") or ()) and len(uids) == 1
-        if len(self._reviewed) >= _CACHE_SIZE:
-            self._reviewed = {k: v for k, v in self._reviewed.items() if v.until > now}
-            if len(self._reviewed) >= _CACHE_SIZE:
-                self._reviewed.clear()
-        self._reviewed[key] = _Review(str(uids[0]) if good else "", now + _CACHE_SECONDS)
-        return str(uids[0]) if good else ""

@@ -14,7 +14,6 @@ from finetune_api import names
 from finetune_api.base import shortened
 from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica
 from finetune_api.scalars import printable
-from finetune_api.status import Condition
 
 from ...model.endpoint import ObservedEndpoint
 from ...model.times import parse_time
@@ -38,7 +37,7 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     spec = observed.spec
     if (why := refused_for(observed, settings)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
-        return _plan(observed, found.with_conditions(observed.status, found.refuses(observed, reason, message)), (), (), None)
+        return _plan(observed, found.with_conditions(observed, observed.status, found.refuses(reason, message)), (), (), None)
     if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
         return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
     pods = found.replicas(observed)
@@ -54,11 +53,12 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
         }
     )
     status = found.with_conditions(
+        observed,
         status,
         found.ready(observed, spec, pods),
         found.served(observed, spec),
         found.verified(observed, models, pods),
-        found.rolled_back(observed, models),
+        found.rolled_back(models),
     )
     again = observed.now + timedelta(seconds=PENDING_SECONDS if _awaits(observed, spec, models, pods) else QUIET_SECONDS)
     return _plan(observed, status, _actions(observed, spec, settings), changes, min(again, _next_end(models, again)))
@@ -86,7 +86,7 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
 
 def refused(observed: ObservedEndpoint, message: str) -> Plan[FineTuneEndpointStatus]:
     """Say that the API server refused what was to be done. Nothing else is decided."""
-    return _plan(observed, found.with_conditions(observed.status, found.refuses(observed, "APIRefused", message)), (), (), None)
+    return _plan(observed, found.with_conditions(observed, observed.status, found.refuses("APIRefused", message)), (), (), None)
 
 
 def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> EndpointRef:
@@ -205,7 +205,7 @@ def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, chang
     """What happened to models, and conditions that are another now."""
     told = [Event("Normal" if change.good else "Warning", change.reason, printable(shortened(change.message, 1000))) for change in changes]
     for type_ in _TOLD:
-        old, new = _of(before, type_), _of(after, type_)
+        old, new = before.condition(type_), after.condition(type_)
         if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
             continue
         if new.status == "True":
@@ -213,7 +213,3 @@ def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, chang
         elif new.status == "False" and new.reason not in ("NoReplicaReady", "ScaledToZero"):
             told.append(Event("Warning", new.reason, shortened(new.message, 1000)))
     return told
-
-
-def _of(status: FineTuneEndpointStatus, type_: str) -> Condition | None:
-    return next((condition for condition in status.conditions if condition.type == type_), None)

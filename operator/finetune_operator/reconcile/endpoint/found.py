@@ -6,18 +6,25 @@ Knows nothing of which version is to answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from finetune_api.base import shortened
 from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica, ReplicaModel
-from finetune_api.scalars import printable
 from finetune_api.serving import USER_PORT
-from finetune_api.status import Condition
 
 from ...model.endpoint import ObservedEndpoint, ReplicaPod
-from ...model.times import parse_time, rfc3339
+from ...model.times import parse_time
+from ..conditions import set_condition
 from .orders import fits, selected
 from .rollout import BAD, SETTLED, first, versioned
+
+
+class Said(NamedTuple):
+    """A condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
 
 
 def replicas(observed: ObservedEndpoint) -> list[Replica]:
@@ -60,20 +67,20 @@ def over_all(entry: EndpointModel, found: Sequence[Replica]) -> EndpointModel:
     )
 
 
-def ready(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, found: Sequence[Replica]) -> Condition:
+def ready(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, found: Sequence[Replica]) -> Said:
     """Whether at least one replica answers."""
     answer = sum(replica.ready for replica in found)
     if answer:
-        return _condition(observed, "Ready", "True", "Serving", f"{answer} of {max(spec.replicas, len(found))} replicas answer")
+        return Said("Ready", "True", "Serving", f"{answer} of {max(spec.replicas, len(found))} replicas answer")
     if spec.replicas == 0:
-        return _condition(observed, "Ready", "False", "ScaledToZero", "spec.replicas is 0")
+        return Said("Ready", "False", "ScaledToZero", "spec.replicas is 0")
     problems = [f"{pod.name}: {pod.problem}" for pod in observed.pods if pod.problem]
     problems += [f"{pod.name}: {r.message}" for pod in observed.pods if (r := observed.reports.get(pod.uid)) is not None and r.message]
     problems += [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
-    return _condition(observed, "Ready", "False", "NoReplicaReady", "; ".join(problems[:3]) or "replicas start")
+    return Said("Ready", "False", "NoReplicaReady", "; ".join(problems[:3]) or "replicas start")
 
 
-def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Condition:
+def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Said:
     """Whether every model that it names can be served by it."""
     missing: dict[str, list[str]] = {}
     for name in selected(observed, spec):
@@ -90,34 +97,34 @@ def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Condition:
             missing.setdefault("RankTooHigh", []).append(f"{rank}; raise it")
     if missing:
         told = "; ".join(message for messages in missing.values() for message in messages)
-        return _condition(observed, "ModelsServed", "False", next(iter(missing)), told)
-    return _condition(observed, "ModelsServed", "True", "Served", "")
+        return Said("ModelsServed", "False", next(iter(missing)), told)
+    return Said("ModelsServed", "True", "Served", "")
 
 
-def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found: Sequence[Replica]) -> Condition:
+def verified(observed: ObservedEndpoint, models: Sequence[EndpointModel], found: Sequence[Replica]) -> Said:
     """Whether every replica serves what was evaluated."""
     if not models:
-        return _condition(observed, "Verified", "Unknown", "NoModels", "no tuned model is served")
+        return Said("Verified", "Unknown", "NoModels", "no tuned model is served")
     bad = [f"{model.name}: {model.mismatch}" for model in models if model.mismatch]
     coming = [versioned(model.name, model.canary.version) for model in models if model.canary is not None]
     bad += [f"{name}: {at[0].name}: {at[1].state}: {at[1].message}" for name in coming if (at := first(found, name, BAD))]
     if bad:
-        return _condition(observed, "Verified", "False", "Mismatch", "; ".join(bad))
+        return Said("Verified", "False", "Mismatch", "; ".join(bad))
     silent = [f"{pod.name}: {observed.silent[pod.uid]}" for pod in observed.pods if pod.uid in observed.silent]
     if silent:
-        return _condition(observed, "Verified", "Unknown", "ReplicaSilent", "; ".join(silent[:3]))
+        return Said("Verified", "Unknown", "ReplicaSilent", "; ".join(silent[:3]))
     waits = [model for model in models if model.version is None or model.verified < model.replicas or not model.replicas]
     open_ = [model for model in waits if model.version is None or not model.replicas or not _settled(model, found)]
     if open_:
         told = [f"{model.name}: {model.verified} of {model.replicas} replicas" for model in open_]
-        return _condition(observed, "Verified", "Unknown", "Pending", "; ".join(told))
+        return Said("Verified", "Unknown", "Pending", "; ".join(told))
     if waits:
         told = [
             next((f"{model.name}: {m.message}" for r in found for m in r.models if m.state == "Unverifiable"), model.name)
             for model in waits
         ]
-        return _condition(observed, "Verified", "Unknown", "Unverifiable", "; ".join(told))
-    return _condition(observed, "Verified", "True", "Verified", "every replica was found to serve what was evaluated")
+        return Said("Verified", "Unknown", "Unverifiable", "; ".join(told))
+    return Said("Verified", "True", "Verified", "every replica was found to serve what was evaluated")
 
 
 def _settled(model: EndpointModel, found: Sequence[Replica]) -> bool:
@@ -125,34 +132,23 @@ def _settled(model: EndpointModel, found: Sequence[Replica]) -> bool:
     return all(any(m.name == name and m.state in SETTLED for m in replica.models) for replica in found)
 
 
-def rolled_back(observed: ObservedEndpoint, models: Sequence[EndpointModel]) -> Condition:
+def rolled_back(models: Sequence[EndpointModel]) -> Said:
     """Whether a version went back, and why."""
     gone = [model.rolled_back.message for model in models if model.rolled_back is not None]
     if gone:
-        return _condition(observed, "RolledBack", "True", "CanaryWorse", "; ".join(gone))
-    return _condition(observed, "RolledBack", "False", "NothingRolledBack", "")
+        return Said("RolledBack", "True", "CanaryWorse", "; ".join(gone))
+    return Said("RolledBack", "False", "NothingRolledBack", "")
 
 
-def refuses(observed: ObservedEndpoint, reason: str, message: str) -> Condition:
+def refuses(reason: str, message: str) -> Said:
     """The endpoint cannot be made as it is written."""
-    return _condition(observed, "Ready", "False", reason, message)
+    return Said("Ready", "False", reason, message)
 
 
-def _condition(observed: ObservedEndpoint, type_: str, status: Literal["True", "False", "Unknown"], reason: str, message: str) -> Condition:
-    """Its transition time moves only when its status changes."""
-    old = next((c for c in observed.status.conditions if c.type == type_), None)
-    return Condition(
-        type=type_,
-        status=status,
-        reason=reason,
-        message=printable(shortened(message, 4000)),
-        last_transition_time=old.last_transition_time if old is not None and old.status == status else rfc3339(observed.now),
-        observed_generation=int(observed.endpoint["metadata"].get("generation") or 0),
-    )
-
-
-def with_conditions(status: FineTuneEndpointStatus, *conditions: Condition) -> FineTuneEndpointStatus:
+def with_conditions(observed: ObservedEndpoint, status: FineTuneEndpointStatus, *said: Said) -> FineTuneEndpointStatus:
     """With these in place of those of their types."""
-    new = {condition.type: condition for condition in conditions}
-    kept = [new.pop(condition.type, condition) for condition in status.conditions]
-    return status.model_copy(update={"conditions": [*kept, *new.values()]})
+    status = status.model_copy()
+    generation = int(observed.endpoint["metadata"].get("generation") or 0)
+    for one in said:
+        set_condition(status, *one, now=observed.now, generation=generation)
+    return status

@@ -19,9 +19,10 @@ from ...model.job import Observed
 from ...model.times import parse_time, rfc3339
 from ...resources.common import JobRef
 from ...settings import Settings
+from ..conditions import set_condition
 from ..plan import Action, Event, Plan, WriteUrgency
 
-_MESSAGE_LIMIT, _EVENT_LIMIT = 4000, 1000
+_EVENT_LIMIT = 1000
 RETRY_AFTER_LIMIT = 3600.0
 """Seconds of patience that a hub or server may ask for."""
 
@@ -48,7 +49,7 @@ class Draft:
     def job_ref(self, spec: FineTuneJobSpec) -> JobRef:
         """Identity and spec for the builders of manifests."""
         metadata = self.observed.job["metadata"]
-        return JobRef(metadata["name"], metadata["namespace"], metadata["uid"], spec)
+        return JobRef(metadata["name"], metadata["namespace"], metadata["uid"], spec, tuple(self.status.models))
 
     def nodes(self, spec: FineTuneJobSpec) -> int:
         """Worker pods of the gang as it was admitted."""
@@ -57,22 +58,7 @@ class Draft:
 
     def set(self, type_: ConditionType, status: Literal["True", "False", "Unknown"], reason: str, message: str = "") -> None:
         """Set a condition; its transition time moves only when its status changes. A change of it is an Event."""
-        message = printable(shortened(message, _MESSAGE_LIMIT))
-        old = self.status.condition(type_)
-        moved = old is None or old.status != status
-        if old is not None and not moved and (old.reason, old.message) == (reason, message):
-            return
-        new = Condition(
-            type=type_,
-            status=status,
-            reason=reason,
-            message=message,
-            last_transition_time=rfc3339(self.now) if moved or old is None else old.last_transition_time,
-            observed_generation=self.generation,
-        )
-        self.status.conditions = [new if c.type == type_ else c for c in self.status.conditions]
-        if old is None:
-            self.status.conditions.append(new)
+        set_condition(self.status, type_, status, reason, message, now=self.now, generation=self.generation)
 
     def event(self, type_: Literal["Normal", "Warning"], reason: str, message: str) -> None:
         """Tell the user; posted once however often this pass is repeated."""

@@ -17,10 +17,10 @@ from ...model.times import is_within, parse_time, rfc3339
 from ...resources.common import Manifest
 from ...resources.gang import service, worker
 from ..plan import Apply, Create, Delete
+from ..starting import why_not_running
 from .draft import Draft
 from .failures import FROM_OUTSIDE, NEAR_SECONDS, Failure, action_for, first_failure
 from .kueue import DEACTIVATED, taken_away
-from .stages import why_not_running
 from .usage import account, holds_since, lost_seconds, workers
 
 _RESTARTS_KEPT = 20

@@ -15,6 +15,7 @@ from ...model.times import is_within, parse_time, rfc3339
 from ...resources.backends import local_queue, take_place
 from ...resources.stage import stage_job
 from ..plan import Create, Delete
+from ..starting import why_not_running
 from .draft import Draft
 from .failures import Failure, classify
 from .kueue import OUT_OF_SYNC, finished_as, keeps_place, standing
@@ -184,16 +185,3 @@ def _watch_run(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: Con
 
 
 START_TROUBLE = frozenset({"ImagePullFailed", "Unschedulable", "ContainerNotStarted", "StartTimeout"})
-_HARMLESS = frozenset({"", "ContainerCreating", "PodInitializing"})
-
-
-def why_not_running(pods: list[PodView]) -> tuple[str, str] | None:
-    """(reason, message) of the first pod that is kept from starting, in the kubelet's or scheduler's own words."""
-    for pod in sorted(pods, key=lambda p: p.rank):
-        if pod.waiting_reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
-            return "ImagePullFailed", f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
-        if pod.waiting_reason not in _HARMLESS:
-            return "ContainerNotStarted", f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
-        if pod.unschedulable:
-            return "Unschedulable", f"pod {pod.name}: {pod.unschedulable}"
-    return None
