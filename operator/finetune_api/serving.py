@@ -6,22 +6,63 @@ answered beside the old one. Neither keeps anything: the truth is in the FineTun
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated
 
 from pydantic import Field
 
 from .base import APIModel
+from .contract import Mounts
 from .endpoint import ModelName, ReplicaModel
 from .scalars import Count, Name, Timestamp, Told, Word
+from .spec.model import Model
 from .versions import Form, VersionNumber
 
 AGENT_PORT, USER_PORT = 8443, 8080
 """Of a replica: the operator's, by mutual TLS, and the users'."""
+ENGINE_LOCAL_PORT, AGENT_LOCAL_PORT = 8000, 8001
+"""Of a replica, on its loopback alone: what the proxy stands in front of."""
 MODELS_PATH = "/models"
 """At AGENT_PORT. PUT: a ReplicaOrder, answered with a ReplicaReport at once; GET: the report."""
 CANARY_PATH = "/canary"
 """At the gateway's metrics port. GET: a list of CanaryTraffic."""
+
+
+class ReplicaPaths:
+    """Where things are in a replica's containers."""
+
+    FILE = f"{Mounts.JOB}/replica.json"
+    """ReplicaFile."""
+    MODELS = "/models"
+    """Written by the agent and its init container, read by the engine."""
+    BASE = f"{MODELS}/base"
+    """The base that is served: a link to its folder, which is in the same place for all of them."""
+    PROXY = "/etc/finetune/proxy/nginx.conf"
+    """The proxy's settings."""
+    TLS = "/etc/finetune/tls"
+    """The proxy's certificate (tls.crt, tls.key), and the authority of the operator's (ca.crt)."""
+
+
+class ReplicaFile(APIModel):
+    """replica.json: what a replica's agent and its init container know, mounted read-only."""
+
+    name: str
+    """FineTuneEndpoint: the name under which its base answers."""
+    namespace: str
+    uid: str
+    base: Model
+    """What is served. Where it is a whole model of a FineTunedModel: the folder of its version."""
+    max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    """Largest rank of an adapter that is let in."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Folder of each claim that the base and the models lie in, by `pvc://name`."""
+    secrets: dict[str, str] = Field(default_factory=dict)
+    """Folder of each Secret: the base's as `model`, those of FineTunedModels as `model-NAME`."""
+
+    def dumps(self) -> str:
+        """Deterministic JSON."""
+        return json.dumps(self.to_wire(), sort_keys=True)
 
 
 class OrderedModel(APIModel):
