@@ -1,7 +1,7 @@
 """Python environments outside the checkout, installed by uv from the lock files with their hashes, and cached.
 
 `trainer` is what the trainer's image holds; `dev` adds to it the packages of the operator, the command line and the tests, so that
-torch is installed once. Modules are compiled as they are installed: every process of the tests imports them, and would compile
+torch is installed once. `vllm` stands alone: it pins another transformers; torch is the trainer's, hard links to the same files. Modules are compiled as they are installed: every process of the tests imports them, and would compile
 them anew otherwise.
 
 With FINETUNE_TORCH_INDEX naming an index of CPU builds (such as PyTorch's own .../whl/cpu) torch comes from there, without the
@@ -22,13 +22,14 @@ LOCKS = {
     "trainer": REPO / "trainer_image" / "requirements.lock",
     "operator": REPO / "operator" / "requirements.lock",
     "dev": REPO / "tests" / "requirements.lock",
+    "vllm": REPO / "tests" / "cluster" / "vllm" / "requirements.lock",
 }
 TOOLS = Path(__file__).with_name("locks")
 #: what `.venv/bin` gets beside python
 COMMANDS = {"finetune": "finetune_cli", "pytest": "pytest", "mypy": "mypy"}
 BINARIES = ("kubectl", "ruff")
-_FOR_GPUS = re.compile(r"^(torch|triton|nvidia-|cuda-)")
-_SMOKE = "import torch, deepspeed, bitsandbytes"
+FOR_GPUS = re.compile(r"^(torch|triton|nvidia-|cuda-)")
+_SMOKE = {"trainer": "import torch, deepspeed, bitsandbytes", "vllm": "import torch, vllm, vllm._C"}
 """What an incomplete environment fails at."""
 
 
@@ -76,7 +77,7 @@ def _install(target: Path, requirements: list[str]) -> None:
     torch = next((pin for pin in requirements if name_of(pin) == "torch"), None)
     if index and torch:
         number = re.split(r"[=; \\]+", torch)[1]
-        requirements = [pin for pin in requirements if not _FOR_GPUS.match(pin)]
+        requirements = [pin for pin in requirements if not FOR_GPUS.match(pin)]
         _uv(target, ["--index", index, "--index-strategy", "unsafe-best-match", "--no-deps", f"torch=={number}+cpu"])
     listed = target.with_name("requirements.txt")
     listed.write_text("\n".join(requirements) + "\n")
@@ -100,8 +101,8 @@ def site_packages(name: str) -> Path:
     def build(folder: Path) -> None:
         with step(f"installing the Python packages of {name} ({len(wanted)} packages, once)"):
             _install(folder / "site-packages", wanted)
-        if name == "trainer":
-            run([_python(), "-c", _SMOKE], env={"PYTHONPATH": str(folder / "site-packages")})
+        if name in _SMOKE:
+            run([_python(), "-c", _SMOKE[name]], env={"PYTHONPATH": str(folder / "site-packages")})
 
     key = digest_of("\n".join(wanted), sys.version[:4], os.environ.get("FINETUNE_TORCH_INDEX", ""))
     return cached(f"python-{name}", key, build) / "site-packages"

@@ -1,4 +1,7 @@
-"""`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words."""
+"""`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words.
+
+`… fetch --replica replica.json --to DIR` and `… agent` are what runs in a FineTuneEndpoint's replica, beside its engine.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn, get_args
 
 from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
+from finetune_api.serving import ReplicaPaths
 
 from .job.context import Context
 from .process import parent_watch, redaction
@@ -34,6 +39,10 @@ def _stop(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """Run a stage; exits with the code of the contract."""
+    if sys.argv[1:2] == ["agent"]:
+        return _agent(sys.argv[2:])
+    if sys.argv[1:2] == ["fetch"]:
+        _fetch(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
     parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("--job", required=True)
@@ -45,11 +54,19 @@ def main() -> None:
     retry.trust_authorities()
     if arguments.stage == "train":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
-    try:
+
+    def run() -> StageResult:
         context = Context.load(arguments.job, arguments.workspace)
         os.environ["FINETUNE_JOB_FILE"] = arguments.job
         os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
-        result = _run(arguments.stage, context)
+        return _run(arguments.stage, context)
+
+    _to_the_end(run)
+
+
+def _to_the_end(run: Callable[[], StageResult]) -> NoReturn:
+    try:
+        result = run()
     except BaseException as failure:
         if isinstance(failure, SystemExit | KeyboardInterrupt):
             raise
@@ -63,6 +80,30 @@ def main() -> None:
     log.info("%s: %s", result.reason, result.message)
     _last_words(result)
     sys.exit(int(ExitCode.DONE))
+
+
+def _fetch(words: list[str]) -> NoReturn:
+    from .serving.replica import fetch, read_replica
+
+    parser = argparse.ArgumentParser(prog="finetune_trainer fetch")
+    parser.add_argument("--replica", default=ReplicaPaths.FILE)
+    parser.add_argument("--to", default=ReplicaPaths.MODELS)
+    told = parser.parse_args(words)
+    redaction.configure_logging()
+    signal.signal(signal.SIGTERM, _stop)
+    retry.trust_authorities()
+    retry.cap_hub_retry_wait()
+    os.environ.setdefault("HF_HOME", f"{told.to}/cache/huggingface")
+    _to_the_end(lambda: fetch(read_replica(told.replica), told.to))
+
+
+def _agent(words: list[str]) -> None:
+    from .serving.web import serve
+
+    redaction.configure_logging()
+    parent_watch.start()
+    retry.trust_authorities()
+    serve(words)
 
 
 def _run(stage: str, context: Context) -> StageResult:

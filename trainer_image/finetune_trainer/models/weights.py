@@ -17,10 +17,11 @@ MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "ad
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
 """Of safetensors' types: how a number lies in the file, and the bits that are all set where it is none."""
 _LOOKED_AT = 1 << 30
 """Bytes of a model that are looked at for such numbers."""
+_CHUNK = 4 << 20
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -87,23 +88,33 @@ def check_numbers(folder: Path, uri: str, config: str = "config.json") -> None:
     """Raise UserError where weights are no numbers, of which a model makes nothing else. Reads the beginning of each tensor alone."""
     files = weight_files(folder, uri, config)
     for file in files:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            tensors = json.loads(stream.read(size))
-            most = max(4096, _LOOKED_AT // (len(files) * len(tensors)) // 4096 * 4096)
-            for name, tensor in tensors.items():
-                kind = _EXPONENTS.get(tensor.get("dtype", ""))
-                if kind is None:
-                    continue
-                begin, end = tensor["data_offsets"]
-                stream.seek(8 + size + begin)
-                words = np.frombuffer(stream.read(min(end - begin, most)), kind[0])
+        if (name := not_finite(file, _LOOKED_AT // len(files))) is not None:
+            raise UserError(
+                "WeightsNotFinite",
+                f"{uri}: {file.name}: tensor {name} holds values that are no numbers (NaN or infinite), so the loss would be none; "
+                "copy or download the model again, or convert it anew, in bfloat16",
+            )
+
+
+def not_finite(file: Path, most: int | None = None) -> str | None:
+    """The first tensor of a file that holds values which are no numbers. Looks at that many bytes, the same of each tensor; None: at all."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        tensors = json.loads(stream.read(size))
+        each = None if most is None else max(4096, most // len(tensors) // 4096 * 4096)
+        for name, tensor in tensors.items():
+            kind = _EXPONENTS.get(tensor.get("dtype", ""))
+            if kind is None:
+                continue
+            begin, end = tensor["data_offsets"]
+            stream.seek(8 + size + begin)
+            left = end - begin if each is None else min(end - begin, each)
+            while left > 0:
+                words = np.frombuffer(stream.read(min(left, _CHUNK)), kind[0])
                 if ((words & kind[1]) == kind[1]).any():
-                    raise UserError(
-                        "WeightsNotFinite",
-                        f"{uri}: {file.name}: tensor {name} holds values that are no numbers (NaN or infinite), so the loss would be none; "
-                        "copy or download the model again, or convert it anew, in bfloat16",
-                    )
+                    return str(name)
+                left -= _CHUNK
+    return None
 
 
 def fingerprint(folder: Path, config: str = "config.json") -> str:

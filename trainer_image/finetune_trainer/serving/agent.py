@@ -1,0 +1,351 @@
+"""Makes what an engine serves equal to what was ordered, and finds out what each of its names answers as.
+
+Everything is in memory: after a restart the operator's next order, what the engine says it serves and the digests of the folders here
+lead to the same end. What must not be loaded is refused and told; what was serving goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_api.endpoint import ReplicaModel, Verification
+from finetune_api.probing import Probe, Probes, ProbeVerdict, judge
+from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
+
+from ..job.context import Context
+from ..process.errors import StageError
+from .checks import Base, check_adapter, check_base
+from .engine import Engine, EngineAway, EngineRefused, Served
+from .storage import Refused, check_whole_model, fetch_version, probes_of, storage_of
+
+log = logging.getLogger("finetune")
+
+POLL_SECONDS = 2.0
+_BASE_ASKED_SECONDS = 60.0
+"""How often the base is asked for a few tokens: an engine whose answers are dead says that it is healthy."""
+_LONGEST_PAUSE = 60.0
+_ANSWERS: tuple[Verification, ...] = ("Verified", "Unverifiable")
+"""States in which a version may answer under its model's name."""
+
+
+@dataclass
+class Held:
+    """An ordered version, and how far it has come."""
+
+    order: OrderedModel
+    state: Verification = "Pending"
+    distance: float | None = None
+    message: str = ""
+    looked_at: datetime | None = None
+    folder: Path | None = None
+    """Where its files are; they were let in."""
+    fetching: bool = False
+    tries: int = 0
+    not_before: float = 0.0
+
+    def become(self, state: Verification, message: str, distance: float | None = None) -> None:
+        """What was found, now."""
+        self.state, self.message, self.distance = state, message, distance
+        self.looked_at, self.tries = datetime.now(UTC), 0
+        log.info("%s: %s: %s", self.order.name, state, message)
+
+    def later(self, message: str) -> None:
+        """Tried again, each time after twice the pause."""
+        self.message = message
+        self.not_before = time.monotonic() + min(_LONGEST_PAUSE, 2.0**self.tries)
+        self.tries += 1
+        log.warning("%s: %s", self.order.name, message)
+
+    def again(self, message: str = "") -> None:
+        """From the beginning; what is fetched stays."""
+        self.state, self.message, self.distance, self.tries, self.not_before = "Pending", message, None, 0, 0.0
+
+    def is_due(self, before: datetime | None) -> bool:
+        """Whether it is to be asked: it never was, or not since the time that the operator names."""
+        if time.monotonic() < self.not_before:
+            return False
+        return self.state in ("Pending", "Loaded") or (before is not None and self.looked_at is not None and self.looked_at < before)
+
+    def told(self) -> ReplicaModel:
+        """For the report."""
+        at = self.looked_at.isoformat(timespec="milliseconds").replace("+00:00", "Z") if self.looked_at else None
+        distance = None if self.distance is None else round(self.distance, 4)
+        return ReplicaModel(name=self.order.name, state=self.state, distance=distance, message=self.message, verified_at=at)
+
+
+class Agent:
+    """One replica's."""
+
+    def __init__(self, file: ReplicaFile, context: Context, base: Base, engine: Engine, models: Path) -> None:
+        self.file, self.context, self.base, self.engine = file, context, base, engine
+        self.adapters = models / "adapters"
+        self.adapters.mkdir(parents=True, exist_ok=True)
+        self.order: ReplicaOrder | None = None
+        self.verify_before: datetime | None = None
+        self.held: dict[str, Held] = {}
+        self.served: dict[str, Served] = {}
+        self.ready, self.message, self.engine_name = False, "the engine was not asked yet", ""
+        self._doubted = False
+        self._wake, self._one_fetch = asyncio.Event(), asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def accept(self, order: ReplicaOrder) -> ReplicaReport:
+        """Follow an order from now on. Raises ValueError where its time is none."""
+        before = datetime.fromisoformat(order.verify_before) if order.verify_before else None
+        if before is not None:
+            before = min(before if before.tzinfo else before.replace(tzinfo=UTC), datetime.now(UTC))
+        held: dict[str, Held] = {}
+        for model in order.models:
+            known = self.held.get(model.name)
+            if known is not None and _same(known.order, model):
+                known.order = model
+            held[model.name] = known if known is not None and _same(known.order, model) else Held(model)
+        self.order, self.verify_before, self.held = order, before, held
+        self._wake.set()
+        return self.report()
+
+    def report(self) -> ReplicaReport:
+        """What is so now."""
+        ordered = {name for held in self.held.values() for name in (held.order.name, *held.order.aliases)}
+        left = [name for name, served in self.served.items() if served.adapter and name not in ordered] if self.order else []
+        models = [*(held.told() for held in self.held.values()), *(ReplicaModel(name=name, state="Loaded") for name in left)]
+        return ReplicaReport(
+            generation=self.order.generation if self.order else 0,
+            ready=self.ready,
+            engine=self.engine_name,
+            base_fingerprint=self.base.fingerprint,
+            message=self.message,
+            models=models[:64],
+        )
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch())
+                group.create_task(self._work())
+        finally:
+            await self.engine.close()
+
+    async def _watch(self) -> None:
+        """Whether the engine answers. A restart of it, seen by its silence, makes everything be loaded and asked again."""
+        asked = -_BASE_ASKED_SECONDS
+        while True:
+            try:
+                await self.engine.alive()
+                if not self.ready or self._doubted or time.monotonic() - asked > _BASE_ASKED_SECONDS:
+                    self._doubted = False
+                    if not (await self.engine.speaks() or await self.engine.speaks()):
+                        raise EngineAway("the engine answers with values that are no numbers: it has to be restarted")
+                    asked = time.monotonic()
+                    self.engine_name = await self.engine.version()
+                    self._becomes(ready=True, message="")
+            except EngineAway as away:
+                self._becomes(ready=False, message=str(away))
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _becomes(self, *, ready: bool, message: str) -> None:
+        self.message = message
+        if ready == self.ready:
+            return
+        self.ready = ready
+        log.info("engine %s", "answers" if ready else f"does not: {message}")
+        for held in self.held.values():
+            if not ready and held.state not in ("Pending", "Refused"):
+                held.again("the engine does not answer")
+        self._wake.set()
+
+    async def _work(self) -> None:
+        while True:
+            self._wake.clear()
+            if self.order is not None and self.ready:
+                try:
+                    await self._equalise(self.order)
+                except EngineAway as away:
+                    self._doubted = True
+                    log.warning("%s", away)
+                except Exception:  # nothing of an order may end the agent
+                    log.exception("unexpected")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+
+    async def _equalise(self, order: ReplicaOrder) -> None:
+        """One pass: fetch, load, ask; names of champions; unload."""
+        self.served = await self.engine.served()
+        for held in list(self.held.values()):
+            if self.order is not order:
+                return  # another one came: from the beginning
+            await (self._bring_whole(held) if held.order.form == "Model" else self._bring(held))
+        for held in list(self.held.values()):
+            await self._name(held)
+        await self._drop()
+
+    async def _bring(self, held: Held) -> None:
+        """An adapter, a step nearer to being served and known."""
+        order = held.order
+        if held.state == "Refused" and held.is_due(self.verify_before):
+            held.folder = None
+            held.again()
+        if held.folder is None:
+            if held.state != "Refused" and not held.fetching and held.is_due(None):
+                held.fetching = True
+                task = asyncio.create_task(self._fetch(held))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            return
+        if not self._serves(order.name, held.folder):
+            try:
+                await self._load(order.name, held.folder)
+            except EngineRefused as refused:
+                held.folder = None
+                held.become("Refused", f"the engine refuses it: {refused}")
+                return
+            held.again()
+        if held.state == "Pending":
+            held.state = "Loaded"
+        if held.is_due(self.verify_before):
+            await self._verify(held, [order.name, *(alias for alias in order.aliases if self._serves(alias, held.folder))])
+
+    async def _bring_whole(self, held: Held) -> None:
+        """A whole model is its replica's base: it is there from the engine's start, or never."""
+        order, served = held.order, self.served.get(held.order.name)
+        if not held.is_due(self.verify_before):
+            return
+        if served is None or served.adapter:
+            held.become("Refused", f"this replica serves {self.engine.base}, not {order.name}: a whole model needs replicas of its own")
+            return
+        try:
+            if held.folder is None:
+                await asyncio.to_thread(check_whole_model, self.base.folder, order)
+                held.folder = self.base.folder
+        except Refused as refused:
+            held.become("Refused", str(refused))
+            return
+        held.state = "Loaded"
+        await self._verify(held, [order.name])
+
+    async def _fetch(self, held: Held) -> None:
+        """One after the other, beside everything else: a large file holds up no other model's probes."""
+        try:
+            async with self._one_fetch:
+                held.folder = await asyncio.to_thread(self._let_in, held.order)
+        except Refused as refused:
+            held.become("Refused", str(refused))
+        except StageError as failure:
+            held.later(failure.message)
+        except ValueError as failure:
+            held.become("Refused", f"the order cannot be followed: {failure}")
+        except Exception as failure:
+            log.exception("unexpected")
+            held.later(f"unexpected: {type(failure).__name__}")
+        held.fetching = False
+        self._wake.set()
+
+    def _let_in(self, order: OrderedModel) -> Path:
+        """The folder of what may be loaded. Raises Refused."""
+        check_base(order, self.base)
+        if order.rank is not None and order.rank > self.file.max_lora_rank:
+            raise Refused(f"rank {order.rank}, this endpoint takes {self.file.max_lora_rank}: raise its spec.maxLoraRank")
+        folder = fetch_version(storage_of(self.context, order), order, self.adapters)
+        check_adapter(folder, self.base, self.file.max_lora_rank)
+        return folder
+
+    async def _verify(self, held: Held, names: list[str]) -> None:
+        """Ask every name that the version answers under for its probes: the worst of them is what it is."""
+        try:
+            raw = await asyncio.to_thread(lambda: probes_of(storage_of(self.context, held.order), held.order))
+        except Refused as refused:
+            return held.become("Unverifiable", str(refused))
+        except StageError as failure:
+            return held.later(failure.message)
+        probes = _readable(raw, held.order, self.base.fingerprint)
+        if isinstance(probes, str):
+            return held.become("Unverifiable", probes)
+        most = next((served.most_tokens for served in self.served.values() if served.most_tokens), None)
+        asked = [probe for probe in probes if most is None or _length(probe) < most]
+        if not asked and probes:
+            return held.become("Unverifiable", f"none of {len(probes)} probes fits into the {most} tokens that are served")
+        for name in names:
+            verdict = judge(asked, await self.engine.log_probabilities(name, asked))
+            if verdict.state != "Verified":
+                break
+        self._doubted = verdict.state == "Mismatch"
+        held.become(verdict.state, _under(name, held.order, verdict), verdict.distance)
+
+    async def _name(self, held: Held) -> None:
+        """Give the model's own name to its champion, in place: the one before goes on answering until then. A mismatch has no name."""
+        if held.folder is None or held.order.form == "Model":
+            return
+        for alias in held.order.aliases:
+            serves = self._serves(alias, held.folder)
+            if held.state in _ANSWERS and not serves:
+                try:
+                    await self._load(alias, held.folder)
+                except EngineRefused as refused:
+                    held.become("Mismatch", f"the engine refuses it as {alias}: {refused}")
+                    continue
+                await self._verify(held, [alias])
+            if held.state == "Mismatch" and self._serves(alias, held.folder):
+                await self._unload(alias)
+
+    async def _drop(self) -> None:
+        """Unload what is not ordered, and remove the files that nothing needs."""
+        wanted = {name for held in self.held.values() for name in (held.order.name, *held.order.aliases)}
+        for name, served in list(self.served.items()):
+            if served.adapter and name not in wanted:
+                await self._unload(name)
+        used = {held.folder for held in self.held.values()} | {Path(served.root) for served in self.served.values()}
+        if not any(held.fetching for held in self.held.values()):
+            for folder in self.adapters.iterdir():
+                if folder not in used:
+                    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _serves(self, name: str, folder: Path) -> bool:
+        served = self.served.get(name)
+        return served is not None and served.root == str(folder)
+
+    async def _load(self, name: str, folder: Path) -> None:
+        await self.engine.load(name, str(folder))
+        self.served[name] = Served(str(folder), adapter=True)
+        log.info("%s: loaded from %s", name, folder.name)
+
+    async def _unload(self, name: str) -> None:
+        await self.engine.unload(name)
+        self.served.pop(name, None)
+        log.info("%s: unloaded", name)
+
+
+def _same(one: OrderedModel, other: OrderedModel) -> bool:
+    """Whether they are one version of one content; which names it has besides does not count."""
+    return one.model_copy(update={"aliases": []}) == other.model_copy(update={"aliases": []})
+
+
+def _readable(raw: bytes | None, order: OrderedModel, fingerprint: str) -> list[Probe] | str:
+    """The probes, or why they say nothing."""
+    if raw is None:
+        return f"probes/{order.number}.json is not there: the job's evaluation was off, or made none"
+    try:
+        probes = Probes.model_validate_json(raw)
+    except ValueError:
+        return f"probes/{order.number}.json cannot be read: publish the version again"
+    if probes.fingerprint and probes.fingerprint != fingerprint:
+        return f"probes/{order.number}.json was made with a base of fingerprint {probes.fingerprint}, this replica serves {fingerprint}"
+    for answer in (answer for probe in probes.probes for answer in probe.answers):
+        if not len(answer.token_ids) == len(answer.tuned) == len(answer.base):
+            return f"probes/{order.number}.json contradicts itself: publish the version again"
+    return list(probes.probes)
+
+
+def _length(probe: Probe) -> int:
+    return len(probe.prompt_ids) + max(len(answer.token_ids) for answer in probe.answers)
+
+
+def _under(name: str, order: OrderedModel, verdict: ProbeVerdict) -> str:
+    return verdict.message if name == order.name or verdict.state == "Verified" else f"as {name}: {verdict.message}"

@@ -1,0 +1,180 @@
+"""A version's files, from the storage of its FineTunedModel into the replica's own folder: whole and as they were published, or not at all.
+
+The copy bears its digest as its name, so that a name stands for one content for ever: an engine keeps what it computed by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune_api.contract import SUMS
+from finetune_api.serving import OrderedModel
+from finetune_api.uris import URI, parse_uri
+from finetune_api.versions import VersionPaths
+
+from ..job.context import Context
+from ..job.files import parse_digests
+from ..models.weights import ADAPTER, ADAPTER_CONFIG
+from ..process.errors import InfrastructureError, StageError, UserError
+from ..remote.retry import with_retries
+from ..remote.s3 import error_code, s3_client, s3_host
+
+_CHUNK = 4 << 20
+_MOST_SUMS, _MOST_PROBES = 1 << 20, 16 << 20
+_LOADED = ("*.json", "*.jinja", "*.model", "*.txt", ADAPTER)
+"""Of an adapter's folder: what engines read. Merged weights and other forms beside it stay where they are."""
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class Refused(Exception):
+    """A version's files are not let in: file, tensor and fix, for people."""
+
+
+class Storage(Protocol):
+    """Files below `spec.storage` of a FineTunedModel."""
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file's content. Raises FileNotFoundError where there is none, StageError where the storage cannot be asked."""
+        ...
+
+
+class _Volume:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        try:
+            with (self.root / name).open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    yield chunk
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(name) from None
+        except OSError as failure:
+            raise InfrastructureError("StorageNotReadable", f"{name} cannot be read: {failure.strerror or failure}") from failure
+
+
+class _Bucket:
+    def __init__(self, client: Any, uri: URI, host: str) -> None:
+        self.client, self.uri, self.host = client, uri, host
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        key = f"{self.uri.path}/{name}"
+        try:
+            body = with_retries(lambda: self.client.get_object(Bucket=self.uri.name, Key=key)["Body"], self.host, self._refused)
+            yield from body.iter_chunks(_CHUNK)
+        except StageError as failure:
+            if failure.__cause__ is not None and error_code(failure.__cause__) == "NoSuchKey":  # type: ignore[arg-type]
+                raise FileNotFoundError(name) from None
+            raise
+        except Exception as failure:  # what botocore's body raises while it is read
+            raise InfrastructureError(
+                "StorageNotReadable", f"{name} cannot be read from {self.host}: {type(failure).__name__}"
+            ) from failure
+
+    def _refused(self, why: str) -> UserError:
+        return UserError("StorageRefused", f"{why}: the keys may not read there, or there is no bucket {self.uri.name}")
+
+
+def storage_of(context: Context, model: OrderedModel) -> Storage:
+    """Where a model's versions are kept. Raises StageError where that is not mounted, or its keys are not."""
+    uri = parse_uri(model.storage)
+    if uri.scheme == "pvc":
+        return _Volume(context.mounted(uri))
+    return _Bucket(s3_client(context, f"model-{model.model}", model.s3_endpoint), uri, s3_host(model.s3_endpoint))
+
+
+def copy_name(model: OrderedModel) -> str:
+    """Name of a version's folder here. Raises Refused for a digest that is none."""
+    found = _DIGEST.fullmatch(model.digest)
+    if found is None:
+        raise Refused(f"digest {model.digest!r} is no sha256:...; the version's record names it")
+    return found[1]
+
+
+def fetch_version(storage: Storage, model: OrderedModel, to: Path) -> Path:
+    """Copy what engines read of an adapter, unless it is here; its folder.
+
+    Raises Refused where it is not what was ordered, StageError where the storage cannot be asked now.
+    """
+    folder = to / copy_name(model)
+    if folder.is_dir():
+        return folder
+    place = VersionPaths.artifact(model.number)
+    sums = read(storage, f"{place}/{SUMS}", _MOST_SUMS)
+    if sums is None:
+        raise Refused(f"{place}/{SUMS} is not there: the version was removed, or publishing it has not ended; order another one")
+    listed = _listed(sums, model, f"{place}/{SUMS}")
+    wanted = {name: digest for name, digest in listed.items() if _FILE.fullmatch(name) and any(fnmatch(name, kind) for kind in _LOADED)}
+    if missing := {ADAPTER, ADAPTER_CONFIG} - set(wanted):
+        raise Refused(f"{place} holds no {min(missing)}: it is no adapter; serve it as a whole model, or publish the adapter")
+    partial = to / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, digest in sorted(wanted.items()):
+            _copy(storage, f"{place}/{name}", partial / name, digest)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def check_whole_model(folder: Path, model: OrderedModel) -> None:
+    """Raise Refused where the base that is served is not this version, file by file."""
+    try:
+        sums = (folder / SUMS).read_bytes()
+    except OSError:
+        raise Refused(f"this replica serves a base that no FineTuneJob published, not {model.name}: a whole model needs its own") from None
+    for name, digest in _listed(sums, model, SUMS).items():
+        if (folder / name).is_file() and _digest_of(folder / name) != digest:
+            raise Refused(f"{name} is not what {SUMS} says: publish the version again")
+
+
+def read(storage: Storage, name: str, most: int = _MOST_PROBES) -> bytes | None:
+    """A small file, or None where there is none. Raises Refused for one that is too large, StageError as `chunks` does."""
+    content = b""
+    try:
+        for chunk in storage.chunks(name):
+            content += chunk
+            if len(content) > most:
+                raise Refused(f"{name} has more than {most >> 20} MiB, which none that was published has")
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _listed(sums: bytes, model: OrderedModel, name: str) -> dict[str, str]:
+    found = hashlib.sha256(sums).hexdigest()
+    if found != copy_name(model):
+        raise Refused(f"{name} is sha256:{found}, not {model.digest} as published: its files were changed; publish the version again")
+    return parse_digests(sums.decode(errors="replace"))
+
+
+def _copy(storage: Storage, name: str, to: Path, digest: str) -> None:
+    written = hashlib.sha256()
+    with to.open("wb") as sink:
+        try:
+            for chunk in storage.chunks(name):
+                written.update(chunk)
+                sink.write(chunk)
+        except FileNotFoundError:
+            raise Refused(f"{name} is not there, though {SUMS} lists it: publish the version again") from None
+    if written.hexdigest() != digest:
+        raise Refused(f"{name} ({to.stat().st_size} bytes) is not what {SUMS} says: it is damaged or cut off; publish the version again")
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def probes_of(storage: Storage, model: OrderedModel) -> bytes | None:
+    """The version's probes, or None where it has none."""
+    return read(storage, VersionPaths.probes(model.number))
