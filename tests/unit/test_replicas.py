@@ -145,7 +145,8 @@ def test_the_proxy_lets_the_listed_paths_through_and_nothing_else() -> None:
     users, operators = text.split("listen 8443")
     paths = re.findall(r"location = (\S+) \{ limit_except (.*?) \{ deny all; \} proxy_pass http://(\w+)(\S+); \}", users)
     assert {path for path, *_ in paths} == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
-    assert all(upstream == "engine" and path == passed for path, _, upstream, passed in paths)
+    assert all(path == passed for path, _, _, passed in paths)
+    assert [path for path, _, upstream, _ in paths if upstream == "agent"] == ["/health"]
     assert "ssl_verify_client on" in operators and "engine" not in operators
 
 

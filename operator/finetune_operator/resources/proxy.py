@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from finetune_api.serving import AGENT_LOCAL_PORT, AGENT_PORT, ENGINE_LOCAL_PORT, MODELS_PATH, USER_PORT, ReplicaPaths
 
-_USER_PATHS = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET", "/health": "GET"}
+_USER_PATHS = {"/v1/chat/completions": "POST", "/v1/completions": "POST", "/v1/models": "GET"}
+_HEALTH = {"/health": "GET"}
+"""The agent's: an engine whose answers are dead says of itself that it is well."""
 _BODY_LIMIT, _AGENT_BODY_LIMIT = "16m", "1m"
 _ANSWER_SECONDS = 600
 """Between two parts of an answer."""
@@ -41,6 +43,7 @@ http {{
     listen {USER_PORT};
     client_max_body_size {_BODY_LIMIT};
 {_locations(_USER_PATHS, "engine")}
+{_locations(_HEALTH, "agent")}
     location / {{ return 404 '{{"error":{{"message":"not served here","type":"invalid_request_error","code":"not_found"}}}}'; }}
   }}
   server {{

@@ -45,7 +45,7 @@ def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources:
         "HF_HUB_OFFLINE": "1",
         **dict(entry.split("=", 1) for entry in settings.serving_env),
     }
-    # asked through the proxy: nothing else reaches it
+    # the agent's word on the engine, through the proxy: nothing else reaches either
     health = {"httpGet": {"path": "/health", "port": USER_PORT, "scheme": "HTTP"}}
     return {
         "name": "vllm",

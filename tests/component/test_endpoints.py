@@ -1,0 +1,170 @@
+"""FineTuneEndpoints against a real API server: promoted, verified, canary, full; a mismatch; a roll-back; a deletion; another operator.
+
+Pods are played; their replicas are HTTPS servers that take nobody's word but the operator's. FineTunedModels' statuses are written by
+the test: an operator that takes no reports leaves them alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from finetune_api import API_VERSION, GROUP, VERSION, names
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
+from finetune_api.tuned_model import MODEL_KIND, MODEL_PLURAL
+from tests.component.conftest import Api, Operator, until
+from tests.component.replicas import Gateway, Replica, Replicas
+
+STORAGE = "pvc://published/support"
+SPEC: dict[str, Any] = {
+    "base": {"uri": "pvc://models/tiny"},
+    "models": [{"name": "support"}],
+    "replicas": 2,
+    "gpusPerReplica": 0,
+    "rollout": {"steps": [10, 50], "interval": "1s", "minRequests": 50},
+}
+
+
+class Serving:
+    """What the test's user sees."""
+
+    def __init__(self, api: Api, replicas: Replicas, gateway: Gateway) -> None:
+        self.api, self.replicas, self.gateway = api, replicas, gateway
+
+    def create(self, kind: str, plural: str, name: str, spec: dict[str, Any]) -> None:
+        body = {"apiVersion": API_VERSION, "kind": kind, "metadata": {"name": name}, "spec": spec}
+        self.api.custom.create_namespaced_custom_object(GROUP, VERSION, self.api.namespace, plural, body)
+
+    def champion(self, number: int) -> None:
+        versions = [{"number": n, "job": "j", "digest": f"sha256:{n}", "rank": 8} for n in (3, 2, 1)]
+        status = {"champion": number, "versions": versions, "storage": {"uri": STORAGE, "highest": 3}}
+        self.api.custom.patch_namespaced_custom_object_status(
+            GROUP, VERSION, self.api.namespace, MODEL_PLURAL, "support", {"status": status}
+        )
+
+    @property
+    def endpoint(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.api.custom.get_namespaced_custom_object(GROUP, VERSION, self.api.namespace, ENDPOINT_PLURAL, "chat")
+        return found
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return next(iter(self.endpoint.get("status", {}).get("models", [])), {})
+
+    def condition(self, type_: str) -> dict[str, Any]:
+        return next((c for c in self.endpoint.get("status", {}).get("conditions", []) if c["type"] == type_), {})
+
+    @property
+    def both(self) -> list[Replica]:
+        return self.replicas.all
+
+    def starts(self) -> None:
+        """Two replicas that answer as version 1."""
+        self.create(MODEL_KIND, MODEL_PLURAL, "support", {"storage": STORAGE})
+        self.create(ENDPOINT_KIND, ENDPOINT_PLURAL, "chat", SPEC)
+        until("it says that there is no champion", lambda: self.condition("ModelsServed").get("reason") == "NoChampion")
+        self.champion(1)
+        until("verified on both", lambda: self.endpoint["status"].get("modelsVerified") == "1/1" and len(self.both) == 2)
+        until("under its own name", lambda: all(replica.answers == {"support": "support@1"} for replica in self.both))
+
+
+@pytest.fixture
+def gateway(api: Api) -> Iterator[Gateway]:
+    played = Gateway(api)
+    yield played
+    played.close()
+
+
+@pytest.fixture
+def serving(api: Api, gateway: Gateway, operator: Operator, tmp_path: Path) -> Iterator[Serving]:
+    operator.ensure({**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address})
+    replicas = Replicas(api, tmp_path)
+    yield Serving(api, replicas, gateway)
+    try:
+        api.custom.delete_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL, "chat")
+    except client.ApiException:
+        pass
+    until("it is gone", lambda: not api.custom.list_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL)["items"])
+    replicas.close()
+
+
+def test_from_promoted_to_served_by_everybody_and_back(serving: Serving, operator: Operator) -> None:
+    serving.starts()
+    meta, status = serving.endpoint["metadata"], serving.endpoint["status"]
+    assert meta["finalizers"] == [names.FINALIZER] and status["readyReplicas"] == 2
+    assert {pod["address"].rpartition(":")[0] for pod in status["pods"]} == {replica.address for replica in serving.both}
+
+    serving.gateway.counts = lambda: ({"requests": 90}, {"requests": 10})
+    serving.champion(2)
+    until("a tenth", lambda: serving.model.get("canary", {}).get("percent") == 10)
+    until("it says what it waits for", lambda: "10 of 50 requests" in serving.model["canary"].get("message", ""))
+    assert all(replica.answers == {"support": "support@1"} for replica in serving.both)
+    operator.kill()
+    operator.start(**operator.running)
+    serving.gateway.counts = lambda: ({"requests": 900}, {"requests": 100})
+    until("a half", lambda: serving.model.get("canary", {}).get("percent") == 50)
+    until("all of it", lambda: serving.model["version"] == 2 and "canary" not in serving.model)
+    until("under its own name", lambda: all(replica.answers == {"support": "support@2"} for replica in serving.both))
+    assert serving.model["kept"] == [1] and {m.name for m in serving.both[0].order.models} == {"support@1", "support@2"}
+    until("verified", lambda: serving.condition("Verified").get("status") == "True")
+
+    began = time.monotonic()
+    serving.champion(1)
+    until("rolled back", lambda: all(replica.answers == {"support": "support@1"} for replica in serving.both))
+    took = time.monotonic() - began
+    print(f"rolled back on both replicas in {took:.2f} s")
+    assert took < 10
+    reasons = serving.api.events()
+    assert reasons.count("CanaryStep") == 2 and reasons.count("TookOver") == 3
+
+
+def test_a_new_champion_that_is_worse_or_not_itself_goes_back(serving: Serving) -> None:
+    serving.starts()
+    serving.both[1].states["support@2"] = "Mismatch"
+    serving.champion(2)
+    until("it went back", lambda: serving.condition("RolledBack").get("status") == "True")
+    assert "Mismatch: as Mismatch as can be" in serving.condition("RolledBack")["message"]
+    until("it is unloaded", lambda: all({m.name for m in r.order.models} == {"support@1"} for r in serving.both))
+    assert serving.model["version"] == 1 and serving.model["verified"] == 2
+
+    serving.gateway.counts = lambda: ({"requests": 900, "errors": 3}, {"requests": 100, "errors": 40})
+    serving.champion(3)
+    until("it went back, too", lambda: "40.0% of 100 requests failed" in serving.condition("RolledBack").get("message", ""))
+    assert serving.model["version"] == 1 and serving.model["rolledBack"]["version"] == 3
+    until("it is unloaded", lambda: all({m.name for m in r.order.models} == {"support@1"} for r in serving.both))
+
+
+def test_scaled_restarted_and_deleted(serving: Serving) -> None:
+    serving.starts()
+    serving.api.custom.patch_namespaced_custom_object_scale(
+        GROUP, VERSION, serving.api.namespace, ENDPOINT_PLURAL, "chat", {"spec": {"replicas": 3}}
+    )
+    until("three", lambda: serving.model.get("verified") == 3 and serving.endpoint["status"]["readyReplicas"] == 3)
+    assert len(serving.both) == 3
+    name, replica = next(iter(serving.replicas.by_pod.items()))
+    replica.states["support@1"] = "Mismatch"
+    replica.served.clear()
+    serving.api.set_pod(name, Replicas.running(replica.address, restarts=1))
+    until("one of three is something else now", lambda: serving.condition("Verified").get("reason") == "Mismatch")
+    assert serving.model["mismatch"].startswith(f"{name}: Mismatch") and serving.model["verified"] == 2
+    assert serving.model["version"] == 1, "the others go on"
+
+    for one in serving.both:
+        one.keeps = True
+    serving.api.custom.delete_namespaced_custom_object(GROUP, VERSION, serving.api.namespace, ENDPOINT_PLURAL, "chat")
+    until("told to unload", lambda: all(not one.order.models for one in serving.both))
+    assert serving.endpoint["metadata"]["deletionTimestamp"]
+    for one in serving.both:
+        one.keeps = False
+
+    def gone() -> bool:
+        found = serving.api.custom.list_namespaced_custom_object(GROUP, VERSION, serving.api.namespace, ENDPOINT_PLURAL)
+        return not found["items"]
+
+    until("it is gone when nothing is loaded", gone)
+    until("its pods, too", lambda: not serving.api.pods())
