@@ -16,7 +16,7 @@ import time
 from tests.cluster.shell import REPO
 
 CLUSTER = ["tests/component", "tests/chaos", "tests/e2e", "--verbose"]
-OTHERS = ["tests/unit", "tests/trainer", "tests/local", "--cov", "--cov-report=term"]
+OTHERS = ["tests/unit", "tests/trainer", "tests/local", "tests/serving", "--cov", "--cov-report=term"]
 SLOWEST = "--durations=25"
 _CLOSING = re.compile(r"=+ .* in [\d.]+s.* =+")
 

@@ -24,6 +24,8 @@ LEAST_DISTANCE = 0.02
 """Mean difference of log-probabilities (nats a token) below which rounding in another engine hides which of the two it is."""
 MOST_TOKENS = 48
 """Tokens of an answer that are kept."""
+ASKED_TOKENS = 8
+"""Tokens of an answer that a replica is asked for, each by a request of its own: those in which the two models differ most."""
 
 LogProbability = Annotated[float, Field(le=0)]
 
@@ -39,6 +41,11 @@ class ProbeAnswer(APIModel):
     """Log-probability of each by the tuned model."""
     base: list[float]
     """The same by the base."""
+
+    def telling(self, most: int = ASKED_TOKENS) -> list[int]:
+        """Positions of the tokens in which the two models differ most, in their order."""
+        apart = [abs(t - b) for t, b in zip(self.tuned, self.base, strict=True)]
+        return sorted(sorted(range(len(apart)), key=lambda i: -apart[i])[:most])
 
 
 class Probe(APIModel):
@@ -57,6 +64,15 @@ class Probe(APIModel):
     def distance(self) -> float:
         """How far apart the two models are: mean absolute difference of the tokens' log-probabilities, in nats."""
         return _mean([abs(t - b) for answer in self.answers for t, b in zip(answer.tuned, answer.base, strict=True)])
+
+    def narrowed(self) -> Probe:
+        """The same with the telling tokens alone: what `judge` compares with where others were not asked for."""
+
+        def of(answer: ProbeAnswer) -> ProbeAnswer:
+            lists = {name: [getattr(answer, name)[i] for i in answer.telling()] for name in ("token_ids", "tuned", "base")}
+            return answer.model_copy(update=lists)
+
+        return self.model_copy(update={"answers": [of(answer) for answer in self.answers]})
 
 
 class Probes(APIModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import ssl
 import threading
 from datetime import UTC, datetime
@@ -138,16 +137,6 @@ def test_who_may_reach_a_replica() -> None:
     assert rules[1]["from"] == [{**home, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "finetune-operator"}}}]
     assert rules[0]["from"][0] == {"podSelector": {}}
     assert "NetworkPolicy" not in made(Settings())
-
-
-def test_the_proxy_lets_the_listed_paths_through_and_nothing_else() -> None:
-    text = made()["ConfigMap"]["data"]["nginx.conf"]
-    users, operators = text.split("listen 8443")
-    paths = re.findall(r"location = (\S+) \{ limit_except (.*?) \{ deny all; \} proxy_pass http://(\w+)(\S+); \}", users)
-    assert {path for path, *_ in paths} == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
-    assert all(path == passed for path, _, _, passed in paths)
-    assert [path for path, _, upstream, _ in paths if upstream == "agent"] == ["/health"]
-    assert "ssl_verify_client on" in operators and "engine" not in operators
 
 
 def test_another_model_of_another_claim_is_another_template_and_a_label_is_not() -> None:

@@ -24,7 +24,7 @@ from ..model.children import QUEUE_LABEL
 from ..model.endpoint import ModelLine
 from ..settings import Settings
 from .common import Manifest, Owner, container_security, files_of, net, owned, pod_security, secret_volume, with_hash
-from .proxy import nginx_conf
+from .proxy import proxy_config
 from .replica import agent, engine, fetch, proxy
 from .shared import outside
 
@@ -102,7 +102,7 @@ def config_map(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
         "metadata": metadata(endpoint, names.endpoint_name(endpoint.name)),
         "data": {
             _FILE: msgspec.json.format(file.dumps(), indent=1),
-            _PROXY: nginx_conf(),
+            _PROXY: proxy_config(),
             **({_AUTHORITIES: settings.authorities} if settings.authorities else {}),
         },
     }

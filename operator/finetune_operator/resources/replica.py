@@ -90,7 +90,7 @@ def proxy(settings: Settings, mounts: list[Manifest]) -> Manifest:
         "name": "proxy",
         "image": settings.serving_proxy_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["nginx", "-c", ReplicaPaths.PROXY, "-g", "daemon off;"],
+        "command": ["nginx", "-c", ReplicaPaths.PROXY, "-e", "/dev/stderr"],
         "ports": [
             {"name": "http", "containerPort": USER_PORT, "protocol": "TCP"},
             {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune_api.endpoint import ReplicaModel, Verification
-from finetune_api.probing import Probe, Probes, ProbeVerdict, judge
+from finetune_api.probing import Probe, Probes, judge
 from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
 
 from ..job.context import Context
@@ -272,12 +272,17 @@ class Agent:
         asked = [probe for probe in probes if most is None or _length(probe) < most]
         if not asked and probes:
             return held.become("Unverifiable", f"none of {len(probes)} probes fits into the {most} tokens that are served")
+        known = judge(asked, [[answer.tuned for answer in probe.answers] for probe in asked])
+        if known.state == "Unverifiable":  # whoever would answer
+            return held.become("Unverifiable", known.message, known.distance)
+        narrowed = [probe.narrowed() for probe in asked]
         for name in names:
-            verdict = judge(asked, await self.engine.log_probabilities(name, asked))
+            verdict = judge(narrowed, await self.engine.log_probabilities(name, asked))
             if verdict.state != "Verified":
                 break
         self._doubted = verdict.state == "Mismatch"
-        held.become(verdict.state, _under(name, held.order, verdict), verdict.distance)
+        told = f"nearer to the tuned model than to its base on {verdict.nearer} of {verdict.asked} probes ({known.distance:.3g} nats a token apart)"
+        held.become(verdict.state, told if name == held.order.name or verdict.state == "Verified" else f"as {name}: {told}", known.distance)
 
     async def _name(self, held: Held) -> None:
         """Give the model's own name to its champion, in place: the one before goes on answering until then. A mismatch has no name."""
@@ -345,7 +350,3 @@ def _readable(raw: bytes | None, order: OrderedModel, fingerprint: str) -> list[
 
 def _length(probe: Probe) -> int:
     return len(probe.prompt_ids) + max(len(answer.token_ids) for answer in probe.answers)
-
-
-def _under(name: str, order: OrderedModel, verdict: ProbeVerdict) -> str:
-    return verdict.message if name == order.name or verdict.state == "Verified" else f"as {name}: {verdict.message}"

@@ -15,7 +15,7 @@ from finetune_api.probing import Probe
 _QUICK = aiohttp.ClientTimeout(total=30, sock_connect=5)
 _ANSWER = aiohttp.ClientTimeout(total=600, sock_connect=5)
 """A first answer compiles kernels, and others' requests go first."""
-_AT_ONCE = 4
+_AT_ONCE = 8
 _NOT_NUMBERS = "Out of range float values"
 """What its JSON says of NaN."""
 
@@ -91,37 +91,41 @@ class Engine:
     async def speaks(self) -> bool:
         """Whether the base answers with numbers. Damaged weights anywhere in the engine's memory make it answer with none."""
         asked = {"model": self.base, "prompt": [1, 2, 3, 4], "max_tokens": 4, "temperature": 0, "logprobs": 0, "ignore_eos": True}
-        status, body = await self._ask("POST", "/v1/completions", asked, _ANSWER)
-        if status != 200:
-            if _NOT_NUMBERS in _said(body):
-                return False
-            raise EngineAway(f"/v1/completions answers {status} {_said(body)}")
-        try:
-            numbers = body["choices"][0]["logprobs"]["token_logprobs"]
-            return bool(numbers) and all(math.isfinite(number) for number in numbers)
-        except (KeyError, TypeError, IndexError):
-            return False
+        numbers = await self._numbers(asked)
+        return bool(numbers) and all(math.isfinite(number) for number in numbers)
 
     async def log_probabilities(self, name: str, probes: Sequence[Probe]) -> list[list[list[float]]]:
-        """How likely a model finds the tokens of each probe's answers: [probe][answer][token]; NaN where it does not say."""
+        """How likely a model finds the telling tokens of each probe's answers: [probe][answer][token]; NaN where it does not say.
+
+        Each is what the engine would say next, held to that one token. It could tell all of a prompt at once (`prompt_logprobs`),
+        but with adapters that is wrong, or ends the engine where others' requests run beside it (vllm-project/vllm#16668).
+        """
         return list(await asyncio.gather(*(self._of_probe(name, probe) for probe in probes)))
 
     async def _of_probe(self, name: str, probe: Probe) -> list[list[float]]:
-        return [await self._of_tokens(name, probe.prompt_ids, answer.token_ids) for answer in probe.answers]
+        found = []
+        for answer in probe.answers:
+            asked = (self._of_token(name, [*probe.prompt_ids, *answer.token_ids[:i]], answer.token_ids[i]) for i in answer.telling())
+            found.append(list(await asyncio.gather(*asked)))
+        return found
 
-    async def _of_tokens(self, name: str, prompt: list[int], answer: list[int]) -> list[float]:
-        asked = {"model": name, "prompt": [*prompt, *answer], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    async def _of_token(self, name: str, before: list[int], token: int) -> float:
+        asked = {"model": name, "prompt": before, "max_tokens": 1, "temperature": 0, "logprobs": 0, "allowed_token_ids": [token]}
         async with self._turns:
-            status, body = await self._ask("POST", "/v1/completions", asked, _ANSWER)
+            numbers = await self._numbers({**asked, "ignore_eos": True})
+        return numbers[0] if numbers else math.nan
+
+    async def _numbers(self, asked: dict[str, Any]) -> list[float]:
+        """Log-probabilities of the tokens that are answered; none where they are no numbers."""
+        status, body = await self._ask("POST", "/v1/completions", asked, _ANSWER)
         if status != 200:
             if _NOT_NUMBERS in _said(body):
-                return [math.nan] * len(answer)
+                return []
             raise EngineAway(f"/v1/completions answers {status} {_said(body)}")
         try:
-            told = body["choices"][0]["prompt_logprobs"][len(prompt) :]
-            return [float(entry[str(token)]["logprob"]) for entry, token in zip(told, answer, strict=True)]
+            return [float(number) for number in body["choices"][0]["logprobs"]["token_logprobs"]]
         except (KeyError, TypeError, IndexError, ValueError):
-            return [math.nan] * len(answer)
+            return []
 
     async def _ask(self, method: str, path: str, body: Any, limits: aiohttp.ClientTimeout) -> tuple[int, dict[str, Any]]:
         if self._session is None:

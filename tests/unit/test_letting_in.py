@@ -1,0 +1,204 @@
+"""What an adapter must be before an engine sees it: settings, tensors, numbers, tokens; and files that are what was ordered, from S3 too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from safetensors.numpy import save_file
+
+from finetune_api.contract import S3_KEYS, SUMS, Env
+from finetune_api.serving import OrderedModel, ReplicaFile
+from finetune_api.spec import Model
+from finetune_trainer.export.bundle import digests
+from finetune_trainer.process.errors import StageError, UserError
+from finetune_trainer.remote import retry
+from finetune_trainer.serving.checks import Base, check_adapter, check_base
+from finetune_trainer.serving.replica import context_of, fetch
+from finetune_trainer.serving.storage import Refused, check_whole_model, fetch_version, read, storage_of
+
+Q, LAYERS = "model.layers.{}.self_attn.q_proj", 2
+SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "init_lora_weights": True}
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def base_at(folder: Path, **config: Any) -> Base:
+    folder.mkdir()
+    names = {"model.embed_tokens.weight": (20, 8), **{f"{Q.format(n)}.weight": (6, 8) for n in range(LAYERS)}}
+    names["model.layers.0.mlp.experts.gate_up_proj"] = (3, 8, 5)
+    save_file({name: floats(*shape) for name, shape in names.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **config}))
+    return Base(folder, "sha256:base")
+
+
+def pair(module: str, rank: int = 4, wide: int = 8, high: int = 6, kind: str = "lora_") -> dict[str, np.ndarray]:
+    end = "" if kind.endswith("embedding_") else ".weight"
+    return {f"base_model.model.{module}.{kind}A{end}": floats(rank, wide), f"base_model.model.{module}.{kind}B{end}": floats(high, rank)}
+
+
+GOOD = {**pair(Q.format(0)), **pair(Q.format(1))}
+
+
+def adapter_at(folder: Path, tensors: dict[str, np.ndarray], **settings: Any) -> Path:
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**SETTINGS, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "settings"),
+    [
+        ("plain", GOOD, {}),
+        ("other names before the layers", pair("language_model." + Q.format(1)), {}),
+        ("the head of tied embeddings", pair("lm_head", high=20), {}),
+        ("embeddings, the other way around", pair("model.embed_tokens", wide=20, high=8, kind="lora_embedding_"), {}),
+        ("fused experts, of no plain shape", pair("model.layers.0.mlp.experts.base_layer", high=99), {}),
+        ("gaussian", GOOD, {"init_lora_weights": "gaussian"}),
+    ],
+)
+def test_good_adapters_are_let_in(tmp_path: Path, name: str, tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
+    check_adapter(adapter_at(tmp_path / "a", tensors, **settings), base_at(tmp_path / "base"), 8)
+
+
+def _with(value: float) -> dict[str, np.ndarray]:
+    damaged = {name: tensor.copy() for name, tensor in GOOD.items()}
+    damaged[max(damaged)][-1, -1] = value
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "told"),
+    [
+        (pair(Q.format(7)), {}, "model.layers.7.self_attn.q_proj"),
+        (pair(Q.format(0), wide=16), {}, "[6, 16]"),
+        (pair(Q.format(0), high=7), {}, "[7, 8]"),
+        (pair(Q.format(0), rank=16), {}, "spec.maxLoraRank"),
+        (dict([*pair(Q.format(0)).items()][:1]), {}, "without its B"),
+        ({**GOOD, "base_model.model.lm_head.weight": floats(20, 8)}, {}, "base_model.model.lm_head.weight"),
+        ({**GOOD, f"base_model.model.{Q.format(0)}.lora_magnitude_vector": floats(6)}, {}, "lora_magnitude_vector"),
+        (_with(np.nan), {}, max(GOOD)),
+        (_with(-np.inf), {}, max(GOOD)),
+        ({name: tensor.astype(np.int32) for name, tensor in GOOD.items()}, {}, "dtype I32"),
+        (GOOD, {"peft_type": "LOHA"}, "LOHA"),
+        (GOOD, {"use_dora": True}, "DoRA"),
+        (GOOD, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (GOOD, {"bias": "all"}, "bias"),
+        (GOOD, {"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_others_are_refused_with_file_tensor_and_fix(
+    tmp_path: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(Refused, match="adapter_(model.safetensors|config.json)") as refused:
+        check_adapter(adapter_at(tmp_path / "a", tensors, **settings), base_at(tmp_path / "base"), 8)
+    assert told in str(refused.value)
+
+
+def test_numbers_are_looked_at_to_the_last_one(tmp_path: Path) -> None:
+    large = pair(Q.format(0), wide=3 << 20)
+    large[min(large)][-1, -1] = np.nan
+    base = base_at(tmp_path / "base", quantization_config={"quant_method": "awq"})  # packed: no shape to compare with
+    with pytest.raises(Refused, match="lora_A.weight holds values that are no numbers"):
+        check_adapter(adapter_at(tmp_path / "a", large), base, 8)
+
+
+def test_another_base_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    base = base_at(tmp_path / "base")
+    check_base(_ordered("sha256:" + "0" * 64), base)
+    with pytest.raises(Refused, match="sha256:other"):
+        check_base(_ordered("sha256:" + "0" * 64).model_copy(update={"base_fingerprint": "sha256:other"}), base)
+
+
+def _ordered(digest: str, storage: str = "s3://models/team/bot", endpoint: str | None = None) -> OrderedModel:
+    return OrderedModel(name="bot@3", model="bot", number=3, storage=storage, s3_endpoint=endpoint, digest=digest)
+
+
+def _published(folder: Path) -> str:
+    adapter_at(folder, GOOD)
+    (folder / "model-merged.gguf").write_bytes(b"not for engines")
+    (folder / SUMS).write_text(digests(folder))
+    return f"sha256:{hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()}"
+
+
+def test_a_version_comes_out_of_a_bucket_as_it_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
+    monkeypatch.setattr(retry, "_PAUSES", ())
+    digest = _published(tmp_path / "a")
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    for name in S3_KEYS:
+        (keys / name).write_text("the-secret-key")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
+        client.create_bucket(Bucket="models")
+        file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="hf://o/m"), secrets={"model-bot": str(keys)})
+        order = _ordered(digest, endpoint=endpoint)
+        storage = storage_of(context_of(file, str(tmp_path / "models")), order)
+        with pytest.raises(Refused, match=f"versions/3/{SUMS} is not there"):
+            fetch_version(storage, order, tmp_path / "here")
+        for path in (tmp_path / "a").iterdir():
+            client.upload_file(str(path), "models", f"team/bot/versions/3/{path.name}")
+        folder = fetch_version(storage, order, tmp_path / "here")
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert read(storage, "probes/3.json") is None
+        client.put_object(Bucket="models", Key="team/bot/versions/3/adapter_config.json", Body=b"{}")
+        with pytest.raises(Refused, match="adapter_config.json .* is not what SHA256SUMS says"):
+            fetch_version(storage, order, tmp_path / "elsewhere")
+        assert not list((tmp_path / "elsewhere").iterdir())
+    finally:
+        server.stop()
+    with pytest.raises(StageError, match="cannot be reached"):
+        fetch_version(storage, order, tmp_path / "elsewhere")
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    claim = tmp_path / "claim"
+    file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="hf://o/m"), sources={"pvc://c": str(claim)})
+    context = context_of(file, str(tmp_path / "models"))
+    digest = _published(claim / "bot" / "versions" / "3")
+    storage = storage_of(context, _ordered(digest, "pvc://c/bot"))
+    assert fetch_version(storage, _ordered(digest), tmp_path / "here").name == digest.removeprefix("sha256:")
+    with pytest.raises(Refused, match="no sha256"):
+        fetch_version(storage, _ordered("sha256:../../../etc"), tmp_path / "here")
+    (claim / "away").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="leads out of the volume"):
+        storage_of(context, _ordered(digest, "pvc://c/away"))
+    with pytest.raises(UserError, match="not mounted"):
+        storage_of(context, _ordered(digest, "pvc://other/bot"))
+
+
+def test_the_base_is_fetched_and_a_whole_model_is_known_by_its_digest(tmp_path: Path) -> None:
+    base_at(tmp_path / "claim")
+    (tmp_path / "claim" / SUMS).write_text(digests(tmp_path / "claim"))
+    digest = f"sha256:{hashlib.sha256((tmp_path / 'claim' / SUMS).read_bytes()).hexdigest()}"
+    file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="pvc://c"), sources={"pvc://c": str(tmp_path / "claim")})
+    for _ in range(2):  # a pod's init containers may run again
+        assert fetch(file, str(tmp_path / "models")).reason == "Fetched"
+    reference = json.loads((tmp_path / "models" / "base.json").read_text())
+    assert (tmp_path / "models" / "base").resolve() == Path(reference["path"]) and reference["fingerprint"].startswith("sha256:")
+    check_whole_model(tmp_path / "models" / "base", _ordered(digest))
+    (tmp_path / "claim" / "config.json").write_text("{}")
+    with pytest.raises(Refused, match="config.json is not what"):
+        check_whole_model(tmp_path / "models" / "base", _ordered(digest))
+    with pytest.raises(Refused, match="not sha256:1111"):
+        check_whole_model(tmp_path / "models" / "base", _ordered("sha256:" + "1" * 64))
+
+
+def test_the_agent_starts_without_torch() -> None:
+    code = "import finetune_trainer.serving.web, finetune_trainer.__main__, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
