@@ -21,7 +21,6 @@ KEY_ID = Format(
     name="a key's id",
     write="at most 63 lower-case letters, digits and '-', for example ci-1",
 )
-KEY_SHAPE = Format(pattern=r"^ftk_[A-Za-z0-9_-]{43}$", name="an API key", write="ftk_ and 43 letters, digits, '-' and '_'")
 
 
 def digest_of_key(key: str) -> str:

@@ -98,6 +98,13 @@ async def run(settings: Settings) -> None:
         await cluster.close()
 
 
+def prepare() -> None:
+    """Before the loop: modules stay, so that nobody needs to look at them again; uvicorn says nothing of every connection."""
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     """Entry point."""
     try:
@@ -105,9 +112,7 @@ def main() -> None:
         settings = from_environment(os.environ)
     except ValueError as failure:
         sys.exit(f"finetune-gateway: {failure}")
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    gc.collect()
-    gc.freeze()  # modules stay: nobody needs to look at them again
+    prepare()
     uvloop.run(run(settings))
 
 

@@ -28,6 +28,8 @@ _SENT_BACK = ("Content-Type", "Content-Length", "Cache-Control", "X-Request-Id")
 _ANOTHER = frozenset({404, 502, 503})
 """Answers after which another replica is asked. 404: an engine that started anew has not loaded the model yet."""
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+_TICK_SECONDS = 0.5
+"""A silence is measured as exactly as this."""
 _IDLE_SECONDS = 15.0
 """Less than any replica keeps an idle connection: a request must not meet one that is being closed."""
 
@@ -135,10 +137,14 @@ class Relay:
                 meter = Meter(stream=response.content_type == "text/event-stream")
                 try:
                     await client.start(response, target)
+                    armed = 0.0
                     while chunk:
                         meter.feed(chunk)
                         await client.pass_on(chunk)
-                        clock.reschedule(min(latest, loop.time() + settings.idle_seconds))
+                        now = loop.time()
+                        if now - armed > _TICK_SECONDS:  # not with every token
+                            armed = now
+                            clock.reschedule(min(latest, now + settings.idle_seconds + _TICK_SECONDS))
                         chunk = await response.content.readany()
                 finally:  # what was made counts, whoever broke off
                     if response.status == 200:
