@@ -12,7 +12,7 @@ import typer
 
 from finetune_api.advice import advice
 
-from . import local_commands
+from . import keys, local_commands
 from .documents import read_jobs
 from .local_commands import Workspace
 from .output import Format, Output, console, dump
@@ -63,6 +63,7 @@ def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with Fi
 
 app.command()(local_commands.run)
 app.command()(local_commands.preview)
+app.add_typer(keys.keys, name="keys")
 
 
 @app.command()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from finetune_api.scalars import QUANTITY
 
 BACKENDS = ("builtin", "kueue", "volcano", "none")
 _QUANTITIES = ("stage_cpu", "stage_memory")
+T = TypeVar("T")
 _URLS = ("hub_endpoint", "s3_endpoint", "http_proxy", "https_proxy")
 
 
@@ -144,23 +146,35 @@ class Settings:
 
 def from_environment(environ: Mapping[str, str]) -> Settings:
     """Read FINETUNE_* variables. Raises ValueError that names the variable."""
+    return read(Settings, environ, "FINETUNE_", _check)
+
+
+def read(kind: type[T], environ: Mapping[str, str], prefix: str, check: Callable[[str, str], None] = lambda *_: None) -> T:
+    """A dataclass of settings from the variables PREFIX<FIELD IN CAPITALS>. Raises ValueError that names the variable.
+
+    `check(field, text)`: raises ValueError where the text is none that the field may have.
+    """
     values: dict[str, object] = {}
-    for item in fields(Settings):
-        variable = f"FINETUNE_{item.name.upper()}"
+    for item in fields(kind):  # type: ignore[arg-type]
+        variable = f"{prefix}{item.name.upper()}"
         if variable not in environ:
             continue
         text = environ[variable]
         try:
             values[item.name] = _convert(text, item.default)
-            if item.name == "queueing_backend" and text not in BACKENDS:
-                raise ValueError(f"write one of {', '.join(BACKENDS)}")
-            if item.name in _QUANTITIES:
-                QUANTITY.check(text)
-            if item.name in _URLS and text and not urlsplit(text).hostname:
-                raise ValueError("write an address, such as https://hub.example.com")
+            check(item.name, text)
         except ValueError as failure:
             raise ValueError(f"{variable}={text!r}: {failure}") from None
-    return Settings(**values)  # type: ignore[arg-type]
+    return kind(**values)
+
+
+def _check(name: str, text: str) -> None:
+    if name == "queueing_backend" and text not in BACKENDS:
+        raise ValueError(f"write one of {', '.join(BACKENDS)}")
+    if name in _QUANTITIES:
+        QUANTITY.check(text)
+    if name in _URLS and text and not urlsplit(text).hostname:
+        raise ValueError("write an address, such as https://hub.example.com")
 
 
 def _convert(text: str, default: object) -> object:

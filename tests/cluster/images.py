@@ -41,7 +41,7 @@ int main(void) { signal(SIGTERM, stop); signal(SIGINT, stop); signal(SIGCHLD, re
 """
 CODE = {
     "trainer": [REPO / "operator" / "finetune_api", REPO / "trainer_image" / "finetune_trainer"],
-    "operator": [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator"],
+    "operator": [REPO / "operator" / "finetune_api", REPO / "operator" / "finetune_operator", REPO / "operator" / "finetune_gateway"],
 }
 """Our own code in each image."""
 _PLACES = {"trainer": REPO / "trainer_image", "operator": REPO / "operator"}

@@ -6,6 +6,9 @@ the test: an operator that takes no reports leaves them alone.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from kubernetes import client
 from finetune_api import API_VERSION, GROUP, VERSION, names
 from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
 from finetune_api.tuned_model import MODEL_KIND, MODEL_PLURAL
+from tests.cluster.shell import REPO
 from tests.component.conftest import Api, Operator, until
 from tests.component.replicas import Gateway, Replica, Replicas
 
@@ -168,3 +172,21 @@ def test_scaled_restarted_and_deleted(serving: Serving) -> None:
 
     until("it is gone when nothing is loaded", gone)
     until("its pods, too", lambda: not serving.api.pods())
+
+
+def test_f23_an_operator_that_is_uninstalled_leaves_nothing_that_cannot_be_deleted(serving: Serving, operator: Operator) -> None:
+    """As the chart's hook does it (templates/leaving.yaml), here while another one has the Lease for another moment."""
+    serving.starts()
+    operator.kill()
+    space = serving.api.namespace
+    leases = client.CoordinationV1Api(serving.api.core.api_client)
+    held = {"holderIdentity": "the-operator", "leaseDurationSeconds": 3}
+    leases.create_namespaced_lease(space, {"metadata": {"name": "acts"}, "spec": held})
+    settings = {"FINETUNE_NAMESPACE": space, "FINETUNE_LEASE": "acts", "FINETUNE_WATCH_NAMESPACES": space, "FINETUNE_LEASE_SECONDS": "6"}
+    env = {**os.environ, **settings, "PYTHONPATH": f"{REPO}/operator", "KUBECONFIG": str(serving.api.cluster.kubeconfig)}
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "finetune_operator", "leave"], env=env, check=True, timeout=60)
+    assert time.monotonic() - began > 2, "nobody else acts any more"
+    assert "finalizers" not in serving.endpoint["metadata"]
+    serving.api.custom.delete_namespaced_custom_object(GROUP, VERSION, space, ENDPOINT_PLURAL, "chat")
+    assert not serving.api.custom.list_namespaced_custom_object(GROUP, VERSION, space, ENDPOINT_PLURAL)["items"]

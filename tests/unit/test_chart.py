@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,6 +15,8 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
+from finetune_gateway import metrics as gateway_metrics
+from finetune_gateway.settings import from_environment as gateway_settings
 from finetune_operator import metrics
 from finetune_operator.cluster.inventory import InventoryWatch
 from finetune_operator.cluster.resources import plural_of
@@ -47,6 +51,11 @@ VALUES: list[dict[str, Any]] = [
     },
     {"watchNamespaces": ["team-a"], "rbac": {"cluster": False}, "webhook": {"certManager": True, "failurePolicy": "Ignore"}},
     {
+        "serving": {
+            "image": {"repository": "r/vllm", "tag": "1"},
+            "args": ["--enforce-eager", "--seed=1,2"],
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        },
         "queueing": {"autoscaled": True},
         "settings": {"workers": 4, "apiQps": 20.5, "snapshotSeconds": 1, "progressUrl": "none", "backoffBaseSeconds": 0.5},
         "trainer": {
@@ -64,7 +73,20 @@ VALUES: list[dict[str, Any]] = [
         "affinity": {"nodeAffinity": {}},
         "podAnnotations": {"a": "b"},
     },
+    {"gateway": {"enabled": True}, "metrics": {"serviceMonitor": {"enabled": True}}},
+    {
+        "watchNamespaces": ["team-a", "team-b"],
+        "gateway": {
+            "enabled": True,
+            "replicas": 3,
+            "autoscaling": {"enabled": True},
+            "networkPolicy": {"from": [{"podSelector": {}}]},
+            "httpRoute": {"parentRefs": [{"name": "public"}], "hostnames": ["models.example.com"]},
+        },
+        "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
+    },
 ]
+GATEWAY = {"gateway": {"enabled": True}}
 
 
 def test_lint_is_clean() -> None:
@@ -76,7 +98,7 @@ def test_lint_is_clean() -> None:
 def test_rendered_manifests_are_valid(values: dict[str, Any]) -> None:
     found = render(values)
     kinds = [d["kind"] for d in found]
-    assert kinds.count("Deployment") == 1
+    assert kinds.count("Deployment") == 1 + values.get("gateway", {}).get("enabled", False)
     assert ("CustomResourceDefinition" in kinds) == (values.get("crds", {}).get("install", True))
     for document in found:
         if not document["apiVersion"].startswith(("cert-manager.io/", "monitoring.coreos.com/")):
@@ -85,7 +107,7 @@ def test_rendered_manifests_are_valid(values: dict[str, Any]) -> None:
 
 
 def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
-    deployment = next(d for d in render(VALUES[-1]) if d["kind"] == "Deployment")
+    deployment = next(d for d in render(VALUES[7]) if d["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     container = pod["containers"][0]
@@ -105,6 +127,8 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
     mount = next(m for m in container["volumeMounts"] if m["name"] == "authorities")
     volume = next(v for v in pod["volumes"] if v["name"] == "authorities")["configMap"]
     assert volume == {"name": "company", "items": [{"key": "bundle.pem", "path": "bundle.pem"}]}
+    assert (settings.serving_image, settings.serving_args) == ("r/vllm:1", ("--enforce-eager", "--seed=1,2"))
+    assert (settings.serving_env, settings.serving_gateways) == (("VLLM_CPU_KVCACHE_SPACE=1",), "")
     assert settings.authorities_file == f"{mount['mountPath']}/bundle.pem"
     from_environment(
         {
@@ -112,6 +136,49 @@ def test_the_deployment_is_restricted_and_gets_its_settings() -> None:
             for e in next(d for d in render({}) if d["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
         }
     )
+
+
+def _of_the_gateway(values: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(d["kind"], d["metadata"]["name"]): d for d in render(values) if d["metadata"]["name"].startswith("finetune-gateway")}
+
+
+def test_the_gateway_is_restricted_and_knows_its_limits() -> None:
+    """Off unless asked for; its pods are selected by no Service or policy of the operator's."""
+    assert not _of_the_gateway({})
+    found = _of_the_gateway({"gateway": {"enabled": True, "limits": {"bodyBytes": 20_000_000}}})
+    template = found["Deployment", "finetune-gateway"]["spec"]["template"]
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True and container["securityContext"]["capabilities"] == {
+        "drop": ["ALL"]
+    }
+    env = {e["name"]: e["value"] for e in container["env"]}
+    settings = gateway_settings(env)
+    assert (settings.replicas, settings.body_bytes, settings.namespace) == (2, 20_000_000, "finetune-system")
+    assert pod["terminationGracePeriodSeconds"] > settings.leave_seconds + settings.drain_seconds
+    known = {f"FINETUNE_GATEWAY_{name.upper()}" for name in vars(settings)}
+    assert {name for name in env if name.startswith("FINETUNE_GATEWAY_")} <= known
+    for document in render(GATEWAY):
+        selector = document.get("spec", {}).get("selector") or document.get("spec", {}).get("podSelector")
+        if document["kind"] in ("Service", "NetworkPolicy", "PodDisruptionBudget") and "gateway" not in document["metadata"]["name"]:
+            assert not selector.items() <= template["metadata"]["labels"].items()
+    rights = {d["metadata"]["name"]: d["rules"] for (kind, _), d in found.items() if kind in ("Role", "ClusterRole")}
+    assert {name: [(rule["resources"], rule["verbs"]) for rule in rules] for name, rules in rights.items()} == {
+        "finetune-gateway": [(["secrets"], ["list", "watch"])],
+        "finetune-gateway-endpoints": [(["finetuneendpoints"], ["list", "watch"])],
+        "finetune-gateway-reviews": [(["tokenreviews"], ["create"]), (["subjectaccessreviews"], ["create"])],
+        "finetune-gateway-use": [(["finetuneendpoints"], ["use"])],
+    }
+
+
+def test_an_http_route_is_made_where_gateway_api_is(tmp_path: Path) -> None:
+    """Helm's library has no servers' kinds of its own to offer: a copy of the chart asks for one that every server has."""
+    values = {"gateway": {"enabled": True, "httpRoute": {"parentRefs": [{"name": "public"}]}}}
+    assert ("HTTPRoute", "finetune-gateway") not in _of_the_gateway(values)
+    template = shutil.copytree(CHART, tmp_path / "chart") / "templates" / "gateway.yaml"
+    template.write_text(template.read_text().replace('Has "gateway.networking.k8s.io/v1/HTTPRoute"', 'Has "v1"'))
+    (route,) = [d for d in render(values, tmp_path / "chart") if d["kind"] == "HTTPRoute"]
+    assert route["spec"]["rules"][0]["backendRefs"] == [{"name": "finetune-gateway", "port": 80}]
 
 
 def test_one_namespace_needs_no_cluster_wide_rights_on_objects() -> None:
@@ -146,11 +213,15 @@ def test_what_the_operator_asks_for_is_what_the_chart_grants(values: dict[str, A
 
 
 def test_rights_are_named_one_by_one() -> None:
-    for document in render({}):
-        for rule in document.get("rules", []):
+    for document in render(GATEWAY):
+        for rule in document.get("rules") or [] if "Role" in document["kind"] else []:
             assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
             if "secrets" in rule["resources"] and rule["verbs"] != ["create"]:  # of tenants' it can read none
-                assert rule["resourceNames"] in (["finetune-operator-tls"], ["finetune-operator-seal"], ["finetune-operator-serving"])
+                allowed = {"finetune-gateway": ["finetune-gateway-keys"]}
+                usual = (["finetune-operator-tls"], ["finetune-operator-seal"], ["finetune-operator-serving"])
+                assert rule["resourceNames"] in (
+                    [allowed[document["metadata"]["name"]]] if document["metadata"]["name"] in allowed else usual
+                )
 
 
 @pytest.mark.parametrize("backend", ["builtin", "kueue", "volcano"])
@@ -236,9 +307,9 @@ def test_one_namespace_needs_no_right_in_the_cluster_beyond_reviews_and_nodes(mo
 
 
 def _exported() -> set[str]:
-    """Names of all series that the operator exports."""
+    """Names of all series that the operator and the gateway export."""
     found = set()
-    for family in REGISTRY.collect():
+    for family in (*REGISTRY.collect(), *gateway_metrics.REGISTRY.collect()):
         names = [family.name]
         if family.type == "counter":
             names = [f"{family.name}_total"]

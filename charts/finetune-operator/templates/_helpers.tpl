@@ -15,6 +15,21 @@ app.kubernetes.io/name: finetune-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- /* No label of the operator's selector: its Service and its policies are not the gateway's. */ -}}
+{{- define "finetune.gatewayLabels" -}}
+app.kubernetes.io/name: finetune-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: finetune-operator
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "finetune.gatewaySelector" -}}
+app.kubernetes.io/name: finetune-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "finetune.image" -}}
 {{- $tag := .image.tag | default .appVersion -}}
 {{- if hasPrefix "sha256:" $tag -}}{{ .image.repository }}@{{ $tag }}{{- else -}}{{ .image.repository }}:{{ $tag }}{{- end -}}

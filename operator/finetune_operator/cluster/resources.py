@@ -52,6 +52,7 @@ RESOURCES = {
         Resource("ValidatingWebhookConfiguration", "validatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("MutatingWebhookConfiguration", "mutatingwebhookconfigurations", "admissionregistration.k8s.io"),
         Resource("TokenReview", "tokenreviews", "authentication.k8s.io"),
+        Resource("SubjectAccessReview", "subjectaccessreviews", "authorization.k8s.io"),
     )
 }
 RESOURCES["Workload/v1beta1"] = Resource("Workload", "workloads", "kueue.x-k8s.io", "v1beta1")

@@ -76,7 +76,7 @@ class Cluster(Protocol):
         """The events of a WATCH, one line each, until the server ends it; APIError when it refuses or the connection breaks."""
 
     async def review_token(self, token: str, audience: str) -> Object:
-        """The status of a TokenReview."""
+        """The status of a TokenReview; an empty audience is the API server's own."""
 
     def now(self) -> datetime:
         """The API server's time."""
@@ -301,12 +301,18 @@ class KubernetesCluster:
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
-            "spec": {"token": token, "audiences": [audience]},
+            "spec": {"token": token, "audiences": [audience] if audience else []},
         }
         path = RESOURCES["TokenReview"].path()
         answer = await self.request("POST", path, kind="TokenReview", verb="create", body=body)
-        status: Object = answer.get("status") or {}
-        return status
+        return _objects(answer, "status", dict)
+
+    async def review_access(self, spec: Object) -> bool:
+        """Whether a SubjectAccessReview allows it."""
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        path = RESOURCES["SubjectAccessReview"].path()
+        answer = await self.request("POST", path, kind="SubjectAccessReview", verb="create", body=body)
+        return _objects(answer, "status", dict).get("allowed") is True
 
     async def replace(self, manifest: Object) -> Object:
         """Replace an object on condition of its resourceVersion."""

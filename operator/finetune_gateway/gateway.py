@@ -1,0 +1,83 @@
+"""The gateway's parts, put together; what it sees of the cluster is put in from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import uvicorn
+
+from .access import Access, Reviews
+from .catalog import Catalog
+from .choosing import Replicas
+from .counting import CanaryBoard, Limits
+from .keys import Keys
+from .protocol import guarded
+from .proxy import Proxy
+from .relay import Relay, session
+from .server import Edge, operators, users
+from .settings import Settings
+
+_TIDY_SECONDS = 30.0
+
+
+class Gateway:
+    """To be made within a running loop."""
+
+    def __init__(self, settings: Settings, reviews: Reviews, not_ready: Callable[[], str]) -> None:
+        self.catalog, self.keys, self._board = Catalog(), Keys(), CanaryBoard()
+        self._settings = settings
+        self._connections = session(settings)
+        self._replicas = Replicas(time.monotonic, random.random)
+        self._limits = Limits(time.monotonic, 1 / settings.replicas)
+        access = Access(reviews, self.keys, settings.audience, time.monotonic, lambda: datetime.now(UTC))
+        relay = Relay(self._replicas, self._limits, self._board, settings, self._connections)
+        self._not_ready = not_ready
+        self._users = users(Proxy(self.catalog, access, self._limits, relay, settings), not_ready)
+
+    def servers(self) -> list[uvicorn.Server]:
+        """Of users, and of operators; neither sees to signals."""
+        settings = self._settings
+        seen = operators(self.catalog, self._replicas, self._board, self._not_ready)
+        return [
+            _server(Edge(self._users), settings, settings.port),
+            _server(seen, settings, settings.metrics_port),
+        ]
+
+    async def tidy(self) -> None:
+        """Forget what is not there any more. Until cancelled."""
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            self._replicas.forget(self.catalog.addresses())
+            self._limits.forget({identifier for identifier, _ in self.keys.known.values()})
+
+    async def close(self) -> None:
+        """Close the connections to replicas."""
+        await self._connections.close()
+
+
+def _server(app: Any, settings: Settings, port: int) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=port,
+        http=guarded(settings.header_bytes, settings.header_seconds, settings.connections),
+        loop="none",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=int(settings.keep_alive_seconds),
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    return server

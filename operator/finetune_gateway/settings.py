@@ -1,0 +1,66 @@
+"""What an administrator sets: read once at start-up from the environment, which the chart writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune_operator.settings import read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the gateway. Every field can be set as FINETUNE_GATEWAY_<NAME IN CAPITALS>."""
+
+    namespace: str = "finetune-system"
+    """Namespace the gateway runs in, with the Secret of its API keys."""
+    watch_namespaces: tuple[str, ...] = ()
+    """Only endpoints of these namespaces; none means the whole cluster."""
+    host: str = ""
+    """Address to listen at; empty: all."""
+    port: int = 8080
+    metrics_port: int = 9090
+    audience: str = "finetune-gateway"
+    """Tokens made for this audience are taken, beside those for the API server."""
+    replicas: int = 1
+    """Gateways that share the limits of a key: each lets its part through."""
+    body_bytes: int = 4 * 2**20
+    """Largest body of a request."""
+    header_bytes: int = 32 * 2**10
+    """Largest request line and headers."""
+    header_seconds: float = 10.0
+    """How long a connection may take to send them."""
+    body_seconds: float = 30.0
+    """How long a request may take to send its body."""
+    keep_alive_seconds: float = 75.0
+    """How long a connection may be idle between requests."""
+    connections: int = 2000
+    """Connections at once; what comes beyond is answered 503."""
+    first_byte_seconds: float = 300.0
+    """How long an answer may take to begin."""
+    idle_seconds: float = 60.0
+    """Longest silence within an answer."""
+    total_seconds: float = 1800.0
+    """Longest answer."""
+    connect_seconds: float = 2.0
+    """How long a replica may take to accept a connection."""
+    tries: int = 3
+    """Replicas that a request is sent to, one after the other, before its first byte."""
+    leave_seconds: float = 5.0
+    """How long after SIGTERM new requests are still taken, until no Service sends any."""
+    drain_seconds: float = 60.0
+    """How long running answers may go on then."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the variable."""
+        for name in ("replicas", "body_bytes", "header_bytes", "connections", "tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"FINETUNE_GATEWAY_{name.upper()}={getattr(self, name)}: write 1 or more")
+        for name, value in vars(self).items():
+            if name.endswith("_seconds") and not 0 < value < float("inf"):
+                raise ValueError(f"FINETUNE_GATEWAY_{name.upper()}={value}: write a number of seconds, more than 0")
+
+
+def from_environment(environ: Mapping[str, str]) -> Settings:
+    """Read FINETUNE_GATEWAY_* variables. Raises ValueError that names the variable."""
+    return read(Settings, environ, "FINETUNE_GATEWAY_")
