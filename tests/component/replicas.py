@@ -137,13 +137,14 @@ class Replicas:
 class Gateway:
     """Counts as `counts` says, for every canary of a namespace's endpoints."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self) -> None:
+        self.api: Api
         self.counts: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = lambda: ({"requests": 100}, {"requests": 100})
         gateway = self
 
         class Metrics(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = json.dumps(list(gateway.told(api))).encode()
+                body = json.dumps(list(gateway.told(gateway.api))).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

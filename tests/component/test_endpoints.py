@@ -77,9 +77,9 @@ class Serving:
         until("under its own name", lambda: all(replica.answers == {"support": "support@1"} for replica in self.both))
 
 
-@pytest.fixture
-def gateway(api: Api) -> Iterator[Gateway]:
-    played = Gateway(api)
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Gateway]:
+    played = Gateway()
     yield played
     played.close()
 
@@ -87,7 +87,7 @@ def gateway(api: Api) -> Iterator[Gateway]:
 @pytest.fixture
 def serving(api: Api, gateway: Gateway, operator: Operator, tmp_path: Path) -> Iterator[Serving]:
     operator.ensure({**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address})
-    replicas = Replicas(api, tmp_path)
+    gateway.api, replicas = api, Replicas(api, tmp_path)
     yield Serving(api, replicas, gateway)
     try:
         api.custom.delete_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL, "chat")
