@@ -20,6 +20,8 @@ from .shell import CACHE, REPO, cached, digest_of, locked, run, say, step
 #: a registry that answers nothing: a missing image fails at once instead of being looked for elsewhere
 TRAINER = "localhost/finetune-trainer"
 OPERATOR = "localhost/finetune-operator"
+VLLM = "localhost/vllm-cpu"
+NGINX = "localhost/nginx"
 PAUSE = "localhost/pause:1"
 SUITE = "trixie"
 """Debian's current release, as in the Dockerfiles."""
@@ -141,7 +143,7 @@ def _build(repository: str, dockerfile: Path, inputs: list[Path], context: Path 
             if not docker:
                 _forget(repository, digest_of(below, dockerfile, inputs[0]))
                 parts = ", ".join(f"{part} {size} MB" for part, size in _largest(image.reference))
-                say(f"image {name}: {image.size / 1e6:.0f} MB, the layer with our code {image.layers[-1][1] / 1e3:.0f} kB; {parts}")
+                say(f"image {name}: {image.size / 1e6:.0f} MB, the last layer {image.layers[-1][1] / 1e3:.0f} kB; {parts or 'no packages'}")
     return image
 
 
@@ -158,7 +160,7 @@ def _largest(reference: str) -> list[tuple[str, int]]:
     container = buildah("from", reference).strip()
     try:
         packages = Path(buildah("mount", container).strip(), "opt", "finetune", "site-packages")
-        rows = [line.split("\t") for line in run(["du", "-m", "--max-depth=1", packages]).splitlines()]
+        rows = [line.split("\t") for line in run(["du", "-m", "--max-depth=1", packages]).splitlines()] if packages.exists() else []
         return sorted(((Path(path).name, int(size)) for size, path in rows if Path(path) != packages), key=lambda row: -row[1])[:3]
     finally:
         buildah("rm", container)
@@ -185,6 +187,18 @@ def trainer() -> Image:
 def operator() -> Image:
     """The operator's image."""
     return _ours("operator", OPERATOR)
+
+
+def vllm() -> Image:
+    """The engine of replicas without GPUs."""
+    place = REPO / "tests" / "cluster" / "vllm"
+    return _build(VLLM, place / "Dockerfile", [place / "requirements.lock"], place.parent)
+
+
+def nginx() -> Image:
+    """The proxy in front of replicas."""
+    place = REPO / "tests" / "cluster" / "nginx"
+    return _build(NGINX, place / "Dockerfile", [place / "Dockerfile"], place)
 
 
 def both() -> list[Image]:

@@ -13,7 +13,7 @@ from .shell import CACHE
 
 LOCAL_ADDRESSES = ("localhost", "127.0.0.1", "172.30.0.1")
 """Where the local cluster answers; a proxy cannot reach them."""
-GIGABYTES = {"python-trainer": 7, "kubernetes-1.37": 4, "node-images": 18}
+GIGABYTES = {"python-trainer": 7, "python-vllm": 2, "kubernetes-1.37": 4, "node-images": 18}
 """Room that is needed while a part of the cache is made, by its name."""
 
 

@@ -1,7 +1,6 @@
 """The proxy in front of a replica's engine and agent: nginx, with a list of what is let through, by method and path, letter by letter.
 
-An engine's own doors (loading adapters, metrics, …) are open to whoever reaches it; so nobody but this does.
-Knows nothing of any one endpoint.
+An engine's own doors (loading adapters, metrics, …) are open to whoever reaches it; so nobody but this does. Knows nothing of endpoints.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class _Volume:
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(name) from None
         except OSError as failure:
-            raise InfrastructureError("StorageNotReadable", f"{name} cannot be read: {failure.strerror or failure}") from failure
+            raise InfrastructureError("DownloadFailed", f"{name} cannot be read: {failure.strerror or failure}") from failure
 
 
 class _Bucket:
@@ -74,12 +74,10 @@ class _Bucket:
                 raise FileNotFoundError(name) from None
             raise
         except Exception as failure:  # what botocore's body raises while it is read
-            raise InfrastructureError(
-                "StorageNotReadable", f"{name} cannot be read from {self.host}: {type(failure).__name__}"
-            ) from failure
+            raise InfrastructureError("DownloadFailed", f"{name} cannot be read from {self.host}: {type(failure).__name__}") from failure
 
     def _refused(self, why: str) -> UserError:
-        return UserError("StorageRefused", f"{why}: the keys may not read there, or there is no bucket {self.uri.name}")
+        return UserError("SourceNotFound", f"{why}: the keys may not read there, or there is no bucket {self.uri.name}")
 
 
 def storage_of(context: Context, model: OrderedModel) -> Storage:
