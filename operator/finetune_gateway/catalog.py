@@ -184,15 +184,13 @@ class Catalog:
 
     def __init__(self) -> None:
         self.endpoints: dict[Key, Endpoint] = {}
-        self.refused: tuple[int, str] | None = None
-        """What the API server said when it did not let the gateway look: status, and why."""
         self._by_name: dict[str, list[Endpoint]] | None = None
 
     def replace(self, values: Iterable[Endpoint], namespace: str = "") -> None:
         """These, and no others, are there (of a namespace, or of all)."""
         kept = {key: value for key, value in self.endpoints.items() if namespace and key[0] != namespace}
         self.endpoints = {**kept, **{value.key: value for value in values}}
-        self._by_name, self.refused = None, None
+        self._by_name = None
 
     def put(self, value: Endpoint) -> None:
         """One has come, or is different now."""
@@ -205,8 +203,7 @@ class Catalog:
         self._by_name = None
 
     def refuse(self, status: int, why: str) -> None:
-        """Nothing can be known."""
-        self.refused = (status, why)
+        """Nothing new can be known: what was known stays, and the gateway is not ready."""
 
     def addresses(self) -> set[str]:
         """Of all replicas."""

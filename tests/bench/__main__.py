@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import evaluation, faults, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
+from . import evaluation, faults, gateway, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
 
-ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "evaluation", "faults")
+ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "evaluation", "faults", "gateway")
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
         results["evaluation"] = evaluation.bench()
     if "faults" in which:
         results["faults"] = faults.bench()
+    if "gateway" in which:
+        results["gateway"] = gateway.bench()
     print(json.dumps(results, indent=1))
 
 

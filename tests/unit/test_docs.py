@@ -115,6 +115,9 @@ def test_every_command_of_the_docs_exists() -> None:
                 continue
             command = group.get_command(context, words[1])  # type: ignore[attr-defined]
             assert command is not None, f"{page.name}: {line}"
+            if isinstance(command, typer.core.TyperGroup) and len(words) > 2:
+                command = command.get_command(context, words[2])
+                assert command is not None, f"{page.name}: {line}"
             known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
             used = {word.strip("[]").split("=")[0] for word in words[2:] if word.strip("[]").startswith("-")}
             assert used <= known, f"{page.name}: {line}: {used - known}"
