@@ -14,7 +14,7 @@ OTHER = "Other"
 
 _OF_THE_OPERATOR = """
     Completed Cancelled DeadlineExceeded Disrupted GangTimeout GateInconclusive GateNotPassed InvalidSpec NoNodeFits NoResult OutOfMemory OutOfSync
-    PlanMismatch PodDeleted PodFailed Preempted RemoteCodeNotAllowed Resized Restored SourceUnavailable SpecChanged StageTimeout Suspended
+    PlanMismatch PodDeleted PodFailed Preempted RecordingVersion RemoteCodeNotAllowed Resized Restored SourceUnavailable SpecChanged StageTimeout Suspended
     TooManyRestarts
 """
 _OF_THE_TRAINER = """

@@ -9,13 +9,14 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from finetune_api import names
 from finetune_api.contract import JobFile
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
+from finetune_api.tuned_model import MODEL_KIND
 
 from .. import metrics
 from ..cache.assumptions import Assumptions
@@ -26,8 +27,9 @@ from ..cluster.transport import Cluster
 from ..model.children import owner_uid
 from ..model.job import Observed
 from ..model.nodes import is_ready
-from ..model.objects import Key, Object
-from ..model.workload import priority_class_of
+from ..model.objects import Key, Object, as_object, key_of
+from ..model.tuned_model import TunedModel, continued_model, models_named, tuned_model
+from ..model.workload import has_ended, priority_class_of
 from ..reconcile.job import reconcile, refused, unreadable
 from ..reconcile.job.failures import suspects
 from ..reconcile.job.immutability import may_have_changed
@@ -62,10 +64,22 @@ class Jobs:
         self._priority, self._poke = priority, poke
         self._suspects: tuple[str, ...] = ()
         self._suspects_at = float("-inf")
+        self._models: dict[Key, tuple[Object, TunedModel]] = {}
+        """As it was read from that state"""
 
     def kind(self) -> Kind[Observed]:
         """Their row."""
-        return Kind("FineTuneJob", self.observe, self.reconcile, self.refused, self.unreadable, self.rank, self.recorded, self.not_recorded)
+        return Kind(
+            "FineTuneJob",
+            self.observe,
+            self.reconcile,
+            self.refused,
+            self.unreadable,
+            self.rank,
+            self.recorded,
+            self.not_recorded,
+            self.touched,
+        )
 
     async def observe(self, key: Key) -> Observed | None:
         """What a decision about a job may depend on. Raises APIError."""
@@ -82,6 +96,7 @@ class Jobs:
                 self._poke()
         return dataclasses.replace(
             observed,
+            **await self._models_of(job, observed),
             accepted=accepted,
             lost_nodes=await self._lost_nodes(observed),
             suspect_nodes=self._suspect_nodes(),
@@ -127,6 +142,35 @@ class Jobs:
             holds = any(c.get("type") == "Admitted" and c.get("status") == "True" for c in status.get("conditions") or ())
         gives_way = decision is not None and decision.action == "preempt"
         return int(holds) + int(gives_way), self._priority(priority_class_of(job))
+
+    def touched(self, kind: str, raw: Object) -> Iterable[Key]:
+        """Jobs that have not ended and name a FineTunedModel."""
+        return [key_of(job) for job in self.store.jobs_naming(key_of(raw)) if not has_ended(job)] if kind == MODEL_KIND else ()
+
+    async def _models_of(self, job: Object, observed: Observed) -> dict[str, Any]:
+        """The FineTunedModels that a job names; of a job whose status was lost, which version it began with."""
+        named = models_named(job) if not has_ended(job) else []
+        if not named:
+            return {}
+        namespace, name = key_of(job)
+        found = {model: view for model in named if (view := self._model((namespace, model))) is not None}
+        begun = None
+        if not as_object(job.get("status")).get("models") and ("ConfigMap", names.config_map_name(name)) in observed.applied:
+            spec = await self._accepted(job)
+            continued = continued_model(spec.tuning.continue_from) if spec is not None else None
+            begun = continued[1] if continued is not None else None
+        return {"models": found, "continues_from": begun}
+
+    def _model(self, key: Key) -> TunedModel | None:
+        """A FineTunedModel, read once for each of its states."""
+        raw = self.store.models.get(key)
+        if raw is None:
+            self._models.pop(key, None)
+            return None
+        known = self._models.get(key)
+        if known is None or known[0] is not raw:
+            known = self._models[key] = raw, tuned_model(raw)
+        return known[1]
 
     async def _accepted(self, job: Object) -> FineTuneJobSpec | None:
         """The spec that the job began with, from its ConfigMap."""

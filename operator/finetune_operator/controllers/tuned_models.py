@@ -14,7 +14,7 @@ from ..cache.catalog import CatalogBoard
 from ..cache.store import Store
 from ..cluster.transport import Cluster
 from ..model.objects import Key, Object, as_object, key_of
-from ..model.tuned_model import ObservedModel, models_published_to, models_touched, pinned_by, serving_of
+from ..model.tuned_model import ObservedModel, models_touched, pinned_by, serving_of
 from ..reconcile.plan import Plan
 from ..reconcile.tuned_model import reconcile, refused, unreadable
 from ..settings import Settings
@@ -53,7 +53,7 @@ class TunedModels:
         serving = (serving_of(endpoint, name) for endpoint in self.store.endpoints.of_namespace(namespace))
         return ObservedModel(
             raw=raw,
-            jobs=tuple(job for job in self.store.jobs_naming(key) if name in models_published_to(job)),
+            jobs=tuple(self.store.jobs_naming(key)),
             serving=tuple(found for found in serving if found is not None),
             catalogs=owned.jobs,
             pods=owned.pods,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from finetune_api.contract import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 
 from .objects import Object
 from .queueing import Decision
+
+if TYPE_CHECKING:
+    from .tuned_model import TunedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +128,10 @@ class Observed:
     """Whether it was looked for."""
     preemptor: str = ""
     """namespace/name of the Workload that Kueue took the gang's pods away for."""
+    models: Mapping[str, TunedModel] = field(default_factory=dict)
+    """FineTunedModels that the job names and that are there."""
+    continues_from: int | None = None
+    """Version that tuning.continueFrom meant when the job began, where its status does not say so any more."""
     suspect_nodes: tuple[str, ...] = ()
     """Nodes that jobs kept failing on lately."""
     decision: Decision | None = None

@@ -85,7 +85,7 @@ class ObservedModel:
     raw: Object
     """The FineTunedModel."""
     jobs: tuple[Object, ...] = ()
-    """FineTuneJobs of its namespace that publish to it."""
+    """FineTuneJobs of its namespace that publish to it, or go on from a version of it."""
     serving: tuple[Serving, ...] = ()
     catalogs: tuple[ChildJobView, ...] = ()
     """Jobs of the stage catalog that it owns."""
@@ -120,6 +120,13 @@ def continued_model(uri: str | None) -> tuple[str, int | None] | None:
         return None
     parsed = parse_uri(uri)
     return parsed.name, int(parsed.revision) if parsed.revision else None
+
+
+def continued_version(job: Object, model: str) -> int | None:
+    """The version of a model that a job which has not ended goes on from."""
+    used = as_object(job.get("status")).get("models")
+    found = [m.get("version") for m in map(as_object, used if isinstance(used, list) else []) if m.get("name") == model]
+    return found[0] if found and type(found[0]) is int and not has_ended(job) else None
 
 
 def serving_of(endpoint: Object, model: str) -> Serving | None:

@@ -30,6 +30,7 @@ from .failures import Failure
 from .gang import drop_stale, next_attempt, note_checkpoints, release, run_gang
 from .immutability import REASON, REMOTE_CODE_REFUSED, as_accepted
 from .kueue import DEACTIVATED, keep_place
+from .models import versions_recorded, with_models
 from .stages import run_stage
 from .usage import workers
 from .waiting import end_wait
@@ -113,9 +114,16 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
     if decision is not None and decision.action == "refuse" and not status.is_true("Admitted"):
         draft.fail(decision.reason, decision.message)
         return
+    if _is_restored(status):
+        _end_restored(draft)
+        return
+    resolved = with_models(draft, spec)
+    if resolved is None:
+        return
+    spec = resolved
     _apply_shared(draft, spec)
     may_publish = _may_publish(draft, spec)
-    if status.finished:
+    if status.finished or _is_restored(status):
         return
     if not status.is_true("DataReady"):
         drop_stale(draft, spec)  # planned anew: pods of the old shape would keep a place in another scheduler's line
@@ -161,6 +169,8 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         if published is None:
             return
         status.artifacts = published.artifacts
+    if not versions_recorded(draft):
+        return
     draft.succeed("Completed", _summary(status), event="Succeeded")
 
 
@@ -185,7 +195,18 @@ def _restored(draft: Draft, result: StageResult) -> None:
         return
     draft.status.artifacts = published.artifacts
     draft.set("Published", "True", RESTORED, result.message)
-    draft.succeed(RESTORED, result.message, event=RESTORED)
+    _end_restored(draft)
+
+
+def _is_restored(status: FineTuneJobStatus) -> bool:
+    published = status.condition("Published")
+    return published is not None and (published.status, published.reason) == ("True", RESTORED)
+
+
+def _end_restored(draft: Draft) -> None:
+    published = draft.status.condition("Published")
+    if published is not None and versions_recorded(draft):
+        draft.succeed(RESTORED, published.message, event=RESTORED)
     _stop_jobs(draft)
 
 

@@ -19,6 +19,7 @@ from ...model.job import PodView
 from .draft import Draft
 from .failures import Failure
 from .gang import next_attempt
+from .models import as_written
 from .usage import workers
 
 REASON = "ChangeIgnored"
@@ -54,6 +55,7 @@ def as_accepted(draft: Draft, wanted: FineTuneJobSpec) -> FineTuneJobSpec | None
     if kept is None:
         draft.set("Accepted", "True", "Valid", "the spec is valid")
         return wanted
+    kept = as_written(kept, wanted)
     held = holds(draft.before.to_wire(), draft.observed.pods)
     message = ignored_changes(kept, wanted, held=held)
     if message:

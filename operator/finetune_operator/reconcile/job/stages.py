@@ -19,6 +19,7 @@ from ..starting import why_not_running
 from .draft import Draft
 from .failures import Failure, classify
 from .kueue import OUT_OF_SYNC, finished_as, keeps_place, standing
+from .models import champion_of
 from .waiting import end_wait, may_still_wait, wait_for_source
 
 LOOK_AGAIN = 10.0
@@ -96,7 +97,8 @@ def _wait_in_queue(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition:
 def _start(draft: Draft, spec: FineTuneJobSpec, stage: Stage, condition: ConditionType, retry: StageRetry) -> None:
     if draft.held_back():
         return
-    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission)
+    champion = champion_of(draft, spec) if stage == "evaluate" else None
+    manifest = stage_job(draft.job_ref(spec), draft.settings, stage, retry.tries, draft.status.admission, champion)
     if draft.place == manifest["metadata"]["name"]:
         take_place(manifest, draft.place)
     draft.actions.append(Create(manifest))

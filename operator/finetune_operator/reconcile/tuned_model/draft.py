@@ -26,6 +26,7 @@ class Draft:
         self.observed, self.settings, self.now = observed, settings, observed.now
         self.before = read(FineTunedModelStatus, observed.raw.get("status"))
         self.status = self.before.model_copy(deep=True)
+        self.name = str(observed.raw["metadata"]["name"])
         self.generation = int(observed.raw["metadata"].get("generation") or 0)
         self.actions: list[Action] = []
         self._events: list[Event] = []

@@ -15,7 +15,7 @@ from finetune_api.versions import VersionState
 
 from ...model.objects import Object
 from ...model.times import rfc3339
-from ...model.tuned_model import ObservedModel, pinned_by
+from ...model.tuned_model import ObservedModel, continued_version, pinned_by
 from ...model.workload import has_ended
 from ...resources.tuned_model import catalog_file, catalog_job_name
 from ...settings import Settings
@@ -41,7 +41,7 @@ def reconcile(observed: ObservedModel, settings: Settings) -> Plan[FineTunedMode
         return draft.plan()
     _begin(draft, spec)
     recorded = _take_report(draft, spec)
-    jobs = published(observed.jobs, observed.raw["metadata"]["name"], spec.storage)
+    jobs = published(observed.jobs, draft.name, spec.storage)
     _add_from_jobs(draft, jobs)
     if draft.synced:
         _decide(draft, spec, restored=set(recorded))
@@ -105,14 +105,17 @@ def _take_report(draft: Draft, spec: FineTunedModelSpec) -> dict[int, VersionSta
     alive = [record for record in report.records if record.number not in {*gone, *storage.removing, *storage.removed}]
     known = {version.number for version in status.versions}
     found = [version_of_record(record) for record in alive if record.number not in known]
+    if not storage.written:  # a job that was made again from a backup says less than the record of its version
+        told = {record.number: version_of_record(record) for record in alive}
+        status.versions = [told.get(version.number, version) for version in status.versions]
     status.versions = [version for version in [*status.versions, *found] if version.number not in gone]
     if found:
         draft.event("Normal", "VersionsRestored", f"found at {spec.storage}: {_numbers(v.number for v in found)}")
     storage.removed = sorted({*storage.removed, *gone})
     storage.highest = max([storage.highest, *(record.number for record in report.records)])
     if report.unreadable:
-        told = f"records that cannot be read are left as they are: {'; '.join(report.unreadable)}"
-        draft.set(STORAGE_READY, "True", "RecordsUnreadable", told)
+        why = f"records that cannot be read are left as they are: {'; '.join(report.unreadable)}"
+        draft.set(STORAGE_READY, "True", "RecordsUnreadable", why)
     else:
         draft.set(STORAGE_READY, "True", "Synced", "its records say what was decided")
     if storage.removing:
@@ -124,8 +127,7 @@ def _take_report(draft: Draft, spec: FineTunedModelSpec) -> dict[int, VersionSta
 
 
 def _add_from_jobs(draft: Draft, jobs: dict[int, Object]) -> None:
-    name = draft.observed.raw["metadata"]["name"]
-    for version in new_from_jobs(draft.status, jobs, name, synced=draft.synced):
+    for version in new_from_jobs(draft.status, jobs, draft.name, synced=draft.synced):
         if not draft.synced:
             version.message = "not decided yet: the records at the storage have not been read"
         draft.status.versions.append(version)
@@ -165,6 +167,7 @@ def _retain(draft: Draft, spec: FineTunedModelSpec, jobs: dict[int, Object]) -> 
     status = draft.status
     protected = {number for serving in draft.observed.serving for number in serving.versions}
     protected |= {number for number, job in jobs.items() if not has_ended(job)}  # it ends when its version is on record
+    protected |= {number for job in draft.observed.jobs if (number := continued_version(job, draft.name)) is not None}
     protected |= {number for number in (status.champion, spec.champion) if number is not None}
     out = set(outdated(status.versions, spec.retention, protected, draft.now))
     if out:
