@@ -11,7 +11,7 @@ from .queue import NamespaceSelector
 from .scalars import Count, DecimalText, DNSSubdomain, Duration, Name, Timestamp, Told, Word
 from .spec.model import Model
 from .spec.run import Resources, Scheduling
-from .status import Condition
+from .status import Condition, Status
 from .versions import VersionNumber
 
 ENDPOINT_KIND, ENDPOINT_PLURAL = "FineTuneEndpoint", "finetuneendpoints"
@@ -166,7 +166,7 @@ class EndpointModel(APIModel):
     """Versions that stay loaded for a roll-back, or that spec.models names."""
 
 
-class FineTuneEndpointStatus(APIModel):
+class FineTuneEndpointStatus(Status):
     """What answers."""
 
     observed_generation: Count = 0

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from .base import APIModel
-from .status import FineTuneJobStatus
+from .status import FineTuneJobStatus, Status
+
+S = TypeVar("S", bound=Status)
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """Read a status leniently: whatever a user or another version wrote there, an operator must go on."""
+    """Read a job's status leniently: whatever a user or another version wrote there, an operator must go on."""
+    return read(FineTuneJobStatus, raw)
+
+
+def read(model: type[S], raw: Any) -> S:
+    """The same of any kind."""
     if not isinstance(raw, dict):
-        return FineTuneJobStatus()
+        return model()
     try:
-        return FineTuneJobStatus.model_validate(raw)
+        return model.model_validate(raw)
     except ValueError:
         pass
     kept: dict[str, Any] = {}
-    for name, field in FineTuneJobStatus.model_fields.items():
+    for name, field in model.model_fields.items():
         wire = field.alias or name
         if wire in raw:
             value = raw[wire]
             if isinstance(value, list):  # one condition that cannot be read takes no other with it
-                value = [item for item in value if _is_readable(wire, [item])]
-            if _is_readable(wire, value):
+                value = [item for item in value if _is_readable(model, wire, [item])]
+            if _is_readable(model, wire, value):
                 kept[wire] = value
-    return FineTuneJobStatus.model_validate(kept)
+    return model.model_validate(kept)
 
 
 def rewritten(raw: Any, before: APIModel, after: APIModel) -> dict[str, Any]:
@@ -51,9 +58,9 @@ def _with_unknown(raw: Any, wire: Any) -> Any:
     return wire
 
 
-def _is_readable(field: str, value: Any) -> bool:
+def _is_readable(model: type[APIModel], field: str, value: Any) -> bool:
     try:
-        FineTuneJobStatus.model_validate({field: value})
+        model.model_validate({field: value})
     except ValueError:
         return False
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -320,7 +320,28 @@ class Usage(APIModel):
     """Seconds of training that ended attempts had done since their last checkpoint."""
 
 
-class FineTuneJobStatus(APIModel):
+class Status(APIModel):
+    """What the status of every kind of ours can: it has conditions, and on the wire what is empty is left out."""
+
+    if TYPE_CHECKING:
+        conditions: list[Condition]
+
+    def condition(self, type_: str) -> Condition | None:
+        """The condition of that type, if set."""
+        return next((c for c in self.conditions if c.type == type_), None)
+
+    def is_true(self, type_: str) -> bool:
+        """Whether the condition of that type is set and True."""
+        found = self.condition(type_)
+        return found is not None and found.status == "True"
+
+    def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
+        """As plain JSON types. What is empty is left out: it says nothing."""
+        wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
+        return wire
+
+
+class FineTuneJobStatus(Status):
     """What the operator observed."""
 
     phase: Phase = "Pending"
@@ -370,20 +391,6 @@ class FineTuneJobStatus(APIModel):
     """When the operator first saw the job."""
     finished_at: Timestamp | None = None
     """When the job succeeded or failed."""
-
-    def condition(self, type_: ConditionType) -> Condition | None:
-        """The condition of that type, if set."""
-        return next((c for c in self.conditions if c.type == type_), None)
-
-    def is_true(self, type_: ConditionType) -> bool:
-        """Whether the condition of that type is set and True."""
-        found = self.condition(type_)
-        return found is not None and found.status == "True"
-
-    def to_wire(self, *, exclude_unset: bool = False) -> dict[str, Any]:
-        """As plain JSON types. What is empty is left out: it says nothing."""
-        wire: dict[str, Any] = _without_empty(super().to_wire(exclude_unset=exclude_unset))
-        return wire
 
     @property
     def finished(self) -> bool:

@@ -10,7 +10,7 @@ from .base import APIModel, Rule
 from .evaluation_status import EvaluationStatus
 from .scalars import Count, Duration, Name, Timestamp, Told, Word
 from .spec.common import SecretReference
-from .status import Condition
+from .status import Condition, Status
 from .uris import EndpointURL, StorageURI
 from .versions import BaseModelReference, Form, VersionNumber, VersionState
 
@@ -107,7 +107,7 @@ class StorageStatus(APIModel):
     """Highest number that was ever given."""
 
 
-class FineTunedModelStatus(APIModel):
+class FineTunedModelStatus(Status):
     """The versions, and who serves them."""
 
     observed_generation: Count = 0
