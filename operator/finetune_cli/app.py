@@ -79,7 +79,7 @@ def create(
     nodes: Annotated[int, typer.Option(help="Worker pods.")] = 1,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, such as 80Gi.")] = None,
     queue: Annotated[str | None, typer.Option(help="FineTuneQueue.")] = None,
-    publish: Annotated[str | None, typer.Option(help="URI that the result goes to.")] = None,
+    publish: Annotated[str | None, typer.Option(help="URI that the result goes to; model://NAME makes a version of a model.")] = None,
     wizard: Annotated[bool, typer.Option("--wizard", help="Ask for what is missing.")] = False,
     dry_run: Annotated[str | None, typer.Option(help="client prints the manifest, server lets the cluster check it.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,

@@ -20,6 +20,8 @@ from .gateway import ChatError, Gateway, Message
 
 _FRAMES = 10
 """Times a second that two columns are drawn."""
+_FRAME_LINES = 5
+"""Lines around the answers in columns."""
 
 
 @dataclass
@@ -59,8 +61,9 @@ class Chat:
         for thread in threads:
             thread.start()
         if self.console.is_terminal:
-            with Live(console=self.console, refresh_per_second=_FRAMES, get_renderable=self._columns):
+            with Live(console=self.console, refresh_per_second=_FRAMES, transient=True, get_renderable=lambda: self._columns(tail=True)):
                 _joined(threads)
+            self.console.print(self._columns())
         else:
             _joined(threads)
             for talk in self.talks:
@@ -77,12 +80,17 @@ class Chat:
         except ChatError as failure:
             talk.failure = failure
 
-    def _columns(self) -> Table:
-        """Answers beside each other."""
+    def _columns(self, *, tail: bool = False) -> Table:
+        """Answers beside each other; of those that are being made, what fits on the screen: their ends."""
         found = Table(expand=True, header_style="bold")
         for talk in self.talks:
             found.add_column(talk.model, ratio=1, overflow="fold")
-        found.add_row(*(Text(talk.answer) for talk in self.talks))
+        answers = [Text(talk.answer) for talk in self.talks]
+        if tail:
+            width = max(1, (self.console.width - 1) // len(answers) - 3)
+            lines = [answer.wrap(self.console, width) for answer in answers]
+            answers = [Text("\n").join(some[-max(1, self.console.height - _FRAME_LINES) :]) for some in lines]
+        found.add_row(*answers)
         return found
 
     def converse(self) -> int:

@@ -16,6 +16,8 @@ from finetune_cli.cluster import Models
 from tests.component.cli import finetune
 from tests.component.conftest import Api, Kubelet, Operator, until
 from tests.factory import MINIMAL
+from tests.loopback import serving
+from tests.unit.test_cli_chat import KEY, Upstream
 from tests.unit.test_cli_models import MODEL
 
 
@@ -105,6 +107,20 @@ def test_a_pin_is_not_written_over_another(api: Api, monkeypatch: pytest.MonkeyP
     meanwhile.append({"spec": {"champion": 3}})
     assert "somebody else has changed its champion meanwhile" in finetune(api, "models", "promote", "support-bot", "4", code=2)
     assert api.custom.get_namespaced_custom_object(*where, "support-bot")["spec"]["champion"] == 3
+
+
+def test_the_base_of_a_chat_is_the_endpoint_that_serves_the_model(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the gateway does not say which base it is. The server is that of the unit tests."""
+    where = (GROUP, VERSION, api.namespace, MODEL_PLURAL)
+    body = {"apiVersion": API_VERSION, "kind": MODEL_KIND, "metadata": {"name": "helper"}, "spec": {"storage": "pvc://models/helper"}}
+    api.custom.create_namespaced_custom_object(*where, body)
+    with serving(Upstream) as port:
+        monkeypatch.setenv("FINETUNE_API_KEY", KEY)
+        words = ("chat", "helper@1", "--compare", "-m", "hi", "--url", f"http://127.0.0.1:{port}")
+        assert "Name its FineTuneEndpoint: --base NAME" in finetune(api, *words, code=2)
+        api.custom.patch_namespaced_custom_object_status(*where, "helper", {"status": {"served": ["endpoint"]}})
+        told = finetune(api, *words)
+    assert f"{api.namespace}/endpoint:\n" in told and f"{api.namespace}/helper@1:\n" in told
 
 
 def test_who_may_not_promote_is_told(api: Api, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_flags_make_a_valid_job() -> None:
     assert metadata == {"generateName": "my-model-8b-"}
     parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec})
     assert spec["evaluation"] == {"gate": {}}, "what is published is better than its base"
+    _, version = from_flags(**{**FLAGS, "publish": "model://support-bot"})
+    assert version["publish"] == [{"model": "support-bot"}]
     _, alone = from_flags(**{**FLAGS, "eval_fraction": 0.0, "name": "mine"})
     assert "evaluation" not in alone and "eval" not in alone["dataset"]
 

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from rich.console import Console
 
 from finetune_cli.__main__ import main
+from finetune_cli.chat import Chat, Talk
 from finetune_cli.gateway import ChatError, Gateway, pieces, token_of
 from tests.loopback import QuietHandler, serving
 
@@ -206,6 +208,17 @@ def test_a_conversation_in_a_terminal(url: str) -> None:
     assert tuned == [["one"], ["one", "Hello wo\ufffd[2Jrld", "two"], ["three"]]
     base = [[m["content"] for m in asked["messages"]] for asked in Upstream.asked if asked["model"] == "chat"]
     assert base == [["one"], ["one", "base", "two"], ["three"]]
+
+
+def test_of_long_answers_the_end_is_seen_while_they_are_made() -> None:
+    console = Console(width=60, height=12, file=io.StringIO(), record=True)
+    talks = [Talk("chat", answer="word " * 400 + "the end"), Talk("support-bot", answer="short")]
+    shown = Chat(Gateway("http://localhost", None), talks, {}, console)
+    console.print(shown._columns(tail=True))
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 12 and "the end" in "".join(lines) and "short" in "".join(lines)
+    console.print(shown._columns())
+    assert console.export_text().count("word") == 400, "and all of it when they are whole"
 
 
 def test_events_of_a_stream() -> None:
