@@ -11,15 +11,21 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from . import API_VERSION, KIND
-from .base import SHOWN, shortened
-from .endpoint import FineTuneEndpointSpec
-from .queue import FineTuneQueueSpec
+from .base import SHOWN, APIModel, shortened
+from .endpoint import ENDPOINT_KIND, FineTuneEndpointSpec
+from .queue import QUEUE_KIND, FineTuneQueueSpec
 from .scalars import DNS_SUBDOMAIN
 from .spec import FineTuneJobSpec
-from .tuned_model import FineTunedModelSpec
+from .tuned_model import MODEL_KIND, FineTunedModelSpec
 
 MAX_ERRORS = 20
 Spec = TypeVar("Spec", bound=BaseModel)
+_SPECS: dict[str, type[APIModel]] = {
+    KIND: FineTuneJobSpec,
+    QUEUE_KIND: FineTuneQueueSpec,
+    MODEL_KIND: FineTunedModelSpec,
+    ENDPOINT_KIND: FineTuneEndpointSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class FieldError:
 
 
 class InvalidDocument(ValueError):
-    """A document that is no valid FineTuneJob; `errors` says why, field by field."""
+    """A document that is not valid; `errors` says why, field by field."""
 
     def __init__(self, errors: list[FieldError]) -> None:
         self.errors = errors[:MAX_ERRORS]
@@ -73,13 +79,26 @@ def _parse(model: type[Spec], raw: Any, *, strict: bool) -> Spec:
 
 def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
     """Parse a whole FineTuneJob document strictly: (metadata, spec). Raises InvalidDocument."""
+    return _metadata(document, [KIND]), parse_spec(document.get("spec"))
+
+
+def parse_document(document: Any) -> tuple[str, dict[str, Any], APIModel]:
+    """Parse a whole document of any of our kinds strictly: (kind, metadata, spec). Raises InvalidDocument."""
+    metadata = _metadata(document, list(_SPECS))
+    kind = str(document["kind"])
+    return kind, metadata, _parse(_SPECS[kind], document.get("spec"), strict=True)
+
+
+def _metadata(document: Any, kinds: list[str]) -> dict[str, Any]:
+    """The metadata of a document of one of these kinds, which has nothing unknown beside it."""
     if not isinstance(document, Mapping):
-        raise InvalidDocument([FieldError("", f"expected a {KIND} document, got {type(document).__name__}")])
+        raise InvalidDocument([FieldError("", f"expected a {kinds[0]} document, got {type(document).__name__}")])
     errors = []
     if document.get("apiVersion") != API_VERSION:
         errors.append(FieldError("apiVersion", f"{document.get('apiVersion')!r} is not supported; write {API_VERSION}"))
-    if document.get("kind") != KIND:
-        errors.append(FieldError("kind", f"{document.get('kind')!r} is not supported; write {KIND}"))
+    if (kind := document.get("kind")) not in kinds:
+        near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0) or kinds
+        errors.append(FieldError("kind", f"{kind!r} is not supported; write {near[0]}"))
     for unknown in set(document) - {"apiVersion", "kind", "metadata", "spec", "status"}:
         errors.append(FieldError(str(unknown), "unknown field" + _did_you_mean(str(unknown), ["metadata", "spec"])))
     metadata = document.get("metadata")
@@ -92,7 +111,7 @@ def parse_job(document: Any) -> tuple[dict[str, Any], FineTuneJobSpec]:
         )
     if errors:
         raise InvalidDocument(errors)
-    return dict(metadata or {}), parse_spec(document.get("spec"), strict=True)
+    return dict(metadata or {})
 
 
 def _explain(model: type[BaseModel], error: Any) -> FieldError:

@@ -20,6 +20,7 @@ def main() -> None:
 
     from .cluster import Refused
     from .local import MissingVolume
+    from .options import NotPossible
     from .preview import NoSamples
     from .queues import WrongInput
     from .runs import NoSuchRun
@@ -36,7 +37,7 @@ def main() -> None:
             print(error, file=sys.stderr)
     except ApiException as failure:
         print(Refused(failure), file=sys.stderr)
-    except (APIError, MissingVolume, NoSamples, NoSuchRun, WrongInput) as failure:
+    except (APIError, MissingVolume, NoSamples, NoSuchRun, NotPossible, WrongInput) as failure:
         print(failure, file=sys.stderr)
     except ConfigException as failure:
         print(f"no cluster: {failure}", file=sys.stderr)

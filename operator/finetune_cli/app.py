@@ -10,11 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from finetune_api import API_VERSION, KIND
 from finetune_api.advice import advice
+from finetune_api.spec import FineTuneJobSpec
 
-from . import keys, local_commands
-from .documents import read_jobs
+from . import chat_command, keys, local_commands, model_commands
+from .documents import read_documents
 from .local_commands import Workspace
+from .options import Context, Kubeconfig, Namespace
 from .output import Format, Output, console, dump
 
 app = typer.Typer(
@@ -26,9 +29,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the job failed, 2 wrong input or not there, 130 interrupted.",
 )
 
-Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; else that of the context.")]
-Kubeconfig = Annotated[str | None, typer.Option(help="Path of a kubeconfig.")]
-Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
 Name = Annotated[str, typer.Argument(help="Name of the FineTuneJob.", autocompletion=lambda ctx, incomplete: _names(ctx, incomplete))]
 
 
@@ -49,26 +49,25 @@ def _jobs(namespace: str | None, kubeconfig: str | None, context: str | None, *,
 
 
 @app.command()
-def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with FineTuneJobs or FineTuneQueues.")]) -> None:
+def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with objects of ours.")]) -> None:
     """Check manifests without a cluster."""
     for path in file:
-        found = read_jobs(path)
-        if not found:
-            console.print(f"{path}: is valid", highlight=False)
-        for metadata, spec in found:
-            console.print(f"{path}: FineTuneJob {metadata.get('name') or metadata.get('generateName')} is valid", highlight=False)
-            for warning in advice(spec):
+        for document in read_documents(path):
+            console.print(f"{path}: {document.kind} {document.name} is valid", highlight=False, soft_wrap=True)
+            for warning in advice(document.spec) if isinstance(document.spec, FineTuneJobSpec) else ():
                 console.print(f"  warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 app.command()(local_commands.run)
 app.command()(local_commands.preview)
 app.add_typer(keys.keys, name="keys")
+app.command()(chat_command.chat)
+app.add_typer(model_commands.models, name="models")
 
 
 @app.command()
 def create(
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="YAML file with FineTuneJobs.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="YAML file with jobs, models, endpoints.")] = None,
     name: Annotated[str | None, typer.Option(help="Name; else one is made from the model's.")] = None,
     model: Annotated[str | None, typer.Option(help="URI of the base model, such as hf://org/model@revision.")] = None,
     data: Annotated[str | None, typer.Option(help="URI of the rows to train on.")] = None,
@@ -81,7 +80,7 @@ def create(
     nodes: Annotated[int, typer.Option(help="Worker pods.")] = 1,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one GPU, such as 80Gi.")] = None,
     queue: Annotated[str | None, typer.Option(help="FineTuneQueue.")] = None,
-    publish: Annotated[str | None, typer.Option(help="URI that the result goes to.")] = None,
+    publish: Annotated[str | None, typer.Option(help="URI that the result goes to; model://NAME makes a version of a model.")] = None,
     wizard: Annotated[bool, typer.Option("--wizard", help="Ask for what is missing.")] = False,
     dry_run: Annotated[str | None, typer.Option(help="client prints the manifest, server lets the cluster check it.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
@@ -89,33 +88,38 @@ def create(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Make jobs from a file, from flags, or by asking."""
+    """Make jobs from a file, from flags, or by asking; of a file also models and endpoints."""
     from .create import from_flags
 
     if dry_run not in (None, "client", "server"):
         raise typer.BadParameter("write client or server", param_hint="--dry-run")
     if file is None:
-        found = [
-            from_flags(
-                name=name, model=model, data=data, eval_fraction=eval_fraction, method=method, objective=objective, epochs=epochs,
-                learning_rate=learning_rate, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory, queue=queue, publish=publish, ask=wizard,
-            )
-        ]  # fmt: skip
+        metadata, spec = from_flags(
+            name=name, model=model, data=data, eval_fraction=eval_fraction, method=method, objective=objective, epochs=epochs,
+            learning_rate=learning_rate, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory, queue=queue, publish=publish, ask=wizard,
+        )  # fmt: skip
+        found = [(KIND, metadata, spec)]
     else:
-        found = [(metadata, spec.to_wire(exclude_unset=True)) for metadata, spec in read_jobs(file)]
+        found = [(d.kind, d.metadata, d.spec.to_wire(exclude_unset=True)) for d in read_documents(file)]
     if dry_run == "client":
-        for metadata, spec in found:
-            dump({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec}, Output.YAML)
+        for index, (kind, metadata, spec) in enumerate(found):
+            print("---\n" if index else "", end="")
+            dump({"apiVersion": API_VERSION, "kind": kind, "metadata": metadata, "spec": spec}, Output.YAML)
         return
-    jobs = _jobs(namespace, kubeconfig, context)
-    made = None
-    for metadata, spec in found:
-        made, warnings = jobs.create(metadata, spec, dry_run=dry_run == "server")
+    from .cluster import CREATED
+
+    job = None
+    for kind, metadata, spec in found:
+        if kind not in CREATED:
+            print(f"{kind} {metadata.get('name')} is an administrator's and left out: kubectl apply -f {file}", file=sys.stderr)
+            continue
+        made, warnings = CREATED[kind](kubeconfig, context, namespace).create(metadata, spec, dry_run=dry_run == "server")
         for warning in warnings:
             print(f"Warning: {warning}", file=sys.stderr)
-        console.print(f"finetunejob/{made['metadata']['name']} created{' (server dry run)' if dry_run else ''}", highlight=False)
-    if watch and made is not None and dry_run is None:
-        _watch(made["metadata"]["name"], made["metadata"]["namespace"], kubeconfig, context)
+        console.print(f"{kind.lower()}/{made['metadata']['name']} created{' (server dry run)' if dry_run else ''}", highlight=False)
+        job = made if kind == KIND else job
+    if watch and job is not None and dry_run is None:
+        _watch(job["metadata"]["name"], job["metadata"]["namespace"], kubeconfig, context)
 
 
 def _write(found: list[Any], output: Output, *, everywhere: bool) -> None:
@@ -325,7 +329,7 @@ def estimate(
 
 
 @app.command()
-def explain(path: Annotated[str, typer.Argument(help="Such as spec.tuning.method or queue.spec.")] = "spec") -> None:
+def explain(path: Annotated[str, typer.Argument(help="Such as spec.tuning.method, model.spec or endpoint.status.")] = "spec") -> None:
     """A field of the API with its type, default and documentation."""
     from .explain import NoSuchField
     from .explain import explain as show

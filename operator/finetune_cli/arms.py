@@ -25,8 +25,9 @@ def request_costs(evaluation: EvaluationStatus) -> list[tuple[str, list[str]]]:
     return [(name, row) for name, row in rows if any(row)]
 
 
-def _title(arm: EvaluationArm) -> str:
-    names = {"Base": "base", "Instructed": "instructed", "FewShot": f"{arm.shots} examples", "Tuned": "tuned"}
+def title(arm: EvaluationArm) -> str:
+    """Its name for people."""
+    names = {"Base": "base", "Instructed": "instructed", "FewShot": f"{arm.shots} examples", "Champion": "champion", "Tuned": "tuned"}
     return names[arm.name]
 
 
@@ -35,11 +36,12 @@ def arms_table(evaluation: EvaluationStatus) -> Table:
     table = Table()
     table.add_column("metric")
     for arm in evaluation.arms:
-        table.add_column(_title(arm), justify="right")
+        table.add_column(title(arm), justify="right")
     for metric in evaluation.metrics:
         numbers = [arm.metrics.get(metric) for arm in evaluation.arms]
         cells: list[RenderableType] = ["" if number is None else f"{number:.4g}" for number in numbers]
-        known = [number for number in numbers[:-1] if number is not None]
+        bases = [arm.metrics.get(metric) for arm in evaluation.arms if arm.name not in ("Champion", "Tuned")]
+        known = [number for number in bases if number is not None]
         if (tuned := numbers[-1]) is not None and known:
             better = tuned < min(known) if metric.endswith(_LOWER) else tuned > max(known)
             cells[-1] = Text(f"{tuned:.4g}", style="bold green" if better else "red")

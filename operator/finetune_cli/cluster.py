@@ -1,4 +1,4 @@
-"""The cluster as a user's kubeconfig shows it: FineTuneJobs, their pods, logs and events."""
+"""The cluster as a user's kubeconfig shows it: objects of ours, and of FineTuneJobs their pods, logs and events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kubernetes import client, config
 
 from finetune_api import API_VERSION, GROUP, KIND, PLURAL, VERSION, names
 from finetune_api.contract import Stage
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
+from finetune_api.tuned_model import MODEL_KIND, MODEL_PLURAL
 
 Object = dict[str, Any]
 _SECONDS = 30
@@ -36,8 +38,10 @@ def namespace_of(kubeconfig: str | None, context: str | None, given: str | None)
     return str((chosen.get("context") or {}).get("namespace") or "default")
 
 
-class Jobs:
-    """FineTuneJobs of one namespace, or of all (None)."""
+class Objects:
+    """Objects of one of our kinds, of one namespace or of all."""
+
+    kind, plural = KIND, PLURAL
 
     def __init__(self, kubeconfig: str | None, context: str | None, namespace: str | None, *, everywhere: bool = False) -> None:
         connection = config.new_client_from_config(kubeconfig, context=context)
@@ -46,16 +50,16 @@ class Jobs:
         self.core, self._custom = client.CoreV1Api(connection), client.CustomObjectsApi(connection)
 
     def _where(self) -> tuple[str, str, str, str]:
-        return GROUP, VERSION, self.namespace, PLURAL
+        return GROUP, VERSION, self.namespace, self.plural
 
     def all(self) -> list[Object]:
         """All of them, the oldest first."""
         if self._everywhere:
-            found: Object = self._custom.list_cluster_custom_object(GROUP, VERSION, PLURAL, _request_timeout=_SECONDS)
+            found: Object = self._custom.list_cluster_custom_object(GROUP, VERSION, self.plural, _request_timeout=_SECONDS)
         else:
             found = self._custom.list_namespaced_custom_object(*self._where(), _request_timeout=_SECONDS)
         items: list[Object] = found["items"]
-        return sorted(items, key=lambda job: (job["metadata"]["creationTimestamp"], job["metadata"]["name"]))
+        return sorted(items, key=lambda item: (item["metadata"]["creationTimestamp"], item["metadata"]["name"]))
 
     def get(self, name: str) -> Object:
         """One of them."""
@@ -63,21 +67,38 @@ class Jobs:
         return found
 
     def create(self, metadata: Object, spec: Object, *, dry_run: bool = False) -> tuple[Object, list[str]]:
-        """Make one: the job, and the API server's warnings."""
-        body: Object = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"namespace": self.namespace, **metadata}, "spec": spec}
+        """Make one: the object, and the API server's warnings."""
+        body: Object = {"apiVersion": API_VERSION, "kind": self.kind, "metadata": {"namespace": self.namespace, **metadata}, "spec": spec}
         more = {"dry_run": "All"} if dry_run else {}
-        where = (GROUP, VERSION, body["metadata"]["namespace"], PLURAL)
+        where = (GROUP, VERSION, body["metadata"]["namespace"], self.plural)
         made, _, headers = self._custom.create_namespaced_custom_object_with_http_info(*where, body, _request_timeout=_SECONDS, **more)
         return made, _warnings(headers)
 
-    def patch(self, name: str, spec: Object) -> Object:
-        """Change fields of its spec."""
-        changed: Object = self._custom.patch_namespaced_custom_object(*self._where(), name, {"spec": spec}, _request_timeout=_SECONDS)
+    def patch(self, name: str, spec: Object, *, seen: str | None = None) -> Object:
+        """Change fields of its spec; with `seen` only if its resourceVersion still is that one, else it is refused with 409."""
+        body: Object = {"spec": spec} if seen is None else {"metadata": {"resourceVersion": seen}, "spec": spec}
+        changed: Object = self._custom.patch_namespaced_custom_object(*self._where(), name, body, _request_timeout=_SECONDS)
         return changed
 
     def delete(self, name: str) -> None:
         """Delete it with all that it owns."""
         self._custom.delete_namespaced_custom_object(*self._where(), name, _request_timeout=_SECONDS)
+
+
+class Models(Objects):
+    """FineTunedModels."""
+
+    kind, plural = MODEL_KIND, MODEL_PLURAL
+
+
+class Endpoints(Objects):
+    """FineTuneEndpoints."""
+
+    kind, plural = ENDPOINT_KIND, ENDPOINT_PLURAL
+
+
+class Jobs(Objects):
+    """FineTuneJobs, and what belongs to them."""
 
     def pods(self, job: Object) -> list[Any]:
         """Pods of a job, by stage and rank."""
@@ -108,6 +129,10 @@ class Jobs:
             yield from (line.decode(errors="replace") for line in lines)
         if rest:
             yield rest.decode(errors="replace")
+
+
+CREATED: dict[str, type[Objects]] = {kind.kind: kind for kind in (Jobs, Models, Endpoints)}
+"""What users make, by kind."""
 
 
 def _warnings(headers: Any) -> list[str]:

@@ -57,7 +57,8 @@ def from_flags(
         gate: Object = {"gate": {}} if publish else {}
         spec["evaluation"] = {**gate}
     if publish:
-        spec["publish"] = [{"uri": publish}]
+        model_name = publish.removeprefix("model://")
+        spec["publish"] = [{"uri": publish} if model_name == publish else {"model": model_name}]
     parse_spec(spec)
     return ({"name": name} if name else {"generateName": f"{_named_after(str(model))}-"}), spec
 

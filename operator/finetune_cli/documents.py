@@ -1,18 +1,19 @@
-"""Read FineTuneJob documents from YAML files, and check the FineTuneQueues beside them."""
+"""Documents of ours in YAML files, checked as strictly as an API server does."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from finetune_api import KIND
-from finetune_api.queue import QUEUE_KIND
+from finetune_api.base import APIModel
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.validation import FieldError, InvalidDocument, parse_job, parse_queue
+from finetune_api.validation import FieldError, InvalidDocument, parse_document
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,21 +39,35 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read_jobs(path: Path, rewrite: Callable[[Any], Any] = lambda document: document) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
-    """All FineTuneJobs of a file, checked strictly after `rewrite`. Raises InvalidDocument."""
+@dataclass(frozen=True)
+class Document:
+    """One of a file, checked."""
+
+    kind: str
+    metadata: dict[str, Any]
+    spec: APIModel
+
+    @property
+    def name(self) -> str:
+        """Its name, or what its name is to begin with."""
+        return str(self.metadata.get("name") or self.metadata.get("generateName"))
+
+
+def read_documents(path: Path, rewrite: Callable[[Any], Any] = lambda document: document) -> list[Document]:
+    """All documents of ours of a file, checked strictly; `rewrite` has each job before. Raises InvalidDocument."""
     try:
         documents = [d for d in yaml.load_all(path.read_text(), Loader=_Loader) if d is not None]
     except OSError as failure:
         raise InvalidDocument([FieldError("", f"{path}: {failure.strerror}")]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         raise InvalidDocument([FieldError("", f"{path} is no YAML: {failure}")]) from None
-    ours = [
-        d for d in documents if not isinstance(d, dict) or d.get("kind") == KIND or str(d.get("kind", "")).lower().startswith("finetune")
-    ]
-    queues = [d for d in ours if isinstance(d, dict) and d.get("kind") == QUEUE_KIND]
-    for document in queues:
-        parse_queue(document)
-    jobs = [d for d in ours if d not in queues]
-    if not jobs and not queues:
+    ours = [d for d in documents if not isinstance(d, dict) or str(d.get("kind", "")).lower().startswith("finetune")]
+    if not ours:
         raise InvalidDocument([FieldError("", f"{path} holds no {KIND}")])
-    return [parse_job(rewrite(d)) for d in jobs]
+    found = [parse_document(rewrite(d) if isinstance(d, dict) and d.get("kind") == KIND else d) for d in ours]
+    return [Document(*parts) for parts in found]
+
+
+def read_jobs(path: Path, rewrite: Callable[[Any], Any] = lambda document: document) -> list[tuple[dict[str, Any], FineTuneJobSpec]]:
+    """All FineTuneJobs of a file; whatever else of ours is in it is checked. Raises InvalidDocument."""
+    return [(d.metadata, d.spec) for d in read_documents(path, rewrite) if isinstance(d.spec, FineTuneJobSpec)]

@@ -8,15 +8,21 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
+from finetune_api.endpoint import FineTuneEndpointSpec, FineTuneEndpointStatus
 from finetune_api.queue import FineTuneQueueSpec, FineTuneQueueStatus
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
+from finetune_api.tuned_model import FineTunedModelSpec, FineTunedModelStatus
 
 _ROOTS: dict[str, type[BaseModel]] = {
     "spec": FineTuneJobSpec,
     "status": FineTuneJobStatus,
     "queue.spec": FineTuneQueueSpec,
     "queue.status": FineTuneQueueStatus,
+    "model.spec": FineTunedModelSpec,
+    "model.status": FineTunedModelStatus,
+    "endpoint.spec": FineTuneEndpointSpec,
+    "endpoint.status": FineTuneEndpointStatus,
 }
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from finetune_api.validation import InvalidDocument, parse_job, parse_spec
 from finetune_cli import show
 from finetune_cli.create import again, from_flags
+from finetune_cli.documents import read_documents, read_jobs
 from finetune_cli.explain import NoSuchField, explain
 from tests.factory import FULL, MINIMAL, job, merged
 
@@ -33,6 +34,8 @@ def test_flags_make_a_valid_job() -> None:
     assert metadata == {"generateName": "my-model-8b-"}
     parse_job({"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": spec})
     assert spec["evaluation"] == {"gate": {}}, "what is published is better than its base"
+    _, version = from_flags(**{**FLAGS, "publish": "model://support-bot"})
+    assert version["publish"] == [{"model": "support-bot"}]
     _, alone = from_flags(**{**FLAGS, "eval_fraction": 0.0, "name": "mine"})
     assert "evaluation" not in alone and "eval" not in alone["dataset"]
 
@@ -64,7 +67,10 @@ def test_explain() -> None:
     explain("spec.tuning.lora", console)
     explain("spec.publish.uri", console)
     explain("queue.spec.flavors", console)
+    explain("model.spec.promotion", console)
+    explain("endpoint.status.models.canary", console)
     text = console.export_text()
+    assert "OnImprovement | Manual | Always" in text and "default: OnImprovement" in text and "percent  <integer>" in text
     assert "rank  <integer>" in text and "spec.publish.uri  <string>" in text and "nominalQuota  <integer> (required)" in text
     with pytest.raises(NoSuchField, match=r"spec.tuning has no field metod; did you mean method\?"):
         explain("spec.tuning.metod", console)
@@ -108,6 +114,60 @@ def test_exit_codes_and_messages(tmp_path: Path) -> None:
     assert yaml.safe_load(made.stdout)["kind"] == "FineTuneJob" and finetune("validate", str(path)).returncode == 0
     nowhere = finetune("list", "--kubeconfig", str(tmp_path / "none"))
     assert nowhere.returncode == 2 and "no cluster" in nowhere.stderr and "Traceback" not in nowhere.stderr
+
+
+MANIFESTS = """
+apiVersion: finetune.dev/v1alpha1
+kind: FineTunedModel
+metadata: {name: support-bot}
+spec: {storage: pvc://models/support-bot, promotion: Manual}
+---
+apiVersion: finetune.dev/v1alpha1
+kind: FineTuneEndpoint
+metadata: {name: chat}
+spec: {base: {uri: "hf://Qwen/Qwen3-0.6B@main"}, models: [{name: support-bot}]}
+---
+apiVersion: finetune.dev/v1alpha1
+kind: FineTuneQueue
+metadata: {name: default}
+spec: {flavors: [{name: gpu, nominalQuota: 8}]}
+"""
+
+
+def test_manifests_of_models_and_endpoints(tmp_path: Path) -> None:
+    path = tmp_path / "serving.yaml"
+    path.write_text(MANIFESTS)
+    assert read_jobs(path) == []
+    checked = finetune("validate", str(path))
+    assert [line.split(": ")[1] for line in checked.stdout.splitlines()] == [
+        "FineTunedModel support-bot is valid",
+        "FineTuneEndpoint chat is valid",
+        "FineTuneQueue default is valid",
+    ]
+    printed = list(yaml.safe_load_all(finetune("create", "-f", str(path), "--dry-run", "client").stdout))
+    assert printed == list(yaml.safe_load_all(MANIFESTS)), "as it was written, each a document of its own"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("promotion: Manual", "promotion: manual", "spec.promotion: 'manual' is not one of OnImprovement, Manual, Always"),
+        ("promotion", "promotoin", "spec.promotoin: unknown field; did you mean 'promotion'?"),
+        ("storage: pvc://models/support-bot, ", "", "spec.storage: is required"),
+        ("pvc://models/support-bot", "s3://models/support-bot", "needs secretRef"),
+        ("kind: FineTunedModel", "kind: FinetunedModel", "kind: 'FinetunedModel' is not supported; write FineTunedModel"),
+        ("kind: FineTuneEndpoint", "kind: FineTuneEndpont", "write FineTuneEndpoint"),
+        ("{name: chat}", "{name: Chat}", "metadata.name: 'Chat' is not a valid name"),
+        ("models: [{name", "models: [{nme", "spec.models[0].nme: unknown field"),
+        ("pvc://models/support-bot", "hf://a/b", "spec.storage"),
+    ],
+)
+def test_wrong_models_and_endpoints_are_explained(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "serving.yaml"
+    path.write_text(MANIFESTS.replace(old, new, 1))
+    with pytest.raises(InvalidDocument) as refused:
+        read_documents(path)
+    assert told in str(refused.value)
 
 
 def test_a_preview_shows_what_is_learned_in_color(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_every_command_of_the_docs_exists() -> None:
     """`finetune ...` in blocks and in the text: the command, and each of its options."""
     group = typer.main.get_command(app)
     context = group.make_context("finetune", [], resilient_parsing=True)
+    inner = {name: command.commands for name, command in group.commands.items() if hasattr(command, "commands")}  # type: ignore[attr-defined]
     seen = set()
     for page in PAGES:
         text = page.read_text()
@@ -114,6 +115,8 @@ def test_every_command_of_the_docs_exists() -> None:
             if not words or words[0] not in ("finetune", ".venv/bin/finetune") or len(words) < 2 or words[1].startswith("-"):
                 continue
             command = group.get_command(context, words[1])  # type: ignore[attr-defined]
+            if words[1] in inner and len(words) > 2:  # a group of commands
+                command = inner[words[1]].get(words[2])
             assert command is not None, f"{page.name}: {line}"
             if isinstance(command, typer.core.TyperGroup) and len(words) > 2:
                 command = command.get_command(context, words[2])
