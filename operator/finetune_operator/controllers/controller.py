@@ -52,10 +52,10 @@ class Kind(Generic[O]):
     recorded: Callable[[Object, Plan], None] = lambda raw, plan: None
     """Told when a status was written: the object as it was before, and the plan."""
     not_recorded: Callable[[O, str], None] = lambda observed, why: None
-    depends_on: tuple[str, ...] | None = None
-    """Other kinds that `touched` is told of; None: all."""
     touched: Callable[[str, Object], Iterable[Key]] = lambda kind, raw: ()
     """Keys that are to be looked at when an object of another kind, as given, is different now, or gone."""
+    depends_on: tuple[str, ...] | None = None
+    """Other kinds that `touched` is told of; None: all."""
 
 
 class Controller(Generic[O]):
