@@ -12,10 +12,12 @@ import yaml
 from kubernetes import client
 
 from finetune_api import GROUP, VERSION
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
 from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from tests.cluster.helm import NAMESPACE, rendered
 from tests.component.conftest import Api, Kubelet, Operator, until
 from tests.component.machines import GPU, Machines, gpu_job
+from tests.component.replicas import Replicas
 
 RIGHTS = ("ServiceAccount", "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "Secret")
 
@@ -108,3 +110,28 @@ def test_backend_none_starts_at_once_with_no_cluster_role_at_all(api: Api, kubel
     api.create_job(gpu_job(None, nodes=2, gpus=8))
     until("it trains", lambda: api.status().get("phase") in ("Training", "Succeeded"), 60)
     assert "queueing.backend is none: every job starts at once" in restricted.logs.read_text()
+
+
+def test_an_endpoint_is_served_with_the_charts_rights(api: Api, restricted: Operator, tmp_path: Path) -> None:
+    """Its certificate is written with a right that reads no Secret; the authorities are in the chart's own."""
+    grant(api)
+    settings = {"FINETUNE_NAMESPACE": NAMESPACE, "FINETUNE_SERVING_AUTHORITY_SECRET": f"{api.namespace}-serving"}
+    restricted.start(FINETUNE_ALLOW_CPU="true", **restricted.usual, **settings)
+    spec = {"base": {"uri": "pvc://models/tiny"}, "gpusPerReplica": 0}
+    body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": ENDPOINT_KIND, "metadata": {"name": "chat"}, "spec": spec}
+    api.custom.create_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL, body)
+    replicas = Replicas(api, tmp_path)
+    try:
+
+        def endpoints() -> list[Any]:
+            return list(api.custom.list_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL)["items"])
+
+        until("it is served", lambda: endpoints()[0].get("status", {}).get("readyReplicas") == 1, 60)
+        account = f"system:serviceaccount:{NAMESPACE}:{api.namespace}"
+        for verb in ("get", "list", "watch", "update", "patch", "delete"):
+            words = ["auth", "can-i", verb, "secrets", "-n", api.namespace, "--as", account]
+            assert "no" in api.cluster.kubectl(*words, check=False), verb
+        api.custom.delete_namespaced_custom_object(GROUP, VERSION, api.namespace, ENDPOINT_PLURAL, "chat")
+        until("it is gone", lambda: not endpoints())
+    finally:
+        replicas.close()

@@ -7,6 +7,7 @@ Knows nothing of how anything is written, nor of which version answers.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import logging
 import ssl
@@ -119,7 +120,7 @@ class Endpoints:
     def unreadable(self, key: Key, why: str) -> tuple[Object, Plan[FineTuneEndpointStatus]] | None:
         """What to say of one whose pass failed for no reason that is known."""
         raw = self.store.endpoints.get(key)
-        return None if raw is None else (raw, refused(self._known(raw), why))
+        return None if raw is None else (raw, refused(self._known(raw), why, "Unreadable"))
 
     def forget_applied(self, uid: str) -> None:
         """It is not known whether what was to be applied was."""
@@ -131,7 +132,8 @@ class Endpoints:
         self._applied.pop(uid, None)
         if (labels := self._measured.pop(uid, None)) is not None:
             for gauge in metrics.OF_ENDPOINTS:
-                gauge.remove(*labels)
+                with contextlib.suppress(KeyError):  # cleared while another operator acted
+                    gauge.remove(*labels)
 
     def _measure(self, raw: Object, status: FineTuneEndpointStatus) -> None:
         """What alerts look at."""

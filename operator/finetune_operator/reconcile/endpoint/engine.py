@@ -84,9 +84,9 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
     return None
 
 
-def refused(observed: ObservedEndpoint, message: str) -> Plan[FineTuneEndpointStatus]:
-    """Say that the API server refused what was to be done. Nothing else is decided."""
-    return _plan(observed, found.with_conditions(observed, observed.status, found.refuses("APIRefused", message)), (), (), None)
+def refused(observed: ObservedEndpoint, message: str, reason: str = "APIRefused") -> Plan[FineTuneEndpointStatus]:
+    """Say that the API server refused what was to be done, or that it cannot be worked on. Nothing else is decided."""
+    return _plan(observed, found.with_conditions(observed, observed.status, found.refuses(reason, message)), (), (), None)
 
 
 def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> EndpointRef:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica, ReplicaModel
+from finetune_api.endpoint import MOST_REPLICAS, EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica, ReplicaModel
 from finetune_api.serving import USER_PORT
 
 from ...model.endpoint import ObservedEndpoint, ReplicaPod
@@ -34,7 +34,7 @@ def replicas(observed: ObservedEndpoint) -> list[Replica]:
     reach a replica is no reason to take it from its users.
     """
     before = {replica.name: replica for replica in observed.status.pods}
-    return [_replica(observed, pod, before.get(pod.name)) for pod in sorted(observed.pods, key=lambda pod: pod.name)]
+    return [_replica(observed, pod, before.get(pod.name)) for pod in sorted(observed.pods, key=lambda pod: pod.name)][:MOST_REPLICAS]
 
 
 def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None) -> Replica:
