@@ -321,7 +321,16 @@ def test_what_cannot_be_made_is_refused_with_a_fix(change: dict[str, Any], reaso
     scene = Scene({**SPEC, **change})
     scene.goes()
     assert scene.condition("Ready")[:2] == ("False", reason) and scene.plan.actions == ()
-    assert scene.status.observed_generation == 3
+    assert scene.status.observed_generation == 3 and scene.plan.requeue_at is not None, "what stands against it may go"
+
+
+@pytest.mark.parametrize(("more", "reason"), [({"queue_problem": "q"}, "QueueNotAllowed"), ({"no_identity": "s"}, "APIRefused")])
+def test_what_the_cluster_does_not_allow_is_told_and_what_runs_is_left(more: dict[str, Any], reason: str) -> None:
+    scene = Scene()
+    scene.goes(3)
+    scene.more = more
+    scene.goes()
+    assert scene.condition("Ready")[:2] == ("False", reason) and scene.plan.actions == () and scene.status.ready_replicas == 2
 
 
 def test_the_finalizer_comes_before_anything_is_made() -> None:

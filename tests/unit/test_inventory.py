@@ -233,3 +233,14 @@ def test_a_node_is_lost_that_is_gone_or_not_ready_as_far_as_is_known(inventory: 
     assert not Inventory().is_lost("n0"), "nothing is known yet"
     inventory.nodes.refuse(403, "nodes is forbidden")
     assert not inventory.is_lost("gone")
+
+
+def test_a_queue_that_an_endpoint_names(inventory: Inventory) -> None:
+    assert inventory.queue_problem("team-a", "serving") == "", "it is not known what there is"
+    spec = {"flavors": [{"name": "any", "nominalQuota": 4}], "namespaceSelector": {"matchLabels": {"tier": "chat"}}}
+    serving = {"metadata": {"name": "serving", "generation": 1}, "spec": spec}
+    inventory.queues.replace([read(QUEUE, serving)])
+    inventory.namespaces.replace([read(NAMESPACE, {"metadata": {"name": name, "labels": {"tier": name}}}) for name in ("chat", "batch")])
+    assert inventory.queue_problem("chat", "serving") == ""
+    assert "is not for namespace batch" in inventory.queue_problem("batch", "serving")
+    assert "there is no FineTuneQueue other" in inventory.queue_problem("chat", "other")

@@ -95,11 +95,16 @@ class Endpoints:
         observed = self._known(raw)
         if (spec := observed.spec) is None:
             return observed
-        authority = await self._trusted()
-        observed = await self._asked(observed, spec, authority)
-        if raw["metadata"].get("deletionTimestamp"):
-            return observed
-        return dataclasses.replace(observed, identity=await self._identity(observed, spec, authority))
+        try:
+            authority = await self._trusted()
+            observed = await self._asked(observed, spec, authority)
+            if not raw["metadata"].get("deletionTimestamp"):
+                observed = dataclasses.replace(observed, identity=await self._identity(observed, spec, authority))
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return dataclasses.replace(observed, no_identity=f"a Secret for the certificates of replicas: {failure}")
+        return observed
 
     def reconcile(self, observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
         """What to do about it."""

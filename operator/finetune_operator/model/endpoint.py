@@ -72,6 +72,8 @@ class ObservedEndpoint:
     """(kind, name) -> digest, of what was applied lately."""
     identity: str = ""
     """Secret with the replicas' certificate."""
+    no_identity: str = ""
+    """Why its replicas cannot be given one."""
     queue_problem: str = ""
     """Why it may not have GPUs of the queue that it names."""
     now: datetime

@@ -26,6 +26,8 @@ from .rollout import BAD, SETTLED, Change, advance, first, versioned
 
 PENDING_SECONDS, QUIET_SECONDS = 2.0, 20.0
 """Time to the next look at the replicas: while something is awaited, and otherwise."""
+REFUSED_SECONDS = 60.0
+"""While nothing can be made of it: what stands against it may be gone without a change of its own."""
 UNLOAD_SECONDS = 60.0
 """How long the deletion of an endpoint waits until its replicas have let go of what they serve."""
 
@@ -37,7 +39,8 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     spec = observed.spec
     if (why := refused_for(observed, settings)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
-        return _plan(observed, found.with_conditions(observed, observed.status, found.refuses(reason, message)), (), (), None)
+        said = found.with_conditions(observed, observed.status, found.refuses(reason, message))
+        return _plan(observed, said, (), (), observed.now + timedelta(seconds=REFUSED_SECONDS))
     if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
         return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
     pods = found.replicas(observed)
@@ -81,6 +84,8 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
         return "RemoteCodeNotAllowed", message
     if observed.queue_problem:
         return "QueueNotAllowed", observed.queue_problem
+    if observed.no_identity:
+        return "APIRefused", observed.no_identity
     return None
 
 
