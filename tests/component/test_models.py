@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import urllib.error
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,9 @@ from aiohttp import web
 from kubernetes.aio import client as aio_client
 from kubernetes.aio import config as aio_config
 
-from finetune_api.contract import CatalogReport, progress_audience
+from finetune_api import names
+from finetune_api.contract import CatalogFile, CatalogReport, ModelStorage, progress_audience
+from finetune_api.versions import VersionState
 from finetune_operator.cache.progress import ProgressBoard
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.transport import KubernetesCluster
@@ -22,7 +23,7 @@ from finetune_operator.servers.catalog import CatalogServer
 from finetune_operator.settings import Settings
 from tests.cluster.control_plane import free_port
 from tests.component.conftest import Api, Kubelet, Operator, until
-from tests.component.models import Models, Storage, publishing
+from tests.component.models import STORAGE, Models, Storage, publishing
 from tests.component.test_crash import Mortal
 
 
@@ -73,6 +74,7 @@ def test_from_the_first_version_to_a_roll_back(api: Api, models: Models, storage
         and newest["settings"]["method"] == "lora"
         and "not better" in newest["message"]
     )
+    assert newest["base"]["fingerprint"] == "f" and newest["dataDigest"] == "sha256:00"
 
     models.patch({"champion": 1})
     until("it is rolled back", lambda: models.status()["champion"] == 1)
@@ -134,7 +136,7 @@ def test_reports_of_others_do_not_count(api: Api, models: Models, storage: Stora
     assert codes == [403, 401, 400]
 
 
-async def _live(api: Api, life: int | None, name: str, port: int) -> int:
+async def _live(api: Api, life: int | None, name: str, port: int, number: int) -> int:
     """Run an operator that takes reports until it dies, or job and model rest. Returns the number of its writes."""
     configuration = aio_client.Configuration()
     await aio_config.load_kube_config(str(api.cluster.kubeconfig), client_configuration=configuration)
@@ -160,7 +162,7 @@ async def _live(api: Api, life: int | None, name: str, port: int) -> int:
             await asyncio.sleep(0.05)
             job, model = store.job((api.namespace, name)), store.models.get((api.namespace, "bot"))
             ended = job is not None and (job.get("status") or {}).get("phase") in ("Succeeded", "Failed")
-            if cluster.dead.is_set() or task.done() or (ended and model is not None and _rests(model)):
+            if cluster.dead.is_set() or task.done() or (ended and model is not None and _rests(model, number)):
                 break
         else:
             raise AssertionError(f"no end: {store.job((api.namespace, name))}, {store.models.get((api.namespace, 'bot'))}")
@@ -172,40 +174,30 @@ async def _live(api: Api, life: int | None, name: str, port: int) -> int:
     return cluster.written
 
 
-def _rests(model: dict[str, Any]) -> bool:
+def _rests(model: dict[str, Any], number: int) -> bool:
+    """Whether the version is the champion, alone, and the storage says so."""
     status = model.get("status") or {}
-    storage = status.get("storage") or {}
-    versions = status.get("versions") or []
-    return bool(storage.get("written")) and not storage.get("removing") and len(versions) == 1 and versions[0]["state"] == "Champion"
+    states: dict[int, VersionState] = {number: "Champion"}
+    wanted = CatalogFile(name="bot", namespace="", uid="", storage=ModelStorage(storage=STORAGE), states=states).digest
+    return [v["number"] for v in status.get("versions") or []] == [number] and status["storage"].get("written") == wanted
 
 
-async def test_killed_after_every_write_between_publishing_and_the_record(
-    api: Api, models: Models, storage: Storage, kubelet: Kubelet
-) -> None:
-    """Each life begins with a job that publishes the next version, of which one is kept: one champion, and what it replaced is gone."""
+async def test_killed_after_every_single_write(api: Api, models: Models, storage: Storage, kubelet: Kubelet) -> None:
+    """From the end of publishing on, each operator makes one write and dies: the version is the champion, and what it replaced is gone."""
     models.create(promotion="Always", retention={"versions": 1})
-    port, life, alive = free_port(), 1, True
-    number = 0
-    while alive:
-        number += 1
-        name = f"job-{number}"
-        storage.verdicts = ["Passed"]
-        kubelet.hold = {"publish"}
-        kubelet.override = lambda pod: None if pod.metadata.labels["finetune.dev/stage"] == "publish" and kubelet.hold else storage(pod)
+    port, publishes = free_port(), lambda pod: pod.metadata.labels[names.LABEL_STAGE] == "publish"
+    kubelet.override = lambda pod: None if kubelet.hold and publishes(pod) else storage(pod)
+    for number in (1, 2):
+        name, storage.verdicts, kubelet.hold = f"job-{number}", ["Passed"], {"publish"}
         api.create_job(publishing(), name=name)
-        before = asyncio.create_task(_live(api, None, name, port))
+        calm = asyncio.create_task(_live(api, None, name, port, number))
         await asyncio.to_thread(until, "it publishes", lambda name=name: api.status(name).get("phase") == "Publishing", 60)
-        before.cancel()
-        await asyncio.gather(before, return_exceptions=True)
-        kubelet.hold = set()
-        writes = await _live(api, life, name, port)
-        alive = writes >= life
-        await _live(api, None, name, port)
+        calm.cancel()
+        await asyncio.gather(calm, return_exceptions=True)
+        kubelet.hold, lives = set(), 0
+        while await _live(api, 1, name, port, number):
+            lives += 1
+            assert lives < 50, "it comes to no rest"
         assert models.states() == {number: "Champion"} and api.status(name)["phase"] == "Succeeded"
-        await asyncio.to_thread(
-            until, "files follow", lambda number=number: {n for n, r in storage.records.items() if not r.removed_at} == {number}, 30
-        )
-        assert storage.records[number].state == "Champion"
-        life += 1
-        await asyncio.to_thread(time.sleep, 0)
-    assert life > 5, "it was killed between every two writes"
+        assert {n: r.state for n, r in storage.records.items() if not r.removed_at} == {number: "Champion"}
+        assert lives >= 4, "published, added, its job told, the storage in line"

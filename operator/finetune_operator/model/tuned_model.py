@@ -169,6 +169,13 @@ def models_touched(kind: str, raw: Object) -> list[Key]:
     return [(namespace, name) for name in models_served(raw)] if kind == ENDPOINT_KIND else []
 
 
+def has_unready_storage(raw: Object) -> bool:
+    """Whether a model's storage cannot be read or written, as its status says."""
+    conditions = as_object(raw.get("status")).get("conditions")
+    found = map(as_object, conditions if isinstance(conditions, list) else [])
+    return any((c.get("type"), c.get("status")) == ("StorageReady", "False") for c in found)
+
+
 def pinned_by(raw: Object) -> str:
     """Who wrote `spec.champion` last, by the object's managedFields; empty where it is not told."""
     managers = raw["metadata"].get("managedFields")
