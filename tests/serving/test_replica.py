@@ -127,6 +127,16 @@ def test_a_version_without_probes_is_not_taken_for_verified(replica: Replica) ->
     assert state == "Unverifiable" and "probes/4.json" in message
 
 
+def test_a_storage_that_does_not_answer_is_waited_for_and_others_go_on(replica: Replica) -> None:
+    shelf = replica.shelf
+    away = shelf.ordered(3).model_copy(update={"name": f"{MODEL}@5", "storage": "s3://bucket/models", "s3_endpoint": "http://127.0.0.1:1"})
+    unmounted = shelf.ordered(3).model_copy(update={"name": f"{MODEL}@6", "storage": "pvc://elsewhere/models"})
+    replica.order(away, unmounted, shelf.ordered(1))
+    report = replica.until(lambda r: r.models[2].state == "Verified" and all(model.message for model in r.models))
+    assert [model.state for model in report.models] == ["Pending", "Pending", "Verified"]
+    assert "127.0.0.1" in report.models[0].message and "not mounted" in report.models[1].message
+
+
 def test_an_engine_that_was_killed_is_given_everything_again(replica: Replica) -> None:
     shelf = replica.shelf
     replica.order(shelf.ordered(1), shelf.ordered(3, MODEL))
@@ -167,7 +177,11 @@ def test_what_is_not_ordered_is_unloaded_and_its_files_go(replica: Replica) -> N
     ("body", "told"),
     [
         ({"models": [{"name": "a@1"}]}, "models.0.model"),
-        ({"verifyBefore": "yesterday"}, "verifyBefore"),
+        ({"verifyBefore": "yesterday"}, "verifyBefore: 'yesterday' is no time"),
+        (
+            {"models": [{"name": f"a@{n}", "aliases": ["a"], "model": "a", "number": n, "storage": "", "digest": ""} for n in (1, 2)]},
+            "a is ordered twice",
+        ),
     ],
 )
 def test_an_order_that_is_none_is_answered_with_its_field(replica: Replica, body: object, told: str) -> None:
