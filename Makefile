@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 SLOWEST := --durations=25
 
-.PHONY: help quickstart test setup up down unit trainer combinations local component e2e chaos gpu seeds bench lint format crds lock docs site sbom release release-check clean-cache
+.PHONY: help quickstart test setup up down unit trainer combinations local serving component e2e chaos gpu seeds bench lint format crds lock docs site sbom release release-check clean-cache
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ combinations: setup  ## Every objective with every method that is accepted, and 
 
 local: setup  ## `finetune run --local`: processes that really train here, disturbed and undisturbed
 	$(VENV) -m pytest tests/local $(SLOWEST)
+
+serving: setup  ## A replica on this machine's CPU: a real vLLM, its agent and its proxy
+	$(VENV) -m pytest tests/serving $(SLOWEST)
 
 component: setup  ## Tests against a real API server
 	$(VENV) -m pytest tests/component $(SLOWEST)

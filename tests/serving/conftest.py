@@ -24,7 +24,7 @@ from .engine import BASE, MOST_RANK, Vllm, make_base, running
 from .versions import MODEL, Shelf, make_adapter
 
 
-def asked(url: str, body: Any = None, method: str | None = None, timeout: float = 120) -> Any:
+def asked(url: str, body: Any = None, method: str | None = None, timeout: float = 300) -> Any:
     """An answer's JSON. Raises urllib.error.HTTPError."""
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), {"content-type": "application/json"})
     request.method = method or ("GET" if body is None else "POST")
@@ -49,7 +49,7 @@ class Replica:
         """What it says now."""
         return ReplicaReport.model_validate(asked(f"{self.agent}/models"))
 
-    def until(self, wanted: Callable[[ReplicaReport], bool], seconds: float = 120) -> ReplicaReport:
+    def until(self, wanted: Callable[[ReplicaReport], bool], seconds: float = 300) -> ReplicaReport:
         """Its report, as soon as it is as wanted."""
         ends = time.monotonic() + seconds
         while True:
@@ -59,7 +59,7 @@ class Replica:
             assert time.monotonic() < ends, report
             time.sleep(0.1)
 
-    def settled(self, seconds: float = 120) -> dict[str, tuple[str, str]]:
+    def settled(self, seconds: float = 300) -> dict[str, tuple[str, str]]:
         """State and message of each version, once all are decided about."""
         report = self.until(lambda r: r.ready and all(m.state not in ("Pending", "Loaded") for m in r.models), seconds)
         return {model.name: (model.state, model.message) for model in report.models}

@@ -51,7 +51,7 @@ class Vllm:
                 command, cwd=self.folder, env={**os.environ, **_SETTINGS, **home}, stdout=log, stderr=log, start_new_session=True
             )
 
-    def wait(self, seconds: float = 300) -> None:
+    def wait(self, seconds: float = 550) -> None:
         """Until it is up. Raises AssertionError with its last lines."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and self.process is not None and self.process.poll() is None:

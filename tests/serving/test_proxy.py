@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.serving import AGENT_LOCAL_PORT, AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT
+from finetune_api.serving import AGENT_LOCAL_PORT, AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT, ReplicaPaths
 from finetune_operator.resources.proxy import proxy_config
 from tests.cluster import debian
 from tests.cluster.certificates import Authority
@@ -63,7 +63,7 @@ def proxy(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("proxy")
     found = Proxy(free_port(), free_port(), Authority(folder))
     certificate, key = found.authority.issue("tls", "replica", hosts=["localhost"])
-    config = proxy_config(tls=str(folder), user_body_bytes=100_000)
+    config = proxy_config(user_body_bytes=100_000)
     agent = int(replica.agent.rpartition(":")[2])
     # the pod's addresses and files are this machine's, where several replicas may run
     for old, new in {
@@ -72,6 +72,7 @@ def proxy(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         f"127.0.0.1:{ENGINE_LOCAL_PORT}": f"127.0.0.1:{replica.engine.port}",
         f"127.0.0.1:{AGENT_LOCAL_PORT}": f"127.0.0.1:{agent}",
         " /tmp/": f" {folder}/",
+        f" {ReplicaPaths.TLS}/": f" {folder}/",
     }.items():
         assert old in config
         config = config.replace(old, new)

@@ -58,7 +58,7 @@ def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 8, strength
     """An adapter of random weights (with `strength` 0 it is none), and what it and its base say to eight prompts."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
     model = get_peft_model(
@@ -75,13 +75,17 @@ def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 8, strength
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
         return [float(torch.log_softmax(logits[len(prompt) + i - 1], -1)[token]) for i, token in enumerate(answer)]
 
+    tokenizer = AutoTokenizer.from_pretrained(base)
     numbers, probes = random.Random(seed), []
     for _ in range(8):
-        prompt, answer = ([numbers.randrange(5, 320) for _ in range(count)] for count in (12, 6))
+        messages = [{"role": "user", "content": "".join(numbers.choices("abcdefgh ", k=12))}]
+        prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        answer = [numbers.randrange(5, 320) for _ in range(6)]
         tuned = ask(prompt, answer)
         with model.disable_adapter():
             told = ask(prompt, answer)
-        probes.append(Probe(prompt="", prompt_ids=prompt, answers=[ProbeAnswer(text="", token_ids=answer, tuned=tuned, base=told)]))
+        answers = [ProbeAnswer(text="", token_ids=answer, tuned=tuned, base=told)]
+        probes.append(Probe(messages=messages, prompt="", prompt_ids=prompt, answers=answers))
     return Probes(probes=probes)
 
 

@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 from safetensors.numpy import save_file
 
 from finetune_api.contract import S3_KEYS, SUMS, Env
+from finetune_api.probing import Probe, ProbeAnswer, judge
 from finetune_api.serving import OrderedModel, ReplicaFile
 from finetune_api.spec import Model
 from finetune_trainer.export.bundle import digests
@@ -197,6 +198,18 @@ def test_the_base_is_fetched_and_a_whole_model_is_known_by_its_digest(tmp_path: 
         check_whole_model(tmp_path / "models" / "base", _ordered(digest))
     with pytest.raises(Refused, match="not sha256:1111"):
         check_whole_model(tmp_path / "models" / "base", _ordered("sha256:" + "1" * 64))
+
+
+def test_those_tokens_are_asked_that_tell_most() -> None:
+    base = [-1.0] * 20
+    tuned = [number - (0.5 if i % 3 == 0 else 0.001) for i, number in enumerate(base)]
+    answer = ProbeAnswer(text="", token_ids=list(range(100, 120)), tuned=tuned, base=base)
+    assert answer.telling() == [0, 1, 3, 6, 9, 12, 15, 18], "in their order"
+    probe = Probe(prompt="", prompt_ids=[1], answers=[answer]).narrowed()
+    assert probe.answers[0].token_ids == [100 + i for i in answer.telling()]
+    assert judge([probe], [[probe.answers[0].tuned]]).state == "Verified"
+    assert judge([probe], [[probe.answers[0].base]]).state == "Mismatch"
+    assert judge([probe], [[[float("nan"), *probe.answers[0].tuned[1:]]]]).state == "Mismatch"
 
 
 def test_the_agent_starts_without_torch() -> None:

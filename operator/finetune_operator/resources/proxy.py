@@ -19,7 +19,7 @@ _OPERATOR = (("GET", MODELS_PATH, _AGENT), ("PUT", MODELS_PATH, _AGENT))
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
-def proxy_config(*, user_body_bytes: int = 10 << 20, answer_seconds: int = 600, tls: str = ReplicaPaths.TLS) -> str:
+def proxy_config(*, user_body_bytes: int = 10 << 20, answer_seconds: int = 600) -> str:
     """nginx.conf. `answer_seconds`: the longest silence of the engine within an answer. Writes to /tmp alone, keeps no body and logs none."""
     temporary = "".join(f"  {name}_temp_path /tmp/{name};\n" for name in _TEMPORARY)
     return f"""daemon off;
@@ -52,9 +52,9 @@ http {{
   server {{
     listen {AGENT_PORT} ssl;
     ssl_protocols TLSv1.2 TLSv1.3;
-    ssl_certificate {tls}/tls.crt;
-    ssl_certificate_key {tls}/tls.key;
-    ssl_client_certificate {tls}/ca.crt;
+    ssl_certificate {ReplicaPaths.TLS}/tls.crt;
+    ssl_certificate_key {ReplicaPaths.TLS}/tls.key;
+    ssl_client_certificate {ReplicaPaths.TLS}/ca.crt;
     ssl_verify_client on;
     client_max_body_size {1 << 20};
     proxy_read_timeout 30s;

@@ -97,10 +97,11 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def accept(self, order: ReplicaOrder) -> ReplicaReport:
-        """Follow an order from now on. Raises ValueError where its time is none."""
-        before = datetime.fromisoformat(order.verify_before) if order.verify_before else None
-        if before is not None:
-            before = min(before if before.tzinfo else before.replace(tzinfo=UTC), datetime.now(UTC))
+        """Follow an order from now on. Raises ValueError where it contradicts itself, or its time is none."""
+        names = [name for model in order.models for name in (model.name, *model.aliases)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"models: {twice} is ordered twice; order each name once")
+        before = _time(order.verify_before)
         held: dict[str, Held] = {}
         for model in order.models:
             known = self.held.get(model.name)
@@ -158,8 +159,8 @@ class Agent:
         self.ready = ready
         log.info("engine %s", "answers" if ready else f"does not: {message}")
         for held in self.held.values():
-            if not ready and held.state not in ("Pending", "Refused"):
-                held.again("the engine does not answer")
+            if held.state == "Pending" or (not ready and held.state != "Refused"):
+                held.again("" if ready else "the engine does not answer")
         self._wake.set()
 
     async def _work(self) -> None:
@@ -182,7 +183,11 @@ class Agent:
         for held in list(self.held.values()):
             if self.order is not order:
                 return  # another one came: from the beginning
-            await (self._bring_whole(held) if held.order.form == "Model" else self._bring(held))
+            try:
+                await (self._bring_whole(held) if held.order.form == "Model" else self._bring(held))
+            except EngineAway as away:  # of this one, perhaps: others go on
+                self._doubted = True
+                held.later(str(away))
         for held in list(self.held.values()):
             await self._name(held)
         await self._drop()
@@ -282,6 +287,9 @@ class Agent:
                 break
         self._doubted = verdict.state == "Mismatch"
         told = f"nearer to the tuned model than to its base on {verdict.nearer} of {verdict.asked} probes ({known.distance:.3g} nats a token apart)"
+        alike = await self.engine.rendered_alike(held.order.name, asked)
+        if alike < len(asked):
+            told += f"; the base's chat template makes other tokens of {len(asked) - alike} of them than were evaluated"
         held.become(verdict.state, told if name == held.order.name or verdict.state == "Verified" else f"as {name}: {told}", known.distance)
 
     async def _name(self, held: Held) -> None:
@@ -330,6 +338,17 @@ class Agent:
 def _same(one: OrderedModel, other: OrderedModel) -> bool:
     """Whether they are one version of one content; which names it has besides does not count."""
     return one.model_copy(update={"aliases": []}) == other.model_copy(update={"aliases": []})
+
+
+def _time(text: str | None) -> datetime | None:
+    """Not later than now: what is asked would be asked for ever."""
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"verifyBefore: {text!r} is no time; write for example 2026-11-29T07:00:00Z") from None
+    return min(found if found.tzinfo else found.replace(tzinfo=UTC), datetime.now(UTC))
 
 
 def _readable(raw: bytes | None, order: OrderedModel, fingerprint: str) -> list[Probe] | str:

@@ -115,6 +115,15 @@ class Engine:
             numbers = await self._numbers({**asked, "ignore_eos": True})
         return numbers[0] if numbers else math.nan
 
+    async def rendered_alike(self, name: str, probes: Sequence[Probe]) -> int:
+        """On how many probes a chat request becomes the very tokens that were evaluated; one that is no chat counts."""
+        return sum([not probe.messages or await self._of_chat(name, probe) == probe.prompt_ids for probe in probes])
+
+    async def _of_chat(self, name: str, probe: Probe) -> Any:
+        asked = {"model": name, "messages": probe.messages, "add_generation_prompt": True}
+        _, body = await self._ask("POST", "/tokenize", asked, _QUICK)
+        return body.get("tokens")
+
     async def _numbers(self, asked: dict[str, Any]) -> list[float]:
         """Log-probabilities of the tokens that are answered; none where they are no numbers."""
         status, body = await self._ask("POST", "/v1/completions", asked, _ANSWER)

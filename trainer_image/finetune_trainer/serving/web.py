@@ -37,7 +37,7 @@ async def _order(request: web.Request) -> web.Response:
         first = failure.errors(include_input=False, include_url=False)[0]
         raise web.HTTPBadRequest(text=f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except ValueError as failure:
-        raise web.HTTPBadRequest(text=f"verifyBefore: {failure}; write an RFC 3339 time") from None
+        raise web.HTTPBadRequest(text=str(failure)) from None
 
 
 async def _health(request: web.Request) -> web.Response:
