@@ -193,6 +193,20 @@ async def test_time_is_limited(replicas: list[Replica]) -> None:
         assert status == 200 and b"upstream_failed" in stream, "silent in the middle"
 
 
+async def test_a_gateway_that_ends_lets_answers_end(replicas: list[Replica]) -> None:
+    """Within its time; nobody new is taken."""
+    replicas[0].tokens, replicas[0].pause = 10, 0.05
+    async with running(drain_seconds=5.0) as gateway, aiohttp.ClientSession() as session:
+        gateway.see(both(replicas[:1]))
+        stream = await session.post(gateway.url + CHAT, json={**ASK, "stream": True}, headers={"Authorization": f"Bearer {KEY}"})
+        begun = await stream.content.readany()
+        for server in gateway.servers:
+            server.should_exit = True
+        assert begun + await stream.content.read() == replicas[0].sent and replicas[0].sent.endswith(b"[DONE]\n\n")
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await ask(gateway)
+
+
 async def test_only_verified_replicas_answer(gateway: Running, replicas: list[Replica]) -> None:
     name, (one, two) = "support-bot@3", (replica.address for replica in replicas)
     gateway.see(endpoint(served(one, name, state="Loaded"), served(two, name)))
