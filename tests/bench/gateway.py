@@ -1,7 +1,8 @@
 """What the gateway adds to a replica's own time, and what it costs, beside LiteLLM's proxy on the same replica.
 
-`python -m tests.bench.gateway [--without-litellm] [--seconds N]` prints one JSON document. All run on this machine's processors,
-as does whatever else it does: `cpu ms/request` and the numbers beside `direct` say more than requests per second do.
+`python -m tests.bench.gateway [--without-litellm] [--seconds N] [--rounds N]` prints one JSON document. All run on this machine's processors,
+as does whatever else it does: `cpu ms/request`, and the numbers beside `direct` and `bare hop` (one process of Python that only passes
+bytes on), say more than the others alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tests.cluster.shell import REPO
 
 KEY = "ftk_" + "k" * 43
 LOADS = (1, 8, 32)
-ROUNDS = 3
 _ALONE = """
 import asyncio, sys, uvloop
 import finetune_gateway.__main__ as start
@@ -114,17 +114,20 @@ def _memory(port: int, token: str, model: str, process: subprocess.Popen[bytes])
 @contextlib.contextmanager
 def _ways(folder: Path, *, with_litellm: bool) -> Iterator[dict[str, tuple[int, str, str, subprocess.Popen[bytes] | None]]]:
     """Port, token, model and process of each way to the replica."""
-    replica, port, metrics, other = (free_port() for _ in range(4))
+    replica, port, metrics, other, hop = (free_port() for _ in range(5))
     here = {"PYTHONPATH": str(REPO)}
     image = {"PYTHONPATH": f"{REPO / 'operator'}:{site_packages('operator')}", "MALLOC_ARENA_MAX": "1"}
     with contextlib.ExitStack() as stack:
         words = [sys.executable, "-m", "tests.bench.paced", "replica", str(replica)]
         stack.enter_context(_process(words, replica, here, folder / "replica.log"))
+        words = [sys.executable, "-m", "tests.bench.paced", "hop", str(hop), str(replica)]
+        between = stack.enter_context(_process(words, hop, here, folder / "hop.log"))
         python = getattr(sys, "_base_executable", sys.executable)  # without this environment: the packages that the image has
         words = [python, "-c", _ALONE, str(port), str(metrics), f"127.0.0.1:{replica}", KEY]
         gateway = stack.enter_context(_process(words, port, image, folder / "gateway.log"))
         found: dict[str, tuple[int, str, str, subprocess.Popen[bytes] | None]] = {
             "direct": (replica, "none", "support-bot@3", None),
+            "bare hop": (hop, "none", "support-bot@3", between),
             "gateway": (port, KEY, "support-bot", gateway),
         }
         if with_litellm:
@@ -160,27 +163,23 @@ def _ways(folder: Path, *, with_litellm: bool) -> Iterator[dict[str, tuple[int, 
         yield found
 
 
-def bench(seconds: float = 6.0, *, with_litellm: bool = True) -> dict[str, Any]:
+def bench(seconds: float = 6.0, rounds: int = 3, *, with_litellm: bool = True) -> dict[str, Any]:
     """Medians of rounds in which all ways take turns."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, _ways(Path(folder), with_litellm=with_litellm) as ways:
-        found["load before"] = os.getloadavg()[0]
+        found["load average"] = round(os.getloadavg()[0], 1)
         for way in ways.values():  # whatever is made at first use
-            _once(*way, 8, 1.0, "stream")
-            _once(*way, 8, 0.5, "whole")
-        for clients in LOADS:
-            rounds = {name: [_once(*way, clients, seconds, "stream") for _ in range(1)] for name, way in ways.items()}
-            for _ in range(ROUNDS - 1):
+            _once(*way, 4, 1.0, "stream")
+            _once(*way, 4, 0.5, "whole")
+        for clients, how in (*((clients, "stream") for clients in LOADS), (32, "whole")):
+            told: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+            for _ in range(rounds):
                 for name, way in ways.items():
-                    rounds[name].append(_once(*way, clients, seconds, "stream"))
-            found[f"{clients} streams"] = {name: _medians(each) for name, each in rounds.items()}
-        whole: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                whole[name].append(_once(*way, 32, seconds / 2, "whole"))
-        found["32 clients, at once"] = {name: _medians(each) for name, each in whole.items()}
-        found["memory"] = {name: _memory(*way) for name, way in ways.items() if way[3] is not None}  # type: ignore[arg-type]
-        found["load after"] = os.getloadavg()[0]
+                    told[name].append(_once(*way, clients, seconds, how))
+            title = f"{clients} streams" if how == "stream" else f"{clients} clients, answers at once"
+            found[title] = {name: _medians(each) for name, each in told.items()}
+            print(title, json.dumps(found[title]), file=sys.stderr, flush=True)
+        found["memory"] = {name: _memory(*way[:3], way[3]) for name, way in ways.items() if way[3] is not None}
     return found
 
 
@@ -189,8 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.bench.gateway", description=__doc__)
     parser.add_argument("--without-litellm", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    print(json.dumps(bench(given.seconds, with_litellm=not given.without_litellm), indent=1))
+    print(json.dumps(bench(given.seconds, given.rounds, with_litellm=not given.without_litellm), indent=1))
 
 
 if __name__ == "__main__":
