@@ -253,7 +253,7 @@ def lineage(name: str, line: Sequence[dict[str, Any]]) -> Tree:
 def pinned(model: Object, version: ModelVersion) -> list[str]:
     """What to tell whoever has just pinned a version."""
     meta, spec, status = model["metadata"], model.get("spec") or {}, status_of(model)
-    was = f"it was {status.champion}" if status.champion is not None else "there was none"
+    was = "there was none" if status.champion is None else "as before" if status.champion == version.number else f"it was {status.champion}"
     name, policy = meta["name"], spec.get("promotion", "OnImprovement")
     found = [f"finetunedmodel/{name}: version {version.number} is pinned as champion ({was})"]
     if version.state == "Rejected":

@@ -136,10 +136,10 @@ class JobView:
                 parts.append(
                     Text(f"{PROMPTING_MAY_DO}: the base with an instruction or examples is not measurably worse", style="bold yellow")
                 )
+        if versions := [f"{artifact.model}@{artifact.version}" for artifact in status.artifacts if artifact.model is not None]:
+            parts.append(Text(f"version: {', '.join(versions)}", style="bold"))
         for artifact in status.artifacts:
-            version = f"{artifact.model}@{artifact.version} at " if artifact.model is not None else ""
-            size = f"{artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB"
-            parts.append(Text(f"published: {version}{artifact.uri}  {size}", style="bold"))
+            parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
         failed = status.condition("Failed")
         if failed is not None and failed.status == "True" and "Failed" not in self._seen:
             parts.append(Text(f"{failed.reason}: {failed.message}", style="bold red"))

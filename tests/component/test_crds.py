@@ -1,4 +1,4 @@
-"""Both CustomResourceDefinitions, and the policy of what may change, on real API servers of the oldest and of the newest Kubernetes in support."""
+"""All CustomResourceDefinitions, and the policy of what may change, on real API servers of the oldest and of the newest Kubernetes in support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from kubernetes import client, config
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_api.crd import crd, policy, structural_schema
 from finetune_api.lenient import read_status
-from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.transitions import HOLDS
 from finetune_api.validation import InvalidDocument
@@ -25,7 +24,7 @@ from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO
 from tests.component.conftest import control_plane, until
 from tests.factory import MINIMAL, merged
-from tests.schemas import PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
+from tests.schemas import CRDS, PARSERS, SPECS, bad_defaults, formatted, model_accepts, placements, walk, with_value
 from tests.unit.test_transitions import ALWAYS, EVALUATED, FREE, WHILE_HELD
 from tests.unit.test_validation import BAD
 
@@ -59,9 +58,11 @@ class Server:
     def create(self, kind: str, spec: Any) -> dict[str, Any]:
         """As it would be stored. Raises ApiException."""
         body, more = document(kind, "probe", spec), {"dry_run": "All", "field_validation": "Strict"}
-        if kind == QUEUE_KIND:
-            return dict(self.custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body, **more))
-        return dict(self.custom.create_namespaced_custom_object(GROUP, VERSION, "default", PLURAL, body, **more))
+        defined = CRDS[kind]["spec"]
+        plural = defined["names"]["plural"]
+        if defined["scope"] == "Cluster":
+            return dict(self.custom.create_cluster_custom_object(GROUP, VERSION, plural, body, **more))
+        return dict(self.custom.create_namespaced_custom_object(GROUP, VERSION, "default", plural, body, **more))
 
     def refusal(self, kind: str, spec: Any) -> str:
         """Why it would not be stored; empty when it would."""
@@ -148,7 +149,7 @@ def test_what_is_applied_again_changes_nothing(server: Server, flags: tuple[str,
     """The same manifests, and what the server made of them."""
 
     def stored() -> list[dict[str, Any]]:
-        kinds = f"{PLURAL},{QUEUE_PLURAL}"
+        kinds = ",".join(CRDS[kind]["spec"]["names"]["plural"] for kind in KINDS)
         return list(json.loads(server.cluster.kubectl("get", kinds, "-n", "default", "-o", "json"))["items"])
 
     def both(manifest: str) -> None:

@@ -95,6 +95,11 @@ def test_side_by_side() -> None:
     assert "support" in table and "other" in table and "dora" in table
 
 
+def test_the_version_that_a_job_made_is_named() -> None:
+    artifact = {"uri": "pvc://models/bot/versions/3", "digest": "sha256:" + "a" * 64, "bytes": 1, "model": "bot", "version": 3}
+    assert "version: bot@3" in text_of(show.describe(job(FULL, {"phase": "Succeeded", "artifacts": [artifact]}), [], []))
+
+
 def test_a16_what_pods_say_does_not_reach_the_terminal() -> None:
     message = "\x1b[2Jgone\u202e"
     condition = {"type": "DataReady", "status": "False", "reason": "Bad", "message": message, "lastTransitionTime": "2026-11-21T12:00:00Z"}

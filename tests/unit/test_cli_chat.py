@@ -184,6 +184,7 @@ def test_base_and_tuned_side_by_side(url: str) -> None:
     assert unknown.returncode == 2 and "--base" in unknown.stderr
 
 
+@pytest.mark.timeout(120)
 def test_a_conversation_in_a_terminal(url: str) -> None:
     """Two columns; the second question carries what both had answered, and /new forgets it."""
     leader, follower = pty.openpty()
@@ -194,14 +195,17 @@ def test_a_conversation_in_a_terminal(url: str) -> None:
     screen = b""
     lines = iter([b"one\n", b"two\n", b"/new\n", b"three\n", b"\x04"])
     prompts = 0
-    with contextlib.suppress(OSError):  # of a terminal whose other end is closed
-        while part := os.read(leader, 65536):
-            screen += part
-            while screen.count(b"> ") > prompts:
-                prompts += 1
-                os.write(leader, next(lines))
-    os.close(leader)
-    assert process.wait(30) == 0, screen
+    try:
+        with contextlib.suppress(OSError):  # of a terminal whose other end is closed
+            while part := os.read(leader, 65536):
+                screen += part
+                while screen.count(b"> ") > prompts:
+                    prompts += 1
+                    os.write(leader, next(lines, b"\x04"))
+        assert process.wait(30) == 0, screen
+    finally:
+        process.kill()
+        os.close(leader)
     text = screen.decode()
     assert "│ base" in text and "Hello wo\ufffd[2Jrld" in text
     tuned = [[m["content"] for m in asked["messages"]] for asked in Upstream.asked if asked["model"] == "support-bot"]

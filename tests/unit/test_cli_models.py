@@ -145,5 +145,5 @@ def test_a_version_that_cannot_be_read_takes_no_other_with_it() -> None:
 def test_what_is_told_of_a_pin() -> None:
     told = "\n".join(models.pinned(MODEL, models.version_of(MODEL, 4)))
     assert "version 4 is pinned as champion (it was 3)" in told and "had been rejected: not better than version 3" in told
-    assert "spec: {champion: 4}" in told
+    assert "spec: {champion: 4}" in told and "(as before)" in models.pinned(MODEL, models.version_of(MODEL, 3))[0]
     assert """kubectl patch ftm support-bot -n ml --type=merge -p '{"spec":{"champion":null}}'""" in told
