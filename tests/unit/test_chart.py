@@ -212,6 +212,24 @@ def test_what_the_operator_asks_for_is_what_the_chart_grants(values: dict[str, A
     assert {(verb, plural) for plural in watched for verb in ("list", "watch")} <= granted
 
 
+def test_who_may_edit_a_namespace_may_edit_and_scale_everything_of_ours_in_it() -> None:
+    (role,) = [d for d in render({}) if d["kind"] == "ClusterRole" and d["metadata"]["name"].endswith("-edit")]
+    assert [r["resources"] for r in role["rules"]] == [
+        ["finetunejobs", "finetunedmodels", "finetuneendpoints"],
+        ["finetuneendpoints/scale"],
+    ]
+
+
+def test_the_hook_that_stops_the_operator_runs_before_it_is_uninstalled() -> None:
+    [job] = [d for d in render({"watchNamespaces": ["team-a"]}) if d["kind"] == "Job"]
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete"
+    pod = job["spec"]["template"]["spec"]
+    env = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    assert pod["containers"][0]["args"] == ["leave"] and env["FINETUNE_WATCH_NAMESPACES"] == "team-a"
+    rules = [r for d in render({}) if d["kind"] == "Role" for r in d["rules"] if r["resources"] == ["deployments"]]
+    assert [(r["resourceNames"], r["verbs"]) for r in rules] == [([env["FINETUNE_SERVICE_NAME"]], ["patch"])]
+
+
 def test_rights_are_named_one_by_one() -> None:
     for document in render(GATEWAY):
         for rule in document.get("rules") or [] if "Role" in document["kind"] else []:
