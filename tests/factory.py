@@ -82,7 +82,11 @@ PLAN = {"worldSize": 1, "perDeviceBatchSize": 4, "gradientAccumulation": 4, "str
 PREPARED = StageResult(
     reason="DataReady",
     message="100 rows",
-    result={"dataset": {"train": 90, "eval": 10, "tokens": 1000, "format": "messages", "digest": "sha256:00"}, "plan": PLAN},
+    result={
+        "base": {"uri": "pvc://models/tiny", "fingerprint": "f"},
+        "dataset": {"train": 90, "eval": 10, "tokens": 1000, "format": "messages", "digest": "sha256:00"},
+        "plan": PLAN,
+    },
 )
 CHECKED = StageResult(reason="TargetsReady", message="pvc://published/support")
 TRAINED = StageResult(reason="Trained", message="10 steps", result={"steps": 10, "loss": 0.5, "checkpointStep": 10})

@@ -32,6 +32,7 @@ from .cluster.seal_key import ensure_seal_key
 from .cluster.transport import KubernetesCluster
 from .controllers.manager import Manager
 from .handlers import Insights
+from .model.tuned_model import has_unready_storage
 from .servers import certificate
 from .servers.bundle import Bundle
 from .servers.catalog import CatalogServer
@@ -79,7 +80,8 @@ def _probes(
     async def scrape(_: web.Request) -> web.Response:
         for (verb, kind), count in cluster.calls.items():
             metrics.API_REQUESTS.labels(verb=verb, kind=kind).set(count)
-        metrics.export(acts=manager.acting, phases=manager.store.phases())
+        unready = sum(map(has_unready_storage, manager.store.models))
+        metrics.export(acts=manager.acting, phases=manager.store.phases(), storage_unready=unready)
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()

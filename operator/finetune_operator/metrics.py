@@ -29,6 +29,7 @@ QUEUE_DEPTH = Gauge("finetune_workqueue_depth", "Objects of a kind waiting for o
 JOBS = Gauge("finetune_jobs", "FineTuneJobs by phase, also of phases that no job is in", ["phase"])
 SUSPECT_NODES = Gauge("finetune_suspect_node", "Nodes that jobs kept failing on lately and that new gangs rather avoid", ["node"])
 PROGRESS_REPORTS = Counter("finetune_progress_reports_total", "Progress reports by outcome", ["code"])
+STORAGE_UNREADY = Gauge("finetune_models_storage_unready", "FineTunedModels whose storage cannot be read or written")
 CATALOG_REPORTS = Counter("finetune_catalog_reports_total", "Reports of what FineTunedModels keep, by outcome", ["code"])
 ADMISSION_REVIEWS = Counter("finetune_admission_reviews_total", "Requests to the admission webhooks", ["webhook", "allowed"])
 SCHEDULING_SECONDS = Histogram(
@@ -83,9 +84,10 @@ _API_REASONS = frozenset(
 )
 
 
-def export(*, acts: bool, phases: Mapping[str, int]) -> None:
+def export(*, acts: bool, phases: Mapping[str, int], storage_unready: int = 0) -> None:
     """Before a scrape: who acts, and how many jobs are in each phase. The others say nothing of jobs: they would count double."""
     LEADER.set(int(acts))
+    STORAGE_UNREADY.set(storage_unready if acts else 0)
     if not acts:
         for gauge in _OF_THE_LEADER:
             gauge.clear()

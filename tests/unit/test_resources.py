@@ -15,13 +15,15 @@ import yaml
 from finetune_api import names
 from finetune_api.contract import JobFile, Mounts
 from finetune_api.status import AdmissionStatus, Plan
+from finetune_api.validation import parse_model
 from finetune_operator.resources.common import job_file
 from finetune_operator.resources.gang import service, worker
 from finetune_operator.resources.shared import config_map, network_policy, workspace
 from finetune_operator.resources.stage import stage_job
+from finetune_operator.resources.tuned_model import catalog_config, catalog_file, catalog_job, catalog_policy
 from finetune_operator.servers.certificate import generate, read_authorities
 from finetune_operator.settings import Settings, from_environment
-from tests.factory import FULL, MINIMAL, NOW, PLAN, merged, ref
+from tests.factory import FULL, MINIMAL, NOW, PLAN, UID, merged, ref
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = Settings(network_policies=True, trainer_image="registry.example/finetune-trainer:1", image_pull_secrets=("pull",))
@@ -45,6 +47,18 @@ def manifests(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def test_golden(name: str, spec: dict[str, Any]) -> None:
     text = yaml.safe_dump_all(manifests(spec), sort_keys=False, width=120)
     path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, "run with UPDATE_GOLDEN=1 and review the difference"
+
+
+def test_golden_of_a_model() -> None:
+    """What a FineTunedModel owns."""
+    spec = parse_model({"spec": {"storage": "s3://models/bot", "secretRef": {"name": "keys"}}})
+    file = catalog_file("bot", "team-a", UID, spec, {2: "Champion", 1: "Retired"}, [3])
+    found = [catalog_policy(file, SETTINGS), catalog_config(file, SETTINGS), catalog_job(file, spec, SETTINGS, 0)]
+    text = yaml.safe_dump_all(found, sort_keys=False, width=120)
+    path = GOLDEN / "model.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert path.read_text() == text, "run with UPDATE_GOLDEN=1 and review the difference"

@@ -102,16 +102,20 @@ class ObservedModel:
 
 def models_published_to(job: Object) -> list[str]:
     """Names of the FineTunedModels that a job's result becomes a version of."""
-    publish = as_object(job.get("spec")).get("publish")
-    found = [_text(as_object(target).get("model")) for target in publish] if isinstance(publish, list) else []
-    return list(dict.fromkeys(filter(None, found)))
+    spec = job.get("spec")
+    publish = spec.get("publish") if isinstance(spec, dict) else None
+    found = [t["model"] for t in publish if isinstance(t, dict) and isinstance(t.get("model"), str)] if isinstance(publish, list) else []
+    return list(dict.fromkeys(found)) if found else found
 
 
 def models_named(job: Object) -> list[str]:
     """Names of the FineTunedModels that a job publishes to, or goes on from."""
-    uri = _text(as_object(as_object(job.get("spec")).get("tuning")).get("continueFrom"))
-    source = [uri.removeprefix(_SCHEME).partition("@")[0]] if uri.startswith(_SCHEME) else []
-    return list(dict.fromkeys((*models_published_to(job), *source)))
+    found, spec = models_published_to(job), job.get("spec")
+    tuning = spec.get("tuning") if isinstance(spec, dict) else None
+    uri = tuning.get("continueFrom") if isinstance(tuning, dict) else None
+    if isinstance(uri, str) and uri.startswith(_SCHEME) and (source := uri.removeprefix(_SCHEME).partition("@")[0]) not in found:
+        return [*found, source]
+    return found
 
 
 def continued_model(uri: str | None) -> tuple[str, int | None] | None:
@@ -167,6 +171,13 @@ def models_touched(kind: str, raw: Object) -> list[Key]:
     if kind == KIND and (has_ended(raw) or as_object(raw.get("status")).get("artifacts")):
         return [(namespace, name) for name in models_published_to(raw)]
     return [(namespace, name) for name in models_served(raw)] if kind == ENDPOINT_KIND else []
+
+
+def has_unready_storage(raw: Object) -> bool:
+    """Whether a model's storage cannot be read or written, as its status says."""
+    conditions = as_object(raw.get("status")).get("conditions")
+    found = map(as_object, conditions if isinstance(conditions, list) else [])
+    return any((c.get("type"), c.get("status")) == ("StorageReady", "False") for c in found)
 
 
 def pinned_by(raw: Object) -> str:

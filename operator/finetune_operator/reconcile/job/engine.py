@@ -133,7 +133,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
             # what has just ended is put on record while the other goes on
             draft.more_follows &= status.is_true("TargetsReady") == draft.before.is_true("TargetsReady")
             return
-        status.dataset, status.plan = prepared.dataset, prepared.plan
+        status.base, status.dataset, status.plan = prepared.base, prepared.dataset, prepared.plan
         draft.more_follows = True
     if not may_publish:
         draft.phase("Preparing")

@@ -15,6 +15,8 @@ from ..plan import Apply, Create, Delete
 from ..starting import why_not_running
 from .draft import STORAGE_READY, Draft
 
+_START_SECONDS = 60.0
+"""A pod that has not started for so long is kept from it: before that there may be a node, or the image, in a moment."""
 _REPORT_SECONDS = 10.0
 """A report comes before its pod ends; how long it may take here."""
 
@@ -43,7 +45,10 @@ def run_catalog(draft: Draft, spec: FineTunedModelSpec, wanted: CatalogFile) -> 
     if trouble := _failure(draft, child, pods):
         _retry(draft, *trouble)
     elif not any(pod.running for pod in pods) and (kept := why_not_running(pods)) is not None:
-        draft.set(STORAGE_READY, "False", *kept)
+        if is_within(_START_SECONDS, child.created, draft.now):
+            draft.wait(_START_SECONDS)
+        else:
+            draft.set(STORAGE_READY, "False", *kept)
 
 
 def _start(draft: Draft, spec: FineTunedModelSpec, wanted: CatalogFile, others: list[ChildJobView]) -> None:
