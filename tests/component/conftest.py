@@ -197,7 +197,8 @@ class Kubelet:
         seen: set[tuple[str, str]] = set()
         for pod in pods:
             labels = pod.metadata.labels
-            key = (labels[names.LABEL_JOB_UID], labels[names.LABEL_STAGE] + labels.get(names.LABEL_RANK, ""))
+            owner = labels.get(names.LABEL_JOB_UID) or labels[names.LABEL_OWNER_UID]
+            key = (owner, labels[names.LABEL_STAGE] + labels.get(names.LABEL_RANK, ""))
             if pod.metadata.deletion_timestamp is None and pod.status.phase in ("Pending", "Running"):
                 if key in seen:
                     self.broken.append(f"two live pods of {key}")
@@ -212,7 +213,7 @@ class Kubelet:
             running = {"phase": "Running", "containerStatuses": container_status({"running": {"startedAt": "2026-11-21T12:00:00Z"}})}
             return running
         stage = pod.metadata.labels[names.LABEL_STAGE]
-        return None if stage in self.hold else ended(0, self.results[stage].dumps())
+        return None if stage in self.hold or stage not in self.results else ended(0, self.results[stage].dumps())
 
     def stop(self) -> None:
         self._stop.set()
