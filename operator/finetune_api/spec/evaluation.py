@@ -48,7 +48,7 @@ FewShot = Annotated[
     str,
     Field(max_length=32),
     Format(
-        pattern=r"auto|[0-9]|[1-5][0-9]|6[0-4]",
+        pattern=r"^(auto|[0-9]|[1-5][0-9]|6[0-4])$",
         name="a number of examples",
         write="auto, or a number from 0 to 64, for example 4",
         or_integer=True,
