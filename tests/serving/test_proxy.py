@@ -78,7 +78,7 @@ def proxy(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         config = config.replace(old, new)
     (folder / "nginx.conf").write_text(config)
     assert (certificate.name, key.name) == ("tls.crt", "tls.key")
-    with running(["nginx", "-c", folder / "nginx.conf", "-e", "/dev/stderr"], folder):
+    with running(["nginx", "-c", folder / "nginx.conf", "-e", "stderr"], folder):
         for _ in range(100):
             try:
                 found.ask("GET", "/")

@@ -25,7 +25,7 @@ def proxy_config(*, user_body_bytes: int = 10 << 20, answer_seconds: int = 600) 
     return f"""daemon off;
 worker_processes 2;
 pid /tmp/nginx.pid;
-error_log /dev/stderr warn;
+error_log stderr warn;
 events {{ worker_connections 4096; }}
 http {{
   access_log off;
