@@ -162,7 +162,7 @@ class CatalogFile(APIModel):
     """Folder of the claim, by `pvc://name`."""
     secrets: dict[str, str] = Field(default_factory=dict)
     """Folder of the keys of an s3:// storage, as `storage`."""
-    states: dict[VersionNumber, VersionState] = Field(default_factory=dict)
+    states: dict[Annotated[int, Field(ge=1, strict=False)], VersionState] = Field(default_factory=dict)
     """What the records are to say."""
     remove: list[VersionNumber] = []
     """Versions whose files go; their records stay and say when."""
@@ -171,12 +171,18 @@ class CatalogFile(APIModel):
         """Deterministic JSON."""
         return json.dumps(self.to_wire(), sort_keys=True)
 
+    @property
+    def digest(self) -> str:
+        """What is to be done there: `done` of the report once it is."""
+        wanted = {"states": {str(number): state for number, state in self.states.items()}, "remove": sorted(self.remove)}
+        return "sha256:" + hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
 
 class CatalogReport(APIModel):
     """What the stage `catalog` sends to the operator: all records, and those that could not be read."""
 
     done: str
-    """Digest of the CatalogFile that was carried out."""
+    """`digest` of the CatalogFile that was carried out."""
     records: Annotated[list[VersionRecord], Field(max_length=100_000)] = []
     unreadable: Annotated[list[str], Field(max_length=100)] = []
 
@@ -184,6 +190,11 @@ class CatalogReport(APIModel):
 def catalog_audience(namespace: str, name: str) -> str:
     """Audience of the token that a model's catalog pods report with."""
     return f"https://finetune.dev/namespaces/{namespace}/finetunedmodels/{name}/catalog"
+
+
+def catalog_path(namespace: str, name: str) -> str:
+    """Where the operator's progress server takes a CatalogReport."""
+    return f"/v1/namespaces/{namespace}/finetunedmodels/{name}/catalog"
 
 
 LINEAGE, SUMS = "finetune.json", "SHA256SUMS"
@@ -397,6 +408,10 @@ class Layout:
         self.general_rows = f"{self.data}/general.json"
         self.baseline = f"{self.data}/baseline.json"
         self.teacher_answers = f"{self.data}/teacher.jsonl"
+        self.probes = f"{self.data}/probes.json"
+        """Probes, made by evaluate: rows of the user's, and no part of what is published but at a FineTunedModel's storage."""
+        self.parent_prompts = f"{self.data}/parents.bin"
+        """Digests of the prompts that the version of `tuning.continueFrom` and those before it learned from, where that is known."""
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"
         self.data_page = f"{self.reports}/data.html"

@@ -63,6 +63,10 @@ class VersionJob(APIModel):
     """Its name."""
     uid: Word
     """Its UID."""
+    namespace: Name = ""
+    """Where it was."""
+    spec: Word = ""
+    """`result_digest` of its spec: one of the same name that agrees in it is this job, restored."""
 
 
 class VersionRecord(APIModel):

@@ -1,4 +1,7 @@
-"""`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words."""
+"""`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words.
+
+`python -m finetune_trainer catalog --model model.json` is the one stage of no job.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,12 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> None:
     """Run a stage; exits with the code of the contract."""
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
-    parser.add_argument("stage", choices=get_args(Stage))
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--workspace", required=True)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name in get_args(Stage):
+        stage = stages.add_parser(name)
+        stage.add_argument("--job", required=True)
+        stage.add_argument("--workspace", required=True)
+    stages.add_parser("catalog").add_argument("--model", required=True)
     arguments = parser.parse_args()
     redaction.configure_logging()
     signal.signal(signal.SIGTERM, _stop)
@@ -46,10 +52,7 @@ def main() -> None:
     if arguments.stage == "train":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
     try:
-        context = Context.load(arguments.job, arguments.workspace)
-        os.environ["FINETUNE_JOB_FILE"] = arguments.job
-        os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
-        result = _run(arguments.stage, context)
+        result = _catalog(arguments.model) if arguments.stage == "catalog" else _stage(arguments.stage, arguments.job, arguments.workspace)
     except BaseException as failure:
         if isinstance(failure, SystemExit | KeyboardInterrupt):
             raise
@@ -65,7 +68,16 @@ def main() -> None:
     sys.exit(int(ExitCode.DONE))
 
 
-def _run(stage: str, context: Context) -> StageResult:
+def _catalog(model_file: str) -> StageResult:
+    from .stages.catalog import catalog, load
+
+    return catalog(load(model_file))
+
+
+def _stage(stage: str, job_file: str, workspace: str) -> StageResult:
+    context = Context.load(job_file, workspace)
+    os.environ["FINETUNE_JOB_FILE"] = job_file
+    os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
     if stage != "train":
         retry.cap_hub_retry_wait()
     if stage == "prepare":
