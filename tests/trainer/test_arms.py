@@ -319,7 +319,7 @@ def test_rows_of_one_prompt_are_drawn_together() -> None:
     assert alone[1] - alone[0] < 0.5 * (high - low)
 
 
-def test_the_last_words_hold_four_arms_with_everything_measured() -> None:
+def test_the_last_words_hold_five_arms_with_everything_measured() -> None:
     """The kubelet keeps 4096 bytes; what was found is never cut."""
     from typing import get_args
 
@@ -342,13 +342,15 @@ def test_the_last_words_hold_four_arms_with_everything_measured() -> None:
                 scores=tasks if name in ("Base", "Tuned") else {},
             )
         )  # type: ignore[arg-type]
-    verdict = gate.decide(spec, 1, arms)
+    beside = gate.challenge(spec, 1, 12345, Measured("Champion", arms[0].values, [], 0, 1234.5, 99.9, 12.3), arms[-1])
+    assert beside.arm is not None
+    verdict = gate.decide(spec, 1, arms, None, beside)
     words = StageResult(
         reason=verdict.reason, message=verdict.message[:3000], result=verdict.status.model_dump(by_alias=True, exclude_none=True)
     ).dumps()
     assert len(words) <= TERMINATION_MESSAGE_LIMIT
     found = read_stage_result(words)
-    assert found is not None and len(EvaluationStatus.model_validate(found.result).arms) == 4
+    assert found is not None and len(EvaluationStatus.model_validate(found.result).arms) == 5
 
 
 # sharing and chunks
