@@ -53,6 +53,7 @@ class MissingVolume(ValueError):
 
 def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str, str]) -> JobFile:
     """job.json for this machine. `volumes`: claim or ConfigMap name -> folder. Raises MissingVolume."""
+    _refuse_models(spec)
     sources: dict[str, str] = {}
     targets: dict[str, str] = {}
     for text, places in [*((u, sources) for u in spec.source_uris), *((t.address, targets) for t in spec.publish)]:
@@ -71,6 +72,22 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
     namespace = str(metadata.get("namespace") or "local")
     uid = hashlib.sha256(f"{namespace}/{name}".encode()).hexdigest()[:32]
     return JobFile(name=name, namespace=namespace, uid=uid, spec=spec, sources=sources, targets=targets)
+
+
+def _refuse_models(spec: FineTuneJobSpec) -> None:
+    """A FineTunedModel is an object of a cluster: here nobody says where it keeps its versions."""
+    named = {f"publish[{index}].model": str(target.model) for index, target in enumerate(spec.publish) if target.model is not None}
+    for field, model in named.items():
+        raise MissingVolume(
+            f"spec.{field}: {model}: a FineTunedModel is of a cluster, and is not known here; write uri: pvc://CLAIM/{model} in its place, "
+            "with --volume CLAIM=FOLDER"
+        )
+    parent = spec.tuning.continue_from or ""
+    if parent.startswith("model://"):
+        raise MissingVolume(
+            f"spec.tuning.continueFrom: {parent}: a FineTunedModel is of a cluster, and is not known here; write pvc://CLAIM/PATH of the "
+            "version's files in its place, as the FineTunedModel's spec.storage has them in versions/NUMBER, with --volume CLAIM=FOLDER"
+        )
 
 
 class LocalRun:
