@@ -22,7 +22,7 @@ Form = Literal["Adapter", "Model"]
 class VersionPaths:
     """Names below `spec.storage`. A number is claimed by creating the folder's record (`finetune.json`), and never given again."""
 
-    RECORDS = "records"
+    RECORDS, VERSIONS = "records", "versions"
 
     @staticmethod
     def artifact(number: int) -> str:

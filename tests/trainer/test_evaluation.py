@@ -15,10 +15,11 @@ from finetune_api.spec import Evaluation
 from finetune_api.versions import VersionRecord
 from finetune_trainer.data.prompts import prompt_key
 from finetune_trainer.data.store import read_rows
+from finetune_trainer.data.tokens import RowTokenizer
 from finetune_trainer.evaluation import answers, gate, metrics
 from finetune_trainer.evaluation.arms import asked_rows, read_baseline
 from finetune_trainer.evaluation.champion import Challenge
-from finetune_trainer.evaluation.measure import Measured
+from finetune_trainer.evaluation.measure import Asked, Measured
 from finetune_trainer.export.bundle import make_bundle
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import SourceUnavailable, UserError
@@ -435,6 +436,27 @@ def test_the_champion_is_one_more_arm_and_probes_tell_who_answers(bench: Bench, 
     assert metrics_of(last, "Base", "Tuned") == metrics_of(alone, "Base", "Tuned") and last.result["gate"] == alone.result["gate"]
     monkeypatch.setenv(Env.CHAMPION, "{")
     assert "Champion" in unclear(context)
+
+
+@pytest.mark.parametrize("kind", ["text", "preference"])
+def test_probes_of_rows_without_generated_answers(bench: Bench, kind: str) -> None:
+    """Their own completion is the answer; a plain text is cut in two. Those whose losses differ most come first."""
+    from finetune_trainer.evaluation.probes import candidates
+    from finetune_trainer.models.load import load_tokenizer
+
+    context = bench.context(ROWS[kind])
+    tokenizer = load_tokenizer(context, str(bench.model))
+    row_tokenizer = RowTokenizer(tokenizer, objective="dpo" if kind == "preference" else "sft", max_length=64, assistant_only=True)
+    rows = [{**row_tokenizer(row)[0], "row": json.dumps(row)} for row in ROWS[kind][:4]]
+    prompts = [row_tokenizer.prompt_and_answer(row) for row in ROWS[kind][:4]] if kind == "preference" else []
+    losses = [Measured(name, {"loss": values(*points)}) for name, points in (("Base", (3, 3, 3, 3)), ("Tuned", (2, 3, 1, 3)))]
+    found = candidates(tokenizer, None, Asked("Tuned", rows, prompts), *losses)
+    assert len(found) == 4 and all(one.prompt_ids and len(one.answers) == 1 for one in found)
+    best, (answer, ids) = rows[2], found[0].answers[0]
+    if kind == "preference":
+        assert (found[0].prompt, answer) == (ROWS[kind][2]["prompt"], ROWS[kind][2]["chosen"])
+    else:
+        assert found[0].prompt_ids + ids == best["input_ids"] and found[0].messages == []
 
 
 def test_samples_are_escaped_in_the_page(bench: Bench) -> None:

@@ -401,7 +401,7 @@ def test_the_stage_from_the_command_line(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=env, capture_output=True, timeout=60)
     words = read_stage_result((tmp_path / "words").read_text())
     assert ended.returncode == ExitCode.USER_ERROR and words is not None, ended.stderr
-    assert words.reason == "StorageNotMounted" and "the claim others is not mounted here" in words.message
+    assert words.reason == "SourceNotMounted" and "the claim others is not mounted here" in words.message
 
 
 def test_a_job_that_goes_on_from_a_version(line: Line) -> None:
@@ -442,6 +442,9 @@ def test_a_job_that_goes_on_from_a_version(line: Line) -> None:
     line.storage.write("versions/1/adapter_model.safetensors", b"damaged")
     shutil.rmtree(Path(context.layout.cache, "versions"), ignore_errors=True)
     with pytest.raises(UserError, match=r"version 1 at .*: adapter_model.safetensors is not what SHA256SUMS says"):
+        fetched(going_on())
+    line.storage.remove("versions/1/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"version 1 at .*: adapter_model.safetensors is not there"):
         fetched(going_on())
     line.storage.write("records/1.json", b"[]")
     with pytest.raises(UserError, match=r"records/1.json cannot be read"):

@@ -20,14 +20,18 @@ from finetune_api.versions import VersionRecord
 
 from ..data.prompts import unseen
 from ..job.context import Context
-from ..models.versions import fetch_version, learned_prompts, parse_prompts, read_record
-from ..process.errors import StageError, Stopped, UserError
+from ..models.versions import UnreadableRecord, fetch_version, learned_prompts, parse_prompts, read_record
+from ..process.errors import StageError, Stopped
 from ..remote.storage import storage_of
 from .gate import Challenged, challenge, compared_by, too_few, unclear
 from .measure import Asked, Measured, Row, part_asked, part_measured
 from .metrics import least_prompts
 
 log = logging.getLogger("finetune.evaluate")
+
+
+class Incomparable(Exception):
+    """Why the two cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,12 @@ class Challenge:
         except Stopped:
             raise
         except Exception as failure:
-            log.warning("the champion: %s", failure, exc_info=not isinstance(failure, StageError))
+            expected = isinstance(failure, StageError | Incomparable | UnreadableRecord)
+            log.warning("the champion: %s", failure, exc_info=not expected)
             self._contender = self._measured = None
             number = self._champion.number if self._champion is not None else 0
-            told = failure.message if isinstance(failure, StageError) else f"{type(failure).__name__}: {failure}"
+            words = failure.message if isinstance(failure, StageError) else str(failure)
+            told = words if expected else f"{type(failure).__name__}: {words}"
             self._unclear = unclear(number, told.splitlines()[0])
 
     def _find(self) -> None:
@@ -116,7 +122,7 @@ class Challenge:
         storage = storage_of(context, champion.model, context.job.sources)
         record = read_record(storage, champion.number)
         if record is None:
-            raise UserError("VersionNotFound", f"{storage.uri} has no record of it")
+            raise Incomparable(f"{storage.uri} has no record of it")
         _check_comparable(context, champion, record)
         learned = [learned_prompts(storage, champion.number, champion.ancestors)]
         if context.spec.tuning.continue_from is not None:
@@ -124,7 +130,7 @@ class Challenge:
             learned.append(parse_prompts(noted.read_bytes()) if noted.exists() else None)
         known = [prompts for prompts in learned if prompts is not None]
         if len(known) < len(learned):
-            raise UserError("LineageUnknown", f"what {'it' if learned[0] is None else 'tuning.continueFrom'} learned from is not known")
+            raise Incomparable(f"what {'it' if learned[0] is None else 'tuning.continueFrom'} learned from is not known")
         places = unseen([json.loads(row["row"]) for row in self._asked.rows], np.unique(np.concatenate(known)))
         good = [self._asked.rows[place] for place in places if self._asked.rows[place].get("label") is not False]
         prompts = len(set(_groups(good) or range(len(good))))
@@ -139,15 +145,15 @@ def _check_comparable(context: Context, champion: Champion, record: VersionRecor
     own = context.read_json(context.layout.reference("model"))["fingerprint"]
     tuning = context.spec.tuning
     if record.digest != champion.digest:
-        raise UserError("VersionDamaged", "its record names other files than those that are served")
+        raise Incomparable("its record names other files than those that are served")
     if record.base.fingerprint != own:
-        raise UserError("OtherBase", f"it was tuned from another base, {record.base.uri}")
+        raise Incomparable(f"it was tuned from another base, {record.base.uri}")
     if (record.tuning.get("objective") == "reward") != (tuning.objective == "reward"):
-        raise UserError("OtherObjective", f"its objective is {record.tuning.get('objective')}, this job's {tuning.objective}")
+        raise Incomparable(f"its objective is {record.tuning.get('objective')}, this job's {tuning.objective}")
     if tuning.objective == "reward" and record.tuning.get("method") in VIRTUAL_TOKEN_METHODS:  # its head would stay on the base
-        raise UserError("OtherMethod", f"a reward model of method {record.tuning.get('method')} cannot be asked beside another")
+        raise Incomparable(f"a reward model of method {record.tuning.get('method')} cannot be asked beside another")
     if record.tuning.get("chatTemplate") != tuning.chat_template:
-        raise UserError("OtherTemplate", "it was trained with another tuning.chatTemplate")
+        raise Incomparable("it was trained with another tuning.chatTemplate")
 
 
 def _groups(rows: list[Row]) -> list[str] | None:

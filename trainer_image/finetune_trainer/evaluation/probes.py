@@ -11,7 +11,6 @@ from finetune_api.probing import MOST_TOKENS, PROBES, Probe, ProbeAnswer, Probes
 
 from ..data.scan import without_answer
 from ..data.shape import Shape, on_the_wire
-from ..models.architecture import positions
 from ..models.generate import encode
 from ..models.likelihood import log_probabilities
 from .measure import Asked, Measured, Row, good_rows
@@ -34,13 +33,15 @@ class Candidate:
     answers: list[tuple[str, list[int]]]
 
 
-def candidates(tokenizer: Any, model: Any, asked: Asked, base: Measured, tuned: Measured) -> list[Candidate]:
-    """Different prompts as the tuned model is asked them, those first on which the two differ most as far as it was measured."""
+def candidates(tokenizer: Any, most: int | None, asked: Asked, base: Measured, tuned: Measured) -> list[Candidate]:
+    """Different prompts as the tuned model is asked them, those first on which the two differ most as far as it was measured.
+
+    `most`: tokens that the models have positions for; None for any number.
+    """
     rows = good_rows(asked.rows)
     found: dict[str, Candidate] = {}
     for place in sorted(range(len(rows)), key=lambda place: _seeming(place, base, tuned), reverse=True):
         made = _candidate(tokenizer, rows[place], place, asked, base, tuned)
-        most = positions(model)
         if made is None or (most is not None and len(made.prompt_ids) + MOST_TOKENS > most):
             continue
         found.setdefault(made.prompt, made)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from finetune_api.uris import URI
 from finetune_api.versions import VersionPaths, VersionRecord
 
 from ..job.context import Context
-from ..job.files import damaged_file, write_bytes
+from ..job.files import damaged_file, parse_digests, write_bytes
 from ..process.errors import UserError
 from ..remote.storage import Storage, storage_of
 
@@ -56,7 +58,7 @@ def recorded_numbers(storage: Storage) -> list[int]:
 
 def claimed_numbers(storage: Storage) -> list[int]:
     """Versions that have a folder."""
-    return _numbers(storage.names(str(Path(VersionPaths.artifact(1)).parent)))
+    return _numbers(storage.names(VersionPaths.VERSIONS))
 
 
 def read_bodies(storage: Storage, names: Sequence[str]) -> list[bytes | None]:
@@ -107,22 +109,32 @@ def fetch_version(storage: Storage, record: VersionRecord, cache: str) -> Path:
     """A local folder with a version's files, compared with its record. Raises UserError where they are gone or are not those."""
     shown = f"version {record.number} at {storage.uri}"
     if record.removed_at is not None:
-        raise UserError("VersionRemoved", f"{shown} was removed at {record.removed_at}; name one that is kept")
+        raise UserError("VersionNotFound", f"{shown} was removed at {record.removed_at}; name one that is kept")
     key = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
-    folder = storage.fetch(VersionPaths.artifact(record.number), Path(cache, "versions", f"{key}-{record.number}"), VERSION_FILES)
+    copy = Path(cache, "versions", f"{key}-{record.number}")
+    folder = storage.fetch(VersionPaths.artifact(record.number), copy, VERSION_FILES)
+    if (wrong := _difference(folder, record)) is not None:
+        shutil.rmtree(copy, ignore_errors=True)  # a later try reads it anew
+        raise UserError("VersionDamaged", f"{shown}: {wrong}; name another version, or publish it again")
+    return folder
+
+
+def _difference(folder: Path, record: VersionRecord) -> str | None:
     sums = folder / SUMS
     if not sums.is_file() or f"sha256:{hashlib.sha256(sums.read_bytes()).hexdigest()}" != record.digest:
-        raise UserError("VersionDamaged", f"{shown}: {SUMS} is not what its record says; name another version, or publish it again")
-    if (name := damaged_file(folder, sums.read_text())) is not None:
-        raise UserError("VersionDamaged", f"{shown}: {name} is not what {SUMS} says; name another version, or publish it again")
-    return folder
+        return f"{SUMS} is not what its record says"
+    listed = [name for name in parse_digests(sums.read_text()) if "/" not in name and any(fnmatch(name, one) for one in VERSION_FILES)]
+    if (name := next((name for name in listed if not (folder / name).is_file()), None)) is not None:
+        return f"{name} is not there"
+    name = damaged_file(folder, sums.read_text())
+    return None if name is None else f"{name} is not what {SUMS} says"
 
 
 def fetch_parent(context: Context, uri: URI) -> Path:
     """In prepare: the files of the version that `tuning.continueFrom` names; and what it learned from is noted for evaluate."""
     field = f"tuning.continueFrom: model://{uri.name}" + (f"@{uri.revision}" if uri.revision else "")
     if not uri.revision:
-        raise UserError("NoVersion", f"{field} names no version, and the model has no champion yet; write model://{uri.name}@NUMBER")
+        raise UserError("VersionNotFound", f"{field} names no version, and the model has no champion yet; write model://{uri.name}@NUMBER")
     storage = storage_of(context, uri.name, context.job.sources)
     number = int(uri.revision)
     try:

@@ -40,11 +40,11 @@ def deliver(path: str, body: dict[str, Any]) -> None:
             told = f"answers {failure.code} {failure.read(200).decode(errors='replace')}".rstrip()
             if failure.code in PATIENCE or failure.code >= 500:
                 raise host_unavailable(host, told) from None
-            raise InfrastructureError("ReportRefused", f"the operator at {host} {told}") from None
+            raise InfrastructureError("ReportNotDelivered", f"the operator at {host} {told}") from None
         except (FileNotFoundError, KeyError, ValueError) as failure:  # no token, no address
-            raise InfrastructureError("ReportNotSent", f"nothing to report with: {failure}") from None
+            raise InfrastructureError("ReportNotDelivered", f"nothing to report with: {failure}") from None
 
     def refused(why: str) -> Any:
-        return InfrastructureError("ReportRefused", why)
+        return InfrastructureError("ReportNotDelivered", why)
 
     with_retries(ask, host, refused)

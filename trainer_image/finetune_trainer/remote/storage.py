@@ -64,7 +64,7 @@ def open_storage(model: ModelStorage, mounts: Mapping[str, str], keys: str | Non
         return _Bucket(model, uri, keys)
     root = mounts.get(f"pvc://{uri.name}")
     if root is None:
-        raise UserError("StorageNotMounted", f"{model.storage}: the claim {uri.name} is not mounted here")
+        raise UserError("SourceNotMounted", f"{model.storage}: the claim {uri.name} is not mounted here")
     return _Volume(model.storage, root, uri)
 
 

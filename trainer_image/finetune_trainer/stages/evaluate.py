@@ -28,6 +28,7 @@ from ..evaluation.metrics import value
 from ..job.context import Context
 from ..job.files import write_text
 from ..job.pages import render_page
+from ..models.architecture import positions
 from ..models.fetch import base_reference, local_path
 from ..models.load import compute_dtype, load_model
 from ..models.stopping import load_served_tokenizer, stop_model
@@ -86,7 +87,7 @@ def evaluate(context: Context) -> StageResult:
     # 3. What tells the two apart, wherever they are served
     Path(context.layout.probes).unlink(missing_ok=True)
     if _wants_probes(context):
-        chosen = probes.candidates(tokenizer, model, after, arms[0], tuned)
+        chosen = probes.candidates(tokenizer, positions(model), after, arms[0], tuned)
         by_tuned = probes.ask(model, chosen)
         if whole:
             del model
