@@ -25,6 +25,7 @@ from finetune_api.contract import (
     ExitCode,
     Identity,
     JobFile,
+    Prepared,
     ProgressReport,
     Stage,
     StageResult,
@@ -37,7 +38,7 @@ from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, DatasetStatus, FineTuneJobStatus, Plan
+from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, FineTuneJobStatus
 from finetune_api.uris import parse_uri
 
 from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over
@@ -168,12 +169,12 @@ class LocalRun:
         if prepared is None:
             return
         with self._lock:
-            self.status.dataset = DatasetStatus.model_validate(prepared.result["dataset"])
-            self.status.plan = Plan.model_validate(prepared.result["plan"])
+            found = Prepared.model_validate(prepared.result)
+            self.status.base, self.status.dataset, self.status.plan = found.base, found.dataset, found.plan
         if not self._choose():
             return
         if prepare_only:
-            self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
+            self._end("Succeeded", "Prepared", f"{found.plan.reason}; the report is {self.layout.reports}/data.html")
             return
         if spec.publish and self._stage("check", "TargetsReady", "Preparing") is None:
             return

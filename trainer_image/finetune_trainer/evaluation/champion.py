@@ -21,6 +21,7 @@ from finetune_api.versions import VersionRecord
 from ..data.prompts import unseen
 from ..job.context import Context
 from ..models.versions import UnreadableRecord, fetch_version, learned_prompts, parse_prompts, read_record
+from ..models.weights import ADAPTER_CONFIG, check_whole
 from ..process.errors import StageError, Stopped
 from ..remote.storage import storage_of
 from .gate import Challenged, challenge, compared_by, too_few, unclear
@@ -138,6 +139,7 @@ class Challenge:
             self._unclear = unclear(champion.number, too_few(prompts, compared_by(spec).confidence), prompts)
             return
         folder = fetch_version(storage, record, context.layout.cache)
+        check_whole(folder, f"version {champion.number}", "config.json" if record.form == "Model" else ADAPTER_CONFIG)
         self._contender = Contender(str(folder), record.form == "Model", places)
 
 
