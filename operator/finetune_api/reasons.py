@@ -26,10 +26,11 @@ _OF_THE_TRAINER = """
     MethodNotSupported MixedFormats ModelNotFound ModelNotReadable ModelNotWhole NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
     NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
     NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
-    QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
-    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable
+    QuantizedBase RedirectRefused RemoteCode Replaced ReportNotDelivered ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
+    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StorageFailed StorageRefused StrategyMismatch
+    TargetNotMounted TargetNotWritable
     TargetContended TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples
-    TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask VerificationFailed WeightsMismatch
+    TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask VerificationFailed VersionDamaged VersionNotFound WeightsMismatch
     WeightsMissing WeightsNotFinite WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture
     WrongFormat
 """

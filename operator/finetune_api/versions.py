@@ -23,7 +23,7 @@ Form = Literal["Adapter", "Model"]
 class VersionPaths:
     """Names below `spec.storage`. A number is claimed by creating the folder's record (`finetune.json`), and never given again."""
 
-    RECORDS = "records"
+    RECORDS, VERSIONS = "records", "versions"
 
     @staticmethod
     def artifact(number: int) -> str:
@@ -64,6 +64,10 @@ class VersionJob(APIModel):
     """Its name."""
     uid: Word
     """Its UID."""
+    namespace: Name = ""
+    """Where it was."""
+    spec: Word = ""
+    """`result_digest` of its spec: one of the same name that agrees in it is this job, restored."""
 
 
 class VersionRecord(APIModel):

@@ -25,6 +25,7 @@ from finetune_api.contract import (
     ExitCode,
     Identity,
     JobFile,
+    Prepared,
     ProgressReport,
     Stage,
     StageResult,
@@ -37,7 +38,7 @@ from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, DatasetStatus, FineTuneJobStatus, Plan
+from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, FineTuneJobStatus
 from finetune_api.uris import parse_uri
 
 from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over
@@ -53,6 +54,7 @@ class MissingVolume(ValueError):
 
 def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str, str]) -> JobFile:
     """job.json for this machine. `volumes`: claim or ConfigMap name -> folder. Raises MissingVolume."""
+    _refuse_models(spec)
     sources: dict[str, str] = {}
     targets: dict[str, str] = {}
     for text, places in [*((u, sources) for u in spec.source_uris), *((t.address, targets) for t in spec.publish)]:
@@ -71,6 +73,22 @@ def job_file(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
     namespace = str(metadata.get("namespace") or "local")
     uid = hashlib.sha256(f"{namespace}/{name}".encode()).hexdigest()[:32]
     return JobFile(name=name, namespace=namespace, uid=uid, spec=spec, sources=sources, targets=targets)
+
+
+def _refuse_models(spec: FineTuneJobSpec) -> None:
+    """A FineTunedModel is an object of a cluster: here nobody says where it keeps its versions."""
+    named = {f"publish[{index}].model": str(target.model) for index, target in enumerate(spec.publish) if target.model is not None}
+    for field, model in named.items():
+        raise MissingVolume(
+            f"spec.{field}: {model}: a FineTunedModel is of a cluster, and is not known here; write uri: pvc://CLAIM/{model} in its place, "
+            "with --volume CLAIM=FOLDER"
+        )
+    parent = spec.tuning.continue_from or ""
+    if parent.startswith("model://"):
+        raise MissingVolume(
+            f"spec.tuning.continueFrom: {parent}: a FineTunedModel is of a cluster, and is not known here; write pvc://CLAIM/PATH of the "
+            "version's files in its place, as the FineTunedModel's spec.storage has them in versions/NUMBER, with --volume CLAIM=FOLDER"
+        )
 
 
 class LocalRun:
@@ -151,12 +169,12 @@ class LocalRun:
         if prepared is None:
             return
         with self._lock:
-            self.status.dataset = DatasetStatus.model_validate(prepared.result["dataset"])
-            self.status.plan = Plan.model_validate(prepared.result["plan"])
+            found = Prepared.model_validate(prepared.result)
+            self.status.base, self.status.dataset, self.status.plan = found.base, found.dataset, found.plan
         if not self._choose():
             return
         if prepare_only:
-            self._end("Succeeded", "Prepared", f"{self.status.plan.reason}; the report is {self.layout.reports}/data.html")
+            self._end("Succeeded", "Prepared", f"{found.plan.reason}; the report is {self.layout.reports}/data.html")
             return
         if spec.publish and self._stage("check", "TargetsReady", "Preparing") is None:
             return

@@ -30,7 +30,7 @@ def prepared(metadata: dict[str, Any], spec: FineTuneJobSpec, volumes: dict[str,
         cache = Path(workspace, "cache")
         cache.mkdir(parents=True, exist_ok=True)
         Path(scratch, "cache").symlink_to(cache)
-        run = LocalRun(job_file(metadata, spec, volumes), Path(scratch))
+        run = LocalRun(job_file(metadata, spec.model_copy(update={"publish": []}), volumes), Path(scratch))
         run.run(prepare_only=True)
         if run.status.phase == "Failed":
             told = next((c.message for c in run.status.conditions if c.type == "Failed"), "prepare failed")

@@ -17,7 +17,7 @@ from finetune_api.spec import Evaluation
 from finetune_trainer.data.limits import Limits
 from finetune_trainer.evaluation import gate, metrics
 from finetune_trainer.evaluation.arms import Prompting, asked_rows, read_baseline
-from finetune_trainer.evaluation.measure import Measured, token_values
+from finetune_trainer.evaluation.measure import Asked, Measured, part_asked, part_measured, token_values
 from finetune_trainer.models.generate import _continued, batches
 from finetune_trainer.models.likelihood import learned_values
 from finetune_trainer.models.load import load_tokenizer
@@ -319,7 +319,7 @@ def test_rows_of_one_prompt_are_drawn_together() -> None:
     assert alone[1] - alone[0] < 0.5 * (high - low)
 
 
-def test_the_last_words_hold_four_arms_with_everything_measured() -> None:
+def test_the_last_words_hold_five_arms_with_everything_measured() -> None:
     """The kubelet keeps 4096 bytes; what was found is never cut."""
     from typing import get_args
 
@@ -342,13 +342,29 @@ def test_the_last_words_hold_four_arms_with_everything_measured() -> None:
                 scores=tasks if name in ("Base", "Tuned") else {},
             )
         )  # type: ignore[arg-type]
-    verdict = gate.decide(spec, 1, arms)
+    beside = gate.challenge(spec, 1, 12345, Measured("Champion", arms[0].values, [], 0, 1234.5, 99.9, 12.3), arms[-1])
+    assert beside.arm is not None
+    verdict = gate.decide(spec, 1, arms, None, beside)
     words = StageResult(
         reason=verdict.reason, message=verdict.message[:3000], result=verdict.status.model_dump(by_alias=True, exclude_none=True)
     ).dumps()
     assert len(words) <= TERMINATION_MESSAGE_LIMIT
     found = read_stage_result(words)
-    assert found is not None and len(EvaluationStatus.model_validate(found.result).arms) == 4
+    assert found is not None and len(EvaluationStatus.model_validate(found.result).arms) == 5
+
+
+def test_a_part_of_what_was_measured_is_as_if_it_had_been_asked_alone() -> None:
+    """Rows without a good answer have no value; a preference among unpaired ones is one over the bad answers of that part."""
+    rows = [{"label": label} for label in (True, False, True, False, True)]
+    likelihoods = np.array([0.5, 0.4, 0.1, 0.9, 0.7])
+    whole = Measured("Tuned", {"loss": np.array([[1.0, 1], [2.0, 1], [3.0, 1]])}, ["a", "b", "c"], likelihoods=likelihoods)
+    part = part_measured(whole, rows, [0, 1, 4])
+    assert part.values["loss"][:, 0].tolist() == [1.0, 3.0] and part.answers == ["a", "c"]
+    assert part.values["preference-accuracy"][:, 0].tolist() == [1.0, 1.0], "one bad answer, less likely than both"
+    assert np.isnan(part_measured(whole, rows, [0, 4]).values["preference-accuracy"]).any(), "nothing to compare with"
+    asked = Asked("Tuned", rows, [("p", "a"), ("q", "b"), ("r", "c")])
+    alone = part_asked("Champion", asked, [0, 1, 4])
+    assert alone.rows == [rows[0], rows[1], rows[4]] and alone.prompts == [("p", "a"), ("r", "c")]
 
 
 # sharing and chunks

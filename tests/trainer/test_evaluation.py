@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune_api.contract import Champion, Env, ModelStorage
+from finetune_api.probing import Probes, judge
 from finetune_api.spec import Evaluation
+from finetune_api.versions import VersionRecord
+from finetune_trainer.data.prompts import prompt_key
+from finetune_trainer.data.store import read_rows
+from finetune_trainer.data.tokens import RowTokenizer
 from finetune_trainer.evaluation import answers, gate, metrics
+from finetune_trainer.evaluation.arms import asked_rows, read_baseline
+from finetune_trainer.evaluation.champion import Challenge
+from finetune_trainer.evaluation.measure import Asked, Measured
+from finetune_trainer.export.bundle import make_bundle
 from finetune_trainer.job.context import Context
 from finetune_trainer.process.errors import SourceUnavailable, UserError
 from finetune_trainer.stages.evaluate import evaluate
 from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.stages.publish import publish
 from tests.trainer.conftest import COLOURS, ROWS, Bench, chat, metrics_of
 from tests.trainer.server import chat_server
 
@@ -282,8 +293,27 @@ def test_held_out_rows_of_one_side_are_refused_in_prepare(bench: Bench, good: bo
     assert found.value.reason == reason
 
 
+BOT: dict[str, Any] = {"publish": [{"model": "bot"}]}
+
+
+def versioned(bench: Bench, name: str, **spec: Any) -> Context:
+    """A job that publishes to a model."""
+    context = bench.context(ROWS["messages"], name=name, **BOT, **spec)
+    context.job.models["bot"] = ModelStorage(storage="pvc://published/bot")
+    return context
+
+
+def champion(bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int = 1) -> Path:
+    """That version is the champion; where its model keeps it."""
+    storage = bench.folder / "published" / "bot"
+    record = VersionRecord.model_validate_json((storage / f"records/{number}.json").read_text())
+    told = Champion(model="bot", number=number, digest=record.digest)
+    monkeypatch.setenv(Env.CHAMPION, json.dumps(told.to_wire()))
+    return storage
+
+
 def test_base_and_tuned_model_are_not_in_memory_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole model is as large as its base."""
+    """A whole model is as large as its base; so is a champion that is one."""
     import weakref
 
     from finetune_trainer.stages import evaluate as stage
@@ -298,9 +328,135 @@ def test_base_and_tuned_model_are_not_in_memory_at_once(bench: Bench, monkeypatc
         return model
 
     monkeypatch.setattr(stage, "_load", load)
-    tuning = {"method": "full", "hyperparameters": LAZY["hyperparameters"]}
-    bench.run(ROWS["messages"], tuning=tuning, evaluation={"metrics": ["loss", "f1"], "maxNewTokens": 2, "maxExamples": 4})
-    assert len(loaded) == 2
+    tuning = {"method": "full", "hyperparameters": {**HYPER, "maxSteps": 3}}
+    gate = {"metric": "loss", "confidence": 0.5}
+    context = versioned(
+        bench, "whole", tuning=tuning, evaluation={"metrics": ["loss", "f1"], "gate": gate, "maxNewTokens": 2, "maxExamples": 8}
+    )
+    bench.train(context)
+    plain = context.job.spec.model_copy(update={"publish": []})
+    evaluate(Context(context.job.model_copy(update={"spec": plain}), context.workspace))
+    assert len(loaded) == 2 and not Path(context.layout.probes).exists()
+    assert publish(context).result["artifacts"][0]["rank"] == 0
+    champion(bench, monkeypatch)
+    result = evaluate(context)
+    assert len(loaded) == 6, "the champion, the base, the tuned model, the base once more for the probes"
+    assert result.result["champion"]["result"] == "NotPassed", "it is the champion"
+    assert metrics_of(result, "Champion") == metrics_of(result, "Tuned")
+    read = Probes.model_validate_json(Path(context.layout.probes).read_text())
+    assert read.probes and all(probe.distance > 0 for probe in read.probes)
+
+
+def test_the_champion_is_one_more_arm_and_probes_tell_who_answers(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.evaluation import probes as making
+    from finetune_trainer.models.fetch import local_path
+    from finetune_trainer.models.load import load_tokenizer
+    from finetune_trainer.stages.evaluate import _COLUMNS, _load, _with_adapter
+
+    evaluation = {"metrics": ["loss", "exact-match"], "gate": {"metric": "loss", "confidence": 0.8}, "maxNewTokens": 4}
+    evaluation["baseline"] = {"fewShot": 0}
+    first = versioned(bench, "first", tuning={**LAZY, "lora": {**LORA["lora"], "rank": 4}}, evaluation=evaluation)
+    bench.train(first)
+    before = metrics_of(evaluate(first), "Base", "Tuned")
+    publish(first)
+    context = versioned(bench, "second", tuning=LORA, evaluation=evaluation)
+    bench.train(context)
+    alone = evaluate(context)
+
+    # 1. Measured beside it, on the same rows
+    storage = champion(bench, monkeypatch)
+    result = evaluate(context)
+    told = result.result["champion"]
+    assert [arm["name"] for arm in result.result["arms"]] == ["Base", "Champion", "Tuned"]
+    assert (told["version"], told["metric"], told["result"]) == (1, "loss", "Passed") and told["interval"][0] > 0
+    assert told["prompts"] == result.result["prompts"] and "version 1, the champion, on" in result.message
+    assert metrics_of(result, "Base", "Champion") == before, "another adapter on the same base"
+    assert metrics_of(result, "Base", "Tuned") == metrics_of(alone, "Base", "Tuned"), "which nothing of it is left on"
+    assert result.result["gate"] == alone.result["gate"] and result.result["comparedWith"] == "Base"
+    page = Path(context.layout.evaluation_page).read_text()
+    assert "the champion of then" in page and "Over version 1, the champion of then" in (make_bundle(context) / "README.md").read_text()
+
+    # 2. Probes: what the tuned model is known by, and what no bundle holds
+    read = Probes.model_validate_json(Path(context.layout.probes).read_text())
+    assert len(read.probes) == 8 and read.fingerprint == context.read_json(context.layout.reference("model"))["fingerprint"]
+    distances = [probe.distance for probe in read.probes]
+    assert distances == sorted(distances, reverse=True) and any(len(probe.answers) == 2 for probe in read.probes)
+    tokenizer = load_tokenizer(context, local_path(context))
+    for probe in read.probes:
+        assert tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True) == probe.prompt
+    chosen = [making.Candidate(p.messages, p.prompt, p.prompt_ids, [(a.text, a.token_ids) for a in p.answers]) for p in read.probes]
+    base = _load(context, local_path(context), tokenizer, False)
+    assert judge(read.probes, making.ask(base, chosen)).state == "Mismatch"
+    assert judge(read.probes, making.ask(_with_adapter(base, context.layout.output), chosen)).state == "Verified"
+    for file in (file for file in make_bundle(context).rglob("*") if file.is_file()):
+        assert not [probe for probe in read.probes if probe.prompt.encode() in file.read_bytes()], file
+
+    # 3. Whatever is wrong with it, the comparison says why
+    rows = read_rows(context.layout.eval_rows, _COLUMNS, 200)
+    *_, asked = asked_rows(context, tokenizer, rows, read_baseline(context), answers=False)
+
+    def unclear(context: Context = context) -> str:
+        found = Challenge(context, asked).against(Measured("Tuned"), lambda *_: None)
+        assert found is not None and found.comparison.result == "Inconclusive" and found.arm is None
+        return found.comparison.message
+
+    going_on = context.job.spec.tuning.model_copy(update={"continue_from": "pvc://models/other"})
+    other = context.job.model_copy(update={"spec": context.job.spec.model_copy(update={"tuning": going_on})})
+    assert unclear(Context(other, context.workspace)) == "what tuning.continueFrom learned from is not known"
+    prompts = storage / "prompts" / "1.bin"
+    learned, keys = prompts.read_bytes(), [prompt_key(json.loads(row["row"])) for row in rows]
+    prompts.write_bytes(b"".join(sorted({learned[i : i + 8] for i in range(0, len(learned), 8)} | set(keys[4:]))))
+    assert unclear(context) == "4 held-out prompts that neither learned from, at least 8 are needed"
+    prompts.unlink()
+    assert unclear(context) == "what it learned from is not known"
+    prompts.write_bytes(learned)
+    for file, wrong, why in (
+        (storage / "versions" / "1" / "adapter_config.json", "{}", "adapter_config.json is not what SHA256SUMS says"),
+        (storage / "records" / "1.json", "{", "records/1.json cannot be read"),
+        (Path(context.layout.reference("model")), '{"fingerprint": "sha256:0"}', "it was tuned from another base, pvc://models/tiny"),
+    ):
+        kept = file.read_text()
+        file.write_text(wrong)
+        assert why in unclear(context)
+        file.write_text(kept)
+
+    # 4. And the job goes on: also where half of the champion is on the base already
+    real = _with_adapter
+
+    def half(model: Any, folder: str) -> Any:
+        made = real(model, folder)
+        if "versions" in folder:
+            raise RuntimeError("the last of its weights is of another shape")
+        return made
+
+    monkeypatch.setattr("finetune_trainer.stages.evaluate._with_adapter", half)
+    last = evaluate(context)
+    assert last.result["champion"]["result"] == "Inconclusive" and "is of another shape" in last.result["champion"]["message"]
+    assert [arm["name"] for arm in last.result["arms"]] == ["Base", "Tuned"] and last.result["champion"]["message"] in last.message
+    assert metrics_of(last, "Base", "Tuned") == metrics_of(alone, "Base", "Tuned") and last.result["gate"] == alone.result["gate"]
+    monkeypatch.setenv(Env.CHAMPION, "{")
+    assert "Champion" in unclear(context)
+
+
+@pytest.mark.parametrize("kind", ["text", "preference"])
+def test_probes_of_rows_without_generated_answers(bench: Bench, kind: str) -> None:
+    """Their own completion is the answer; a plain text is cut in two. Those whose losses differ most come first."""
+    from finetune_trainer.evaluation.probes import candidates
+    from finetune_trainer.models.load import load_tokenizer
+
+    context = bench.context(ROWS[kind])
+    tokenizer = load_tokenizer(context, str(bench.model))
+    row_tokenizer = RowTokenizer(tokenizer, objective="dpo" if kind == "preference" else "sft", max_length=64, assistant_only=True)
+    rows = [{**row_tokenizer(row)[0], "row": json.dumps(row)} for row in ROWS[kind][:4]]
+    prompts = [row_tokenizer.prompt_and_answer(row) for row in ROWS[kind][:4]] if kind == "preference" else []
+    losses = [Measured(name, {"loss": values(*points)}) for name, points in (("Base", (3, 3, 3, 3)), ("Tuned", (2, 3, 1, 3)))]
+    found = candidates(tokenizer, None, Asked("Tuned", rows, prompts), *losses)
+    assert len(found) == 4 and all(one.prompt_ids and len(one.answers) == 1 for one in found)
+    best, (answer, ids) = rows[2], found[0].answers[0]
+    if kind == "preference":
+        assert (found[0].prompt, answer) == (ROWS[kind][2]["prompt"], ROWS[kind][2]["chosen"])
+    else:
+        assert found[0].prompt_ids + ids == best["input_ids"] and found[0].messages == []
 
 
 def test_samples_are_escaped_in_the_page(bench: Bench) -> None:

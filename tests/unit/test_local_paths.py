@@ -13,7 +13,7 @@ from rich.console import Console
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.validation import InvalidDocument
 from finetune_cli.documents import read_jobs
-from finetune_cli.local import job_file
+from finetune_cli.local import MissingVolume, job_file
 from finetune_cli.paths import LocalPaths
 from finetune_cli.view import JobView
 from finetune_trainer.data.reading import rows
@@ -68,6 +68,14 @@ def test_every_uri_of_a_job_may_be_a_path(project: Path) -> None:
     assert all(uri.startswith("pvc://") for uri in context.spec.source_uris)
     assert str(project / "out") in volumes.values() and context.job.targets
     assert {"data", "adapter"} <= {uri.rpartition("/")[2] for uri in context.spec.source_uris}
+
+
+def test_what_only_a_cluster_knows_is_refused_with_its_field(project: Path) -> None:
+    given = {"model": {"uri": "../models/tiny"}, "dataset": {"train": {"uri": "data/train.jsonl"}}}
+    with pytest.raises(MissingVolume, match=r"spec.publish\[1\].model: support-bot: .* write uri: pvc://CLAIM/support-bot in its place"):
+        read(manifest(project, **given, publish=[{"uri": "./out/support"}, {"model": "support-bot"}]))
+    with pytest.raises(MissingVolume, match=r"spec.tuning.continueFrom: model://support-bot@2: .* write pvc://CLAIM/PATH"):
+        read(manifest(project, **given, tuning={"continueFrom": "model://support-bot@2"}))
 
 
 def test_what_is_no_path_is_left_alone(project: Path) -> None:

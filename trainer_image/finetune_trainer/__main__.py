@@ -1,6 +1,7 @@
 """`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words.
 
-`… fetch --replica replica.json --to DIR` and `… agent` are what runs in a FineTuneEndpoint's replica, beside its engine.
+Of no job: `… catalog --model model.json`, and `… fetch --replica replica.json --to DIR` and `… agent`, which run in a FineTuneEndpoint's
+replica, beside its engine.
 """
 
 from __future__ import annotations
@@ -41,12 +42,16 @@ def main() -> None:
     """Run a stage; exits with the code of the contract."""
     if sys.argv[1:2] == ["agent"]:
         return _agent(sys.argv[2:])
-    if sys.argv[1:2] == ["fetch"]:
-        _fetch(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
-    parser.add_argument("stage", choices=get_args(Stage))
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--workspace", required=True)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name in get_args(Stage):
+        stage = stages.add_parser(name)
+        stage.add_argument("--job", required=True)
+        stage.add_argument("--workspace", required=True)
+    stages.add_parser("catalog").add_argument("--model", required=True)
+    fetch = stages.add_parser("fetch")
+    fetch.add_argument("--replica", default=ReplicaPaths.FILE)
+    fetch.add_argument("--to", default=ReplicaPaths.MODELS)
     arguments = parser.parse_args()
     redaction.configure_logging()
     signal.signal(signal.SIGTERM, _stop)
@@ -54,14 +59,11 @@ def main() -> None:
     retry.trust_authorities()
     if arguments.stage == "train":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare has fetched everything: GPUs wait for no hub
-
-    def run() -> StageResult:
-        context = Context.load(arguments.job, arguments.workspace)
-        os.environ["FINETUNE_JOB_FILE"] = arguments.job
-        os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
-        return _run(arguments.stage, context)
-
-    _to_the_end(run)
+    if arguments.stage == "catalog":
+        _to_the_end(lambda: _catalog(arguments.model))
+    if arguments.stage == "fetch":
+        _to_the_end(lambda: _fetch(arguments.replica, arguments.to))
+    _to_the_end(lambda: _stage(arguments.stage, arguments.job, arguments.workspace))
 
 
 def _to_the_end(run: Callable[[], StageResult]) -> NoReturn:
@@ -82,19 +84,18 @@ def _to_the_end(run: Callable[[], StageResult]) -> NoReturn:
     sys.exit(int(ExitCode.DONE))
 
 
-def _fetch(words: list[str]) -> NoReturn:
+def _catalog(model_file: str) -> StageResult:
+    from .stages.catalog import catalog, load
+
+    return catalog(load(model_file))
+
+
+def _fetch(replica_file: str, folder: str) -> StageResult:
     from .serving.replica import fetch, read_replica
 
-    parser = argparse.ArgumentParser(prog="finetune_trainer fetch")
-    parser.add_argument("--replica", default=ReplicaPaths.FILE)
-    parser.add_argument("--to", default=ReplicaPaths.MODELS)
-    told = parser.parse_args(words)
-    redaction.configure_logging()
-    signal.signal(signal.SIGTERM, _stop)
-    retry.trust_authorities()
     retry.cap_hub_retry_wait()
-    os.environ.setdefault("HF_HOME", f"{told.to}/cache/huggingface")
-    _to_the_end(lambda: fetch(read_replica(told.replica), told.to))
+    os.environ.setdefault("HF_HOME", f"{folder}/cache/huggingface")
+    return fetch(read_replica(replica_file), folder)
 
 
 def _agent(words: list[str]) -> None:
@@ -106,7 +107,10 @@ def _agent(words: list[str]) -> None:
     serve(words)
 
 
-def _run(stage: str, context: Context) -> StageResult:
+def _stage(stage: str, job_file: str, workspace: str) -> StageResult:
+    context = Context.load(job_file, workspace)
+    os.environ["FINETUNE_JOB_FILE"] = job_file
+    os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
     if stage != "train":
         retry.cap_hub_retry_wait()
     if stage == "prepare":

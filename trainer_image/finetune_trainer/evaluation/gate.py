@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.evaluation_status import PROMPTING_MAY_DO, ArmName, EvaluationArm, EvaluationStatus, Gated
+from finetune_api.evaluation_status import PROMPTING_MAY_DO, ArmName, ChampionComparison, EvaluationArm, EvaluationStatus, Gated
 from finetune_api.spec import Evaluation, Gate, Metric
 
 from .forgetting import GENERAL_LOSS
@@ -51,9 +51,22 @@ class Gain:
         return f"{self.gain:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def decide(spec: Evaluation, seed: int, arms: Sequence[Measured], groups: Sequence[Any] | None = None) -> Verdict:
+@dataclass(frozen=True)
+class Challenged:
+    """The champion of then beside the tuned model."""
+
+    comparison: ChampionComparison
+    arm: Measured | None = None
+    """What it did, on the rows that neither learned from."""
+    message: str = ""
+    """For people."""
+
+
+def decide(
+    spec: Evaluation, seed: int, arms: Sequence[Measured], groups: Sequence[Any] | None = None, champion: Challenged | None = None
+) -> Verdict:
     """The verdict on the arms, of which the tuned model's is the last. `groups`: the prompt that each row belongs to."""
-    gate = spec.gate or Gate(metric=spec.metrics[0])
+    gate = compared_by(spec)
     metric, tuned = gate.metric, arms[-1]
     compared = {arm.name: _pair(metric, arm, tuned) for arm in arms[:-1]}
     strongest = _strongest(metric, compared)
@@ -87,11 +100,54 @@ def decide(spec: Evaluation, seed: int, arms: Sequence[Measured], groups: Sequen
         if not rise <= spec.forgetting.max_increase:
             gated = "NotPassed"
             message += f": it rose by {rise:.1%}, evaluation.forgetting.maxIncrease is {spec.forgetting.max_increase:.1%}"
+    shown_arms = [*arms[:-1], *([champion.arm] if champion is not None and champion.arm is not None else []), tuned]
+    if champion is not None:
+        message += f"; {champion.message}"
     status = EvaluationStatus(
-        arms=[_wire(spec, arm, tuned, found.arm) for arm in arms], examples=rows, prompts=prompts, compared_with=found.arm,
+        arms=[_wire(spec, arm, tuned, found.arm) for arm in shown_arms], examples=rows, prompts=prompts, compared_with=found.arm,
         improvement=_short(found.gain), interval=[_short(found.low), _short(found.high)], gate=gated,
+        champion=None if champion is None else champion.comparison,
     )  # fmt: skip
     return Verdict(status, reason, message)
+
+
+def compared_by(spec: Evaluation) -> Gate:
+    """What models are compared by: the gate, or what it is by default on the first metric."""
+    return spec.gate or Gate(metric=spec.metrics[0])
+
+
+def challenge(
+    spec: Evaluation, seed: int, version: int, champion: Measured, tuned: Measured, groups: Sequence[Any] | None = None
+) -> Challenged:
+    """The tuned model against the champion, both on the same rows alone, with the gate's own interval."""
+    gate = compared_by(spec)
+    pair = _pair(gate.metric, champion, tuned)
+    rows = len(pair[0])
+    prompts = rows if groups is None else len(set(groups))
+    told = f"version {version}, the champion, on {prompts} prompts that neither learned from"
+    if not math.isfinite(value(gate.metric, pair[0])):
+        return unclear(version, f"its {gate.metric} is no number", prompts)
+    found = _gain(gate, seed, "Champion", {"Champion": pair}, groups)
+    result, why = passes(found, 0.0, prompts, least_prompts(gate.confidence))
+    if result == "Inconclusive":
+        return unclear(version, too_few(prompts, gate.confidence), prompts)
+    comparison = ChampionComparison(
+        version=version, prompts=prompts, metric=gate.metric, improvement=_short(found.gain),
+        interval=[_short(found.low), _short(found.high)], result=result,
+    )  # fmt: skip
+    scores = f"{gate.metric} Champion {value(gate.metric, pair[0]):.4g}, Tuned {value(gate.metric, pair[1]):.4g}"
+    return Challenged(comparison, champion, f"{told}: {scores}: {why}")
+
+
+def unclear(version: int, why: str, prompts: int = 0) -> Challenged:
+    """The champion cannot be compared with."""
+    comparison = ChampionComparison(version=version, prompts=prompts, message=why)
+    return Challenged(comparison, None, f"version {version}, the champion: inconclusive: {why}")
+
+
+def too_few(prompts: int, confidence: float) -> str:
+    """Why so many prompts do not tell."""
+    return f"{prompts} held-out prompts that neither learned from, at least {least_prompts(confidence)} are needed"
 
 
 def passes(found: Gain, wanted: float, prompts: int, least: int) -> tuple[Gated, str]:
@@ -156,7 +212,8 @@ def _own(metric: Metric, arm: Measured, against: ArmName | None = None) -> Value
 
 
 def _wire(spec: Evaluation, arm: Measured, tuned: Measured, against: ArmName) -> EvaluationArm:
-    found = {m: value(m, _own(m, arm, against if arm is tuned else None)) for m in spec.metrics}
+    measured = [m for m in spec.metrics if m in arm.values or arm is tuned]  # not all of the champion
+    found = {m: value(m, _own(m, arm, against if arm is tuned else None)) for m in measured}
     metrics: dict[str, float] = {m: _short(number) for m, number in found.items() if math.isfinite(number)}
     return EvaluationArm(
         name=arm.name, metrics=metrics | arm.scores, shots=arm.shots,

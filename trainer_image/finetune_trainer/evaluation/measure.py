@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -53,6 +54,8 @@ class Measured:
     """Of the model, on other texts than the rows."""
     against: dict[ArmName, dict[Metric, Values]] = field(default_factory=dict)
     """Of the tuned model: metrics that are a comparison with one of the other arms."""
+    likelihoods: np.ndarray[Any, Any] | None = None
+    """Of unpaired preferences: of each row's answer, those labelled bad, too; its preference is one over all of them."""
 
 
 def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, reward: bool) -> Measured:
@@ -63,7 +66,12 @@ def measure(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, *, rewar
         loss, correct = token_values(model, good_rows(asked.rows), tokenizer.pad_token_id)
         found.values |= {"loss": loss, "perplexity": loss, "token-accuracy": correct}
     if "pairs" in kinds:
-        found.values["preference-accuracy"] = _preferences(model, asked.rows, tokenizer.pad_token_id, reward=reward)
+        if asked.rows[0].get("label") is not None:
+            heads, answers = ([row[column] for row in asked.rows] for column in ("prompt_ids", "completion_ids"))
+            found.likelihoods = _likelihoods(model, heads, answers, tokenizer.pad_token_id)
+            found.values["preference-accuracy"] = _unpaired(found.likelihoods, asked.rows)
+        else:
+            found.values["preference-accuracy"] = _preferences(model, asked.rows, tokenizer.pad_token_id, reward=reward)
     if kinds & {"answers", "judge"}:
         lead = ChatTemplate(tokenizer).answer_lead
         found.answers = generate(model, tokenizer, [prompt for prompt, _ in asked.prompts], spec.max_new_tokens, lead)
@@ -95,6 +103,27 @@ def _cost(model: Any, tokenizer: Any, asked: Asked, spec: Evaluation, found: Mea
 def good_rows(rows: list[Row]) -> list[Row]:
     """Rows with an answer worth learning: not those labelled bad."""
     return [row for row in rows if row.get("label") is not False]
+
+
+def part_asked(name: ArmName, asked: Asked, places: Collection[int]) -> Asked:
+    """Some of the rows, as another arm."""
+    prompts = [asked.prompts[at] for at in _good_places(asked.rows, places)] if asked.prompts else []
+    return Asked(name, [asked.rows[place] for place in sorted(places)], prompts, asked.shots)
+
+
+def part_measured(found: Measured, rows: list[Row], places: Collection[int]) -> Measured:
+    """What was measured on some of the rows, as if they had been asked alone. `rows`: all that were asked."""
+    good = _good_places(rows, places)
+    values = {metric: numbers[good] for metric, numbers in found.values.items()}
+    if found.likelihoods is not None:
+        values["preference-accuracy"] = _unpaired(found.likelihoods[sorted(places)], [rows[place] for place in sorted(places)])
+    return replace(found, values=values, answers=[found.answers[at] for at in good] if found.answers else [], against={})
+
+
+def _good_places(rows: list[Row], places: Collection[int]) -> list[int]:
+    """Where these rows stand among those with an answer worth learning."""
+    good = [place for place, row in enumerate(rows) if row.get("label") is not False]
+    return [at for at, place in enumerate(good) if place in set(places)]
 
 
 def _padded(rows: list[list[int]], filler: int, device: Any) -> torch.Tensor:
@@ -136,19 +165,18 @@ def _first_learned(labels: list[int]) -> int:
 
 
 def _preferences(model: Any, rows: list[Row], pad: int, *, reward: bool) -> Values:
-    """1 for each row whose chosen answer is preferred: scored higher by a reward model, else likelier per token.
-
-    Of unpaired rows: for each good answer, the share of bad answers that are less likely.
-    """
-    if rows[0].get("label") is not None:
-        found = _likelihoods(model, [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad)
-        good = np.array([bool(row["label"]) for row in rows])
-        return np.array([[float((found[~good] < point).mean()), 1.0] for point in found[good]])
+    """1 for each row whose chosen answer is preferred: scored higher by a reward model, else likelier per token."""
     scores = []
     for side in ("chosen_ids", "rejected_ids"):
         answers = [row[side] for row in rows]
         scores.append(_scores(model, answers, pad) if reward else _likelihoods(model, [row["prompt_ids"] for row in rows], answers, pad))
     return np.stack([(scores[0] > scores[1]).astype(float), np.ones(len(rows))], axis=1)
+
+
+def _unpaired(likelihoods: np.ndarray[Any, Any], rows: list[Row]) -> Values:
+    """For each good answer, the share of bad answers that are less likely; no number where there are none."""
+    good = np.array([bool(row["label"]) for row in rows])
+    return np.array([[float((likelihoods[~good] < point).mean()) if not good.all() else np.nan, 1.0] for point in likelihoods[good]])
 
 
 @torch.inference_mode()

@@ -95,6 +95,7 @@ def _scores(evaluation: dict[str, Any] | None) -> list[str]:
         "Base": "Base",
         "Instructed": "Base, instructed",
         "FewShot": f"Base, {next((arm['shots'] for arm in arms if arm['name'] == 'FewShot'), 0)} examples",
+        "Champion": "Champion of then",
         "Tuned": "Tuned",
     }
     metrics = list(dict.fromkeys(metric for arm in arms for metric in arm["metrics"]))
@@ -107,7 +108,18 @@ def _scores(evaluation: dict[str, Any] | None) -> list[str]:
     told = f"On {evaluation['examples']} held-out rows of {evaluation['prompts']} prompts that were not trained on. {gain}"
     if evaluation["reason"] == PROMPTING_MAY_DO:
         told += " The base with an instruction or examples is not measurably worse: prompting may do."
+    if champion := evaluation.get("champion"):
+        told += f" {_against(champion)}"
     return [told, "", "| Metric | " + " | ".join(titles[arm["name"]] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|", *rows]
+
+
+def _against(champion: dict[str, Any]) -> str:
+    """What the comparison with the champion of then found."""
+    if not champion.get("interval"):
+        return f"Version {champion['version']}, the champion of then, could not be compared with: {champion.get('message', '')}."
+    low, high = champion["interval"]
+    found = f"improvement {champion['improvement']:.4g}, between {low:.4g} and {high:.4g} ({champion['metric']})"
+    return f"Over version {champion['version']}, the champion of then, on {champion['prompts']} prompts that neither learned from: {found}."
 
 
 def _row(name: str, numbers: list[float | None]) -> str:

@@ -36,21 +36,18 @@ class Context:
         root = self.job.sources.get(f"{uri.scheme}://{uri.name}")
         if root is None:
             raise UserError("SourceNotMounted", f"{uri.scheme}://{uri.name} is not mounted here")
-        return _inside(root, uri)
+        return inside(root, uri)
 
     def target(self, uri: URI) -> Path:
         """The folder that a pvc:// target is written to."""
         root = self.job.targets.get(f"{uri.scheme}://{uri.name}")
         if root is None:
             raise UserError("TargetNotMounted", f"{uri.scheme}://{uri.name} is not mounted here")
-        return _inside(root, uri)
+        return inside(root, uri)
 
     def secret(self, field: str, key: str = "token") -> str | None:
         """The secret of a field, or None when it has none or is not mounted in this stage."""
-        folder = self.job.secrets.get(field)
-        if folder is None or not os.path.exists(f"{folder}/{key}"):
-            return None
-        return Path(folder, key).read_text().strip()
+        return read_secret(self.job.secrets.get(field), key)
 
     def write_json(self, path: str, value: Any) -> None:
         """Write a report so that a reader sees the old or the new one, never half of it."""
@@ -61,7 +58,15 @@ class Context:
         return json.loads(Path(path).read_text())
 
 
-def _inside(root: str, uri: URI) -> Path:
+def read_secret(folder: str | None, key: str) -> str | None:
+    """A key of a Secret that is mounted as a folder, or None where there is none."""
+    if folder is None or not os.path.exists(f"{folder}/{key}"):
+        return None
+    return Path(folder, key).read_text().strip()
+
+
+def inside(root: str, uri: URI) -> Path:
+    """The file or folder behind a URI in a mount. Raises UserError for a link that leads out of it."""
     base = Path(root).resolve()
     path = (base / uri.path).resolve()
     if uri.scheme != "configmap" and path != base and base not in path.parents:

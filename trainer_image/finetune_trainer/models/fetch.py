@@ -5,7 +5,6 @@ Fetching is prepare's; later stages ask `local_path` and reach no hub.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from fnmatch import fnmatch
@@ -15,12 +14,14 @@ from typing import Any
 from finetune_api.contract import LINEAGE, SUMS
 from finetune_api.spec import Model
 from finetune_api.uris import URI, parse_uri
+from finetune_api.versions import BaseModelReference
 
 from ..job.context import Context
-from ..job.files import parse_digests
+from ..job.files import damaged_file
 from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
 from ..remote.s3 import objects_below, s3_client, s3_host
+from .versions import fetch_parent
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
 _FIELDS = {"model": "model.uri", "teacher": "tuning.distillation.teacher.uri", "adapter": "tuning.continueFrom"}
@@ -32,7 +33,9 @@ _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "ge
 def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
     """In prepare: find or download a model or adapter (`name`: model, teacher, adapter), check it, and note where it is."""
     parsed = parse_uri(uri)
-    if parsed.scheme == "pvc":
+    if parsed.scheme == "model":
+        folder = fetch_parent(context, parsed)
+    elif parsed.scheme == "pvc":
         folder = context.mounted(parsed)
         if not (folder / config).is_file():
             raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
@@ -42,7 +45,9 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
         raise UserError("ModelNotReadable", f"{shown(name, uri)} holds a model and an adapter ({ADAPTER_CONFIG}): {_APART}")
     check_whole(folder, shown(name, uri), config)
     _check_configs(folder, shown(name, uri), remote_code=remote_code)
-    context.write_json(context.layout.reference(name), {"path": str(folder), "uri": uri, "fingerprint": fingerprint(folder, config)})
+    revision = folder.name if parsed.scheme == "hf" else ""  # the hub's cache names its folders by commit
+    noted = {"path": str(folder), "uri": uri, "revision": revision, "fingerprint": fingerprint(folder, config)}
+    context.write_json(context.layout.reference(name), noted)
     return str(folder)
 
 
@@ -60,6 +65,12 @@ def fetch_base_model(context: Context) -> str:
 def local_path(context: Context, name: str = "model") -> str:
     """The folder of a model or adapter that prepare fetched."""
     return str(context.read_json(context.layout.reference(name))["path"])
+
+
+def base_reference(context: Context) -> BaseModelReference:
+    """The base as prepare found it."""
+    noted = context.read_json(context.layout.reference("model"))
+    return BaseModelReference(uri=noted["uri"], revision=noted.get("revision", ""), fingerprint=noted["fingerprint"])
 
 
 def _fetched(context: Context, name: str, uri: str, config: str) -> Path | None:
@@ -124,11 +135,8 @@ def _compare(folder: Path, uri: URI) -> None:
         if (folder / LINEAGE).is_file():
             raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path} has no {SUMS}: publishing it has not ended; name a whole one")
         return
-    for name, digest in parse_digests((folder / SUMS).read_text()).items():
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                    raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path}/{name} is not what {SUMS} says; publish it again")
+    if (name := damaged_file(folder, (folder / SUMS).read_text())) is not None:
+        raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path}/{name} is not what {SUMS} says; publish it again")
 
 
 def _instead(folder: Path) -> str:

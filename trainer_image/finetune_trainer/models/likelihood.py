@@ -109,6 +109,15 @@ def learned_values(model: Any, targets: torch.Tensor, learned: torch.Tensor, **i
     return nll, right
 
 
+def log_probabilities(model: Any, prompt_ids: list[int], answer_ids: list[int]) -> list[float]:
+    """Log-probability of each token of an answer after its prompt, which has one token at least."""
+    joined = torch.tensor([[*prompt_ids, *answer_ids]], device=causal_model(model).device)
+    learned = torch.zeros_like(joined, dtype=torch.bool)
+    learned[0, len(prompt_ids) - 1 : -1] = True
+    nll, _ = learned_values(model, joined.roll(-1, 1), learned, input_ids=joined, attention_mask=torch.ones_like(joined))
+    return [-float(number) for number in nll.cpu()]
+
+
 def _judge(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     right = logits.argmax(-1) == wanted
     return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none"), right

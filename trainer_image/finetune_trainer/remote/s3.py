@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from finetune_api.contract import S3_KEYS, Env
 from finetune_api.uris import URI
 
-from ..job.context import Context
+from ..job.context import Context, read_secret
 from .addresses import allowed_addresses
 from .retry import CONNECT_TIMEOUT, READ_TIMEOUT
 
@@ -21,7 +21,12 @@ def s3_host(endpoint: str | None) -> str:
 
 
 def s3_client(context: Context, field: str, endpoint: str | None) -> Any:
-    """A client with the keys of a field's Secret; a local run takes those of its environment. Never the node's own role.
+    """A client with the keys of a field's Secret; see `client_of`."""
+    return client_of(context.job.secrets.get(field), endpoint)
+
+
+def client_of(keys: str | None, endpoint: str | None) -> Any:
+    """A client with the keys in a folder; a local run takes those of its environment. Never the node's own role.
 
     Raises UserError where the user's endpoint has an address that is not public and not allowed (case A6).
     """
@@ -32,7 +37,7 @@ def s3_client(context: Context, field: str, endpoint: str | None) -> Any:
     if endpoint is not None:
         parts = urlsplit(endpoint)
         allowed_addresses(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
-    key, secret = (context.secret(field, name) or os.environ.get(name) for name in S3_KEYS)
+    key, secret = (read_secret(keys, name) or os.environ.get(name) for name in S3_KEYS)
     settings = Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,

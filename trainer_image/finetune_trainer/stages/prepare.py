@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+from typing import Any
 
 from finetune_api.contract import Env, Identity, StageResult, read_identity
 from finetune_api.status import DatasetStatus
@@ -27,7 +28,7 @@ from ..evaluation.arms import write_baseline
 from ..evaluation.forgetting import write_general_rows
 from ..export import forms
 from ..job.context import Context
-from ..models.fetch import fetch_base_model
+from ..models.fetch import base_reference, fetch_base_model
 from ..models.load import load_tokenizer
 from ..process.errors import UserError
 from ..training import teacher
@@ -96,7 +97,7 @@ def prepare(context: Context) -> StageResult:
     message = "; ".join([_message(status), *notes]) + (
         f"; goes on from step {adopted} of the job that it was restored from" if adopted is not None else ""
     )
-    return StageResult(reason="DataReady", message=message, result={"dataset": status.to_wire(), "plan": plan.to_wire()})
+    return StageResult(reason="DataReady", message=message, result={**_base(context), "dataset": status.to_wire(), "plan": plan.to_wire()})
 
 
 def _as_prepared(context: Context, known: Identity, notes: list[str]) -> StageResult:
@@ -111,7 +112,11 @@ def _as_prepared(context: Context, known: Identity, notes: list[str]) -> StageRe
             "or leave --resume out: a new run begins, and this one is kept",
         )
     message = "; ".join([f"{_message(DatasetStatus.model_validate(dataset))}, as prepared for this run", *notes])
-    return StageResult(reason="DataReady", message=message, result={"dataset": dataset, "plan": plan})
+    return StageResult(reason="DataReady", message=message, result={**_base(context), "dataset": dataset, "plan": plan})
+
+
+def _base(context: Context) -> dict[str, Any]:
+    return {"base": base_reference(context).to_wire()}
 
 
 def _check_settings(context: Context) -> None:

@@ -7,22 +7,21 @@ import logging
 import math
 import os
 import queue
-import ssl
 import threading
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune_api.contract import Env, Mounts, ProgressReport
+from finetune_api.contract import Env, ProgressReport
 
 from ..checkpointing.checkpoint_schedule import CheckpointCallback
 from ..checkpointing.checkpoints import ResumePoint, latest_step
 from ..job.context import Context
 from ..process.errors import UserError
+from ..remote.operator import post
 
 log = logging.getLogger("finetune.progress")
 _INTERVAL = 1.0
@@ -104,21 +103,14 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
             self._outbox.put(report)
 
     def _send_forever(self) -> None:
-        url = os.environ[Env.PROGRESS_URL]
         job = self._context.job
-        address = f"{url}/v1/namespaces/{job.namespace}/finetunejobs/{job.name}/progress"
-        authority = f"{Mounts.JOB}/ca.crt"
-        context = ssl.create_default_context(cafile=authority if os.path.exists(authority) else None)
+        path = f"/v1/namespaces/{job.namespace}/finetunejobs/{job.name}/progress"
         failures = 0
         while True:
             report = self._outbox.get()
             try:
-                token = Path(Mounts.TOKEN, "token").read_text().strip()
-                headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-                body = json.dumps(report.to_wire()).encode()
-                request = urllib.request.Request(address, data=body, headers=headers, method="POST")
-                with urllib.request.urlopen(request, timeout=5, context=context):
-                    failures = 0
+                post(path, report.to_wire(), timeout=5)
+                failures = 0
             except (OSError, ValueError) as failure:
                 failures += 1
                 if failures in (1, 10, 100, 1000):
