@@ -13,12 +13,20 @@ from ..job.context import Context
 from ..process.errors import InfrastructureError, StageError, UserError
 from .bucket import check_bucket, publish_to_bucket
 from .hub import check_hub, publish_to_hub
+from .mlflow import check_mlflow, publish_to_mlflow
+from .registry import check_registry, publish_to_registry
 from .volume import check_volume, publish_to_volume
 
 Failed = list[tuple[str, StageError]]
 """(target, why)"""
-_CHECK = {"pvc": check_volume, "hf": check_hub, "s3": check_bucket}
-_PUBLISH = {"pvc": publish_to_volume, "hf": publish_to_hub, "s3": publish_to_bucket}
+_CHECK = {"pvc": check_volume, "hf": check_hub, "s3": check_bucket, "oci": check_registry, "mlflow": check_mlflow}
+_PUBLISH = {
+    "pvc": publish_to_volume,
+    "hf": publish_to_hub,
+    "s3": publish_to_bucket,
+    "oci": publish_to_registry,
+    "mlflow": publish_to_mlflow,
+}
 
 
 def check_targets(context: Context) -> tuple[list[Artifact], Failed]:
