@@ -274,6 +274,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
             workspace={"persistentVolumeClaim": {"claimName": "shared"}},
         ),
         merged(MINIMAL, tuning={"method": "prompt", "virtualTokens": {"count": 8}}),
+        merged(MINIMAL, tuning={"continueFrom": "oci://registry.example/team/bot:v1", "continueFromSecretRef": {"name": "pull"}}),
         merged(MINIMAL, tuning={"objective": "dpo", "preference": {"beta": 0.2}}),
         merged(MINIMAL, tuning={"objective": "grpo", "grpo": {"rewards": [{"type": "regex", "pattern": "a+"}]}}),
         merged(MINIMAL, tuning={"objective": "distill", "distillation": {"teacher": {"uri": "hf://org/teacher", **_SECRET}}}),

@@ -141,7 +141,7 @@ class JobFile(APIModel):
     targets: dict[str, str] = Field(default_factory=dict)
     """Folder of each claim that results are published to, by `pvc://name`."""
     secrets: dict[str, str] = Field(default_factory=dict)
-    """Folder that holds each secret's files (`token`, or the keys of an s3:// source), by field: model, train, mix-0, publish-0 and so on."""
+    """Folder that holds each secret's files (`token`, or the keys of an s3:// source), by field: model, adapter, train, mix-0, publish-0 and so on."""
     models: dict[str, ModelStorage] = Field(default_factory=dict)
     """FineTunedModels that the spec refers to, by name; their secrets are in `secrets` by `model-NAME`."""
 

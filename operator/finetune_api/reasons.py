@@ -18,17 +18,18 @@ _OF_THE_OPERATOR = """
     TooManyRestarts
 """
 _OF_THE_TRAINER = """
-    AdapterNotReadable AddressNotAllowed AttentionNotSupported BadJSONSchema BadRegex BadSystemPrompt ChatTemplateFailed
+    AdapterNotReadable AddressNotAllowed ArtifactsNotServed AttentionNotSupported BadJSONSchema BadRegex BadSystemPrompt ChatTemplateFailed
     ChatTemplateTooLarge ChatTemplateTooSlow ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound
     DatasetNotGzip DatasetNotJSON DatasetNotParquet DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb
     DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows EmptyDataset EmptyResult EndpointRefused
-    EndpointUnreachable Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers
-    MethodNotSupported MixedFormats ModelNotFound ModelNotReadable ModelNotWhole NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
-    NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
-    NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
-    QuantizedBase RedirectRefused RemoteCode Replaced ReportNotDelivered ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
-    SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StorageFailed StorageRefused StrategyMismatch
-    TargetNotMounted TargetNotWritable
+    EndpointUnreachable FormDiffers Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions
+    MainNotFound MergeDiffers MethodNotSupported MixedFormats ModelNotFound ModelNotReadable ModelNotWhole
+    ModelTooLarge NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate NoEvalRows NoExamples NoFlashAttention
+    NoGGUF NoONNX NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss NothingToPublish OneSided
+    OtherVocabulary PathLeavesVolume PlainHTTPRefused ProcessDied PromptTooLong PublishFailed PublishRefused
+    QuantizedBase RedirectRefused RemoteCode Replaced ReportNotDelivered ReshardFailed RowsTooLong RunChanged
+    SecretNotReadable SettingsRefused SharedDevice SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly
+    StorageFailed StorageRefused StrategyMismatch TargetNotMounted TargetNotWritable
     TargetContended TargetTaken TaskNotLoaded TokenizerNotReadable TokensBeyondVocabulary TooFewExamples
     TooManyRedirects UnexpectedError UnknownColumn UnknownFormat UnknownTask VerificationFailed VersionDamaged VersionNotFound WeightsMismatch
     WeightsMissing WeightsNotFinite WeightsNotReadable WorkerDied WorldMismatch WrongAdapter WrongArchitecture

@@ -22,7 +22,8 @@ _START_SECONDS = 180
 _ELSEWHERE = {
     "hf": "it is on the Hugging Face Hub: hf download {name}",
     "s3": "it is in a bucket: aws s3 cp --recursive {uri} {target}",
-    "oci": "it is in a registry: oras pull {name}",
+    "oci": "it is in a registry: oras pull --output {target} {name}/{path}:{tag}",
+    "mlflow": "it is in MLflow: MLFLOW_TRACKING_URI=https://{name} mlflow artifacts download --artifact-uri models:/{path}@champion --dst-path {target}",
 }
 
 
@@ -35,7 +36,7 @@ def download(jobs: Jobs, artifact: Artifact, image: str, target: Path) -> int:
     uri = parse_uri(artifact.uri)
     if uri.scheme != "pvc":
         hint = _ELSEWHERE.get(uri.scheme, "fetch it with a tool for {uri}")
-        raise NotHere(hint.format(name=uri.name, uri=artifact.uri, target=target))
+        raise NotHere(hint.format(name=uri.name, path=uri.path, tag=uri.revision or "latest", uri=artifact.uri, target=target))
     with _reader(jobs, uri.name, image) as pod, tempfile.TemporaryFile() as archive:
         command = ["tar", "-C", "/volume", "-cf", "-", "--", uri.path or "."]
         answer = stream(

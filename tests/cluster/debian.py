@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .shell import run, step
+from .shell import CommandFailed, cached, digest_of, run, step
 
 #: command or file that shows that the package is there -> package
 RUNTIME = {"runc": "runc", "iptables": "iptables", "conntrack": "conntrack", "ip": "iproute2", "mount": "mount", "nsenter": "util-linux"}
@@ -34,6 +34,21 @@ def ensure(packages: dict[str, str]) -> None:
         finally:
             if ours:
                 policy.unlink(missing_ok=True)
+
+
+def unpacked(package: str) -> Path:
+    """A package's files in a folder of their own, nothing of it installed: a program that needs the C library alone."""
+
+    def build(folder: Path) -> None:
+        with step(f"unpacking the Debian package {package} (once)"):
+            try:
+                run(["apt-get", "download", package], cwd=folder)
+            except CommandFailed:  # a fresh machine has no lists
+                run(["apt-get", "update", "-q"])
+                run(["apt-get", "download", package], cwd=folder)
+            run(["dpkg-deb", "--extract", next(folder.glob("*.deb")), folder])
+
+    return cached(f"debian-{package}", digest_of(package), build)
 
 
 def archives(release: str) -> list[tuple[str, str]]:

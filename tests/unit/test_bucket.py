@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
+from safetensors.numpy import save_file
 
 from finetune_api.contract import S3_KEYS, Env
 from finetune_trainer.export import bucket
 from finetune_trainer.job.context import Context
-from finetune_trainer.models.fetch import fetch_base_model
+from finetune_trainer.models.fetch import fetch_base_model, fetch_model
 from finetune_trainer.process.errors import InfrastructureError, SourceUnavailable, UserError
 from finetune_trainer.remote import retry
 from finetune_trainer.stages.check import check
@@ -195,12 +197,28 @@ def test_a_base_out_of_a_bucket(store: Store, tiny_model: Path) -> None:
     store.client.put_object(Bucket="models", Key="bases/tiny/pickle.bin", Body=b"x")
     store.client.put_object(Bucket="models", Key="bases/tiny/onnx/config.json", Body=b"x")
     asked = {"model": {"uri": "s3://models/bases/tiny", "secretRef": KEYS, "s3Endpoint": store.endpoint}}
-    folder = Path(fetch_base_model(store.context(**asked)))
+    context = store.context(**asked)
+    folder = Path(fetch_base_model(context))
     assert {p.name for p in folder.iterdir()} == {p.name for p in tiny_model.iterdir()}
     store.client.delete_object(Bucket="models", Key="bases/tiny/config.json")
-    assert fetch_base_model(store.context(**asked)) == str(folder)
-    with pytest.raises(UserError, match=r"s3://models/nothing: there is no object below this prefix"):
+    assert fetch_base_model(context) == str(folder)
+    with pytest.raises(UserError, match=r"holds no config\.json"):  # another job
+        fetch_base_model(store.context(**asked))
+    with pytest.raises(UserError, match=r"s3://models/nothing holds no file of a model"):
         fetch_base_model(store.context(model={**asked["model"], "uri": "s3://models/nothing"}))
+
+
+def test_going_on_from_an_adapter_in_a_bucket(store: Store) -> None:
+    """By keys and an endpoint of its own; pinned by the digest of what was published."""
+    context = store.context()
+    save_file({"base_model.model.q.lora_A.weight": np.ones((2, 2), np.float32)}, Path(context.layout.output, "adapter_model.safetensors"))
+    digest = publish(context).result["artifacts"][0]["digest"]
+    uri = "s3://models/team/support"
+    tuning = {"continueFrom": uri, "continueFromSecretRef": KEYS, "continueFromS3Endpoint": store.endpoint}
+    later = store.context(tuning=tuning)
+    later.job.secrets["adapter"] = later.job.secrets.pop("model")
+    folder = Path(fetch_model(later, "adapter", uri, config="adapter_config.json"))
+    assert (folder / "finetune.json").is_file() and later.read_json(later.layout.reference("adapter"))["revision"] == digest
 
 
 def test_a_published_model_that_was_changed_is_no_base(store: Store) -> None:

@@ -133,6 +133,9 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
         },
         tuning={
             "objective": "distill",
+            "lora": None,
+            "continueFrom": "oci://registry.example/team/bot:v1",
+            "continueFromSecretRef": {"name": "pull"},
             "distillation": {"teacher": {"uri": "hf://org/big", "secretRef": {"name": "teacher"}}},
             "hyperparameters": {"globalBatchSize": 32},
             "tracking": {
@@ -152,7 +155,7 @@ def test_a10_every_kind_of_secret_reaches_its_stage_alone() -> None:
     write = {("hf-write", "token"), ("s3-write", "AWS_ACCESS_KEY_ID"), ("s3-write", "AWS_SECRET_ACCESS_KEY")}
     assert found == {
         "prepare": {
-            ("hf-token", "token"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
+            ("hf-token", "token"), ("pull", ".dockerconfigjson"), ("teacher", "token"), ("web", "bearer"), ("s3", "AWS_ACCESS_KEY_ID"), ("s3", "AWS_SECRET_ACCESS_KEY"),
         },
         "check": write,
         "train": {("mlflow", "token"), ("wandb", "token")},

@@ -44,6 +44,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("publish to two at once", {"publish": [{"uri": "pvc://c/p", "model": "m"}]}, "publish takes uri or model"),
     ("a Secret beside a model", {"publish": [{"model": "m", "secretRef": {"name": "s"}}]}, "take no secretRef"),
     ("plain HTTP to a bucket", {"publish": [{"uri": "hf://o/m", "secretRef": {"name": "s"}, "plainHTTP": True}]}, "plainHTTP is only used"),
+    ("plain HTTP to the hub", {"model": {"uri": "hf://o/m", "plainHTTP": True}}, "model.plainHTTP is only used"),
+    ("a Secret without an adapter", {"tuning": {"continueFromSecretRef": {"name": "s"}}}, "continueFromSecretRef is only used with"),
+    (
+        "a Secret for a volume's adapter",
+        {"tuning": {"continueFrom": "pvc://a/b", "continueFromSecretRef": {"name": "s"}}},
+        "only used with an hf",
+    ),
+    ("an endpoint for no bucket", {"tuning": {"continueFrom": "hf://a/b", "continueFromS3Endpoint": "https://m"}}, "only used with an s3"),
+    (
+        "plain HTTP to a bucket's adapter",
+        {"tuning": {"continueFrom": "s3://abc/b", "continueFromPlainHTTP": True}},
+        "only used with an oci",
+    ),
     ("duration", {"checkpoint": {"every": "10 minutes"}}, '"10 minutes" is not a duration; write for example 90s'),
     ("full with lora settings", {"tuning": {"method": "full", "lora": {"rank": 8}}}, "remove tuning.lora or set method to lora"),
     (

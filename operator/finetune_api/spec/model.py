@@ -15,11 +15,13 @@ class Model(APIModel):
     """The base model."""
 
     uri: ModelURI
-    """Where the base model is: `hf://ORG/MODEL[@REVISION]`, `pvc://CLAIM/PATH` or `s3://BUCKET/PREFIX` (a folder that `from_pretrained` loads)."""
+    """Where the base model is: `hf://ORG/MODEL[@REVISION]`, `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX`, `oci://HOST/REPOSITORY[:TAG]` or `mlflow://HOST/MODEL[@ALIAS]` (files that `from_pretrained` loads)."""
     secret_ref: SecretReference | None = None
-    """Secret with a Hugging Face token for gated or private models, or with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3://)."""
+    """Secret with a token for hf:// and mlflow://, with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, or with .dockerconfigjson for oci://."""
     s3_endpoint: EndpointURL | None = None
     """Address of an S3-compatible server; unset means the administrator's, or AWS. Only for s3://."""
+    plain_http: bool = Field(default=False, alias="plainHTTP")
+    """Speak HTTP without TLS with an oci:// registry or an mlflow:// server, which an administrator must allow."""
     trust_remote_code: bool = False
     """Run Python code that the model repository ships. An administrator must allow it for the namespace too."""
 
@@ -33,6 +35,11 @@ class Model(APIModel):
             cel="!has(self.s3Endpoint) || self.uri.startsWith('s3://')",
             message="model.s3Endpoint is only used with an s3:// uri; remove it or change model.uri",
             holds=lambda m: m.s3_endpoint is None or m.uri.startswith("s3://"),
+        ),
+        Rule(
+            cel="!self.plainHTTP || self.uri.startsWith('oci://') || self.uri.startsWith('mlflow://')",
+            message="model.plainHTTP is only used with an oci:// or mlflow:// uri; remove it or change model.uri",
+            holds=lambda m: not m.plain_http or m.uri.startswith(("oci://", "mlflow://")),
         ),
     )
 

@@ -258,7 +258,13 @@ class Tuning(APIModel):
     virtual_tokens: VirtualTokens | None = None
     """Settings of the learned vectors; only with method prompt, prefix or p-tuning."""
     continue_from: AdapterURI | None = None
-    """Start from an earlier adapter, `pvc://CLAIM/PATH` or `hf://ORG/ADAPTER`, of the same method; its own settings are used."""
+    """Start from an earlier adapter of the same method, `model://FINETUNEDMODEL[@VERSION]`, `pvc://CLAIM/PATH`, `hf://ORG/ADAPTER`, `s3://BUCKET/PREFIX`, `oci://HOST/REPOSITORY[:TAG]` or `mlflow://HOST/MODEL[@ALIAS]`; its own settings are used."""
+    continue_from_secret_ref: SecretReference | None = None
+    """Secret for that adapter, as `model.secretRef` is for the base; an hf:// adapter without one is read with the token of the base."""
+    continue_from_s3_endpoint: EndpointURL | None = None
+    """Address of an S3-compatible server; unset means the administrator's, or AWS. Only with an s3:// adapter."""
+    continue_from_plain_http: bool = Field(default=False, alias="continueFromPlainHTTP")
+    """Speak HTTP without TLS with that registry (oci://) or server (mlflow://), which an administrator must allow."""
     preference: Preference | None = None
     """Settings of the preference loss; only with objective dpo, kto or orpo."""
     grpo: Grpo | None = None
@@ -301,6 +307,21 @@ class Tuning(APIModel):
             holds=lambda m: (
                 m.continue_from is None or (m.method not in WHOLE_MODEL_METHODS and m.lora is None and m.virtual_tokens is None)
             ),
+        ),
+        Rule(
+            cel="!has(self.continueFromSecretRef) || (has(self.continueFrom) && !self.continueFrom.startsWith('pvc://') && !self.continueFrom.startsWith('model://'))",
+            message="tuning.continueFromSecretRef is only used with an hf://, s3://, oci:// or mlflow:// uri in tuning.continueFrom; remove it or change that",
+            holds=lambda m: m.continue_from_secret_ref is None or (m.continue_from or "pvc://").partition("://")[0] not in ("pvc", "model"),
+        ),
+        Rule(
+            cel="!has(self.continueFromS3Endpoint) || (has(self.continueFrom) && self.continueFrom.startsWith('s3://'))",
+            message="tuning.continueFromS3Endpoint is only used with an s3:// uri in tuning.continueFrom; remove it or change that",
+            holds=lambda m: m.continue_from_s3_endpoint is None or (m.continue_from or "").startswith("s3://"),
+        ),
+        Rule(
+            cel="!self.continueFromPlainHTTP || (has(self.continueFrom) && (self.continueFrom.startsWith('oci://') || self.continueFrom.startsWith('mlflow://')))",
+            message="tuning.continueFromPlainHTTP is only used with an oci:// or mlflow:// uri in tuning.continueFrom; remove it or change that",
+            holds=lambda m: not m.continue_from_plain_http or (m.continue_from or "").startswith(("oci://", "mlflow://")),
         ),
         Rule(
             cel="!has(self.preference) || self.objective in ['dpo', 'kto', 'orpo']",

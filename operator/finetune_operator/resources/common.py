@@ -110,6 +110,7 @@ def secrets(spec: FineTuneJobSpec, stage: Stage, models: Iterable[ModelInUse] = 
     if stage == "prepare":
         distillation = spec.tuning.distillation
         need("model", spec.model.secret_ref, spec.model.uri)
+        need("adapter", spec.tuning.continue_from_secret_ref, spec.tuning.continue_from or "")
         if distillation is not None:
             if distillation.teacher is not None:
                 need("teacher", distillation.teacher.secret_ref, distillation.teacher.uri)

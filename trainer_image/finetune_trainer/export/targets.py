@@ -13,13 +13,22 @@ from ..job.context import Context
 from ..process.errors import InfrastructureError, StageError, UserError
 from .bucket import check_bucket, publish_to_bucket
 from .hub import check_hub, publish_to_hub
+from .mlflow import check_mlflow, publish_to_mlflow
+from .registry import check_registry, publish_to_registry
 from .versions import check_model, publish_to_model
 from .volume import check_volume, publish_to_volume
 
 Failed = list[tuple[str, StageError]]
 """(target, why)"""
-_CHECK = {"pvc": check_volume, "hf": check_hub, "s3": check_bucket, "model": check_model}
-_PUBLISH = {"pvc": publish_to_volume, "hf": publish_to_hub, "s3": publish_to_bucket, "model": publish_to_model}
+_CHECK = {"pvc": check_volume, "hf": check_hub, "s3": check_bucket, "oci": check_registry, "mlflow": check_mlflow, "model": check_model}
+_PUBLISH = {
+    "pvc": publish_to_volume,
+    "hf": publish_to_hub,
+    "s3": publish_to_bucket,
+    "oci": publish_to_registry,
+    "mlflow": publish_to_mlflow,
+    "model": publish_to_model,
+}
 
 
 def check_targets(context: Context) -> tuple[list[Artifact], Failed]:

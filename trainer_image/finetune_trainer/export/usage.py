@@ -84,7 +84,7 @@ class Usage:
         """For people: which folder the base model's is."""
         uri = parse_uri(self.job.spec.model.uri)
         folder = f"folder {uri.path} of claim {uri.name}" if uri.path else f"claim {uri.name}"
-        folder = self.job.spec.model.uri if uri.scheme == "s3" else folder
+        folder = self.job.spec.model.uri if uri.scheme != "pvc" else folder
         return f"{folder}: set BASE_MODEL to where you have it"
 
     def _ask(self) -> list[str]:

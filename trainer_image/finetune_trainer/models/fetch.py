@@ -6,21 +6,17 @@ Fetching is prepare's; later stages ask `local_path` and reach no hub.
 from __future__ import annotations
 
 import json
-import shutil
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from finetune_api.contract import LINEAGE, SUMS
-from finetune_api.spec import Model
 from finetune_api.uris import URI, parse_uri
 from finetune_api.versions import BaseModelReference
 
 from ..job.context import Context
-from ..job.files import damaged_file
 from ..process.errors import UserError
 from ..remote.retry import hub_host, with_retries
-from ..remote.s3 import objects_below, s3_client, s3_host
+from ..remote.s3 import s3_client, s3_host
+from .artifacts import from_bucket, from_mlflow, from_registry
 from .versions import fetch_parent
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 
@@ -32,20 +28,19 @@ _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "ge
 
 def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = False, config: str = "config.json") -> str:
     """In prepare: find or download a model or adapter (`name`: model, teacher, adapter), check it, and note where it is."""
-    parsed = parse_uri(uri)
+    parsed, revision = parse_uri(uri), ""
     if parsed.scheme == "model":
         folder = fetch_parent(context, parsed)
     elif parsed.scheme == "pvc":
         folder = context.mounted(parsed)
-        if not (folder / config).is_file():
-            raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     else:
-        folder = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
+        folder, revision = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
+    if not (folder / config).is_file():
+        raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     if config == "config.json" and (folder / ADAPTER_CONFIG).is_file():  # transformers would load another base, that of the adapter
         raise UserError("ModelNotReadable", f"{shown(name, uri)} holds a model and an adapter ({ADAPTER_CONFIG}): {_APART}")
     check_whole(folder, shown(name, uri), config)
     _check_configs(folder, shown(name, uri), remote_code=remote_code)
-    revision = folder.name if parsed.scheme == "hf" else ""  # the hub's cache names its folders by commit
     noted = {"path": str(folder), "uri": uri, "revision": revision, "fingerprint": fingerprint(folder, config)}
     context.write_json(context.layout.reference(name), noted)
     return str(folder)
@@ -73,70 +68,65 @@ def base_reference(context: Context) -> BaseModelReference:
     return BaseModelReference(uri=noted["uri"], revision=noted.get("revision", ""), fingerprint=noted["fingerprint"])
 
 
-def _fetched(context: Context, name: str, uri: str, config: str) -> Path | None:
+def _fetched(context: Context, name: str, uri: str, config: str) -> tuple[Path, str] | None:
     """What an earlier try of this job fetched whole: a branch that has moved since does not move the job."""
     try:
         known = context.read_json(context.layout.reference(name))
         folder = Path(known["path"])
-        return folder if known["uri"] == uri and (folder / config).is_file() else None
+        return (folder, str(known.get("revision", ""))) if known["uri"] == uri and (folder / config).is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _download(context: Context, name: str, uri: str, remote_code: bool) -> Path:
-    parsed = parse_uri(uri)
+def _download(context: Context, name: str, uri: str, remote_code: bool) -> tuple[Path, str]:
+    """The folder, and which state of the source it is: a commit, a manifest's digest, a version; empty where nothing tells it."""
+    parsed, where = parse_uri(uri), _where(context, name)
     patterns = [*_FILES, *(["*.py"] if remote_code else [])]
-    field = "teacher" if name == "teacher" else "model"
+    field = name
+    if name == "adapter" and parsed.scheme == "hf" and name not in context.job.secrets:
+        field = "model"  # the base's token
 
     def refused(why: str) -> UserError:
         return UserError("SourceNotFound", f"{uri}: {why}; check the uri and its revision, and secretRef if it is gated or private")
 
-    if parsed.scheme == "s3":
-        endpoint = _model(context, name).s3_endpoint
-        return with_retries(lambda: _from_s3(context, parsed, s3_client(context, field, endpoint), patterns), s3_host(endpoint), refused)
-    return with_retries(lambda: _from_hub(context, parsed, context.secret(field), patterns), hub_host(), refused)
+    def ask() -> tuple[Path, str]:
+        match parsed.scheme:
+            case "s3":
+                return from_bucket(context, s3_client(context, field, where.s3_endpoint), parsed, patterns)
+            case "oci":
+                return from_registry(context, field, parsed, where.plain_http, patterns)
+            case "mlflow":
+                return from_mlflow(context, field, parsed, where.plain_http, patterns)
+        return _from_hub(context, parsed, context.secret(field), patterns)
+
+    host = {"s3": s3_host(where.s3_endpoint), "hf": hub_host()}.get(parsed.scheme, parsed.name)
+    return with_retries(ask, host, refused)
 
 
-def _from_hub(context: Context, uri: URI, token: str | None, patterns: list[str]) -> Path:
+def _from_hub(context: Context, uri: URI, token: str | None, patterns: list[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     cache = f"{context.layout.cache}/models"
-    return Path(snapshot_download(uri.name, revision=uri.revision or None, token=token, allow_patterns=patterns, cache_dir=cache))
+    folder = Path(snapshot_download(uri.name, revision=uri.revision or None, token=token, allow_patterns=patterns, cache_dir=cache))
+    return folder, folder.name
 
 
-def _model(context: Context, name: str) -> Model:
-    """What the spec says of the base, or of the teacher."""
-    distillation = context.spec.tuning.distillation
-    teacher = distillation.teacher if distillation is not None and name == "teacher" else None
-    return teacher or context.spec.model
+@dataclass(frozen=True)
+class _Where:
+    """How a source is reached."""
+
+    s3_endpoint: str | None
+    plain_http: bool
 
 
-def _from_s3(context: Context, uri: URI, client: Any, patterns: list[str]) -> Path:
-    """All files of a model below a prefix, not of folders below it. What this operator published is compared with its own list of digests."""
-    folder = Path(context.layout.cache, "models", f"s3--{uri.name}--{uri.path.replace('/', '--')}")
-    if folder.is_dir():
-        return folder
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, _ in objects_below(client, uri):
-        if "/" not in name and any(fnmatch(name, pattern) for pattern in [*patterns, SUMS]):
-            client.download_file(uri.name, f"{uri.path}/{name}", str(partial / name))
-    if not any(partial.iterdir()):
-        raise UserError("ModelNotFound", f"s3://{uri.name}/{uri.path}: there is no object below this prefix; check the uri")
-    _compare(partial, uri)
-    partial.rename(folder)
-    return folder
-
-
-def _compare(folder: Path, uri: URI) -> None:
-    """Raises UserError where a published result is not whole, or not what was published."""
-    if not (folder / SUMS).is_file():
-        if (folder / LINEAGE).is_file():
-            raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path} has no {SUMS}: publishing it has not ended; name a whole one")
-        return
-    if (name := damaged_file(folder, (folder / SUMS).read_text())) is not None:
-        raise UserError("ModelNotWhole", f"s3://{uri.name}/{uri.path}/{name} is not what {SUMS} says; publish it again")
+def _where(context: Context, name: str) -> _Where:
+    """What the spec says of the base, the teacher or the adapter."""
+    tuning = context.spec.tuning
+    if name == "adapter":
+        return _Where(tuning.continue_from_s3_endpoint, tuning.continue_from_plain_http)
+    teacher = tuning.distillation.teacher if tuning.distillation is not None and name == "teacher" else None
+    model = teacher or context.spec.model
+    return _Where(model.s3_endpoint, model.plain_http)
 
 
 def _instead(folder: Path) -> str:

@@ -21,9 +21,13 @@ def add_secrets(folders: Iterable[str]) -> None:
     for folder in folders:
         for path in Path(folder).glob("*") if os.path.isdir(folder) else ():
             if path.is_file():
-                value = path.read_text(errors="replace").strip()
-                if len(value) >= _SHORTEST:
-                    _known.add(value)
+                add_secret(path.read_text(errors="replace").strip())
+
+
+def add_secret(value: str) -> None:
+    """This value is never said: what was read out of a Secret that holds more than one."""
+    if len(value) >= _SHORTEST:
+        _known.add(value)
 
 
 def redact(text: str) -> str:
