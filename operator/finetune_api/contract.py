@@ -17,7 +17,7 @@ from pydantic import Field
 from .base import APIModel
 from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
-from .status import Artifact, DatasetStatus, Plan, Progress
+from .status import Artifact, DatasetStatus, ExportedForm, Plan, Progress
 from .versions import BaseModelReference, VersionNumber, VersionRecord, VersionState
 
 Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
@@ -200,6 +200,8 @@ def result_digest(spec: FineTuneJobSpec) -> str:
     """
     wire = spec.to_wire()
     made_of = {block: wire.get(block) for block in ("model", "dataset", "tuning", "evaluation", "output")}
+    output = dict(wire["output"], gguf=[kind.lower() for kind in spec.output.gguf])
+    made_of["output"] = {key: value for key, value in output.items() if key != "onnx" or value}  # as before there was any: digests stay
     return "sha256:" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -311,6 +313,7 @@ class Published(APIModel):
     """What publish's StageResult holds."""
 
     artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
+    forms: Annotated[list[ExportedForm], Field(max_length=16)] = []
 
 
 class Unavailable(APIModel):
@@ -396,6 +399,8 @@ class Layout:
         self.eval_rows = f"{self.data}/eval.parquet"
         self.general_rows = f"{self.data}/general.json"
         self.baseline = f"{self.data}/baseline.json"
+        self.probes = f"{self.data}/probes.json"
+        """Probes, made by evaluate of held-out rows."""
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.plan = f"{self.reports}/plan.json"
         self.data_report = f"{self.reports}/data.json"
@@ -404,6 +409,7 @@ class Layout:
         self.history_plot = f"{self.reports}/history.svg"
         self.tensorboard = f"{self.reports}/tensorboard"
         self.evaluation_report = f"{self.reports}/evaluation.json"
+        self.forms_report = f"{self.reports}/forms.json"
         self.history = f"{self.reports}/history.jsonl"
         self.devices = f"{self.reports}/devices.json"
 

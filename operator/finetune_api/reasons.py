@@ -22,9 +22,9 @@ _OF_THE_TRAINER = """
     ChatTemplateTooLarge ChatTemplateTooSlow ConversionFailed DatasetNotAFile DatasetNotAList DatasetNotCSV DatasetNotFound
     DatasetNotGzip DatasetNotJSON DatasetNotParquet DatasetNotUTF8 DatasetTooLarge DatasetType DecompressionBomb
     DeviceMismatch DoesNotFit DownloadFailed DownloadIncomplete DuplicateRows EmptyDataset EmptyResult EndpointRefused
-    EndpointUnreachable Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers
+    EndpointUnreachable FormDiffers Hang HostNotFound InvalidRows LFSPointer LeakedRows LongerThanPositions MainNotFound MergeDiffers
     MethodNotSupported MixedFormats ModelNotFound ModelNotReadable ModelNotWhole NearDuplicateRows NearLeakedRows NoAnswers NoChatTemplate
-    NoEvalRows NoExamples NoFlashAttention NoGGUF NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
+    NoEvalRows NoExamples NoFlashAttention NoGGUF NoONNX NoPrompts NoSafetensors NoSuchModule NoTurnEnd NonFiniteLoss
     NothingToPublish OneSided OtherVocabulary PathLeavesVolume ProcessDied PromptTooLong PublishFailed PublishRefused
     QuantizedBase RedirectRefused RemoteCode Replaced ReshardFailed RowsTooLong RunChanged SettingsRefused SharedDevice
     SlowTokenizer SourceNotFound SourceNotMounted Stopped StoppedEarly StrategyMismatch TargetNotMounted TargetNotWritable

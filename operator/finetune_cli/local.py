@@ -26,6 +26,7 @@ from finetune_api.contract import (
     Identity,
     JobFile,
     ProgressReport,
+    Published,
     Stage,
     StageResult,
     Unavailable,
@@ -37,7 +38,7 @@ from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, DatasetStatus, FineTuneJobStatus, Plan
+from finetune_api.status import CheckpointStatus, Condition, ConditionType, DatasetStatus, FineTuneJobStatus, Plan
 from finetune_api.uris import parse_uri
 
 from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over
@@ -175,7 +176,8 @@ class LocalRun:
             published = self._stage("publish", "Published", "Publishing")
             if published is None:
                 return
-            self.status.artifacts = [Artifact.model_validate(a) for a in published.result["artifacts"]]
+            found = Published.model_validate(published.result)
+            self.status.artifacts, self.status.forms = found.artifacts, found.forms
         self._end("Succeeded", "Completed", f"the result is in {self.layout.output}")
 
     def _stage(self, stage: Stage, condition: ConditionType, phase: Any) -> StageResult | None:

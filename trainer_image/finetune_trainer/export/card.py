@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.contract import JobFile
 from finetune_api.evaluation_status import PROMPTING_MAY_DO
 from finetune_api.spec import WHOLE_MODEL_METHODS
+from finetune_api.status import ExportedForm
 
 from .usage import Usage
 
@@ -26,6 +27,7 @@ class CardFacts:
     versions: dict[str, str]
     plan: dict[str, Any] | None
     usage: Usage
+    forms: list[ExportedForm] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -77,6 +79,7 @@ def model_card(facts: CardFacts) -> str:
         f"| Seed | {hyper.seed} |",
         f"| Libraries | {', '.join(f'{name} {number}' for name, number in facts.versions.items())} |",
         "",
+        *_forms(facts.forms),
         "## Use",
         "",
         *_served(facts.evaluation),
@@ -108,6 +111,30 @@ def _scores(evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation["reason"] == PROMPTING_MAY_DO:
         told += " The base with an instruction or examples is not measurably worse: prompting may do."
     return [told, "", "| Metric | " + " | ".join(titles[arm["name"]] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|", *rows]
+
+
+def _forms(forms: list[ExportedForm]) -> list[str]:
+    if not forms:
+        return []
+    return [
+        "## Forms",
+        "",
+        "Each was asked held-out prompts: how many of its greedy answers are the tuned model's, and how far its log-probabilities are from "
+        "the tuned model's and those of the base from them, in nats a token.",
+        "",
+        "| Form | MB | Same answers | Difference | Base's |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{form.name}` | {form.bytes / 1e6:.1f} | "
+            + (
+                f"{form.equal_answers} of {form.probes} | {form.difference:.3g} | {form.distance:.3g} |"
+                if form.probes
+                else "not asked | | |"
+            )
+            for form in forms
+        ),
+        "",
+    ]
 
 
 def _row(name: str, numbers: list[float | None]) -> str:
