@@ -200,8 +200,6 @@ def result_digest(spec: FineTuneJobSpec) -> str:
     """
     wire = spec.to_wire()
     made_of = {block: wire.get(block) for block in ("model", "dataset", "tuning", "evaluation", "output")}
-    output = dict(wire["output"], gguf=[kind.lower() for kind in spec.output.gguf])
-    made_of["output"] = {key: value for key, value in output.items() if key != "onnx" or value}  # as before there was any: digests stay
     return "sha256:" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,7 +29,8 @@ def main(form: str, file: str, questions: str, answers: str, adapter: str | None
     """Write what the form answers."""
     asked: list[tuple[list[int], list[int]]] = json.loads(Path(questions).read_text())
     if form == "onnx":
-        found = [_judged(onnx_logits(file), *question) for question in asked]
+        ask = onnx_logits(file)
+        found = [_judged(ask, *question) for question in asked]
     else:
         from .llama import loaded
 

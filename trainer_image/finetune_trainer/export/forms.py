@@ -77,7 +77,7 @@ class _Export:
         self.adapter = context.spec.tuning.method not in WHOLE_MODEL_METHODS
         self.reward = context.spec.tuning.objective == "reward"
         self.tokenizer = load_served_tokenizer(context, self.folder)
-        self.probes: list[Probe] = []
+        self.exam = proof.Exam([], [])
         self.told: list[ExportedForm] = []
 
     def made(self) -> list[ExportedForm]:
@@ -86,7 +86,7 @@ class _Export:
         if self.adapter:
             self._merge(whole)
         else:
-            self.probes = proof.read_probes(self.context) or self._probes_of_whole_models()
+            self._ask_whole_models()
             shutil.copytree(self.context.layout.output, whole, ignore=shutil.ignore_patterns("*.bin", "checkpoint-*"))
         if self.output.gguf_adapter:
             self._gguf_adapter()
@@ -95,57 +95,59 @@ class _Export:
         if self.output.onnx:
             made = onnx_model.build(whole, self.bundle / ONNX, list(self.output.onnx), self.tokenizer)
             for files in made.values():
-                self._prove("onnx", files, proof.ask_form("onnx", files[0], self._questions))
+                self._prove("onnx", files, proof.ask_form("onnx", files[0], self.exam.questions))
         if self.output.merged and self.adapter:
             shutil.move(whole, self.bundle / MERGED)
         return self.told
 
-    @property
-    def _questions(self) -> list[proof.Question]:
-        return proof.questions(self.probes)
-
-    def _prove(self, field: str, files: Sequence[Path], answered: list[proof.Answered], name: str = "") -> None:
+    def _prove(self, field: str, files: Sequence[Path], said: proof.Said, name: str = "") -> None:
         told = name or str(files[0].relative_to(self.bundle))
-        self.told.append(proof.prove(field, told, files, self.probes, answered))
+        self.told.append(proof.prove(field, told, files, self.exam, said))
 
     def _merge(self, whole: Path) -> None:
         """Probes first: the adapter is gone from a model that it was merged into."""
         model = load_tuned(self.context, self.folder)
-        self.probes = [] if self.reward else proof.read_probes(self.context) or self._probes_of(model)
+        if not self.reward:
+            self.exam = proof.make_exam(proof.read_probes(self.context) or self._probes_of(model), model, self.tokenizer)
         if self.output.merged or self.output.gguf or self.output.onnx:
             merged = merge(self.context, model, self.folder, whole)
             if self.output.merged:
-                self._prove("merged", sorted(whole.iterdir()), proof.ask_model(merged, self._questions), MERGED)
+                self._prove("merged", sorted(whole.iterdir()), proof.ask_model(merged, self.exam.questions), MERGED)
             del merged
         del model
         gc.collect()
 
     def _probes_of(self, model: Any) -> list[Probe]:
-        asked = self._answered(model)
-        tuned = proof.ask_model(model, asked)
+        tuned = self._answered(model)
         with model.disable_adapter():
-            return proof.make_probes(self.tokenizer, asked, tuned, proof.ask_model(model, asked))
+            return proof.make_probes(self.tokenizer, tuned, proof.ask_model(model, list(tuned)))
 
-    def _probes_of_whole_models(self) -> list[Probe]:
-        """Memory for two of them is not there."""
+    def _ask_whole_models(self) -> None:
+        """One after the other: memory for two of them is not there."""
+        if self.reward:
+            return
+        probes = proof.read_probes(self.context)
         model = load_model(self.context, self.context.layout.output, dtype=torch.float32)
-        asked = self._answered(model)
-        tuned = proof.ask_model(model, asked)
+        tuned = {} if probes else self._answered(model)
+        greedy = proof.make_exam(probes, model, self.tokenizer).greedy if probes else list(tuned)
         del model
         gc.collect()
-        base = load_model(self.context, self.folder, dtype=torch.float32)
-        return proof.make_probes(self.tokenizer, asked, tuned, proof.ask_model(base, asked))
+        if not probes:
+            base = load_model(self.context, self.folder, dtype=torch.float32)
+            probes = proof.make_probes(self.tokenizer, tuned, proof.ask_model(base, list(tuned)))
+        self.exam = proof.Exam(probes, greedy)
 
-    def _answered(self, model: Any) -> list[proof.Question]:
+    def _answered(self, model: Any) -> proof.Said:
+        """What the tuned model answers to rows of the job."""
         prompts = proof.prompts_of(self.context)
-        return list(zip(prompts, proof.answer_greedily(model, self.tokenizer, prompts), strict=True))
+        return proof.ask_model(model, [(prompt, proof.answer_greedily(model, self.tokenizer, prompt)) for prompt in prompts])
 
     def _gguf_adapter(self) -> None:
         """The adapter as GGUF is asked on its base in F16, which is not kept."""
         file, base = self._gguf_folder() / "adapter.gguf", self.scratch / "base.gguf"
         write_adapter(Path(self.context.layout.output), self.context.read_json(f"{self.folder}/config.json"), file)
         convert(Path(self.folder), base)
-        self._prove("ggufAdapter", [file], proof.ask_form("gguf", base, self._questions, file))
+        self._prove("ggufAdapter", [file], proof.ask_form("gguf", base, self.exam.questions, file))
         base.unlink()
 
     def _gguf(self, whole: Path) -> None:
@@ -156,7 +158,7 @@ class _Export:
             file = folder / f"model-{kind}.gguf"
             if kind != "F16":
                 quantise(half, file, kind)
-            self._prove("gguf", [file], proof.ask_form("gguf", file, self._questions))
+            self._prove("gguf", [file], proof.ask_form("gguf", file, self.exam.questions))
         (folder / "Modelfile").write_text(self._modelfile(f"model-{kinds[0]}.gguf"))
 
     def _modelfile(self, file: str) -> str:

@@ -32,17 +32,20 @@ _MOST_PROMPT = 2048
 """Tokens: longer prompts are left out of what is asked here."""
 _TEXT_PROMPT = 16
 """Tokens of a plain text that stand for its prompt."""
-Question = tuple[list[int], list[int]]
+Question = tuple[tuple[int, ...], tuple[int, ...]]
 """(tokens of the prompt, tokens of the answer)"""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a form says to one question."""
+    """What a model or a form says to one question."""
 
     logprobs: list[float]
     greedy: bool
     """Whether greedy decoding gives just this answer."""
+
+
+Said = dict[Question, Answered]
 
 
 def read_probes(context: Context) -> list[Probe] | None:
@@ -51,12 +54,33 @@ def read_probes(context: Context) -> list[Probe] | None:
     return Probes.model_validate_json(path.read_text()).probes if path.exists() else None
 
 
-def questions(probes: Sequence[Probe]) -> list[Question]:
-    """All answers of all probes."""
-    return [(probe.prompt_ids, answer.token_ids) for probe in probes for answer in probe.answers]
+@dataclass(frozen=True)
+class Exam:
+    """What every form is asked."""
+
+    probes: list[Probe]
+    greedy: list[Question]
+    """To the prompt of each probe, what the tuned model answers greedily: of a probe that evaluate made it may be another answer."""
+
+    @property
+    def questions(self) -> list[Question]:
+        """All of it, each once."""
+        return list(dict.fromkeys([*(question for probe in self.probes for question in _of(probe)), *self.greedy]))
 
 
-def prompts_of(context: Context) -> list[list[int]]:
+def make_exam(probes: list[Probe], tuned: Any, tokenizer: Any) -> Exam:
+    """The probes, and the answers of the tuned model that is loaded."""
+    first = [_of(probe)[0] for probe in probes]
+    said = ask_model(tuned, first)
+    greedy = [q if said[q].greedy else (q[0], answer_greedily(tuned, tokenizer, q[0])) for q in first]
+    return Exam(probes, greedy)
+
+
+def _of(probe: Probe) -> list[Question]:
+    return [(tuple(probe.prompt_ids), tuple(answer.token_ids)) for answer in probe.answers]
+
+
+def prompts_of(context: Context) -> list[tuple[int, ...]]:
     """Tokens of the first different prompts of the held-out rows, of the training rows where there are none."""
     path = context.layout.eval_rows if Path(context.layout.eval_rows).exists() else context.layout.train_rows
     found: dict[tuple[int, ...], None] = {}
@@ -64,7 +88,7 @@ def prompts_of(context: Context) -> list[list[int]]:
         ids = row.get("prompt_ids") or _asked(row["input_ids"], row["labels"])
         if 0 < len(ids) <= _MOST_PROMPT:
             found[tuple(ids)] = None
-    return [list(ids) for ids in found][:PROBES]
+    return list(found)[:PROBES]
 
 
 def _asked(ids: list[int], labels: list[int]) -> list[int]:
@@ -73,45 +97,44 @@ def _asked(ids: list[int], labels: list[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def answer_greedily(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """The tokens of what the model answers to each prompt."""
-    found = []
-    for ids in prompts:
-        asked = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=MOST_TOKENS, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        found.append(output[0, len(ids) :].tolist())
-    return found
+def answer_greedily(model: Any, tokenizer: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of what the model answers."""
+    asked = torch.tensor([prompt], device=model.device)
+    output = model.generate(
+        input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=MOST_TOKENS, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return tuple(output[0, len(prompt) :].tolist())
 
 
-def make_probes(tokenizer: Any, asked: list[Question], tuned: list[Answered], base: list[Answered]) -> list[Probe]:
+def make_probes(tokenizer: Any, tuned: Said, base: Said) -> list[Probe]:
     """Probes of what the tuned model answered, and how likely either found it."""
     return [
         Probe(
             prompt=tokenizer.decode(prompt),
-            prompt_ids=prompt,
-            answers=[ProbeAnswer(text=tokenizer.decode(answer), token_ids=answer, tuned=t.logprobs, base=b.logprobs)],
+            prompt_ids=list(prompt),
+            answers=[
+                ProbeAnswer(text=tokenizer.decode(answer), token_ids=list(answer), tuned=told.logprobs, base=base[prompt, answer].logprobs)
+            ],
         )
-        for (prompt, answer), t, b in zip(asked, tuned, base, strict=True)
+        for (prompt, answer), told in tuned.items()
     ]
 
 
-def ask_model(model: Any, asked: list[Question]) -> list[Answered]:
+def ask_model(model: Any, asked: Sequence[Question]) -> Said:
     """Ask a model of transformers' that is loaded."""
-    found = []
+    found: Said = {}
     for prompt, answer in asked:
         targets, ids = (torch.tensor([tokens], device=model.device) for tokens in (answer, prompt + answer[:-1]))
         nll, right = learned_values(model, targets, torch.ones_like(targets, dtype=torch.bool), input_ids=ids)
-        found.append(Answered((-nll).tolist(), bool(right.all())))
+        found[prompt, answer] = Answered((-nll).tolist(), bool(right.all()))
     return found
 
 
-def ask_form(form: str, file: Path, asked: list[Question], adapter: Path | None = None) -> list[Answered]:
+def ask_form(form: str, file: Path, asked: list[Question], adapter: Path | None = None) -> Said:
     """Ask a file: `gguf` by llama.cpp, `onnx` by onnxruntime, in a process of its own. Raises InfrastructureError where it says nothing."""
     if not asked:
-        return []
+        return {}
     with tempfile.TemporaryDirectory() as scratch:
         put, said = Path(scratch, "questions.json"), Path(scratch, "answers.json")
         put.write_text(json.dumps(asked))
@@ -124,22 +147,22 @@ def ask_form(form: str, file: Path, asked: list[Question], adapter: Path | None 
         if done.returncode != 0:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
             raise InfrastructureError("ConversionFailed", f"{file.name} does not answer: {lines[-1][-300:] if lines else done.returncode}")
-        return [Answered(told["logprobs"], told["greedy"]) for told in json.loads(said.read_text())]
+        answers = [Answered(told["logprobs"], told["greedy"]) for told in json.loads(said.read_text())]
+        return dict(zip(asked, answers, strict=True))
 
 
-def prove(field: str, name: str, files: Sequence[Path], probes: list[Probe], answered: list[Answered]) -> ExportedForm:
+def prove(field: str, name: str, files: Sequence[Path], exam: Exam, said: Said) -> ExportedForm:
     """What is told of a form that passed. Raises UserError for one that is nearer to the base, or says nothing finite."""
-    rest = iter(answered)
-    found = [[next(rest) for _ in probe.answers] for probe in probes]
-    verdict = judge(probes, [[answer.logprobs for answer in answers] for answers in found])
+    probes = exam.probes
+    verdict = judge(probes, [[said[question].logprobs for question in _of(probe)] for probe in probes])
     pairs = [
-        (number, wanted)
-        for probe, answers in zip(probes, found, strict=True)
-        for told, answer in zip(answers, probe.answers, strict=True)
-        for number, wanted in zip(told.logprobs, answer.tuned, strict=True)
+        pair
+        for probe in probes
+        for question, answer in zip(_of(probe), probe.answers, strict=True)
+        for pair in zip(said[question].logprobs, answer.tuned, strict=True)
     ]
     away = sum(abs(number - wanted) for number, wanted in pairs) / len(pairs) if pairs else 0.0
-    equal = sum(answers[0].greedy for answers in found)
+    equal = sum(said[question].greedy for question in exam.greedy)
     if verdict.state == "Mismatch" or not math.isfinite(away):
         raise UserError(
             "FormDiffers",

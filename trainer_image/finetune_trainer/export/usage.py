@@ -53,6 +53,8 @@ class Usage:
         ]
         if not self._reward:
             found += [*self._vllm(), *self._ollama()]
+        if self.job.spec.output.onnx:
+            found += ["", "Transformers.js: `onnx/` is a model's folder, for `pipeline('text-generation', …)` with `env.localModelPath`."]
         return found
 
     def _load(self) -> list[str]:
