@@ -237,7 +237,7 @@ _EVERYTHING = merged(
         "forgetting": {"uri": "pvc://texts/general.jsonl", "maxIncrease": 0.1},
         "harnessTasks": ["arc_easy"],
     },
-    output={"gguf": ["f16"]},
+    output={"gguf": ["Q4_K_M"], "onnx": ["q4"]},
     publish=[{"uri": "hf://org/support", **_SECRET}],
 )
 TUNED_MODEL: dict[str, Any] = {

@@ -17,7 +17,7 @@ from pydantic import Field
 from .base import APIModel
 from .scalars import REASON_PATTERN, Count, human_duration
 from .spec import FineTuneJobSpec
-from .status import Artifact, DatasetStatus, Plan, Progress
+from .status import Artifact, DatasetStatus, ExportedForm, Plan, Progress
 from .versions import BaseModelReference, VersionNumber, VersionRecord, VersionState
 
 Stage = Literal["prepare", "check", "train", "evaluate", "publish"]
@@ -328,6 +328,7 @@ class Published(APIModel):
     """What publish's StageResult holds."""
 
     artifacts: Annotated[list[Artifact], Field(max_length=8)] = []
+    forms: Annotated[list[ExportedForm], Field(max_length=16)] = []
 
 
 class Unavailable(APIModel):
@@ -413,6 +414,8 @@ class Layout:
         self.eval_rows = f"{self.data}/eval.parquet"
         self.general_rows = f"{self.data}/general.json"
         self.baseline = f"{self.data}/baseline.json"
+        self.probes = f"{self.data}/probes.json"
+        """Probes, made by evaluate of held-out rows."""
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.probes = f"{self.data}/probes.json"
         """Probes, made by evaluate: rows of the user's, and no part of what is published but at a FineTunedModel's storage."""
@@ -425,6 +428,7 @@ class Layout:
         self.history_plot = f"{self.reports}/history.svg"
         self.tensorboard = f"{self.reports}/tensorboard"
         self.evaluation_report = f"{self.reports}/evaluation.json"
+        self.forms_report = f"{self.reports}/forms.json"
         self.history = f"{self.reports}/history.jsonl"
         self.devices = f"{self.reports}/devices.json"
 

@@ -206,6 +206,27 @@ class ModelInUse(APIModel):
     """Version that `tuning.continueFrom` goes on from: the one that it names, or the champion of then."""
 
 
+class ExportedForm(APIModel):
+    """A form of the model beside the adapter, and what it answered to the probes before it was published."""
+
+    name: Word
+    """Its place in the published folder."""
+    bytes: Count
+    """Size of its files."""
+    state: Literal["Verified", "Unverifiable"] = "Unverifiable"
+    """Verified: nearer to the tuned model than to its base, as a replica has to be. Unverifiable: the two cannot be told apart, or it cannot be asked."""
+    probes: Count = 0
+    """Prompts that it was asked."""
+    nearer: Count = 0
+    """Those on which it is nearer to the tuned model."""
+    equal_answers: Count = 0
+    """Those to which its greedy answer is the tuned model's."""
+    difference: DecimalText = 0.0
+    """Of its log-probabilities from the tuned model's: mean, in nats a token."""
+    distance: DecimalText = 0.0
+    """The same between the base and the tuned model."""
+
+
 class Restart(APIModel):
     """A gang restart, and why it was needed."""
 
@@ -403,6 +424,8 @@ class FineTuneJobStatus(Status):
     """The tuned model against its base."""
     artifacts: Annotated[list[Artifact], Field(max_length=8)] = Field(default_factory=list)
     """What was published."""
+    forms: Annotated[list[ExportedForm], Field(max_length=16)] = Field(default_factory=list)
+    """What `spec.output` asked for, as it was published."""
     usage: Usage = Field(default_factory=Usage)
     """GPU time."""
     total_gpus: Count = 0

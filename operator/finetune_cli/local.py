@@ -27,6 +27,7 @@ from finetune_api.contract import (
     JobFile,
     Prepared,
     ProgressReport,
+    Published,
     Stage,
     StageResult,
     Unavailable,
@@ -38,7 +39,7 @@ from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.gating import shut_gate
 from finetune_api.scalars import human_duration, seconds
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Artifact, CheckpointStatus, Condition, ConditionType, FineTuneJobStatus
+from finetune_api.status import CheckpointStatus, Condition, ConditionType, FineTuneJobStatus
 from finetune_api.uris import parse_uri
 
 from .runs import STATUS, Lock, Run, carry_answers, named_run, new_run, runs_of, take_over
@@ -193,7 +194,8 @@ class LocalRun:
             published = self._stage("publish", "Published", "Publishing")
             if published is None:
                 return
-            self.status.artifacts = [Artifact.model_validate(a) for a in published.result["artifacts"]]
+            made = Published.model_validate(published.result)
+            self.status.artifacts, self.status.forms = made.artifacts, made.forms
         self._end("Succeeded", "Completed", f"the result is in {self.layout.output}")
 
     def _stage(self, stage: Stage, condition: ConditionType, phase: Any) -> StageResult | None:

@@ -140,6 +140,9 @@ class JobView:
             parts.append(Text(f"version: {', '.join(versions)}", style="bold"))
         for artifact in status.artifacts:
             parts.append(Text(f"published: {artifact.uri}  {artifact.digest[:19]}  {artifact.bytes / 1e6:.1f} MB", style="bold"))
+        for form in status.forms:
+            same = f"{form.equal_answers} of {form.probes} greedy answers as the tuned model's" if form.probes else "not asked"
+            parts.append(Text(f"  {form.name}  {form.bytes / 1e6:.1f} MB  {same}"))
         failed = status.condition("Failed")
         if failed is not None and failed.status == "True" and "Failed" not in self._seen:
             parts.append(Text(f"{failed.reason}: {failed.message}", style="bold red"))

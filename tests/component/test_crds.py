@@ -40,7 +40,7 @@ OWN_WORDS = {
     "infinity": "invalid character 'I'",
     "bool as a number": "spec.distribution.nodes in body must be of type integer",
     "metric twice": 'spec.evaluation.metrics[1]: Duplicate value: "loss"',
-    "gguf type twice": 'spec.output.gguf[1]: Duplicate value: "f16"',
+    "gguf type twice": 'spec.output.gguf[1]: Duplicate value: "F16"',
     "missing": "spec.model.uri: Required value",
     "secret of another namespace": 'unknown field "spec.model.secretRef.namespace"',
 }

@@ -1,4 +1,4 @@
-"""What is published: merged model, GGUF, Modelfile, card. Conversion is checked on the real SmolLM2."""
+"""What is published: merged model, Modelfile, configuration, card. The other forms: test_forms.py."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from finetune_trainer.export import forms
+from finetune_trainer.export import merging
+from finetune_trainer.export.modelfile import modelfile
 from finetune_trainer.process.errors import UserError
 from finetune_trainer.stages.prepare import prepare
 from finetune_trainer.stages.publish import publish
-from tests.cluster.quickstart import model
 from tests.trainer.bases import copied, make
 from tests.trainer.conftest import ROWS, Bench
-from tests.trainer.test_card import paste
 
 HYPER = {"maxSteps": 6, "learningRate": 1e-2, "globalBatchSize": 8, "maxLength": 64}
 
@@ -79,10 +77,10 @@ def test_an_adapter_on_a_tied_head_is_none_on_the_embedding(bench: Bench) -> Non
     base = AutoModelForCausalLM.from_pretrained(bench.data / "tied", dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)).eval()
     ids = [[3, 20, 30, 40, 1, 4]]
-    wanted = forms._logits(model, ids)
-    forms._untie(model)
+    wanted = merging._logits(model, ids)
+    merging._untie(model)
     merged = model.merge_and_unload()
-    forms._compare(wanted, forms._logits(merged, ids))
+    merging._compare(wanted, merging._logits(merged, ids))
     assert not merged.config.tie_word_embeddings and merged.lm_head.weight is not merged.model.embed_tokens.weight
 
 
@@ -139,7 +137,7 @@ def test_a_template_that_refuses_a_system_turn_gets_a_modelfile_without_one(benc
 
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     tokenizer.chat_template = NO_SYSTEM
-    text = forms.modelfile(tokenizer, "model-f16.gguf", [])
+    text = modelfile(tokenizer, "model-F16.gguf", [])
     assert 'TEMPLATE """<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}"""' in text and ".System" not in text
 
 
@@ -203,40 +201,3 @@ def test_the_card_says_what_a_reader_needs(bench: Bench) -> None:
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_in_prepare(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"output.gguf: llama.cpp's converter refuses this model or its tokenizer"):
         prepare(bench.context(ROWS["messages"], tuning=lora(), output={"gguf": ["f16"]}))
-
-
-def test_gguf_of_a_real_model(tmp_path: Path) -> None:
-    """SmolLM2: the merged model as GGUF equals the base's GGUF plus the GGUF adapter, tensor by tensor."""
-    import gguf
-
-    bench = Bench(tmp_path, model("smollm2.py", "SmolLM2-135M-Instruct"))
-    tuning = lora(method="rslora", hyperparameters={**HYPER, "maxSteps": 3, "learningRate": 1e-2})
-    output = {"gguf": ["f16"], "ggufAdapter": True, "merged": True}
-    context = bench.context(ROWS["messages"], tuning=tuning, output=output, publish=[{"uri": "pvc://published/g"}])
-    bench.train(context)
-    publish(context)
-    paste(tmp_path / "published" / "g", tmp_path / "tools")
-    folder = tmp_path / "published" / "g" / "gguf"
-    forms._convert(str(bench.model), tmp_path / "base.gguf", "f16")
-
-    def tensors(path: Path) -> dict[str, Any]:
-        return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
-
-    base, merged, adapter = (tensors(p) for p in (tmp_path / "base.gguf", folder / "model-f16.gguf", folder / "adapter.gguf"))
-    fields = gguf.GGUFReader(folder / "adapter.gguf").fields
-    assert fields["adapter.type"].contents() == "lora"
-    alpha = float(fields["adapter.lora.alpha"].contents())
-    assert alpha == pytest.approx(16 * 8**0.5), "rsLoRA's scale, as llama.cpp computes it from alpha and rank"
-    names = sorted({name.rsplit(".", 1)[0] for name in adapter})
-    assert len(names) == 30 * 7
-    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.3.attn_v.weight", "blk.7.ffn_down.weight"):
-        a, b = (adapter[f"{name}.{part}"].astype(np.float32) for part in ("lora_a", "lora_b"))
-        change = merged[name].astype(np.float32) - base[name].astype(np.float32)
-        wanted = b @ a * (alpha / a.shape[0])
-        assert np.abs(wanted).max() > 1e-4
-        assert np.corrcoef(change.ravel(), wanted.ravel())[0, 1] > 0.9, f"{name}: equal but for the rounding of 16 bit"
-    text = (folder / "Modelfile").read_text()
-    assert text.startswith("FROM ./model-f16.gguf\n")
-    assert "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}" in text
-    assert "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}" in text
-    assert 'PARAMETER stop "<|im_end|>"' in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ..base import APIModel, Format, Rule, Unique
 from ..scalars import DNSSubdomain, PlainName
@@ -137,13 +137,20 @@ class Evaluation(APIModel):
     )
 
 
+GGUFType = Annotated[Literal["Q4_K_M", "Q8_0", "F16", "q8_0", "f16"], AfterValidator(str.upper)]
+"""As llama.cpp spells them; small letters mean the same, and are capitals once they are read."""
+ONNXType = Literal["int8", "q4"]
+
+
 class Output(APIModel):
     """What is made of the result beside the adapter (or, for full and partial, the model)."""
 
     merged: bool = False
     """Also publish the base with the adapter merged into it, in folder `merged`, in 16 bit."""
-    gguf: Annotated[list[Literal["f16", "q8_0"]], Field(max_length=2), Unique()] = []
-    """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile."""
+    gguf: Annotated[list[GGUFType], Field(max_length=3), Unique()] = []
+    """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile for the first of them. f16 and q8_0 mean F16 and Q8_0."""
+    onnx: Annotated[list[ONNXType], Field(max_length=2), Unique()] = []
+    """Also publish the merged model as ONNX, in folder `onnx`, laid out for Transformers.js."""
     gguf_adapter: bool = False
     """Also publish the LoRA adapter as GGUF, for llama.cpp's --lora and Ollama's ADAPTER."""
 

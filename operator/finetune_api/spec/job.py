@@ -146,14 +146,19 @@ class FineTuneJobSpec(APIModel):
             ),
         ),
         Rule(
-            cel="!(self.output.merged || size(self.output.gguf) > 0) || !(self.tuning.method in ['prompt', 'prefix', 'p-tuning'])",
-            message="output.merged and output.gguf: learned vectors cannot be merged into the weights; remove them or use another tuning.method",
-            holds=lambda m: not (m.output.merged or m.output.gguf) or m.tuning.method not in VIRTUAL_TOKEN_METHODS,
+            cel="!(self.output.merged || size(self.output.gguf) > 0 || size(self.output.onnx) > 0) || !(self.tuning.method in ['prompt', 'prefix', 'p-tuning'])",
+            message="output.merged, output.gguf and output.onnx: learned vectors cannot be merged into the weights; remove them or use another tuning.method",
+            holds=lambda m: not (m.output.merged or m.output.gguf or m.output.onnx) or m.tuning.method not in VIRTUAL_TOKEN_METHODS,
         ),
         Rule(
             cel="!(size(self.output.gguf) > 0 || self.output.ggufAdapter) || self.tuning.objective != 'reward'",
             message="output.gguf and output.ggufAdapter: llama.cpp has no place for a reward model's head; remove them with tuning.objective reward",
             holds=lambda m: not (m.output.gguf or m.output.gguf_adapter) or m.tuning.objective != "reward",
+        ),
+        Rule(
+            cel="size(self.output.onnx) == 0 || self.tuning.objective != 'reward'",
+            message="output.onnx: Transformers.js has no pipeline for a reward model; remove it with tuning.objective reward",
+            holds=lambda m: not m.output.onnx or m.tuning.objective != "reward",
         ),
         Rule(
             cel="!self.output.ggufAdapter || self.tuning.method in ['lora', 'qlora', 'rslora']",

@@ -11,14 +11,14 @@ from typing import Any
 
 from finetune_api.contract import LINEAGE, SUMS, result_digest
 from finetune_api.spec import Output
-from finetune_api.status import Artifact
+from finetune_api.status import Artifact, ExportedForm
 
 from ..data.shape import is_conversation
 from ..job.context import Context
 from ..models.weights import ADAPTER_CONFIG
 from ..process.errors import InfrastructureError, UserError
 from .card import CardFacts, model_card
-from .usage import Usage
+from .usage import Usage, shared_system_text
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 _MOST_PARENTS = 20
@@ -37,10 +37,12 @@ def make_bundle(context: Context) -> Path:
     if not any(bundle.glob("*.safetensors")):
         raise InfrastructureError("NothingToPublish", "training left no .safetensors file in the workspace")
     _name_base(context, bundle)
+    forms: list[ExportedForm] = []
     if context.spec.output != Output():
         from .forms import export  # starts torch, which most jobs can do without here
 
-        export(context, bundle)
+        forms = export(context, bundle)
+    context.write_json(context.layout.forms_report, [form.to_wire() for form in forms])
     evaluation = _optional(context, context.layout.evaluation_report)
     report = context.read_json(context.layout.data_report)
     dataset = report["dataset"]
@@ -48,7 +50,15 @@ def make_bundle(context: Context) -> Path:
     parents = _parents(context)
     versions = {name: version(name) for name in _LIBRARIES}
     facts = CardFacts(
-        context.job, dataset, base, evaluation, parents, versions, _optional(context, context.layout.plan), _usage(context, base, report)
+        context.job,
+        dataset,
+        base,
+        evaluation,
+        parents,
+        versions,
+        _optional(context, context.layout.plan),
+        _usage(context, base, report),
+        forms,
     )
     (bundle / "README.md").write_text(model_card(facts))
     lineage = {
@@ -56,6 +66,7 @@ def make_bundle(context: Context) -> Path:
         "base": {"uri": base["uri"], "fingerprint": base["fingerprint"]},
         "dataset": {"digest": dataset["digest"], "train": dataset["train"], "eval": dataset["eval"]},
         "evaluation": {k: v for k, v in evaluation.items() if k != "samples"} if evaluation else None,
+        "forms": [form.to_wire() for form in forms],
         "parents": parents,
         "libraries": versions,
         "tuning": context.spec.tuning.to_wire(),
@@ -72,9 +83,8 @@ def _usage(context: Context, base: dict[str, Any], report: dict[str, Any]) -> Us
         from ..data.store import read_rows
 
         shape = json.loads(read_rows(context.layout.train_rows, ("row",), 1)[0]["row"])
-    systems = [text for text, _ in report.get("systemPrompts") or []]
     adapter = _optional(context, f"{context.layout.output}/{ADAPTER_CONFIG}") or {}
-    return Usage(context.job, base, is_conversation(shape), systems[0] if len(systems) == 1 and systems[0] else None, adapter)
+    return Usage(context.job, base, is_conversation(shape), shared_system_text(report), adapter)
 
 
 def _parents(context: Context) -> list[dict[str, Any]]:

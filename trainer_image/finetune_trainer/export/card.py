@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.contract import JobFile
 from finetune_api.evaluation_status import PROMPTING_MAY_DO
 from finetune_api.spec import WHOLE_MODEL_METHODS
+from finetune_api.status import ExportedForm
 
 from .usage import Usage
 
@@ -26,6 +27,7 @@ class CardFacts:
     versions: dict[str, str]
     plan: dict[str, Any] | None
     usage: Usage
+    forms: list[ExportedForm] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -77,6 +79,7 @@ def model_card(facts: CardFacts) -> str:
         f"| Seed | {hyper.seed} |",
         f"| Libraries | {', '.join(f'{name} {number}' for name, number in facts.versions.items())} |",
         "",
+        *_forms(facts.forms),
         "## Use",
         "",
         *_served(facts.evaluation),
@@ -120,6 +123,30 @@ def _against(champion: dict[str, Any]) -> str:
     low, high = champion["interval"]
     found = f"improvement {champion['improvement']:.4g}, between {low:.4g} and {high:.4g} ({champion['metric']})"
     return f"Over version {champion['version']}, the champion of then, on {champion['prompts']} prompts that neither learned from: {found}."
+
+
+def _forms(forms: list[ExportedForm]) -> list[str]:
+    if not forms:
+        return []
+    return [
+        "## Forms",
+        "",
+        "Each was asked held-out prompts: how many of its greedy answers are the tuned model's, and how far its log-probabilities are from "
+        "the tuned model's and those of the base from them, in nats a token.",
+        "",
+        "| Form | MB | Same answers | Difference | Base's |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{form.name}` | {form.bytes / 1e6:.1f} | "
+            + (
+                f"{form.equal_answers} of {form.probes} | {form.difference:.3g} | {form.distance:.3g} |"
+                if form.probes
+                else "not asked | | |"
+            )
+            for form in forms
+        ),
+        "",
+    ]
 
 
 def _row(name: str, numbers: list[float | None]) -> str:

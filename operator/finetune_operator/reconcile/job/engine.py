@@ -168,7 +168,7 @@ def _walk(draft: Draft, spec: FineTuneJobSpec) -> None:
         published = _stage(draft, spec, "publish", "Published", Published)
         if published is None:
             return
-        status.artifacts = published.artifacts
+        status.artifacts, status.forms = published.artifacts, published.forms
     if not versions_recorded(draft):
         return
     draft.succeed("Completed", _summary(status), event="Succeeded")
