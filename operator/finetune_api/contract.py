@@ -414,8 +414,6 @@ class Layout:
         self.eval_rows = f"{self.data}/eval.parquet"
         self.general_rows = f"{self.data}/general.json"
         self.baseline = f"{self.data}/baseline.json"
-        self.probes = f"{self.data}/probes.json"
-        """Probes, made by evaluate of held-out rows."""
         self.teacher_answers = f"{self.data}/teacher.jsonl"
         self.probes = f"{self.data}/probes.json"
         """Probes, made by evaluate: rows of the user's, and no part of what is published but at a FineTunedModel's storage."""

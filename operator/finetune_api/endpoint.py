@@ -16,6 +16,8 @@ from .versions import VersionNumber
 
 ENDPOINT_KIND, ENDPOINT_PLURAL = "FineTuneEndpoint", "finetuneendpoints"
 MOST_REPLICAS = 64
+MOST_MODELS = 64
+"""That a status has room for, and an order."""
 ModelName = Annotated[str, Told(253)]
 """A FineTunedModel's name, or NAME@VERSION."""
 
@@ -122,7 +124,7 @@ class Replica(APIModel):
     """Where it is asked, for example 10.0.0.7:8000."""
     ready: bool = False
     """Whether it answers at all."""
-    models: Annotated[list[ReplicaModel], Field(max_length=64)] = []
+    models: Annotated[list[ReplicaModel], Field(max_length=MOST_MODELS)] = []
     """What it serves."""
 
 
@@ -208,7 +210,7 @@ class FineTuneEndpointStatus(Status):
     """Label selector of the pods, for the scale subresource."""
     models: Annotated[
         list[EndpointModel],
-        Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
+        Field(max_length=MOST_MODELS, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
     ] = Field(default_factory=list)
     """Each tuned model: which version, verified where."""
     pods: Annotated[

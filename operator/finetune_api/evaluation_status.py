@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .base import APIModel
-from .scalars import Count, DecimalText, Word
+from .scalars import Count, DecimalText, Told, Word
 
 ArmName = Literal["Base", "Instructed", "FewShot", "Champion", "Tuned"]
 Gated = Literal["Passed", "NotPassed", "Inconclusive", "None"]
@@ -45,7 +45,7 @@ class ChampionComparison(APIModel):
     """Bootstrap confidence interval of that improvement."""
     result: Gated = "Inconclusive"
     """Passed: measurably better. NotPassed: not. Inconclusive: too few prompts, or it cannot be asked beside this base."""
-    message: Word = ""
+    message: Annotated[str, Told(1024)] = ""
     """Why, where it is inconclusive."""
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from .base import APIModel
 from .contract import Mounts
-from .endpoint import ModelName, ReplicaModel
+from .endpoint import MOST_MODELS, ModelName, ReplicaModel
 from .scalars import Count, Name, Timestamp, Told, Word
 from .spec.model import Model
 from .versions import Form, VersionNumber
@@ -95,7 +95,7 @@ class ReplicaOrder(APIModel):
 
     generation: Count = 0
     """metadata.generation of the FineTuneEndpoint."""
-    models: Annotated[list[OrderedModel], Field(max_length=64)] = []
+    models: Annotated[list[OrderedModel], Field(max_length=MOST_MODELS)] = []
     """In the order in which they are to be loaded."""
     verify_before: Timestamp | None = None
     """What was last asked its probes before this is asked again."""
@@ -114,7 +114,7 @@ class ReplicaReport(APIModel):
     """Of the base that it serves."""
     message: Annotated[str, Told(1024)] = ""
     """Why it is not ready."""
-    models: Annotated[list[ReplicaModel], Field(max_length=64)] = []
+    models: Annotated[list[ReplicaModel], Field(max_length=MOST_MODELS)] = []
     """Every version that was ordered, and those that are still loaded."""
 
 

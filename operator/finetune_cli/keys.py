@@ -18,14 +18,13 @@ from finetune_api.api_keys import KEY_ID, KEY_PREFIX, KEYS_SECRET, KEYS_SECRET_T
 from finetune_api.scalars import printable, seconds
 
 from .cluster import namespace_of
+from .options import Context, Kubeconfig
 from .output import Format, Output, console, dump
 
 keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, rich_markup_mode=None)
 Id = Annotated[str, typer.Argument(help="What the key is called, such as ci; metrics and lists have it.")]
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Whose models the key is for; else that of the context.")]
 System = Annotated[str, typer.Option(help="Namespace of the gateway.")]
-Kubeconfig = Annotated[str | None, typer.Option(help="Path of a kubeconfig.")]
-Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
 _SECONDS = 30
 _TRIES = 5
 

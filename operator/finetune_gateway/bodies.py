@@ -51,6 +51,14 @@ class Body:
         except msgspec.MsgspecError:
             raise Refusal(400, "stream is neither true nor false", code="invalid_value", param="stream") from None
 
+        if self._is_set("prompt_logprobs") or (self._is_set("echo") and self._is_set("logprobs")):
+            # beside adapters it ends vLLM's engine, or is told wrongly (vllm-project/vllm#16668, #51594)
+            told = "log-probabilities of the prompt are not served: leave out prompt_logprobs, and echo beside logprobs"
+            raise Refusal(400, told, code="unsupported_parameter", param="prompt_logprobs" if "prompt_logprobs" in self._fields else "echo")
+
+    def _is_set(self, field: str) -> bool:
+        return bytes(self._fields.get(field, b"null")) not in (b"null", b"false")
+
     def named(self, model: str) -> bytes:
         """The body with another name of the model."""
         self._fields["model"] = msgspec.Raw(_ENCODE(model))

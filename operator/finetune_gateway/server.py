@@ -108,7 +108,9 @@ def _model(name: str, endpoint: Endpoint) -> dict[str, Any]:
         created = calendar.timegm(datetime.fromisoformat(endpoint.created).utctimetuple())
     except ValueError:
         created = int(time.time())
-    return {"id": name, "object": "model", "created": created, "owned_by": endpoint.namespace}
+    base = f"{endpoint.namespace}/{endpoint.name}"
+    tuned = {} if name in (endpoint.name, base) and endpoint.name not in endpoint.models else {"parent": base}  # as vLLM calls a base
+    return {"id": name, "object": "model", "created": created, "owned_by": endpoint.namespace, **tuned}
 
 
 async def _refused(_: Request, refusal: Exception) -> Response:

@@ -19,6 +19,7 @@ from tests.cluster.__main__ import cluster as any_cluster
 from tests.cluster.kind import KindCluster
 from tests.cluster.local import LocalCluster
 from tests.cluster.shell import REPO, CommandFailed
+from tests.serving.engine import make_base
 
 COLOURS = REPO / "examples" / "data" / "colours.jsonl"
 
@@ -92,6 +93,15 @@ def prepared(cluster: LocalCluster | KindCluster, tiny_model: Path) -> Iterator[
     loader.put(user.cluster, name, "models", tiny_model)
     yield user
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def served_base(prepared: User, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a base that vLLM's kernels for CPUs can serve."""
+    folder = tmp_path_factory.mktemp("bases") / "served"
+    make_base(folder, tiny_model)
+    loader.put(prepared.cluster, prepared.namespace, "models", folder)
+    return f"pvc://models/{folder.name}"
 
 
 @pytest.fixture

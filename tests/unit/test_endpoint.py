@@ -271,6 +271,13 @@ def test_what_it_cannot_serve_it_says(lines: dict[str, ModelLine], reason: str) 
         assert scene.ordered() == {}
 
 
+def test_a_model_has_not_the_name_of_the_base() -> None:
+    scene = Scene({"base": {"uri": "pvc://models/tiny"}, "models": [{"name": "chat"}]})
+    scene.lines = {"chat": line(name="chat")}
+    scene.goes(2)
+    assert scene.condition("ModelsServed")[:2] == ("False", "NameTaken") and scene.ordered() == {}
+
+
 def test_one_that_cannot_be_told_from_its_base_answers_and_is_called_so() -> None:
     scene = Scene()
     scene.found = {uid: {"support@1": "Unverifiable"} for uid in scene.found}

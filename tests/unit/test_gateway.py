@@ -79,12 +79,23 @@ async def test_names_versions_and_the_base(gateway: Running, replicas: list[Repl
     assert (await ask(gateway, {**ASK, "model": "support-bot@9"}))[0] == 404
 
 
+@pytest.mark.parametrize("more", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}])
+async def test_what_would_end_an_engine_is_refused(gateway: Running, replicas: list[Replica], more: dict[str, Any]) -> None:
+    gateway.see(both(replicas[:1]))
+    status, answer, _ = await ask(gateway, {**ASK, **more})
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", next(iter(more)))
+    assert not replicas[0].bodies
+    assert (await ask(gateway, {**ASK, "prompt_logprobs": None, "echo": True}))[0] == 200
+
+
 async def test_the_openai_sdk_streamed_and_whole(gateway: Running, replicas: list[Replica]) -> None:
     gateway.see(both(replicas[:1]))
     gateway.key(identifier="sdk")
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0) as client:
         assert {model.id for model in (await client.models.list()).data} == {"chat", "support-bot", "support-bot@2", "support-bot@3"}
-        assert (await client.models.retrieve("support-bot@3")).owned_by == "team-a"
+        found = (await client.models.retrieve("support-bot@3")).to_dict()
+        assert (found["owned_by"], found["parent"]) == ("team-a", "team-a/chat")
+        assert "parent" not in (await client.models.retrieve("chat")).to_dict()
         whole = await client.chat.completions.create(model="support-bot", messages=[{"role": "user", "content": "x"}])
         assert whole.choices[0].message.content == "one" and whole.usage is not None and whole.usage.total_tokens == 12
         stream = await client.chat.completions.create(

@@ -5,7 +5,7 @@ Knows nothing of what is mounted where.
 
 from __future__ import annotations
 
-from finetune_api.endpoint import FineTuneEndpointSpec
+from finetune_api.endpoint import MOST_MODELS, FineTuneEndpointSpec
 from finetune_api.serving import AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT, ReplicaPaths
 
 from ..settings import Settings
@@ -32,6 +32,7 @@ def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources:
         "--host": "127.0.0.1",
         "--port": str(ENGINE_LOCAL_PORT),
         "--max-loras": str(_ACTIVE_ADAPTERS),
+        "--max-cpu-loras": str(2 * MOST_MODELS),  # a champion is there twice, by its own name and by its model's
         "--max-lora-rank": str(lora_rank(spec.max_lora_rank)),
         **({"--max-model-len": str(spec.max_model_length)} if spec.max_model_length is not None else {}),
         **({"--tensor-parallel-size": str(spec.gpus_per_replica)} if spec.gpus_per_replica > 1 else {}),
@@ -90,7 +91,7 @@ def proxy(settings: Settings, mounts: list[Manifest]) -> Manifest:
         "name": "proxy",
         "image": settings.serving_proxy_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["nginx", "-c", ReplicaPaths.PROXY, "-e", "/dev/stderr"],
+        "command": ["nginx", "-c", ReplicaPaths.PROXY, "-e", "stderr"],
         "ports": [
             {"name": "http", "containerPort": USER_PORT, "protocol": "TCP"},
             {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},

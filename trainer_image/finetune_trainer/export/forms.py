@@ -53,7 +53,7 @@ def check_convertible(context: Context, folder: str, tokenizer: Any, adapter: Se
             try:
                 onnx_model.can_build(folder, scratch)
             except InfrastructureError as failure:
-                message = f"output.onnx: onnxruntime-genai's builder refuses this model: {failure.message}; remove output.onnx"
+                message = f"output.onnx: onnxruntime-genai's builder refuses this model: {failure.message.rstrip('.')}; remove output.onnx"
                 raise UserError("NoONNX", message) from None
 
 

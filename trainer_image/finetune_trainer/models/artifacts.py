@@ -15,7 +15,7 @@ from finetune_api.contract import LINEAGE, SUMS
 from finetune_api.uris import URI
 
 from ..job.context import Context
-from ..job.files import parse_digests
+from ..job.files import damaged_file
 from ..process.errors import UserError
 from ..remote.mlflow import Server
 from ..remote.registry import INDEX, LATEST, Registry
@@ -174,8 +174,5 @@ def compare(folder: Path, shown: str) -> None:
         if (folder / LINEAGE).is_file():
             raise UserError("ModelNotWhole", f"{shown} has no {SUMS}: publishing it has not ended; name a whole one")
         return
-    for name, digest in parse_digests((folder / SUMS).read_text()).items():
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                    raise UserError("ModelNotWhole", f"{shown}/{name} is not what {SUMS} says; publish it again")
+    if (name := damaged_file(folder, (folder / SUMS).read_text())) is not None:
+        raise UserError("ModelNotWhole", f"{shown}/{name} is not what {SUMS} says; publish it again")

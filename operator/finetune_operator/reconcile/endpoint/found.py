@@ -89,6 +89,9 @@ def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Said:
             missing.setdefault("ModelNotFound", []).append(f"there is no FineTunedModel {name} in this namespace")
         elif line.champion is None:
             missing.setdefault("NoChampion", []).append(f"{name} has no champion yet")
+        elif name == observed.endpoint["metadata"]["name"]:
+            clash = f"the base answers as {name}, which is the endpoint's name"
+            missing.setdefault("NameTaken", []).append(f"{clash}, so that a FineTunedModel {name} cannot; give one of them another name")
         elif not fits(line.champion):
             whole = f"{versioned(name, line.champion.number)} is a whole model, and replicas serve adapters beside spec.base"
             missing.setdefault("WholeModel", []).append(f"{whole}: make an endpoint of its own whose spec.base is its folder")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec
+from finetune_api.endpoint import MOST_MODELS, EndpointModel, FineTuneEndpointSpec
 from finetune_api.scalars import seconds
 from finetune_api.serving import OrderedModel, ReplicaOrder
 from finetune_api.tuned_model import ModelVersion
@@ -15,9 +15,6 @@ from finetune_api.tuned_model import ModelVersion
 from ...model.endpoint import ModelLine, ObservedEndpoint
 from ...model.times import rfc3339
 from .rollout import versioned
-
-MOST_MODELS = 64
-"""That a status has room for, and an order."""
 
 
 def selected(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> list[str]:
@@ -39,7 +36,8 @@ def order(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> ReplicaOrde
     if not observed.endpoint["metadata"].get("deletionTimestamp"):
         known = {model.name: model for model in observed.status.models}
         for name in selected(observed, spec):
-            if (line := observed.lines.get(name)) is not None:
+            line = observed.lines.get(name)
+            if line is not None and name != observed.endpoint["metadata"]["name"]:
                 models += _of(line, known.get(name) or EndpointModel(name=name), spec)
     return ReplicaOrder(
         generation=int(observed.endpoint["metadata"].get("generation") or 0),
