@@ -89,6 +89,12 @@ VALUES: list[dict[str, Any]] = [
 GATEWAY = {"gateway": {"enabled": True}}
 
 
+def test_services_set_nobody_s_environment() -> None:
+    """A Service finetune-gateway would set FINETUNE_GATEWAY_PORT in every pod of its namespace that does not say otherwise."""
+    pods = [d["spec"]["template"]["spec"] for d in render(GATEWAY) if d["kind"] in ("Deployment", "Job")]
+    assert len(pods) == 3 and all(pod["enableServiceLinks"] is False for pod in pods)
+
+
 def test_lint_is_clean() -> None:
     report = helm.lint(str(CHART), strict=True)
     assert not report["errors"] and all(m["severity"] <= 1 for m in report["messages"]), report
