@@ -116,6 +116,7 @@ def test_the_engine_is_on_the_loopback_and_reserves_what_it_has_a_size_for() -> 
     assert "ports" not in engine
     cpu = made(Settings(allow_cpu=True), gpusPerReplica=0)["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     assert "nvidia.com/gpu" not in cpu["resources"].get("limits", {}) and "--tensor-parallel-size" not in cpu["args"]
+    assert {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"} in cpu["env"] and "VLLM_CPU_KVCACHE_SPACE" not in str(engine["env"])
 
 
 def test_the_replica_file_says_where_everything_is_mounted() -> None:

@@ -15,6 +15,8 @@ _RANKS = (8, 16, 32, 64, 128, 256, 512)
 """Sizes for which vLLM reserves."""
 _ACTIVE_ADAPTERS = 4
 """That one batch may have; more are loaded, and swapped."""
+_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Else vLLM wants nine tenths of the node's memory for its cache (a GiB here), and its cores for itself."""
 _START_SECONDS = 3600
 """That an engine may take to load its base."""
 
@@ -44,6 +46,7 @@ def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **(_ON_CPU if spec.gpus_per_replica == 0 else {}),
         **dict(entry.split("=", 1) for entry in settings.serving_env),
     }
     # the agent's word on the engine, through the proxy: nothing else reaches either
