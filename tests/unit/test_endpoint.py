@@ -271,6 +271,16 @@ def test_what_it_cannot_serve_it_says(lines: dict[str, ModelLine], reason: str) 
         assert scene.ordered() == {}
 
 
+def test_a_first_version_that_is_not_let_in_is_told() -> None:
+    scene = Scene()
+    for pod in scene.pods:
+        scene.found[pod.uid]["support@1"] = "Refused"
+    scene.goes(3)
+    [model] = scene.status.models
+    assert model.version is None and model.verified == 0 and "Refused: as found" in model.mismatch
+    assert scene.condition("Verified")[0] == "False"
+
+
 def test_a_model_has_not_the_name_of_the_base() -> None:
     scene = Scene({"base": {"uri": "pvc://models/tiny"}, "models": [{"name": "chat"}]})
     scene.lines = {"chat": line(name="chat")}

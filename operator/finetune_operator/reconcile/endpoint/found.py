@@ -49,10 +49,11 @@ def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None
 
 
 def over_all(entry: EndpointModel, found: Sequence[Replica]) -> EndpointModel:
-    """With what the replicas were found to serve of the version that answers."""
-    if entry.version is None:
+    """With what the replicas were found to serve of the version that answers, or of the first one that is to."""
+    number = entry.version if entry.version is not None or entry.canary is None else entry.canary.version
+    if number is None:
         return entry.model_copy(update={"verified": 0, "replicas": len(found), "verified_at": None, "mismatch": ""})
-    name = versioned(entry.name, entry.version)
+    name = versioned(entry.name, number)
     states = [next((m for m in replica.models if m.name == name), None) for replica in found]
     verified = [model for model in states if model is not None and model.state == "Verified"]
     asked = [model.verified_at for model in verified if model.verified_at is not None and parse_time(model.verified_at) is not None]
