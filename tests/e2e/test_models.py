@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from finetune_api import API_VERSION
 from tests.cluster import loader
 from tests.e2e.conftest import User
@@ -37,19 +39,20 @@ def states(user: User) -> dict[int, str]:
     return {version["number"]: version["state"] for version in model(user).get("versions", [])}
 
 
+@pytest.mark.timeout(1200)
 def test_versions_follow_each_other(user: User, served_base: str) -> None:
     user.apply(version_job("first", served_base))
-    user.until("it says what it waits for", lambda: "ModelNotFound" in user.kubectl("get", "finetunejob", "first", "-o", "json"), 60)
+    user.until("it says what it waits for", lambda: "ModelNotFound" in user.kubectl("get", "finetunejob", "first", "-o", "json"), 120)
     assert not user.pods("first"), "nothing runs for a model that is not there"
     user.apply(line())
-    status = user.ended("first")
+    status = user.ended("first", 600)
     assert status["phase"] == "Succeeded", user.story()
     [artifact] = status["artifacts"]
     assert (artifact["model"], artifact["version"], artifact["uri"]) == (MODEL, 1, f"pvc://published/lines/{MODEL}/versions/1")
     assert states(user) == {1: "Champion"}
 
     user.apply(version_job("second", served_base, continueFrom=f"model://{MODEL}"))
-    status = user.ended("second")
+    status = user.ended("second", 600)
     assert status["phase"] == "Succeeded", user.story()
     compared = status["evaluation"]["champion"]
     assert compared["version"] == 1, compared
@@ -60,7 +63,7 @@ def test_versions_follow_each_other(user: User, served_base: str) -> None:
 
     for champion in (2, 1):  # promoted, and rolled back
         user.kubectl("patch", "finetunedmodel", MODEL, "--type=merge", "-p", json.dumps({"spec": {"champion": champion}}))
-        user.until(f"{champion} is the champion", lambda champion=champion: model(user).get("champion") == champion, 30)
+        user.until(f"{champion} is the champion", lambda champion=champion: model(user).get("champion") == champion, 120)
     assert states(user) == {1: "Champion", 2: "Retired"}
     row = user.kubectl("get", "ftm", MODEL, "--no-headers").split()
     assert row[:3] == [MODEL, "1", "2"], row
@@ -70,11 +73,11 @@ def test_versions_follow_each_other(user: User, served_base: str) -> None:
         def kept(path: str) -> dict[str, Any]:
             return dict(json.loads(user.kubectl("exec", pod, "--", "cat", f"/volume/lines/{MODEL}/{path}")))
 
-        user.until("the storage knows", lambda: kept("records/2.json")["state"] == "Retired", 90)
+        user.until("the storage knows", lambda: kept("records/2.json")["state"] == "Retired", 300)
         assert kept("probes/2.json")["probes"]
 
     user.kubectl("delete", "finetunejobs", "--all", "--wait")
     user.kubectl("delete", "finetunedmodel", MODEL)
     user.apply(line())
-    user.until("it finds its versions again", lambda: states(user) == {1: "Champion", 2: "Retired"}, 120)
+    user.until("it finds its versions again", lambda: states(user) == {1: "Champion", 2: "Retired"}, 300)
     assert model(user)["versions"][0]["digest"] == newest["digest"]

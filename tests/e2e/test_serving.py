@@ -118,12 +118,13 @@ def asked(client: OpenAI, model: str) -> tuple[str, str]:
     return answer.choices[0].message.content or "", answer.model
 
 
+@pytest.mark.timeout(1500)
 def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str) -> None:
     user = serving
     user.apply(line())
     if not states(user):
         user.apply(version_job("first", served_base))
-        assert user.ended("first")["phase"] == "Succeeded", user.story()
+        assert user.ended("first", 600)["phase"] == "Succeeded", user.story()
     with loader.mounted(user.cluster, user.namespace, "published") as pod:
         user.kubectl("exec", pod, "--", "python3", "-c", SPOIL, f"/volume/lines/{MODEL}", f"/volume/lines/{BROKEN}")
     broken = line()
@@ -132,8 +133,8 @@ def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str)
     user.kubectl("create", "rolebinding", "asks", "--clusterrole=finetune-gateway-use", f"--serviceaccount={user.namespace}:default")
     champion = model(user)["champion"]
 
-    user.until("every replica is found to serve it", lambda: served(user)[MODEL]["verified"] == 2, 400)
-    refused = user.until("what is broken is told", lambda: served(user)[BROKEN].get("mismatch"), 60)
+    user.until("every replica is found to serve it", lambda: served(user)[MODEL]["verified"] == 2, 900)
+    refused = user.until("what is broken is told", lambda: served(user)[BROKEN].get("mismatch"), 240)
     assert "adapter_model.safetensors" in refused and "NaN" in refused, refused
 
     with gateway(user) as client:
@@ -151,9 +152,9 @@ def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str)
             assert asked(client, MODEL) == (tuned, by_tuned)
         for _ in range(5):
             assert asked(client, MODEL) == (tuned, by_tuned), "one replica is left"
-        user.until("the new replica is verified", lambda: served(user)[MODEL]["verified"] == 2, 300)
+        user.until("the new replica is verified", lambda: served(user)[MODEL]["verified"] == 2, 600)
 
         for version in [*[number for number in states(user) if number != champion][:1], champion]:  # another, and back
             user.kubectl("patch", "finetunedmodel", MODEL, "--type=merge", "-p", json.dumps({"spec": {"champion": version}}))
-            user.until(f"{version} answers", lambda version=version: asked(client, MODEL)[1] == f"{MODEL}@{version}", 60)
-    user.kubectl("delete", "finetuneendpoint", ENDPOINT, "--timeout=90s")
+            user.until(f"{version} answers", lambda version=version: asked(client, MODEL)[1] == f"{MODEL}@{version}", 240)
+    user.kubectl("delete", "finetuneendpoint", ENDPOINT, "--timeout=180s")
