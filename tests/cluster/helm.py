@@ -15,13 +15,14 @@ CHART = REPO / "charts" / "finetune-operator"
 RELEASE, NAMESPACE = "finetune-operator", "finetune-system"
 
 
+def image(reference: str) -> dict[str, str]:
+    """An image as values name it."""
+    repository, _, tag = reference.rpartition(":")
+    return {"repository": repository, "tag": tag}
+
+
 def local_values() -> dict[str, Any]:
     """Values for the local cluster: its images, pretended GPUs, short back-off."""
-
-    def image(reference: str) -> dict[str, str]:
-        repository, _, tag = reference.rpartition(":")
-        return {"repository": repository, "tag": tag}
-
     return {
         "image": image(images.operator().reference),
         "trainer": {

@@ -49,15 +49,10 @@ def serving(prepared: User) -> Iterator[User]:
     engine, proxy = images.vllm(), images.nginx()
     for image in (engine, proxy):
         prepared.cluster.load(image)
-
-    def named(reference: str) -> dict[str, str]:
-        repository, _, tag = reference.rpartition(":")
-        return {"repository": repository, "tag": tag}
-
     values = helm.local_values()
     values["serving"] = {
-        "image": named(engine.reference),
-        "proxyImage": named(proxy.reference),
+        "image": helm.image(engine.reference),
+        "proxyImage": helm.image(proxy.reference),
         "args": ["--dtype=float32", "--enforce-eager"],
         "env": {"TORCHDYNAMO_DISABLE": "1"},  # the image has no C++ compiler
     }

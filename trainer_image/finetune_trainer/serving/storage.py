@@ -19,7 +19,7 @@ from finetune_api.uris import URI, parse_uri
 from finetune_api.versions import VersionPaths
 
 from ..job.context import Context
-from ..job.files import parse_digests
+from ..job.files import damaged_file, parse_digests
 from ..models.weights import ADAPTER, ADAPTER_CONFIG
 from ..process.errors import InfrastructureError, StageError, UserError
 from ..remote.retry import with_retries
@@ -130,9 +130,9 @@ def check_whole_model(folder: Path, model: OrderedModel) -> None:
         sums = (folder / SUMS).read_bytes()
     except OSError:
         raise Refused(f"this replica serves a base that no FineTuneJob published, not {model.name}: a whole model needs its own") from None
-    for name, digest in _listed(sums, model, SUMS).items():
-        if (folder / name).is_file() and _digest_of(folder / name) != digest:
-            raise Refused(f"{name} is not what {SUMS} says: publish the version again")
+    _listed(sums, model, SUMS)
+    if (name := damaged_file(folder, sums.decode(errors="replace"))) is not None:
+        raise Refused(f"{name} is not what {SUMS} says: publish the version again")
 
 
 def read(storage: Storage, name: str, most: int = _MOST_PROBES) -> bytes | None:
@@ -166,11 +166,6 @@ def _copy(storage: Storage, name: str, to: Path, digest: str) -> None:
             raise Refused(f"{name} is not there, though {SUMS} lists it: publish the version again") from None
     if written.hexdigest() != digest:
         raise Refused(f"{name} ({to.stat().st_size} bytes) is not what {SUMS} says: it is damaged or cut off; publish the version again")
-
-
-def _digest_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def probes_of(storage: Storage, model: OrderedModel) -> bytes | None:
