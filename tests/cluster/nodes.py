@@ -133,7 +133,6 @@ class Node:
                     "tlsCertFile": str(certificate),
                     "tlsPrivateKeyFile": str(key),
                     "cgroupDriver": "cgroupfs",
-                    "cgroupRoot": f"/{self.namespace}",
                     "cgroupsPerQOS": False,
                     "enforceNodeAllocatable": [],
                     "evictionHard": {
@@ -157,10 +156,6 @@ class Node:
                 }
             )
         )
-        for part in (f"/{self.namespace}",):
-            for root in ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd", "hugetlb"):
-                if Path(f"/sys/fs/cgroup/{root}").is_dir():
-                    Path(f"/sys/fs/cgroup/{root}{part}").mkdir(exist_ok=True)
         logs = self.state.parent / "logs"
         processes.start(
             self.cluster,
@@ -192,7 +187,9 @@ class Node:
 
     def remove(self) -> None:
         """End every container, and undo the network and the mounts. Safe to call at any time."""
-        processes.end(lambda: processes.in_cgroup(self.namespace), grace=1)
+        # containers outlive their shims, in cgroups that all nodes share; each is in its pod's network or in its node's
+        networks = [Path("/run/netns", self.namespace), *self.run_folder.glob("containerd/**/netns/*")]
+        processes.end(lambda: processes.in_networks(networks), grace=2)
         run(["ip", "netns", "delete", self.namespace], check=False)
         run(["ip", "link", "delete", f"fto{self.index}"], check=False)
         run(["ip", "route", "delete", f"{POD_RANGE}.{self.index}.0/24"], check=False)

@@ -45,16 +45,18 @@ def of(cluster: str) -> list[int]:
     return found
 
 
-def in_cgroup(part: str) -> list[int]:
-    """Process IDs in any cgroup below a folder of that name."""
-    pids: set[int] = set()
-    for root in Path("/sys/fs/cgroup").glob(f"**/{part}"):
-        for procs in root.rglob("cgroup.procs"):
-            try:
-                pids.update(int(line) for line in procs.read_text().split())
-            except OSError:
-                continue
-    return sorted(pids)
+def in_networks(names: list[Path]) -> list[int]:
+    """Process IDs in any of these network namespaces, given by the files that they are mounted on."""
+
+    def identity(namespace: Path) -> tuple[int, int] | None:
+        try:
+            found = namespace.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    wanted = {identity(name) for name in names} - {None}
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit() and identity(folder / "ns" / "net") in wanted]
 
 
 def end(find: object, *, grace: float = 8.0) -> None:

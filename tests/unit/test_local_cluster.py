@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster import binaries, environment, machine
-from tests.cluster.shell import REPO
+from tests.cluster import binaries, environment, machine, processes
+from tests.cluster.shell import REPO, run
 
 GOOD: dict[str, Any] = {
     "root": True, "machine": "x86_64", "namespaces": True, "free": 60.0, "need": 29.0, "cache": Path("/c"), "environment": {}, "kind": False,
@@ -94,3 +97,21 @@ def test_the_build_context_is_what_the_dockerfiles_copy() -> None:
         copied |= {word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M) for word in line.split()[:-1]}
         assert "ARG BASE_IMAGE=debian:trixie-slim" in text
     assert copied == allowed, json.dumps([sorted(copied), sorted(allowed)])
+
+
+def test_what_a_dead_runtime_leaves_is_found_by_its_network(tmp_path: Path) -> None:
+    """A container outlives its shim, and carries no mark of the cluster."""
+    network = Path("/run/netns/finetune-test")
+    run(["ip", "netns", "add", network.name])
+    try:
+        left = subprocess.Popen(["nsenter", f"--net={network}", "sh", "-c", "trap '' TERM; sleep 600; sleep 600"])
+        elsewhere = tmp_path / "cni-none"
+        elsewhere.touch()  # where a namespace was mounted once
+        while not processes.in_networks([network]):
+            time.sleep(0.05)
+        assert left.pid in processes.in_networks([network, elsewhere, tmp_path / "missing"])
+        assert processes.in_networks([elsewhere, tmp_path / "missing"]) == []
+        processes.end(lambda: processes.in_networks([network]), grace=0.5)
+        assert left.wait(5) == -signal.SIGKILL
+    finally:
+        run(["ip", "netns", "delete", network.name])
