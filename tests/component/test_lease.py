@@ -39,14 +39,13 @@ def test_f6_two_operators_and_one_acts(api: Api, kubelet: Kubelet, tmp_path: Pat
         before = holder()
         first.kill()
         began = time.monotonic()
-        until("the second acts", lambda: acts(second), 15)
-        assert 2 < time.monotonic() - began < 12 and holder() != before
+        until("the second acts", lambda: acts(second), 60)
+        assert time.monotonic() - began > 2 and (held := holder()) != before
         third.start(**lease)
         until("the third stands by", lambda: "standing by" in third.logs.read_text())
         assert second.terminate() == 0
-        began = time.monotonic()
-        until("the third acts", lambda: acts(third), 15)
-        assert time.monotonic() - began < 3, "it was given back"
+        assert holder() != held, "it was given back, not left to run out"
+        until("the third acts", lambda: acts(third), 60)
         kubelet.hold = set()
         status = phase(api, "Succeeded")
         assert status["attempt"] == 0 and not kubelet.broken
@@ -66,7 +65,7 @@ def test_f6_an_operator_that_was_frozen_does_not_act_any_more(api: Api, kubelet:
         until("the second stands by", lambda: "standing by" in second.logs.read_text())
         assert first.process is not None
         first.process.send_signal(signal.SIGSTOP)
-        until("the second acts", lambda: "this operator acts" in second.logs.read_text(), 15)
+        until("the second acts", lambda: "this operator acts" in second.logs.read_text(), 60)
         api.create_job(MINIMAL)
         phase(api, "Succeeded")
         first.process.send_signal(signal.SIGCONT)

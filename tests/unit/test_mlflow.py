@@ -93,7 +93,7 @@ def place(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     yield Place(*server, tmp_path)
 
 
-def test_a_result_in_a_registry_of_models(place: Place) -> None:
+def test_a_result_in_a_registry_of_models(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked first, written once, read back by MLflow's client; a run says what it was made from; again changes nothing."""
     import mlflow
 
@@ -112,7 +112,7 @@ def test_a_result_in_a_registry_of_models(place: Place) -> None:
         "finetune.dev/data-digest": "sha256:0",
     }
     assert lineage.items() <= run.data.tags.items()
-    mlflow.set_tracking_uri(f"http://{place.host}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{place.host}")
     folder = mlflow.artifacts.download_artifacts(f"models:/{place.model}@champion", dst_path=str(place.folder / "pulled"))
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     names = {"README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "finetune.json"}
