@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_trackers_and_history(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_tracking_of_the_spec_sets_the_trackers_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.training.arguments import report_to
+    from finetune_trainer.training.tracking import report_to
 
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"):
         monkeypatch.setenv(name, "")
@@ -264,6 +265,15 @@ def test_tracking_of_the_spec_sets_the_trackers_environment(bench: Bench, monkey
         context.job.secrets[field] = str(folder)
     assert report_to(context) == ["mlflow", "wandb"]
     assert os.environ["MLFLOW_TRACKING_TOKEN"] == "secret-of-mlflow" and os.environ["WANDB_API_KEY"] == "secret-of-wandb"
+
+
+def test_a_tracker_that_is_away_is_told_and_training_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    context = bench.context(ROWS["messages"], tuning={**lora(maxSteps=2), "tracking": {"mlflow": {"trackingUri": address}}})
+    result = bench.train(context)
+    assert result.result["steps"] == 2 and "; without MLflow: MlflowException: " in result.message
 
 
 def test_a_model_without_chat_template_learns_with_one_given(bench: Bench) -> None:

@@ -38,6 +38,7 @@ from ..training.launch import check_device_count
 from ..training.objectives import OBJECTIVES
 from ..training.progress import ProgressReporter, plot_history
 from ..training.strategies import check_strategy, check_world, prepare_strategy
+from ..training.tracking import tolerate_trackers
 
 log = logging.getLogger("finetune.worker")
 
@@ -89,6 +90,7 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     heartbeat = [HeartbeatCallback(channel)] if channel is not None else []
     trainer = build_trainer(context, plan, arguments, cuda, [progress, checkpointing, *heartbeat])
     check_strategy(trainer, plan)
+    trackers = tolerate_trackers(trainer)
     kernels = describe_kernels(trainer.model, arguments)
     log.info("starting from %s, with %s", resume.folder or "the base model", kernels)
 
@@ -111,10 +113,12 @@ def fit(context: Context, plan: Plan) -> StageResult | None:
     plot_history(context.layout.history, context.layout.history_plot)
 
     # 6. What people are told
-    told = _message(state, resume, output.training_loss)
+    told = [_message(state, resume, output.training_loss), kernels]
+    told += [devices.describe_peak(memory, plan)] if memory else []
+    told += [f"without {tracker.name}: {tracker.failure}" for tracker in trackers if tracker.failure]
     return StageResult(
         reason="Trained",
-        message=f"{told}; {kernels}" + (f"; {devices.describe_peak(memory, plan)}" if memory else ""),
+        message="; ".join(told),
         result={
             "steps": state.global_step,
             "resumedFrom": resume.step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from finetune_api.status import Plan
 from ..job.context import Context
 from ..models.kernels import use_liger_kernels
 from ..models.load import compute_dtype, model_type
+from .tracking import report_to
 
 _OPTIMIZERS = {
     "adamw": ("adamw_torch_fused", "adamw_torch"),
@@ -78,33 +78,6 @@ def common_arguments(context: Context, plan: Plan, cuda: bool) -> dict[str, Any]
         "dataloader_drop_last": False,
         "dataloader_pin_memory": cuda,
     }
-
-
-def report_to(context: Context) -> list[str]:
-    """The trackers that are asked for by `tuning.tracking`, or by their own standard environment; their environment is set."""
-    tracking, trackers = context.spec.tuning.tracking, []
-    if tracking.mlflow is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = tracking.mlflow.tracking_uri
-        os.environ["MLFLOW_EXPERIMENT_NAME"] = tracking.mlflow.experiment
-        if (token := context.secret("mlflow")) is not None:
-            os.environ["MLFLOW_TRACKING_TOKEN"] = token
-    if tracking.wandb is not None:
-        os.environ["WANDB_PROJECT"] = tracking.wandb.project
-        os.environ.setdefault("WANDB_DIR", "/tmp")
-        if tracking.wandb.entity:
-            os.environ["WANDB_ENTITY"] = tracking.wandb.entity
-        if (key := context.secret("wandb")) is not None:
-            os.environ["WANDB_API_KEY"] = key
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ.setdefault("HF_MLFLOW_LOG_ARTIFACTS", "0")
-        trackers.append("mlflow")
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
-        os.environ.setdefault("WANDB_LOG_MODEL", "false")
-        trackers.append("wandb")
-    if tracking.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = context.layout.tensorboard
-        trackers.append("tensorboard")
-    return trackers or ["none"]
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:
