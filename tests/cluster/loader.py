@@ -19,8 +19,9 @@ class Kubectl(Protocol):
 
 
 @contextlib.contextmanager
-def mounted(cluster: Kubectl, namespace: str, claim: str) -> Iterator[str]:
-    """A pod that has the claim at /volume; its name."""
+def mounted(cluster: Kubectl, namespace: str, claim: str, **others: str) -> Iterator[str]:
+    """A pod that has the claim at /volume, and others at the folders by whose names they are given; its name."""
+    places = {"volume": claim, **others}
     name = f"loader-{claim}"
     pod = {
         "apiVersion": "v1",
@@ -38,10 +39,10 @@ def mounted(cluster: Kubectl, namespace: str, claim: str) -> Iterator[str]:
                     "imagePullPolicy": "IfNotPresent",
                     "command": ["sleep", "3600"],
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                    "volumeMounts": [{"name": "volume", "mountPath": "/volume"}],
+                    "volumeMounts": [{"name": place, "mountPath": f"/{place}"} for place in places],
                 }
             ],
-            "volumes": [{"name": "volume", "persistentVolumeClaim": {"claimName": claim}}],
+            "volumes": [{"name": place, "persistentVolumeClaim": {"claimName": name}} for place, name in places.items()],
         },
     }
     cluster.kubectl("delete", "pod", name, "-n", namespace, "--ignore-not-found", "--wait")

@@ -64,9 +64,15 @@ def main() -> None:
     print("$ kubectl get finetunejobs", flush=True)
     print(target.kubectl("-n", NAMESPACE, "get", "finetunejobs", check=False), end="")
     if code == 0:
-        files = loader.listing(target, NAMESPACE, "published", JOB)
+        took = time.monotonic() - applied
+        with loader.mounted(target, NAMESPACE, "published", models="models") as pod:
+            files = kubectl("exec", pod, "--", "ls", f"/volume/{JOB}").split()
+            kubectl("cp", str(EXAMPLES / "data" / f"{JOB}-held-out.jsonl"), f"{NAMESPACE}/{pod}:/tmp/rows.jsonl")
+            words = ["python3", "-", f"/models/{smollm2.name}", f"/volume/{JOB}", "/tmp/rows.jsonl"]
+            print(f"$ python examples/ask.py models/{smollm2.name} published/{JOB} {JOB}-held-out.jsonl", flush=True)
+            print(kubectl("exec", "-i", pod, "--", *words, input=(EXAMPLES / "ask.py").read_text()), end="")
         print(f"\nThe adapter is in the claim 'published', folder '{JOB}': {', '.join(files)}")
-        print(f"From apply to published: {time.monotonic() - applied:.0f} s; everything: {(time.monotonic() - started) / 60:.1f} minutes.")
+        print(f"From apply to published: {took:.0f} s; everything: {(time.monotonic() - started) / 60:.1f} minutes.")
         print(
             f"Look around:  export KUBECONFIG={target.kubeconfig}\n              {os.path.relpath(REPO / '.venv/bin/kubectl')} describe finetunejob {JOB}"
         )

@@ -17,6 +17,7 @@ from finetune_api.spec import Lora
 from finetune_api.validation import parse_spec
 from finetune_trainer.export.usage import Usage
 from finetune_trainer.stages.publish import publish
+from tests.cluster.shell import REPO
 from tests.factory import MINIMAL, merged
 from tests.trainer.bases import copied
 from tests.trainer.conftest import ROWS, Bench
@@ -60,6 +61,11 @@ def blocks(card: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
 
 
+def offline() -> dict[str, str]:
+    """The environment of somebody who has the trainer's packages and no hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def paste(folder: Path, tools: Path) -> list[tuple[str, str]]:
     """Run every block of a card in its folder. Returns them with what they said."""
     tools.mkdir()
@@ -67,12 +73,7 @@ def paste(folder: Path, tools: Path) -> list[tuple[str, str]]:
         (tools / name).write_text(f"#!{sys.executable}\n{text}")
         (tools / name).chmod(0o755)
     (tools / "python").symlink_to(sys.executable)
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    env = {**offline(), "PATH": f"{tools}:{os.environ['PATH']}"}
     env.pop("BASE_MODEL", None)
     said = []
     found = blocks((folder / "README.md").read_text())
@@ -96,6 +97,9 @@ def test_an_adapter_of_conversations_with_a_system_text(bench: Bench) -> None:
     (python, said), (shell, _) = card_of(bench, WITH_SYSTEM, tuning={"lora": {"rank": 12, "dropout": 0}, "hyperparameters": HYPER})
     assert f'{{"role": "system", "content": {json_text(SYSTEM["content"])}}}' in python, "used as it was trained"
     assert said.strip() and "--max-lora-rank 16" in shell and 'job=$PWD"' in shell
+    ask = [sys.executable, str(REPO / "examples" / "ask.py"), str(bench.model), str(bench.folder / "published" / "card")]
+    answers = subprocess.run([*ask, str(bench.data / "train.jsonl")], env=offline(), capture_output=True, text=True, check=True).stdout
+    assert [line.split(":")[0] for line in answers.splitlines()] == ["question", "base", "tuned", "right"]
 
 
 def json_text(text: str) -> str:
