@@ -34,6 +34,12 @@ FIRST_TOKEN = Histogram(
 )
 REFUSED = Counter("finetune_gateway_refused_total", "Requests that were given to no replica, by code", ["code"], registry=REGISTRY)
 RUNNING = Gauge("finetune_gateway_running_requests", "Requests that are being answered", registry=REGISTRY)
+WAITING = Gauge(
+    "finetune_gateway_waiting_requests",
+    "Requests of an endpoint's replicas that have got no byte of an answer yet",
+    ["namespace", "endpoint"],
+    registry=REGISTRY,
+)
 PAUSED = Gauge("finetune_gateway_paused_replicas", "Replicas that are left alone since they failed", registry=REGISTRY)
 REPLICAS = Gauge(
     "finetune_gateway_replicas", "Replicas that answer, by the status of their endpoint", ["namespace", "endpoint"], registry=REGISTRY

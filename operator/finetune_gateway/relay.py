@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -124,6 +125,8 @@ class Relay:
         loop, settings, begun = asyncio.get_running_loop(), self._settings, time.perf_counter()
         response: aiohttp.ClientResponse | None = None
         failed: bool | None = None
+        waits = contextlib.ExitStack()
+        waits.enter_context(metrics.WAITING.labels(*target.endpoint).track_inprogress())
         try:
             async with asyncio.timeout_at(min(latest, loop.time() + settings.first_byte_seconds)) as clock:
                 url = URL(f"http://{address}{ask.path}", encoded=True)
@@ -133,6 +136,7 @@ class Relay:
                     self._failed(target, str(response.status), begun)
                     return None
                 chunk = await response.content.readany()
+                waits.close()
                 self._begun(ask, target, response.status, begun)
                 meter = Meter(stream=response.content_type == "text/event-stream")
                 try:
@@ -167,6 +171,7 @@ class Relay:
                 raise Refusal(504, message, code="timeout", kind="server_error") from None
             return None
         finally:
+            waits.close()
             self._replicas.done(address, failed=failed)
             if response is not None:
                 response.close()  # one that was read to its end has given its connection back already

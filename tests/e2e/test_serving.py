@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from openai import APIStatusError, NotFoundError, OpenAI
 
 from finetune_api import API_VERSION, names
 from tests.cluster import helm, images, loader
 from tests.cluster.control_plane import free_port
 from tests.cluster.local import LocalCluster, kubectl
+from tests.cluster.shell import REPO
 from tests.e2e.conftest import User
 from tests.e2e.test_models import MODEL, line, model, states, version_job
 
@@ -113,6 +115,12 @@ def asked(client: OpenAI, model: str) -> tuple[str, str]:
     return answer.choices[0].message.content or "", answer.model
 
 
+def scale_of(user: User, autoscaler: dict[str, Any]) -> dict[str, Any]:
+    """What the autoscaler says of its target; there is nothing here that would hand it a metric."""
+    found = json.loads(user.kubectl("get", "hpa", autoscaler["metadata"]["name"], "-o", "json"))
+    return next((c for c in found.get("status", {}).get("conditions", []) if c["type"] == "AbleToScale"), {})
+
+
 @pytest.mark.timeout(1500)
 def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str) -> None:
     user = serving
@@ -127,10 +135,17 @@ def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str)
     user.apply(broken, endpoint(served_base, 2))
     user.kubectl("create", "rolebinding", "asks", "--clusterrole=finetune-gateway-use", f"--serviceaccount={user.namespace}:default")
     champion = model(user)["champion"]
+    autoscaler = next(iter(yaml.safe_load_all((REPO / "examples" / "monitoring" / "autoscaling.yaml").read_text())))
+    autoscaler["spec"]["scaleTargetRef"]["name"] = ENDPOINT
+    user.apply(autoscaler)
 
     user.until("every replica is found to serve it", lambda: served(user)[MODEL]["verified"] == 2, 900)
     refused = user.until("what is broken is told", lambda: served(user)[BROKEN].get("mismatch"), 240)
     assert "adapter_model.safetensors" in refused and "NaN" in refused, refused
+
+    scaled = user.until("an autoscaler reads its scale", lambda: scale_of(user, autoscaler), 60)
+    assert (scaled["type"], scaled["status"]) == ("AbleToScale", "True"), scaled
+    user.kubectl("delete", "hpa", autoscaler["metadata"]["name"])
 
     with gateway(user) as client:
         base, by_base = asked(client, ENDPOINT)

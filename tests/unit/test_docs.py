@@ -25,7 +25,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "examples" / "READ
 def test_pages(page: Path, tmp_path: Path) -> None:
     text = page.read_text()
     for index, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.S)):
-        if "kind: FineTune" in block:
+        if "\nkind: FineTune" in f"\n{block}":  # not one that another object names
             path = tmp_path / f"{index}.yaml"
             path.write_text(block)
             assert bool(read_jobs(path)) == ("kind: FineTuneJob" in block)

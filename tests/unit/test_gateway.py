@@ -127,6 +127,32 @@ async def test_requests_go_to_the_replica_with_the_fewest(gateway: Running, repl
     assert [len(replica.bodies) for replica in replicas] == [3, 3]
 
 
+async def test_what_waits_for_its_first_byte_is_counted(gateway: Running, replicas: list[Replica]) -> None:
+    """By endpoint: autoscalers go by it."""
+    waiting = 'finetune_gateway_waiting_requests{endpoint="chat",namespace="team-a"}'
+    gateway.see(both(replicas))
+    begun, answer = asyncio.Event(), asyncio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        begun.set()
+        await answer.wait()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[]}\n\n')
+        await asyncio.sleep(30)
+        return response
+
+    replicas[0].instead = replicas[1].instead = stream
+    async with aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(gateway.url + CHAT, json=ASK, headers={"Authorization": f"Bearer {KEY}"}))
+        await begun.wait()
+        assert f"{waiting} 1.0" in await scraped(gateway)
+        answer.set()
+        async with await asking as response:
+            assert await response.content.readany()
+            assert f"{waiting} 0.0" in (told := await scraped(gateway)) and "finetune_gateway_running_requests 1.0" in told
+
+
 @pytest.mark.parametrize("fault", ["refused", "503", "404", "closed"])
 async def test_another_replica_is_asked_before_the_first_byte(gateway: Running, replicas: list[Replica], fault: str) -> None:
     """And the one that failed is left alone for a while."""
