@@ -21,6 +21,7 @@ from ..cache.catalog import CatalogBoard, Reported
 from ..cache.store import Store
 from ..cluster.transport import Cluster
 from ..model.objects import Key
+from .reports import taking
 from .tokens import Tokens
 
 log = logging.getLogger("finetune.catalog")
@@ -45,20 +46,9 @@ class CatalogServer:
 
     def routes(self) -> list[web.RouteDef]:
         """What the HTTPS server takes."""
-        return [web.post(PATH, self._handle)]
-
-    async def _handle(self, request: web.Request) -> web.Response:
-        try:
-            response = await self._report(request)
-        except web.HTTPException as refused:
-            metrics.CATALOG_REPORTS.labels(code=refused.status).inc()
-            raise
-        metrics.CATALOG_REPORTS.labels(code=response.status).inc()
-        return response
+        return [web.post(PATH, taking(metrics.CATALOG_REPORTS, self._acting, self._report))]
 
     async def _report(self, request: web.Request) -> web.Response:
-        if not self._acting():
-            raise web.HTTPServiceUnavailable(text="this operator stands by", headers={"Retry-After": "1"})
         key = namespace, name = request.match_info["namespace"], request.match_info["name"]
         pod_uid = await self._tokens.pod_of(request, catalog_audience(namespace, name), "FineTunedModel")
         pod, model = self._store.pod(pod_uid), self._store.models.get(key)

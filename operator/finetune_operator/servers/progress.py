@@ -22,6 +22,7 @@ from ..cache.progress import ProgressBoard
 from ..cache.store import Store
 from ..cluster.transport import Cluster
 from ..model.objects import Key
+from .reports import taking
 from .tokens import CACHE_SIZE, Tokens
 
 log = logging.getLogger("finetune.progress")
@@ -42,21 +43,10 @@ class ProgressServer:
     def application(self) -> web.Application:
         """The aiohttp application; bodies over the limit are refused before they are read."""
         app = web.Application(client_max_size=PROGRESS_BODY_LIMIT)
-        app.router.add_post(PATH, self._handle)
+        app.router.add_post(PATH, taking(metrics.PROGRESS_REPORTS, self._acting, self._report))
         return app
 
-    async def _handle(self, request: web.Request) -> web.Response:
-        try:
-            response = await self._report(request)
-        except web.HTTPException as refused:
-            metrics.PROGRESS_REPORTS.labels(code=refused.status).inc()
-            raise
-        metrics.PROGRESS_REPORTS.labels(code=response.status).inc()
-        return response
-
     async def _report(self, request: web.Request) -> web.Response:
-        if not self._acting():  # the pod's next report may reach the one that acts
-            raise web.HTTPServiceUnavailable(text="this operator stands by", headers={"Retry-After": "1"})
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         pod_uid = await self._tokens.pod_of(request, progress_audience(namespace, name), "job")
         now = time.monotonic()
