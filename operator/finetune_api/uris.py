@@ -41,9 +41,9 @@ ADAPTER = Format(
     scheme="hf://",
 )
 DATASET = Format(
-    pattern=rf"^({_HF}|{_PVC}|{_S3}|{_HTTPS}|{_CONFIGMAP})$",
+    pattern=rf"^({_HF}|{_PVC}|{_S3}|{_HTTPS}|{_CONFIGMAP}|{_OCI_PINNED}|{_MLFLOW_PINNED})$",
     name="a data set URI",
-    write="hf://ORG/DATASET[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/KEY, https://HOST/PATH or configmap://NAME/KEY",
+    write="hf://ORG/DATASET[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/KEY, https://HOST/PATH, configmap://NAME/KEY, oci://HOST/REPOSITORY[:TAG] or mlflow://HOST/MODEL[@ALIAS]",
     scheme="hf://",
 )
 PUBLISH = Format(

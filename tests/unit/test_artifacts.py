@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from finetune_trainer.models import artifacts
+from finetune_api.spec import DatasetSource
+from finetune_trainer.data.reading import rows
 from finetune_trainer.models.fetch import fetch_base_model, fetch_model
 from finetune_trainer.process.errors import UserError
+from finetune_trainer.remote import artifacts
 from finetune_trainer.remote.registry import Registry, digest_of, dumps
 from finetune_trainer.stages.publish import publish
 from tests.unit import test_registry
@@ -57,6 +59,26 @@ def test_a_base_out_of_a_registry(place: Place, tiny_model: Path) -> None:
         fetch_base_model(place.reading(uid="22222222-b"))
     pinned = place.reading(f"oci://{place.host}/{place.repository}@{digest}", uid="22222222-b")
     assert fetch_base_model(pinned) == str(folder)
+
+
+def test_rows_out_of_a_registry(place: Place) -> None:
+    """As ORAS pushes files; what was fetched once is what trains, wherever its tag points later."""
+    first, second = b'{"text": "one"}\n', b'{"text": "two"}\n'
+    kind = "application/vnd.oci.image.layer.v1.tar"
+    place.push([("application/jsonl", first, "a.jsonl"), (kind, tar(("b.jsonl", second)), None), ("text/markdown", b"# Rows", "README.md")])
+    context = place.context()
+    context.job.secrets["train"] = context.job.secrets["model"]
+    source = DatasetSource.model_validate({"uri": place.uri, "secretRef": SECRET, "plainHTTP": True})
+
+    def read() -> list[Any]:
+        return [row.parsed().value for row in rows(context, source, "train")]
+
+    assert read() == [{"text": "one"}, {"text": "two"}]
+    place.push([("application/jsonl", second, "c.jsonl")])
+    assert read() == [{"text": "one"}, {"text": "two"}]
+    place.push([("text/markdown", b"# Rows", "README.md")], tag="empty")
+    with pytest.raises(UserError, match=r"holds none of \*\.jsonl, "):
+        list(rows(context, source.model_copy(update={"uri": place.uri.replace(":v1", ":empty")}), "train"))
 
 
 def test_going_on_from_an_adapter_that_was_published(place: Place) -> None:

@@ -204,7 +204,7 @@ def test_a_base_out_of_a_bucket(store: Store, tiny_model: Path) -> None:
     assert fetch_base_model(context) == str(folder)
     with pytest.raises(UserError, match=r"holds no config\.json"):  # another job
         fetch_base_model(store.context(**asked))
-    with pytest.raises(UserError, match=r"s3://models/nothing holds no file of a model"):
+    with pytest.raises(UserError, match=r"s3://models/nothing holds none of "):
         fetch_base_model(store.context(model={**asked["model"], "uri": "s3://models/nothing"}))
 
 

@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from finetune_api.contract import Env
+from finetune_api.spec import DatasetSource
+from finetune_trainer.data.reading import rows
 from finetune_trainer.export import mlflow as target
 from finetune_trainer.job.context import Context
 from finetune_trainer.models.fetch import fetch_base_model, fetch_model
@@ -203,23 +205,35 @@ def test_going_on_from_a_version(revision: str, expected: str, place: Place) -> 
     assert json.loads((folder / "finetune.json").read_text())["job"]["name"] == {"1": "j", "2": "k"}[expected]
 
 
-@pytest.mark.parametrize("logged", [False, True], ids=["of a run", "of a logged model"])
-def test_a_base_that_others_registered(logged: bool, place: Place, tiny_model: Path) -> None:
-    """Without digests of ours."""
+def registered(place: Place, files: list[Path], *, logged: bool = False) -> None:
+    """What others registered, without digests of ours; of a run, or as MLflow 3 has models beside runs."""
     server = Server(place.context(), "publish-0", target.parse_uri(place.uri), plain=True)
     experiment = server.post("experiments/create", name=place.model)["experiment_id"]
     run = server.post("runs/create", experiment_id=experiment)["run"]["info"]
     root = source = f"{run['artifact_uri']}/base"
     more: dict[str, str] = {}
-    if logged:  # as MLflow 3 has them beside runs
+    if logged:
         info = server.post("logged-models", experiment_id=experiment, name="base", source_run_id=run["run_id"])["model"]["info"]
         root, source, more = info["artifact_uri"], f"models:/{info['model_id']}", {"model_id": info["model_id"]}
-    for file in tiny_model.iterdir():
+    for file in files:
         server.upload(file, f"{server.served(root)}/{file.name}")
     server.post("registered-models/create", name=place.model)
     server.post("model-versions/create", name=place.model, source=source, run_id=run["run_id"], **more)
+
+
+@pytest.mark.parametrize("logged", [False, True], ids=["of a run", "of a logged model"])
+def test_a_base_that_others_registered(logged: bool, place: Place, tiny_model: Path) -> None:
+    registered(place, list(tiny_model.iterdir()), logged=logged)
     folder = Path(fetch_base_model(place.reading()))
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in tiny_model.iterdir()}
+
+
+def test_rows_that_others_registered(place: Place) -> None:
+    file = place.folder / "rows.jsonl"
+    file.write_text('{"text": "one"}\n')
+    registered(place, [file])
+    source = DatasetSource.model_validate({"uri": place.uri, "plainHTTP": True})
+    assert [row.parsed().value for row in rows(place.context(), source, "train")] == [{"text": "one"}]
 
 
 def test_a_server_that_leads_elsewhere(place: Place) -> None:

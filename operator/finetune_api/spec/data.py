@@ -26,13 +26,15 @@ class DatasetSource(APIModel):
     """Rows to train on, from one place."""
 
     uri: DatasetURI
-    """`hf://ORG/DATASET[@REVISION]`, `pvc://CLAIM/PATH`, `s3://BUCKET/KEY`, `https://HOST/PATH` or `configmap://NAME/KEY`; JSONL, JSON, CSV or Parquet, also gzipped."""
+    """`hf://ORG/DATASET[@REVISION]`, `pvc://CLAIM/PATH`, `s3://BUCKET/KEY`, `https://HOST/PATH`, `configmap://NAME/KEY`, `oci://HOST/REPOSITORY[:TAG]` or `mlflow://HOST/MODEL[@ALIAS]`; JSONL, JSON, CSV or Parquet, also gzipped."""
     split: PlainName = "train"
     """Split to load from an hf:// data set; other sources have none."""
     secret_ref: SecretReference | None = None
-    """Secret for private data: a Hugging Face token (hf://), a bearer token (https://), or the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3://)."""
+    """Secret for private data: a Hugging Face token (hf://), a bearer token (https://, mlflow://), the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3://), or .dockerconfigjson (oci://)."""
     s3_endpoint: EndpointURL | None = None
     """Address of an S3-compatible server; unset means AWS. Only for s3://."""
+    plain_http: bool = Field(default=False, alias="plainHTTP")
+    """Talk http:// to the registry or tracking server, where an administrator allows it. Only for oci:// and mlflow://."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """How often each row is seen per epoch: 2 is twice; 0.5 takes half of the rows, chosen by `hyperparameters.seed`."""
 
@@ -46,6 +48,11 @@ class DatasetSource(APIModel):
             cel="!has(self.s3Endpoint) || self.uri.startsWith('s3://')",
             message="dataset: s3Endpoint is only used with an s3:// uri; remove it or change the uri",
             holds=lambda m: m.s3_endpoint is None or m.uri.startswith("s3://"),
+        ),
+        Rule(
+            cel="!self.plainHTTP || self.uri.startsWith('oci://') || self.uri.startsWith('mlflow://')",
+            message="dataset: plainHTTP is only used with an oci:// or mlflow:// uri; remove it or change the uri",
+            holds=lambda m: not m.plain_http or m.uri.startswith(("oci://", "mlflow://")),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Fetch rows from https:// and s3:// into the job's folder, once: what was fetched is what trains (case F34).
+"""Fetch rows from elsewhere into the job's folder, once: what was fetched is what trains (case F34).
 
 A data set's host must have public addresses, at every redirect (case A6): metadata services and cluster addresses
 are out of reach unless an administrator names the host. The connection goes to the address that was checked.
@@ -25,19 +25,24 @@ from finetune_api.uris import URI, parse_uri
 from ..job.context import Context
 from ..process.errors import InfrastructureError, SourceUnavailable, UserError
 from ..remote.addresses import allowed_addresses
+from ..remote.artifacts import from_mlflow, from_registry
 from ..remote.retry import CONNECT_TIMEOUT, READ_TIMEOUT, error_for_status, host_unavailable, with_retries
 from ..remote.s3 import error_code, s3_client, s3_host
 
 SIZE_LIMIT = 200 * 2**30
 """Bytes of one file."""
+TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+"""Files that hold rows; also with .gz."""
 _REDIRECTS, _CHUNK = 5, 1 << 20
+_FOLDERS = {"oci": from_registry, "mlflow": from_mlflow}
+_FILES = [f"*{kind}{packed}" for kind in TYPES for packed in ("", ".gz")]
 
 
 def fetch(context: Context, source: DatasetSource, field: str) -> Path:
-    """The file of an https:// or s3:// source, downloaded when it is not there yet."""
+    """The file of an https:// or s3:// source, the folder of an oci:// or mlflow:// one, downloaded when it is not there yet."""
     uri = parse_uri(source.uri)
     folder = Path(context.layout.data, "downloads", hashlib.sha256(source.uri.encode()).hexdigest()[:16])
-    target = folder / Path(uri.path).name
+    target = folder / (Path(uri.path).name if uri.scheme not in _FOLDERS else "files")
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +52,10 @@ def fetch(context: Context, source: DatasetSource, field: str) -> Path:
         return UserError("DatasetNotFound", f"{source.uri}: {why}; check the uri and secretRef")
 
     def download() -> None:
-        if uri.scheme == "s3":
+        if (artifact := _FOLDERS.get(uri.scheme)) is not None:
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(artifact(context, field, uri, source.plain_http, _FILES)[0])
+        elif uri.scheme == "s3":
             _from_s3(context, source, uri, field, partial)
         else:
             _from_https(source.uri, context.secret(field), partial, refused)
@@ -62,7 +70,7 @@ def fetch(context: Context, source: DatasetSource, field: str) -> Path:
 
 def _host(source: DatasetSource, uri: URI) -> str:
     """Who is asked, where an error does not say so itself."""
-    return str(urlsplit(source.uri).hostname) if uri.scheme == "https" else s3_host(source.s3_endpoint)
+    return s3_host(source.s3_endpoint) if uri.scheme == "s3" else str(urlsplit(source.uri).hostname)
 
 
 def _connect(host: str, port: int) -> http.client.HTTPSConnection:

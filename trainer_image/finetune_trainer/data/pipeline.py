@@ -83,7 +83,9 @@ class Pipeline:
         if held_out is not None and held_out.uri is not None:
             train = self.sources[0]
             source = DatasetSource(uri=held_out.uri, split=held_out.split)
-            source = source.model_copy(update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint})
+            source = source.model_copy(
+                update={"secret_ref": train.secret_ref, "s3_endpoint": train.s3_endpoint, "plain_http": train.plain_http}
+            )
             self.reports[HELD_OUT] = SourceReport(held_out.uri)
             opened.append(self._open(HELD_OUT, source, "train"))
         self._check_columns()

@@ -18,7 +18,7 @@ from finetune_api.uris import parse_uri
 from ..job.context import Context
 from ..process.errors import UserError
 from ..remote.retry import error_for_exception, hub_host, with_retries
-from .fetch import fetch
+from .fetch import TYPES, fetch
 from .nulls import without_nulls
 from .problems import Files
 
@@ -34,7 +34,6 @@ _COLUMNS = {"messages", "conversations", "chosen", "rejected"}
 EXPANSION_LIMIT = 200
 """How many times larger than its file a gzipped data set may be (beyond the first 64 MiB): real text stays below 30."""
 _BOM = b"\xef\xbb\xbf"
-_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _BY_LINE = (".jsonl", ".ndjson", ".csv")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -61,7 +60,7 @@ def rows(context: Context, source: DatasetSource, field: str, files: Files | Non
     if uri.scheme == "hf":
         yield from _hub_rows(source, context.secret(field))
         return
-    path = fetch(context, source, field) if uri.scheme in ("https", "s3") else context.mounted(uri)
+    path = context.mounted(uri) if uri.scheme in ("pvc", "configmap") else fetch(context, source, field)
     if not path.exists():
         raise UserError("DatasetNotFound", f"{source.uri} does not exist")
     number = 0
@@ -81,7 +80,7 @@ def _files(path: Path, shown: str) -> list[Path]:
     inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _type(p) is not None)
     if not inside or len(inside) > FILES_LIMIT:
         found = "no" if not inside else f"over {FILES_LIMIT}"
-        raise UserError("DatasetNotAFile", f"{shown} is a folder with {found} {', '.join(_TYPES)} files; name a file in it")
+        raise UserError("DatasetNotAFile", f"{shown} is a folder with {found} {', '.join(TYPES)} files; name a file in it")
     if len({_type(p) for p in inside}) > 1:
         raise UserError(
             "DatasetNotAFile", f"{shown} is a folder with files of several types; name one of {', '.join(p.name for p in inside[:5])}"
@@ -94,7 +93,7 @@ def _files(path: Path, shown: str) -> list[Path]:
 
 def _type(path: Path) -> str | None:
     suffix = path.suffix.lower() if path.suffix.lower() != ".gz" else Path(path.stem).suffix.lower()
-    return suffix if suffix in _TYPES else None
+    return suffix if suffix in TYPES else None
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -104,7 +103,7 @@ def file_rows(path: Path) -> Iterator[Row]:
         if path.suffix.lower() in _ARCHIVES or Path(path.stem).suffix.lower() == ".tar":
             raise UserError("DatasetType", f"{path.name} is an archive, which is not unpacked; give the files themselves (.gz is fine)")
         raise UserError(
-            "DatasetType", f"{path.name}: files of type {path.suffix or '(none)'} are not supported; use {', '.join(_TYPES)}, also with .gz"
+            "DatasetType", f"{path.name}: files of type {path.suffix or '(none)'} are not supported; use {', '.join(TYPES)}, also with .gz"
         )
     if kind == ".parquet":
         yield from _parquet_rows(path)

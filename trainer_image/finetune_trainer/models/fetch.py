@@ -14,9 +14,9 @@ from finetune_api.versions import BaseModelReference
 
 from ..job.context import Context
 from ..process.errors import UserError
+from ..remote.artifacts import from_bucket, from_mlflow, from_registry
 from ..remote.retry import hub_host, with_retries
 from ..remote.s3 import s3_client, s3_host
-from .artifacts import from_bucket, from_mlflow, from_registry
 from .versions import fetch_parent
 from .weights import ADAPTER_CONFIG, check_whole, fingerprint
 

@@ -1,4 +1,4 @@
-"""Models out of buckets, OCI registries and MLflow: pinned by digest or version, compared with their digests, gone on with after a wait."""
+"""Files out of buckets, OCI registries and MLflow: pinned by digest or version, compared with their digests, gone on with after a wait."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from finetune_api.uris import URI
 from ..job.context import Context
 from ..job.files import damaged_file
 from ..process.errors import UserError
-from ..remote.mlflow import Server
-from ..remote.registry import INDEX, LATEST, Registry
-from ..remote.s3 import objects_below
-from ..remote.web import SIZE_LIMIT
+from .mlflow import Server
+from .registry import INDEX, LATEST, Registry
+from .s3 import objects_below
+from .web import SIZE_LIMIT
 
 _PATHS = ("org.cncf.model.filepath", "org.opencontainers.image.title")
 """Annotations of a layer that name its file: ModelPack's, and ORAS's."""
@@ -124,7 +124,7 @@ def _whole(context: Context, key: tuple[str, ...], patterns: list[str], shown: s
     for left in partial.glob(".*"):
         left.unlink()
     if not any(partial.iterdir()):
-        raise UserError("ModelNotFound", f"{shown} holds no file of a model; check the uri")
+        raise UserError("SourceNotFound", f"{shown} holds none of {', '.join(patterns)}; check the uri")
     try:
         compare(partial, shown)
     except UserError:
