@@ -30,7 +30,7 @@ from finetune_gateway.choosing import Target
 from finetune_gateway.ledger import MOST_TOKENS, Amount, Ledger, Use, user_name
 from finetune_gateway.settings import Settings, from_environment
 from finetune_gateway.store import usage
-from finetune_gateway.store.database import VERSION_TABLE, engine_of, migrate
+from finetune_gateway.store.database import REVISION, VERSION_TABLE, engine_of, migrate
 from finetune_gateway.store.keeper import Store, StoreAway, today
 from finetune_gateway.store.tables import METADATA, USAGE, WRITERS
 from tests.gateway import KEY, Replica, Running, endpoint, running, served, until
@@ -282,7 +282,9 @@ async def test_gateways_that_start_at_once_make_the_tables_once(place: Place) ->
 def _differences(engine: Engine) -> list[Any]:
     with engine.connect() as connection:
         options = {"version_table": VERSION_TABLE, "compare_type": True}
-        return list(compare_metadata(MigrationContext.configure(connection, opts=options), METADATA))
+        context = MigrationContext.configure(connection, opts=options)
+        assert context.get_current_revision() == REVISION
+        return list(compare_metadata(context, METADATA))
 
 
 async def test_migrations_make_the_tables_and_a_later_release_is_gone_on_with(place: Place) -> None:

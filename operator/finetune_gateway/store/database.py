@@ -8,15 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 VERSION_TABLE = "finetune_schema"
+REVISION = "0001"
+"""The newest migration: their numbers are in order as text, too."""
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _CONNECT_SECONDS = 5
 _STATEMENT_SECONDS, _MIGRATION_SECONDS = 10, 600
@@ -64,18 +62,25 @@ def _begin_postgresql(connection: Connection) -> None:
 def migrate(engine: Engine) -> str | None:
     """Bring it to this release's tables, one gateway at a time, all or nothing.
 
-    The revision where it is one that this release does not know: a later one was here, whose migrations have only added.
+    The revision where it is a later release's: that was here, and its migrations have only added.
     """
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{_MIGRATION_SECONDS}s'")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        present = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-        if present is not None and present not in known:
-            return present
-        config.attributes.update(connection=connection, version_table=VERSION_TABLE)
-        command.upgrade(config, "head")
-    return None
+        present = ""
+        if inspect(connection).has_table(VERSION_TABLE):
+            present = str(connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() or "")  # noqa: S608
+        if present < REVISION:
+            _upgrade(connection)
+    return present if present > REVISION else None
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command  # 8 MB, for once
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes.update(connection=connection, version_table=VERSION_TABLE)
+    command.upgrade(config, "head")
