@@ -49,6 +49,7 @@ def engine_of(url: str) -> Engine:
 
 def _own_transactions(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # Python's would commit before DDL
+    connection.execute("PRAGMA temp_store = MEMORY")  # the root is read-only
 
 
 def _begin_sqlite(connection: Connection) -> None:
