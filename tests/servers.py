@@ -1,13 +1,15 @@
-"""Servers that users have, as processes of this machine: Debian's docker-registry and MLflow's own server."""
+"""Servers that users have, as processes of this machine: Debian's docker-registry and PostgreSQL, MLflow's own server."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -71,6 +73,35 @@ def registry(folder: Path, auth: dict[str, Any] | None = None) -> Iterator[str]:
     program = debian.unpacked("docker-registry") / "usr" / "bin" / "docker-registry"
     with process([str(program), "serve", str(folder / "config.yml")], folder, f"http://{host}/v2/"):
         yield host
+
+
+@contextlib.contextmanager
+def postgresql() -> Iterator[int]:
+    """Port of a PostgreSQL server on loopback, with the user `team` and no password."""
+    debian.ensure({"/usr/lib/postgresql/*/bin/postgres": "postgresql"})
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin/postgres")).parent
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "server.log").open("w") as log:
+        # it does not run as root; the user is the package's
+        who: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        if who:
+            shutil.chown(folder, "postgres", "postgres")
+        data, out = f"{folder}/data", {"stdout": log, "stderr": subprocess.STDOUT, "cwd": folder}
+        made = [programs / "initdb", "--no-sync", "--auth=trust", "--username=team", "--encoding=UTF8", "--locale=C.UTF-8", "-D", data]
+        subprocess.run(made, check=True, **out, **who)
+        settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
+        words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        server = subprocess.Popen([programs / "postgres", "-D", data, *words], **out, **who)
+        try:
+            deadline = time.monotonic() + 60
+            while subprocess.run([programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError((Path(folder) / "server.log").read_text()[-2000:])
+                time.sleep(0.1)
+            yield port
+        finally:
+            server.send_signal(signal.SIGQUIT)  # at once, and nothing of it stays
+            server.wait(30)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The gateway as an OpenAI-compatible server: which models there are, and a chat whose answer comes in pieces."""
+"""The gateway as an OpenAI-compatible server: which models there are, a chat whose answer comes in pieces, and what was used."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 import ssl
 from collections.abc import Iterable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import urllib3
 from kubernetes import config
 
 from finetune_api.scalars import printable
+from finetune_api.usage import USAGE_PATH, UsageReport
 
 from .options import near
 
@@ -66,6 +67,17 @@ class Gateway:
             raise ChatError(f"the answer broke off: {failure}") from None
         finally:
             answer.close()
+
+    def usage(self, asked: dict[str, str | int]) -> UsageReport:
+        """What was used, as far as the caller may see it. Raises ChatError."""
+        answer = self._request("GET", f"{USAGE_PATH}?{urlencode(asked)}")
+        if answer.status == 503:
+            raise ChatError(f"the gateway cannot tell what was used now ({_told(answer)}); try again")
+        _refuse(answer, self.url)
+        try:
+            return UsageReport.model_validate_json(answer.data)
+        except ValueError:
+            raise ChatError(f"{self.url}{USAGE_PATH}: this tells no usage; is the address that of the gateway?", 2) from None
 
     def _request(self, method: str, path: str, body: str | None = None) -> urllib3.BaseHTTPResponse:
         headers = {**self._headers, "Content-Type": "application/json"} if body is not None else self._headers

@@ -77,6 +77,7 @@ async def run(settings: Settings) -> None:
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(stop.wait(), name="stop"),
         asyncio.create_task(gateway.tidy(), name="tidy"),
+        *([asyncio.create_task(gateway.store.run(), name="store")] if gateway.store is not None else []),
         *(asyncio.create_task(watch.run(), name=watch.kind) for watch in watches.reflectors),
     ]
     serving: list[asyncio.Task[Any]] = [asyncio.create_task(server.serve(), name=f"port {server.config.port}") for server in servers]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
@@ -57,6 +57,11 @@ class Caller:
     def key_id(self) -> str:
         """Of an API key; empty for a token of Kubernetes."""
         return self.identity if self.key is not None else ""
+
+    @property
+    def user(self) -> str:
+        """Name of the user of a token; empty for an API key."""
+        return str(self.subject["user"]) if self.subject is not None else ""
 
 
 class _Kept(Generic[T]):
@@ -157,6 +162,19 @@ class Access:
             raise self._away(failure) from None
         named = {endpoint.key for endpoint, may in zip(asked, answers, strict=True) if may}
         return [endpoint for endpoint in endpoints if endpoint.namespace in open_ or endpoint.key in named]
+
+    async def overseen(self, caller: Caller, namespaces: Iterable[str]) -> frozenset[str]:
+        """The namespaces of which they may use all endpoints, there or not: not with an API key, which is for models. Raises Refusal (503)."""
+        wanted = sorted(set(namespaces))
+        if caller.key is not None or not wanted:
+            return frozenset()
+        try:
+            if await self._may(caller, "", ""):
+                return frozenset(wanted)
+            answers = await asyncio.gather(*(self._may(caller, namespace, "") for namespace in wanted))
+        except APIError as failure:
+            raise self._away(failure) from None
+        return frozenset(namespace for namespace, may in zip(wanted, answers, strict=True) if may)
 
     async def _may(self, caller: Caller, namespace: str, name: str) -> bool:
         """On one endpoint, or where its name is empty on all of a namespace, or of the cluster."""

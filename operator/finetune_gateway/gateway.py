@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -17,11 +17,16 @@ from .catalog import Catalog
 from .choosing import Replicas
 from .counting import CanaryBoard, Limits
 from .keys import Keys
+from .ledger import Ledger
 from .protocol import guarded
 from .proxy import Proxy
 from .relay import Relay, session
 from .server import Edge, operators, users
 from .settings import Settings
+from .usage import Reports
+
+if TYPE_CHECKING:
+    from .store.keeper import Store
 
 _TIDY_SECONDS = 30.0
 
@@ -36,9 +41,12 @@ class Gateway:
         self._replicas = Replicas(time.monotonic, random.random)
         self._limits = Limits(time.monotonic, 1 / settings.replicas)
         access = Access(reviews, self.keys, settings.audience, time.monotonic, lambda: datetime.now(UTC))
-        relay = Relay(self._replicas, self._limits, self._board, settings, self._connections)
+        ledger = Ledger(lambda: datetime.now(UTC).date()) if settings.database else None
+        self.store = _store(settings, ledger) if ledger is not None else None
+        relay = Relay(self._replicas, self._limits, self._board, ledger, settings, self._connections)
+        proxy = Proxy(self.catalog, access, self._limits, relay, ledger, settings)
         self._not_ready = not_ready
-        self._users = users(Proxy(self.catalog, access, self._limits, relay, settings), not_ready)
+        self._users = users(proxy, Reports(self.store, access), not_ready)
 
     def servers(self) -> list[uvicorn.Server]:
         """Of users, and of operators; neither sees to signals."""
@@ -57,8 +65,16 @@ class Gateway:
             self._limits.forget({identifier for identifier, _ in self.keys.known.values()})
 
     async def close(self) -> None:
-        """Close the connections to replicas."""
+        """Close the connections to replicas; what was counted is written."""
+        if self.store is not None:
+            await self.store.close()
         await self._connections.close()
+
+
+def _store(settings: Settings, ledger: Ledger) -> Store:
+    from .store.keeper import Store  # a quarter of the gateway's memory: for those who have one
+
+    return Store(settings, ledger)
 
 
 def _server(app: Any, settings: Settings, port: int) -> uvicorn.Server:

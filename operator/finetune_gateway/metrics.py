@@ -33,6 +33,11 @@ FIRST_TOKEN = Histogram(
     registry=REGISTRY,
 )
 REFUSED = Counter("finetune_gateway_refused_total", "Requests that were given to no replica, by code", ["code"], registry=REGISTRY)
+STORE_FAILURES = Counter(
+    "finetune_gateway_store_failures_total", "Times that the store took nothing of what was to be written", registry=REGISTRY
+)
+USAGE_PENDING = Gauge("finetune_gateway_usage_pending_requests", "Requests whose use is not in the store yet", registry=REGISTRY)
+USAGE_LOST = Counter("finetune_gateway_usage_lost_requests_total", "Requests whose use the store will never have", registry=REGISTRY)
 RUNNING = Gauge("finetune_gateway_running_requests", "Requests that are being answered", registry=REGISTRY)
 WAITING = Gauge(
     "finetune_gateway_waiting_requests",

@@ -15,7 +15,8 @@ from .bodies import Body, Refusal
 from .catalog import Asked, Catalog, Endpoint, asked, listed, near
 from .choosing import Target, choose
 from .counting import Limits
-from .relay import Ask, Client, Message, Relay, Send, labels
+from .ledger import Ledger
+from .relay import Ask, Client, CutOff, Message, Relay, Send, labels
 from .settings import Settings
 
 Receive = Callable[[], Awaitable[Message]]
@@ -39,8 +40,10 @@ class _Request:
 class Proxy:
     """Answers /v1/chat/completions and /v1/completions. An ASGI application."""
 
-    def __init__(self, catalog: Catalog, access: Access, limits: Limits, relay: Relay, settings: Settings) -> None:
+    def __init__(self, catalog: Catalog, access: Access, limits: Limits, relay: Relay, ledger: Ledger | None, settings: Settings) -> None:
+        """`ledger`: None where use is not kept."""
         self._catalog, self._access, self._limits, self._relay, self._settings = catalog, access, limits, relay, settings
+        self._ledger = ledger
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         arrived = time.perf_counter()
@@ -55,9 +58,9 @@ class Proxy:
                 arrived=arrived,
                 key=request.caller.key,
                 key_id=request.caller.key_id,
+                user=request.caller.user,
             )
-            code = await self._answer(ask, target, receive, send)
-            metrics.REQUESTS.labels(*labels(target), ask.key_id, str(code)).inc()
+            self._count(ask, target, await self._answer(ask, target, receive, send))
         except Refusal as refusal:
             await refuse(send, refusal)
         except _HungUp:
@@ -145,10 +148,19 @@ class Proxy:
             task.uncancel()
             return _HUNG_UP
         except Refusal as refusal:
-            metrics.REQUESTS.labels(*labels(target), ask.key_id, str(refusal.status)).inc()
+            self._count(ask, target, refusal.status)
+            raise
+        except CutOff:
+            if self._ledger is not None:
+                self._ledger.request(target, ask.key_id, ask.user, error=False)  # the relay has told that it broke
             raise
         finally:
             watch.cancel()
+
+    def _count(self, ask: Ask, target: Target, code: int) -> None:
+        metrics.REQUESTS.labels(*labels(target), ask.key_id, str(code)).inc()
+        if self._ledger is not None:
+            self._ledger.request(target, ask.key_id, ask.user, error=code >= 400 and code != _HUNG_UP)
 
 
 async def _hang_up(receive: Receive, task: asyncio.Task[None]) -> None:

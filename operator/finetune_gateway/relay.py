@@ -19,6 +19,7 @@ from . import metrics
 from .bodies import Refusal, broken_stream
 from .choosing import Replicas, Target
 from .counting import CanaryBoard, Limits, Meter
+from .ledger import Ledger
 from .settings import Settings
 
 log = logging.getLogger("finetune.gateway")
@@ -58,6 +59,8 @@ class Ask:
     """By time.perf_counter()."""
     key: ApiKey | None
     key_id: str
+    user: str
+    """Of a Kubernetes token; empty with an API key."""
 
 
 class Client:
@@ -97,8 +100,16 @@ class Relay:
     """Sends requests to replicas."""
 
     def __init__(
-        self, replicas: Replicas, limits: Limits, board: CanaryBoard, settings: Settings, connections: aiohttp.ClientSession
+        self,
+        replicas: Replicas,
+        limits: Limits,
+        board: CanaryBoard,
+        ledger: Ledger | None,
+        settings: Settings,
+        connections: aiohttp.ClientSession,
     ) -> None:
+        """`ledger`: None where use is not kept."""
+        self._ledger = ledger
         self._replicas, self._limits, self._board, self._settings, self._session = replicas, limits, board, settings, connections
 
     async def answer(self, ask: Ask, target: Target, client: Client) -> int:
@@ -158,14 +169,14 @@ class Relay:
             return response.status
         except _BROKEN as failure:
             if client.waiting:
-                return await self._broken_off(client, None, "the client reads too slowly")
+                return await self._broken_off(ask, target, client, None, "the client reads too slowly")
             if isinstance(failure, aiohttp.ServerDisconnectedError) and response is None and len(target.replicas) == 1:
                 raise _Stale from None
             late = isinstance(failure, TimeoutError) and not isinstance(failure, aiohttp.ClientError)
             failed = True
             self._failed(target, "timeout" if late else "connection", begun)
             if client.started:
-                return await self._broken_off(client, response, "the replica stopped answering")
+                return await self._broken_off(ask, target, client, response, "the replica stopped answering")
             if late:
                 message = f"no answer within {settings.first_byte_seconds:g} s"
                 raise Refusal(504, message, code="timeout", kind="server_error") from None
@@ -192,11 +203,15 @@ class Relay:
         usage, told = meter.usage(len(ask.body))
         for kind, tokens in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             metrics.TOKENS.labels(*labels(target), ask.key_id, kind, "usage" if told else "estimate").inc(tokens)
+        if self._ledger is not None:
+            self._ledger.tokens(target, ask.key_id, ask.user, usage.prompt_tokens, usage.completion_tokens)
         if ask.key is not None:
             self._limits.spend(ask.key_id, ask.key.tokens_per_minute, usage.prompt_tokens + usage.completion_tokens)
 
-    async def _broken_off(self, client: Client, response: aiohttp.ClientResponse | None, why: str) -> int:
+    async def _broken_off(self, ask: Ask, target: Target, client: Client, response: aiohttp.ClientResponse | None, why: str) -> int:
         """A stream is told so, and ends; any other answer is cut off, so that nobody takes it for whole."""
+        if self._ledger is not None:
+            self._ledger.broken(target, ask.key_id, ask.user)
         if response is not None and response.content_type == "text/event-stream":
             await client.end(broken_stream(why))
             return 200

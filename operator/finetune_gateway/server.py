@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from finetune_api.serving import CANARY_PATH
+from finetune_api.usage import USAGE_PATH
 
 from . import metrics
 from .bodies import Refusal
@@ -26,6 +27,7 @@ from .choosing import Replicas
 from .counting import CanaryBoard
 from .proxy import Proxy, Receive
 from .relay import CutOff, Message, Send
+from .usage import Reports
 
 log = logging.getLogger("finetune.gateway")
 _ENCODE = msgspec.json.Encoder().encode
@@ -42,7 +44,7 @@ def _probes(not_ready: Callable[[], str]) -> list[Route]:
     return [Route("/healthz", healthz), Route("/readyz", readyz)]
 
 
-def users(proxy: Proxy, not_ready: Callable[[], str]) -> Starlette:
+def users(proxy: Proxy, reports: Reports, not_ready: Callable[[], str]) -> Starlette:
     """What users reach. `not_ready`: why it is not; empty when it is."""
 
     async def models(request: Request) -> Response:
@@ -58,12 +60,17 @@ def users(proxy: Proxy, not_ready: Callable[[], str]) -> Starlette:
             )
         return _json(_model(wanted, plain[wanted]))
 
+    async def usage(request: Request) -> Response:
+        found = await reports.usage(await proxy.caller(dict(request.scope)), request.query_params.multi_items())
+        return Response(found.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
+
     return Starlette(
         routes=[
             Route("/v1/chat/completions", proxy, methods=["POST"]),
             Route("/v1/completions", proxy, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{model:path}", models, methods=["GET"]),
+            Route(USAGE_PATH, usage, methods=["GET"]),
             *_probes(not_ready),
         ],
         exception_handlers={Refusal: _refused, HTTPException: _http, Exception: _mistake},
@@ -126,5 +133,7 @@ async def _mistake(request: Request, _: Exception) -> Response:
 
 async def _http(request: Request, failure: Exception) -> Response:
     assert isinstance(failure, HTTPException)
-    message = "there is /v1/chat/completions, /v1/completions and /v1/models" if failure.status_code == 404 else failure.detail
+    message = (
+        f"there is /v1/chat/completions, /v1/completions, /v1/models and {USAGE_PATH}" if failure.status_code == 404 else failure.detail
+    )
     return await _refused(request, Refusal(failure.status_code, message, code="not_found" if failure.status_code == 404 else "bad_request"))

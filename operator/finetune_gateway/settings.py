@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetune_operator.settings import read
+
+_DATABASE = re.compile(r"sqlite:///[^?]+|postgresql://[^/]*/[^/?]+(\?.*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,12 @@ class Settings:
     """How long after SIGTERM new requests are still taken, until no Service sends any."""
     drain_seconds: float = 60.0
     """How long running answers may go on then."""
+    database: str = field(default="", repr=False)
+    """URL of the store that keeps usage: sqlite:////FOLDER/FILE, or postgresql://USER:PASSWORD@HOST/NAME; empty: it is not kept."""
+    flush_seconds: float = 5.0
+    """Time between two writes of what was counted: a gateway that is killed loses so much of it."""
+    usage_days: int = 400
+    """How long usage is kept; 0: for ever."""
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the variable."""
@@ -59,6 +68,10 @@ class Settings:
         for name, value in vars(self).items():
             if name.endswith("_seconds") and not 0 < value < float("inf"):
                 raise ValueError(f"FINETUNE_GATEWAY_{name.upper()}={value}: write a number of seconds, more than 0")
+        if self.usage_days < 0:
+            raise ValueError(f"FINETUNE_GATEWAY_USAGE_DAYS={self.usage_days}: write a number of days, 0 for ever")
+        if self.database and not _DATABASE.fullmatch(self.database):  # not told: it has a password
+            raise ValueError("FINETUNE_GATEWAY_DATABASE: write sqlite:////FOLDER/FILE or postgresql://USER:PASSWORD@HOST/NAME")
 
 
 def from_environment(environ: Mapping[str, str]) -> Settings:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from .shell import CommandFailed, cached, digest_of, run, step
 
-#: command or file that shows that the package is there -> package
+#: command or file (a pattern) that shows that the package is there -> package
 RUNTIME = {"runc": "runc", "iptables": "iptables", "conntrack": "conntrack", "ip": "iproute2", "mount": "mount", "nsenter": "util-linux"}
 IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
 
 
 def _present(probe: str) -> bool:
-    return Path(probe).exists() if probe.startswith("/") else shutil.which(probe) is not None
+    return any(Path("/").glob(probe[1:])) if probe.startswith("/") else shutil.which(probe) is not None
 
 
 def ensure(packages: dict[str, str]) -> None:

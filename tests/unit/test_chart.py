@@ -85,6 +85,8 @@ VALUES: list[dict[str, Any]] = [
         },
         "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
     },
+    {"gateway": {"enabled": True, "replicas": 1, "database": {"kind": "sqlite", "claim": {"storageClassName": "fast"}}}},
+    {"gateway": {"enabled": True, "database": {"kind": "postgresql", "urlSecret": {"name": "db"}, "port": 6432}}},
 ]
 GATEWAY = {"gateway": {"enabled": True}}
 
@@ -175,6 +177,35 @@ def test_the_gateway_is_restricted_and_knows_its_limits() -> None:
         "finetune-gateway-reviews": [(["tokenreviews"], ["create"]), (["subjectaccessreviews"], ["create"])],
         "finetune-gateway-use": [(["finetuneendpoints"], ["use"])],
     }
+
+
+def test_the_gateways_store_is_a_claim_or_a_url_in_a_secret() -> None:
+    """The Secret's value is in no manifest; its port is let out. A file has one gateway, and two are refused."""
+
+    def rendered_of(database: dict[str, Any], replicas: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        found = _of_the_gateway({"gateway": {"enabled": True, "replicas": replicas, "database": database}})
+        deployment = found["Deployment", "finetune-gateway"]["spec"]
+        env = {e["name"]: e for e in deployment["template"]["spec"]["containers"][0]["env"]}
+        return found, deployment, env
+
+    assert "FINETUNE_GATEWAY_DATABASE" not in rendered_of({}, 2)[2]
+    found, deployment, env = rendered_of({"kind": "sqlite", "usageDays": 7}, 1)
+    (volume,), (mount,) = (deployment["template"]["spec"]["volumes"], deployment["template"]["spec"]["containers"][0]["volumeMounts"])
+    settings = gateway_settings({name: env[name]["value"] for name in ("FINETUNE_GATEWAY_DATABASE", "FINETUNE_GATEWAY_USAGE_DAYS")})
+    assert Path(settings.database.removeprefix("sqlite:///")).parent == Path(mount["mountPath"]) and settings.usage_days == 7
+    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in found
+    assert deployment["strategy"]["type"] == "Recreate" and deployment["template"]["spec"]["securityContext"]["fsGroup"] == 1000
+    found, deployment, env = rendered_of({"kind": "postgresql", "urlSecret": {"name": "db"}, "port": 6432}, 3)
+    assert env["FINETUNE_GATEWAY_DATABASE"]["valueFrom"] == {"secretKeyRef": {"name": "db", "key": "url"}}
+    assert "volumes" not in deployment["template"]["spec"] and deployment["strategy"]["type"] == "RollingUpdate"
+    out = [port["port"] for rule in found["NetworkPolicy", "finetune-gateway"]["spec"]["egress"] for port in rule["ports"]]
+    assert 6432 in out
+    for database, replicas, why in (
+        ({"kind": "sqlite"}, 2, "gateway.replicas=1"),
+        ({"kind": "postgresql"}, 2, "urlSecret.name is missing"),
+    ):
+        with pytest.raises(Exception, match=why):
+            rendered_of(database, replicas)
 
 
 def test_an_http_route_is_made_where_gateway_api_is(tmp_path: Path) -> None:
