@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.endpoint import ENDPOINT_KIND
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
 from finetune_api.lenient import read_status
 from finetune_api.status import SAID_BY_OTHERS
 from finetune_operator.cache.assumptions import Assumptions
@@ -45,6 +44,7 @@ class Reader:
     def __init__(self, kubeconfig: str | None, context: str | None) -> None:
         self._kubeconfig, self._context = kubeconfig, context
         self.store = Store()
+        self._unseen: tuple[str, ...] = ()
 
     async def snapshot(self, console: Console) -> Snapshot:
         """Jobs, queues, nodes and pods; as far as the user may look, and he is told how far that is."""
@@ -54,16 +54,20 @@ class Reader:
             found = await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
         finally:
             await cluster.close()
-        if found.forbidden:
-            console.print(f"you may not list {', '.join(found.forbidden)}: what follows is said without them", style="yellow")
+        if unseen := (*found.forbidden, *self._unseen):
+            console.print(f"you may not list {', '.join(unseen)}: what follows is said without them", style="yellow")
         return dataclasses.replace(found, forbidden=())
 
     async def _fill(self, cluster: KubernetesCluster) -> None:
         async for raw in cluster.list("FineTuneJob"):
             self.store.put_job(raw)
-        with contextlib.suppress(APIError):  # not every cluster serves models, and not everybody may look
+        try:
             async for raw in cluster.list(ENDPOINT_KIND):
                 self.store.endpoints.put(raw)
+        except APIError as failure:
+            if not failure.not_found and failure.status != 403:
+                raise
+            self._unseen = (ENDPOINT_PLURAL,) if failure.status == 403 else ()
         for kind in ("Pod", "Job"):
             async for raw in cluster.list(kind, "", SELECTOR):
                 self.store.put_child(kind, raw)
@@ -74,7 +78,7 @@ class Reader:
 
 
 async def queues(reader: Reader, console: Console) -> int:
-    """Use of every queue and flavor, and the jobs that wait with what they wait for."""
+    """Use of every queue and flavor, and the jobs and endpoints that wait with what they wait for."""
     snapshot = await reader.snapshot(console)
     decisions = decide(snapshot)
     for name, report in decisions.queues.items():

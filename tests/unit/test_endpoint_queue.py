@@ -11,6 +11,7 @@ import pytest
 from finetune_api import API_VERSION, names
 from finetune_api.endpoint import ENDPOINT_KIND, FineTuneEndpointStatus
 from finetune_api.lenient import read
+from finetune_api.queue import ANNOTATION_QUEUE
 from finetune_api.validation import parse_endpoint
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
@@ -32,8 +33,9 @@ H100 = {"name": "h100", "nominalQuota": 4, "nodeLabels": {"gpu": "h100"}, "toler
 class World(InMemory):
     """An API server with queues and one endpoint, the operator's memory of it, and the Deployment's controller."""
 
-    def __init__(self, *queues: dict[str, Any], settings: Settings | None = None, **spec: Any) -> None:
+    def __init__(self, *queues: dict[str, Any], settings: Settings | None = None, namespace_queue: str = "default", **spec: Any) -> None:
         self.settings = settings or Settings()
+        self.space = {"metadata": {"name": "team-a", "annotations": {ANNOTATION_QUEUE: namespace_queue}}}
         self.queues = {queue["metadata"]["name"]: queue for queue in queues}
         self.spec, self.status, self.version, self.generation = {**SPEC, **spec}, dict[str, Any](), 1, 1
         self.pods: list[str] = []
@@ -57,7 +59,7 @@ class World(InMemory):
             self.store.put_child("Pod", raw)
 
     async def list(self, kind: str, *_: str) -> AsyncIterator[dict[str, Any]]:
-        found = {"FineTuneQueue": list(self.queues.values()), "Namespace": [{"metadata": {"name": "team-a"}}]}
+        found = {"FineTuneQueue": list(self.queues.values()), "Namespace": [self.space]}
         for raw in found.get(kind, []):
             yield raw
 
@@ -190,12 +192,14 @@ async def test_without_room_for_one_it_is_not_ready_for_that_reason() -> None:
 
 
 async def test_a_restart_loses_nothing_and_gives_nothing_twice() -> None:
-    world = World(queue(2))
+    world = World(queue(2, "research"), namespace_queue="research")
     await world.goes()
     world.restart()
     tune = world.waits()
+    world.own_pass()
+    assert world.says()[0] == "True" and world.deployment["replicas"] == 2, "what its queue is may not be known yet"
     found = await world.goes(1)
-    assert found.jobs[tune].reason == "WaitingForQuota" and found.queues["default"].used == {"any": 2}
+    assert found.jobs[tune].reason == "WaitingForQuota" and found.queues["research"].used == {"any": 2}
     assert world.deployment["replicas"] == 2
 
 

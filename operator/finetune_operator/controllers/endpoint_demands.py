@@ -109,6 +109,8 @@ class EndpointDemands:
 
     def _known(self, queue: str, flavor: str) -> bool:
         queues = self._inventory.queues.parsed
+        if not (self._inventory.queues.listed and self._inventory.namespaces.listed):
+            return False  # nor which queue it belongs to
         if not queues:
             return queue == IMPLICIT
         return queue in queues and any(known.name == flavor for known in queues[queue].spec.flavors)
