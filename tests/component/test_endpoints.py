@@ -87,7 +87,9 @@ def gateway() -> Iterator[Gateway]:
 
 @pytest.fixture
 def serving(api: Api, gateway: Gateway, operator: Operator, tmp_path: Path) -> Iterator[Serving]:
-    operator.ensure({**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address})
+    operator.ensure(
+        {**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address, "FINETUNE_SNAPSHOT_SECONDS": "0.5"}
+    )
     gateway.api, replicas = api, Replicas(api, tmp_path)
     yield Serving(api, replicas, gateway)
     try:

@@ -260,6 +260,20 @@ async def test_replicas_of_another_size_keep_what_they_have_and_wait_for_the_res
     assert set(seen) == {4} and roomy.admission["gpusPerReplica"] == 2, "none is taken away where there is room"
 
 
+async def test_a_replica_that_runs_is_not_taken_down_for_a_larger_one_that_has_no_room() -> None:
+    world = World(queue(2), replicas=1)
+    await world.goes()
+    world.edit(gpusPerReplica=2)
+    await world.goes()
+    assert world.says()[1] == "WaitingForQuota" and "1 run as they are meanwhile" in world.says()[2]
+    assert (world.deployment["replicas"], world.admission["gpusPerReplica"]) == (1, 1)
+    world.restart(queue(3))
+    await world.goes()
+    assert world.says()[0] == "True" and world.admission["gpusPerReplica"] == 2
+    engine = world.deployment["template"]["spec"]["containers"][0]
+    assert engine["resources"]["limits"][GPU] == "2" and world.deployment["replicas"] == 1
+
+
 async def test_another_queue_is_waited_for_while_the_replicas_run_on() -> None:
     world = World(queue(2), queue(1, "serving"))
     await world.goes()

@@ -57,7 +57,7 @@ class Room:
     wants: int = 0
     """How many those are."""
     moves: bool = False
-    """They are of another queue or kind of GPU than what it holds: all of them are wanted there."""
+    """They are not of the kind that it holds: all of them are wanted beside, and what runs stays as it is until then."""
     holding: int = 0
     """Pods that have not ended."""
 

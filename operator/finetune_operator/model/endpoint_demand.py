@@ -32,7 +32,7 @@ class Demand:
     asks: bool = False
     """It has said that it waits for these."""
     moves: bool = False
-    """To another queue or kind of GPU."""
+    """To another queue or kind of GPU, or to a size of which what it holds is not enough for one."""
     holding: int = 0
     """Pods that have not ended."""
 
@@ -110,7 +110,7 @@ def demand_of(
         held = workload(meta["uid"], request(admission.resource_name, admission.gpus_per_replica, (count,)), allocation)
         selector, there = spec.scheduling.node_selector, known(allocation.queue, allocation.flavor)
         elsewhere = any(selector.get(key, value) != value for key, value in admission.node_labels.items())
-        moves = admission.resource_name != resource or (there and (elsewhere or allocation.queue != queue))
+        moves = admission.resource_name != resource or (there and (elsewhere or allocation.queue != queue)) or not carried(admission, spec)
         has, flavor = (0, "") if moves else (carried(admission, spec), allocation.flavor)
     fewest = min(spec.replicas, admission.replicas if moves and admission is not None else 1)  # none that runs is given up
     missing = 0 if meta.get("deletionTimestamp") else spec.replicas - has

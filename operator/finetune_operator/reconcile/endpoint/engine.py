@@ -226,4 +226,4 @@ def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, chang
             told.append(Event("Normal", new.reason, new.message or type_))
         elif new.status == "False" and new.reason not in ("NoReplicaReady", "ScaledToZero", "Pending"):
             told.append(Event("Warning", new.reason, shortened(new.message, 1000)))
-    return told
+    return list(dict.fromkeys(told))  # one that waits for its queue is not ready for that very reason
