@@ -127,11 +127,12 @@ def queue_columns() -> list[dict[str, Any]]:
 
     return [
         column("Cohort", ".spec.cohort", "string"),
-        column("Used", ".status.used", description="Units that its jobs hold"),
+        column("Used", ".status.used", description="Units that its jobs and endpoints hold"),
         column("Quota", ".status.nominal", description="Units that belong to it"),
         column("Borrowed", ".status.borrowed"),
-        column("Admitted", ".status.admitted", description="Jobs that hold units"),
-        column("Pending", ".status.pending", description="Jobs that wait"),
+        column("Serving", ".status.serving", description="Of the units used, what endpoints hold"),
+        column("Admitted", ".status.admitted", description="Jobs and endpoints that hold units"),
+        column("Pending", ".status.pending", description="Jobs that wait, and endpoints that wait for replicas"),
         column("Oldest", ".status.oldestWaiting.since", "date", description="Since when the oldest of them has waited"),
         column("Active", ".status.conditions[?(@.type=='Active')].status", "string"),
         column("Share", ".status.share", "string", priority=1),

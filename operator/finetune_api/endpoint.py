@@ -8,9 +8,9 @@ from pydantic import Field
 
 from .base import APIModel, Rule, Unique
 from .queue import NamespaceSelector
-from .scalars import Count, DecimalText, DNSSubdomain, Duration, Name, Timestamp, Told, Word
+from .scalars import Count, DecimalText, DNSSubdomain, Duration, LabelKey, Name, Timestamp, Told, Word
 from .spec.model import Model
-from .spec.run import Resources, Scheduling
+from .spec.run import Resources, Scheduling, Toleration
 from .status import Condition, Status
 from .versions import VersionNumber
 
@@ -192,6 +192,25 @@ class EndpointModel(APIModel):
     """The version that went back last."""
 
 
+class EndpointAdmission(APIModel):
+    """What its replicas may hold of a FineTuneQueue."""
+
+    queue: Name | None = None
+    """FineTuneQueue; unset without any."""
+    flavor: Name | None = None
+    """Its flavor, the same for all replicas."""
+    replicas: Count = 0
+    """Replicas that may run, and those beyond that still end."""
+    gpus_per_replica: Count = 0
+    """GPUs of each."""
+    resource_name: Name = ""
+    """What stands for a GPU."""
+    node_labels: Annotated[dict[LabelKey, Word], Field(max_length=32)] = Field(default_factory=dict)
+    """Labels of the flavor's nodes."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = []
+    """Taints of the flavor's nodes."""
+
+
 class FineTuneEndpointStatus(Status):
     """What answers."""
 
@@ -201,7 +220,7 @@ class FineTuneEndpointStatus(Status):
         list[Condition],
         Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
     ] = Field(default_factory=list)
-    """Ready: at least one replica answers. Verified: every replica serves what was evaluated. RolledBack: a canary went back, and why."""
+    """Ready: at least one replica answers. Admitted: the queue has room for all replicas. Verified: every replica serves what was evaluated. RolledBack: a canary went back, and why."""
     replicas: Count = 0
     """Pods."""
     ready_replicas: Count = 0
@@ -218,5 +237,7 @@ class FineTuneEndpointStatus(Status):
         Field(max_length=MOST_REPLICAS, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
     ] = Field(default_factory=list)
     """Each replica: where it is, and what it was found to serve."""
+    admission: EndpointAdmission | None = None
+    """What the FineTuneQueue has let it have. Unset where no queue of the operator's own is asked: on CPU, and with another scheduler."""
     models_verified: Word = ""
     """Models verified on every replica, of all: `2/3`."""

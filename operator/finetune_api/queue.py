@@ -110,7 +110,7 @@ class QueueLimits(APIModel):
     """What one namespace, and one user, may have of the queue."""
 
     max_gpus_per_namespace: Amount | None = None
-    """Most units of all flavors that one namespace's jobs hold at a time."""
+    """Most units of all flavors that one namespace's jobs and endpoints hold at a time."""
     max_jobs_per_namespace: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Most jobs of one namespace that hold GPUs at a time."""
     max_gpus_per_user: Amount | None = None
@@ -175,9 +175,11 @@ class FlavorUsage(APIModel):
     nominal: Count = 0
     """The queue's own."""
     used: Count = 0
-    """Held by its jobs."""
+    """Held by its jobs and endpoints."""
     borrowed: Count = 0
     """Of those, what belongs to others of the cohort."""
+    serving: Count = 0
+    """Of those, what endpoints hold: they give way to nobody."""
 
 
 class NamespaceUsage(APIModel):
@@ -218,9 +220,9 @@ class FineTuneQueueStatus(APIModel):
     ] = []
     """Active: whether jobs are admitted."""
     pending: Count = 0
-    """Jobs that wait."""
+    """Jobs that wait, and endpoints that wait for replicas."""
     admitted: Count = 0
-    """Jobs that hold GPUs."""
+    """Jobs and endpoints that hold GPUs."""
     flavors: Annotated[list[FlavorUsage], Field(max_length=16)] = []
     """Use of each flavor."""
     used: Count = 0
@@ -229,6 +231,8 @@ class FineTuneQueueStatus(APIModel):
     """Units of all flavors that belong to the queue."""
     borrowed: Count = 0
     """Units borrowed from others of the cohort."""
+    serving: Count = 0
+    """Units of those in use that endpoints hold."""
     share: DecimalText = 0
     """Weighted dominant share of the cohort, past use included; who has less goes first."""
     oldest_waiting: Oldest | None = None

@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
 from finetune_api.lenient import read_status
 from finetune_api.status import SAID_BY_OTHERS
 from finetune_operator.cache.assumptions import Assumptions
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.connect import connect
+from finetune_operator.cluster.errors import APIError
 from finetune_operator.cluster.transport import KubernetesCluster
 from finetune_operator.controllers.admission import AdmissionLoop
 from finetune_operator.controllers.resync import SELECTOR
@@ -42,6 +44,7 @@ class Reader:
     def __init__(self, kubeconfig: str | None, context: str | None) -> None:
         self._kubeconfig, self._context = kubeconfig, context
         self.store = Store()
+        self._unseen: tuple[str, ...] = ()
 
     async def snapshot(self, console: Console) -> Snapshot:
         """Jobs, queues, nodes and pods; as far as the user may look, and he is told how far that is."""
@@ -51,13 +54,20 @@ class Reader:
             found = await AdmissionLoop(cluster, self.store, Assumptions(), Settings(), lambda _: None).look()
         finally:
             await cluster.close()
-        if found.forbidden:
-            console.print(f"you may not list {', '.join(found.forbidden)}: what follows is said without them", style="yellow")
+        if unseen := (*found.forbidden, *self._unseen):
+            console.print(f"you may not list {', '.join(unseen)}: what follows is said without them", style="yellow")
         return dataclasses.replace(found, forbidden=())
 
     async def _fill(self, cluster: KubernetesCluster) -> None:
         async for raw in cluster.list("FineTuneJob"):
             self.store.put_job(raw)
+        try:
+            async for raw in cluster.list(ENDPOINT_KIND):
+                self.store.endpoints.put(raw)
+        except APIError as failure:
+            if not failure.not_found and failure.status != 403:
+                raise
+            self._unseen = (ENDPOINT_PLURAL,) if failure.status == 403 else ()
         for kind in ("Pod", "Job"):
             async for raw in cluster.list(kind, "", SELECTOR):
                 self.store.put_child(kind, raw)
@@ -68,7 +78,7 @@ class Reader:
 
 
 async def queues(reader: Reader, console: Console) -> int:
-    """Use of every queue and flavor, and the jobs that wait with what they wait for."""
+    """Use of every queue and flavor, and the jobs and endpoints that wait with what they wait for."""
     snapshot = await reader.snapshot(console)
     decisions = decide(snapshot)
     for name, report in decisions.queues.items():
@@ -79,7 +89,8 @@ async def queues(reader: Reader, console: Console) -> int:
             cohort += f", {queue.unreadable}"
         console.print(Text(f"{title}: {report.admitted} admitted, {report.pending} waiting{cohort}", style="bold"))
         for flavor in queue.spec.flavors if queue is not None else ():
-            console.print(_usage(flavor.name, report.used.get(flavor.name, 0), flavor.nominal_quota), highlight=False)
+            used, serving = report.used.get(flavor.name, 0), report.serving.get(flavor.name, 0)
+            console.print(_usage(flavor.name, used, flavor.nominal_quota, serving), highlight=False)
         rows = [w for w in snapshot.workloads if (v := decisions.jobs.get(w.uid)) and v.action == "wait" and v.queue == name]
         for workload in sorted(rows, key=lambda w: decisions.jobs[w.uid].position or 10**9):
             decision = decisions.jobs[workload.uid]
@@ -88,11 +99,12 @@ async def queues(reader: Reader, console: Console) -> int:
     return 0
 
 
-def _usage(name: str, used: int, nominal: int) -> Text:
+def _usage(name: str, used: int, nominal: int, serving: int) -> Text:
     full = min(_BAR, round(_BAR * used / nominal)) if nominal else 0
     line = Text(f"  {name:<16} ")
     line.append("█" * full, style="green" if used <= nominal else "yellow").append("░" * (_BAR - full), style="dim")
-    return line.append(f" {used} of {nominal}" + (f", {used - nominal} borrowed" if used > nominal else ""))
+    served = f", {serving} by endpoints" if serving else ""
+    return line.append(f" {used} of {nominal}" + (f", {used - nominal} borrowed" if used > nominal else "") + served)
 
 
 async def why(reader: Reader, name: str, namespace: str | None, console: Console) -> int:

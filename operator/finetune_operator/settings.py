@@ -137,6 +137,11 @@ class Settings:
         return self.queueing_backend in ("builtin", "none")
 
     @property
+    def counts_quota(self) -> bool:
+        """Whether this operator's own queues have a say."""
+        return self.queueing_backend == "builtin"
+
+    @property
     def endpoint(self) -> str:
         """The URL that pods report progress to, or empty."""
         if self.progress_url:

@@ -19,6 +19,7 @@ from kubernetes import client
 
 from finetune_api import API_VERSION, GROUP, VERSION, names
 from finetune_api.endpoint import ENDPOINT_KIND, ENDPOINT_PLURAL
+from finetune_api.queue import QUEUE_KIND, QUEUE_PLURAL
 from finetune_api.tuned_model import MODEL_KIND, MODEL_PLURAL
 from tests.cluster.shell import REPO
 from tests.component.conftest import Api, Operator, until
@@ -86,7 +87,9 @@ def gateway() -> Iterator[Gateway]:
 
 @pytest.fixture
 def serving(api: Api, gateway: Gateway, operator: Operator, tmp_path: Path) -> Iterator[Serving]:
-    operator.ensure({**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address})
+    operator.ensure(
+        {**operator.usual, "FINETUNE_ALLOW_CPU": "true", "FINETUNE_SERVING_GATEWAYS": gateway.address, "FINETUNE_SNAPSHOT_SECONDS": "0.5"}
+    )
     gateway.api, replicas = api, Replicas(api, tmp_path)
     yield Serving(api, replicas, gateway)
     try:
@@ -169,6 +172,37 @@ def test_scaled_restarted_and_deleted(serving: Serving) -> None:
 
     until("it is gone when nothing is loaded", gone)
     until("its pods, too", lambda: not serving.api.pods())
+
+
+def test_replicas_wait_for_room_in_their_queue_which_outlives_the_operator(serving: Serving, operator: Operator) -> None:
+    custom, name = serving.api.custom, f"q-{serving.api.namespace}"
+    flavors = [{"name": "any", "nominalQuota": 1}]
+    body = {"apiVersion": API_VERSION, "kind": QUEUE_KIND, "metadata": {"name": name}, "spec": {"flavors": flavors}}
+    custom.create_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, body)
+
+    def used() -> tuple[Any, Any]:
+        status = custom.get_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name).get("status", {})
+        return status.get("used"), status.get("serving")
+
+    try:
+        spec = {"base": {"uri": "pvc://models/tiny"}, "replicas": 2, "scheduling": {"queue": name}}
+        until("the queue is seen", lambda: used() == (0, 0))
+        serving.create(ENDPOINT_KIND, ENDPOINT_PLURAL, "chat", spec)
+        until("one of two answers", lambda: serving.endpoint.get("status", {}).get("readyReplicas") == 1)
+        until("it says what the other waits for", lambda: serving.condition("Admitted").get("reason") == "WaitingForQuota")
+        assert f"queue {name} uses 1 of 1 any" in serving.condition("Admitted")["message"]
+        until("the queue says so, too", lambda: used() == (1, 1))
+
+        operator.kill()
+        operator.start(**operator.running)
+        custom.patch_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name, {"spec": {"flavors": [{**flavors[0], "nominalQuota": 2}]}})
+        until("both", lambda: serving.endpoint["status"]["readyReplicas"] == 2 and serving.condition("Admitted")["status"] == "True")
+        custom.patch_namespaced_custom_object_scale(
+            GROUP, VERSION, serving.api.namespace, ENDPOINT_PLURAL, "chat", {"spec": {"replicas": 0}}
+        )
+        until("given back", lambda: used() == (0, 0))
+    finally:
+        custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
 
 
 def test_f23_an_operator_that_is_uninstalled_leaves_nothing_that_cannot_be_deleted(serving: Serving, operator: Operator) -> None:

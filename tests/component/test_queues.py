@@ -154,7 +154,7 @@ def test_a14_another_teams_queue(api: Api, operator: Operator, kubelet: Kubelet,
     closed = make_queue(8, namespaceSelector={"matchLabels": {"team": "somebody-else"}})
     api.create_job(gpu_job(closed))
     until("it waits", lambda: api.condition("Admitted").get("reason") == "QueueNotAllowed")
-    assert f"jobs of namespace {api.namespace} may not use queue {closed}" in api.condition("Admitted")["message"]
+    assert f"namespace {api.namespace} may not use queue {closed}" in api.condition("Admitted")["message"]
     api.patch_job({"spec": {"scheduling": {"queue": "nowhere"}}})
     until("it says so", lambda: api.condition("Admitted").get("reason") == "QueueNotFound")
     open_ = make_queue(8)

@@ -511,6 +511,69 @@ def test_reports() -> None:
     assert report.oldest == ("team-a/a", after(-77)) and report.share == 0.5
 
 
+# endpoints
+
+
+def serving(name: str, what: Request, queue: str = "q", *, holds: bool = True, **more: Any) -> Workload:
+    """Replicas that an endpoint holds, or wants besides."""
+    made = running(name, what, queue, more.pop("flavor", "any"), **more) if holds else waiting(name, what, queue, **more)
+    return dataclasses.replace(made, serves=True, request=dataclasses.replace(what, quota_alone=True))
+
+
+def test_what_endpoints_hold_is_counted_told_and_never_taken() -> None:
+    queues = (queue("q", 8, "c"), queue("own", 8, "c"))
+    holder = serving("chat", request(10, 1))
+    found = decided(holder, waiting("a", request(1, 8), "own", priority=9), queues=queues)
+    assert why(found, "chat").action == "keep" and why(found, "a").reason == "WaitingForQuota"
+    assert why(found, "a").message == "waits for 2 of 8 nvidia.com/gpu: quota has 6 left of any; endpoints hold 10 of any"
+    assert admitted(decided(waiting("a", request(1, 6), "own"), holder, queues=queues)) == {"a"}
+    report = found.queues["q"]
+    assert (dict(report.used), dict(report.serving), report.admitted) == ({"any": 10}, {"any": 10}, 1)
+    drained = decided(holder, queues=(queue("q", 8, "c", stopPolicy="HoldAndDrain"),))
+    assert why(drained, "chat").action == "keep", "nor by an administrator who drains the queue"
+
+
+def test_replicas_are_admitted_by_quota_one_by_one_and_wait_for_nodes_by_themselves() -> None:
+    more = serving("chat/1", request((3, 2, 1), 2), holds=False)
+    found = decided(more, queues=(queue("q", 5),), on=())
+    assert why(found, "chat/1").admission.pods == 2  # type: ignore[union-attr]
+    borrowed = decided(more, queues=(queue("q", 1, "c"), queue("other", 9, "c")), on=())
+    assert why(borrowed, "chat/1").admission.pods == 3, "what others do not use, as jobs may"  # type: ignore[union-attr]
+    full = decided(more, serving("chat", request(1, 5)), queues=(queue("q", 5),))
+    assert why(full, "chat/1").message == (
+        "waits for 2 of 2 nvidia.com/gpu: quota has 0 left of any; queue q uses 5 of 5 any; endpoints hold 5 of any"
+    )
+    limited = decided(
+        more, running("r", request(1, 1), "q", "any"), queues=(queue("q", 9, limits={"maxGpusPerNamespace": 2, "maxJobsPerNamespace": 1}),)
+    )
+    assert why(limited, "chat/1").reason == "NamespaceLimit" and "holds 1 of 2" in why(limited, "chat/1").message
+
+
+def test_a_node_is_kept_for_a_replica_that_has_none_yet_and_one_that_runs_is_seen_there() -> None:
+    pending = serving("chat", request(1, 8))
+    assert why(decided(pending, waiting("a", request(1, 1), "q"), queues=(queue("q", 99),), on=nodes(1)), "a").reason == "WaitingForNodes"
+    bound = serving("chat", request(1, 4), nodes={"node-0": 1})
+    used = tuple(dataclasses.replace(node, used={GPU: 4}) for node in nodes(1))
+    assert admitted(decided(bound, waiting("a", request(1, 4), "q"), queues=(queue("q", 99),), on=used)) == {"a"}, "not counted twice"
+
+
+def test_a_replica_of_higher_priority_asks_jobs_to_give_way() -> None:
+    found = decided(
+        running("low", request(1, 4), "q", "any"), serving("chat/1", request(1, 2), holds=False, priority=10), queues=(queue("q", 4),)
+    )
+    assert why(found, "low").action == "preempt" and "gives way to endpoint team-a/chat/1" in why(found, "low").message
+    assert why(found, "chat/1").reason == "WaitingForPreemption"
+
+
+@pytest.mark.parametrize(("flavor", "named"), [("", ""), ("gone", "q"), ("any", "deleted")])
+def test_replicas_without_a_flavor_that_is_there_count_where_they_would_go(flavor: str, named: str) -> None:
+    chat = dataclasses.replace(serving("chat", request(1, 4), named, flavor=flavor), queue=None)
+    found = decided(chat, waiting("a", queue="default"), queues=(queue("default", 3), queue("q", 1)))
+    told = why(found, "chat")
+    assert (told.action, told.admission.queue, told.admission.flavor) == ("keep", "default", "any")  # type: ignore[union-attr]
+    assert found.queues["default"].used == {"any": 4} and why(found, "a").reason == "WaitingForQuota"
+
+
 # properties
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from finetune_api.queue import DEFAULT_QUEUE
+
 from ..model.nodes import NOT_READY, namespace_of, node_of, pod_requests, queue_of
 from ..model.objects import Object, version_of
-from ..model.queueing import Amounts, Namespace, Node, Queue, Taint, may_use
+from ..model.queueing import IMPLICIT, Amounts, Namespace, Node, Queue, Taint, may_use
 
 T = TypeVar("T")
 _NOTHING: Amounts = {}
@@ -319,6 +321,12 @@ class Inventory:
         if may_use(known, home[1] if home is not None else None):
             return ""
         return f"scheduling.queue: queue {queue} is not for namespace {namespace} (its namespaceSelector)"
+
+    def queue_of(self, namespace: str, named: str | None) -> str:
+        """The queue of those of a namespace that name this one, or none: by the rule of jobs; empty where there are no queues."""
+        home = self.namespaces.items.get(namespace)
+        default = DEFAULT_QUEUE if self.queues.parsed else IMPLICIT
+        return named or (home[1].queue if home is not None and self.queues.parsed else None) or default
 
     def requests_of(self, uids: Iterable[str]) -> dict[str, Amounts]:
         """What those of these pods that are bound to a node hold of it."""

@@ -29,6 +29,7 @@ from ..model.workload import has_ended, is_still, leaving, left_behind, request_
 from ..queueing import decide, missing_rights
 from ..reconcile.job.immutability import holds, may_have_changed, with_changes
 from ..settings import Settings
+from .endpoint_demands import EndpointDemands
 from .queue_status import QueueStatusWriter
 
 log = logging.getLogger("finetune.scheduler")
@@ -63,13 +64,15 @@ class AdmissionLoop:
         wake: Callable[[Key], None],
         busy: Callable[[], bool] = lambda: False,
         expired: Callable[[Object, Expired], None] = lambda job, expired: None,
+        wake_endpoint: Callable[[Key], None] = lambda key: None,
     ) -> None:
         """`wake`: a job is to be looked at. `busy`: whether jobs wait to be. `expired`: a decision about a job was given up."""
         self._cluster, self._store, self._assumptions, self._settings = cluster, store, assumptions, settings
-        self._wake, self._busy, self._expired = wake, busy, expired
+        self._wake, self._busy, self._expired, self._wake_endpoint = wake, busy, expired, wake_endpoint
         self._queue_status = QueueStatusWriter(cluster)
         self.watch = InventoryWatch(cluster, settings, self.poke)
         self._inventory, self._history = self.watch.inventory, NodeHistory()
+        self.demands = EndpointDemands(store, self._inventory, assumptions, self.priority, self.forget)
         self._specs: dict[str, tuple[int, FineTuneJobSpec | None, FineTuneJobSpec, Request]] = {}
         """By UID: generation, what it began with if that is another, what holds, what it requests"""
         self._requests: dict[Request, Request] = {}
@@ -221,6 +224,8 @@ class AdmissionLoop:
             workloads = [self._as_assumed(workload, now) for workload in near if self._is_head(workload)]
         else:
             workloads = [self._as_assumed(workload, now) for workload in self._seen.values()]
+        if self._settings.counts_quota:
+            workloads += [self._as_assumed(workload, now) for workload in self.demands.workloads(now)]
         left = self._left(now)
         workloads += left
         ours = {uid for uids in self._pods_of.values() for uid in uids}
@@ -371,7 +376,7 @@ class AdmissionLoop:
             moved = old is None or (new.action, new.reason) != (old.action, old.reason)
             if moved or new.position <= _NEAR or now - self._told.get(uid, float("-inf")) >= far:
                 self._told[uid] = now
-                self._wake((workload.namespace, workload.name))
+                (self._wake_endpoint if workload.serves else self._wake)((workload.namespace, workload.name))
 
 
 def place_seconds(store: Store) -> float:

@@ -33,11 +33,12 @@ from ..cluster.transport import Cluster
 from ..model.endpoint import ModelLine, ObservedEndpoint, ReplicaPod, replica_pod
 from ..model.objects import Key, Object, as_object, key_of
 from ..model.times import parse_time
-from ..reconcile.endpoint import order, reconcile, refused
+from ..reconcile.endpoint import expected, order, reconcile, refused
 from ..reconcile.plan import Apply, Plan
 from ..resources.endpoint import EndpointRef, metadata
 from ..settings import Settings
 from .controller import Kind
+from .endpoint_demands import EndpointDemands
 
 log = logging.getLogger("finetune.endpoints")
 _AGAIN_SECONDS, _MISSING_SECONDS = 300.0, 15.0
@@ -49,11 +50,17 @@ QueueProblem = Callable[[str, str], str]
 
 
 class Endpoints:
-    """`queue_problem`: what is wrong with the queue that an endpoint names."""
+    """`queue_problem`: what is wrong with the queue that an endpoint names. `demands`: what queues have said to them."""
 
     def __init__(
-        self, cluster: Cluster, store: Store, settings: Settings, queue_problem: QueueProblem = lambda namespace, queue: ""
+        self,
+        cluster: Cluster,
+        store: Store,
+        settings: Settings,
+        queue_problem: QueueProblem = lambda namespace, queue: "",
+        demands: EndpointDemands | None = None,
     ) -> None:
+        self._demands = demands
         self.cluster, self.store, self.settings, self._queue_problem = cluster, store, settings, queue_problem
         self.replicas = Replicas()
         self._authority: Authority | None = None
@@ -73,7 +80,8 @@ class Endpoints:
             self.reconcile,
             self.refused,
             self.unreadable,
-            not_recorded=lambda observed, why: self.forget_applied(observed.raw["metadata"]["uid"]),
+            recorded=self.recorded,
+            not_recorded=self.not_recorded,
             depends_on=(MODEL_KIND,),
             touched=self.touched,
         )
@@ -116,6 +124,17 @@ class Endpoints:
                 applied[action.manifest["kind"], meta["name"]] = meta["annotations"][names.ANNOTATION_HASH], time.monotonic()
         self._measure(observed.raw, plan.status or observed.status)
         return plan
+
+    def recorded(self, raw: Object, plan: Plan[FineTuneEndpointStatus]) -> None:
+        """Its status was written."""
+        if self._demands is not None:
+            self._demands.recorded(raw)
+
+    def not_recorded(self, observed: ObservedEndpoint, why: str) -> None:
+        """What was to be done was not, or its status not written."""
+        self.forget_applied(observed.raw["metadata"]["uid"])
+        if self._demands is not None:
+            self._demands.not_recorded(observed.raw, why)
 
     def refused(self, observed: ObservedEndpoint, why: str) -> Plan[FineTuneEndpointStatus]:
         """What to say when the API server refuses what was to be done."""
@@ -160,19 +179,23 @@ class Endpoints:
         views = [view for view in self.store.labelled_pods(uid) if view.namespace == namespace]
         pods = tuple(pod for view in views if (pod := replica_pod(view)) is not None)
         queue = spec.scheduling.queue if spec is not None else None
-        return ObservedEndpoint(
+        asks = self._demands is not None and self.settings.counts_quota
+        room = self._demands.room(raw, now) if asks and self._demands is not None else None
+        observed = ObservedEndpoint(
             endpoint=raw,
             spec=spec,
             invalid=invalid,
             status=_status(FineTuneEndpointStatus, raw),
+            room=room,
             lines={line.name: line for model in self.store.models.of_namespace(namespace) if (line := _line(model)) is not None},
             pods=pods,
             emptied=frozenset(pod.uid for pod in pods if pod.restarts != self._restarts.get(uid, {}).get(pod.uid, pod.restarts)),
             canaries=bool(self.settings.serving_gateways),
-            applied={**self._applied_lately(uid, len(pods) < (spec.replicas if spec is not None else 0)), **self.store.owned(uid).applied},
             queue_problem=self._queue_problem(namespace, queue) if queue is not None else "",
             now=now,
         )
+        missing = spec is not None and len(pods) < expected(observed, spec)
+        return dataclasses.replace(observed, applied={**self._applied_lately(uid, missing), **self.store.owned(uid).applied})
 
     def _applied_lately(self, uid: str, pods_missing: bool) -> dict[tuple[str, str], str]:
         lasts = _MISSING_SECONDS if pods_missing else _AGAIN_SECONDS

@@ -56,7 +56,14 @@ class Manager:
         self.telemetry, self.events = Telemetry(), Events(cluster)
         self.assumptions = Assumptions(lambda: self.admission.poke())
         self.admission = AdmissionLoop(
-            cluster, store, self.assumptions, settings, self.wake, lambda: len(self.jobs.queue) > 0, self._expired
+            cluster,
+            store,
+            self.assumptions,
+            settings,
+            self.wake,
+            lambda: len(self.jobs.queue) > 0,
+            self._expired,
+            lambda key: self.wake(key, ENDPOINT_KIND),
         )
         self.external_queue = ExternalQueue(cluster, store, settings)
         self.writer = Writer(cluster, store, self.events, soon_seconds=settings.soon_seconds, interval=self._interval)
@@ -72,7 +79,7 @@ class Manager:
             poke=self.admission.poke,
         )
         self.jobs = Controller(self._jobs.kind(), self.writer, lambda: lease is None or lease.held)
-        self._endpoints = Endpoints(cluster, store, settings, self.admission.watch.inventory.queue_problem)
+        self._endpoints = Endpoints(cluster, store, settings, self.admission.watch.inventory.queue_problem, self.admission.demands)
         self.endpoints = Controller(self._endpoints.kind(), self.writer, lambda: lease is None or lease.held)
         self.catalogs = CatalogBoard()
         self._models = TunedModels(cluster, store, self.catalogs, settings)
@@ -160,7 +167,7 @@ class Manager:
         if not deleted and objects.is_known(raw):
             return  # the echo of what was written here
         self.wake(objects.drop(raw) if deleted else objects.put(raw), kind)
-        if kind == KIND:
+        if kind in (KIND, ENDPOINT_KIND):
             self.admission.poke()
 
     def child_event(self, kind: str, raw: Object, *, deleted: bool) -> None:

@@ -13,6 +13,7 @@ from finetune_api.tuned_model import FineTunedModelSpec, FineTunedModelStatus, M
 
 from .job import PodView
 from .objects import Object
+from .queueing import Decision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,22 @@ class ModelLine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the FineTuneQueue of an endpoint has said to what it holds and wants (model/endpoint_demand.py)."""
+
+    held: Decision | None = None
+    """About what it holds: where it counts now, if that is not on record."""
+    wanted: Decision | None = None
+    """About the replicas that it wants besides; None while nothing is decided."""
+    wants: int = 0
+    """How many those are."""
+    moves: bool = False
+    """They are not of the kind that it holds: all of them are wanted beside, and what runs stays as it is until then."""
+    holding: int = 0
+    """Pods that have not ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObservedEndpoint:
     """Everything a decision may depend on."""
 
@@ -76,6 +93,8 @@ class ObservedEndpoint:
     """Why its replicas cannot be given one."""
     queue_problem: str = ""
     """Why it may not have GPUs of the queue that it names."""
+    room: Room | None = None
+    """None where no FineTuneQueue is asked: on CPU, and with another scheduler."""
     now: datetime
 
     @property

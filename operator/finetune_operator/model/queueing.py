@@ -59,13 +59,18 @@ class Request:
     tolerations: tuple[tuple[str, str, str, str], ...] = ()
     """(key, operator, value, effect)"""
     topology_key: str = ""
+    flavor: str = ""
+    """The only one that it may have, where the rest of it has that already."""
+    quota_alone: bool = False
+    """Its pods may wait for nodes, each for itself: what is free there decides nothing."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:  # a pass over ten thousand jobs asks for it as often
-        return hash((self.resource, self.units, self.pods, self.per_pod, self.selector, self.tolerations, self.topology_key))
+        where = self.selector, self.tolerations, self.topology_key, self.flavor, self.quota_alone
+        return hash((self.resource, self.units, self.pods, self.per_pod, where))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A job as the queue sees it."""
+    """A job as the queue sees it; or an endpoint, by what its replicas hold, or by those that it wants besides."""
 
     uid: str
     namespace: str
@@ -115,13 +120,15 @@ class Workload:
     allocation: Allocation | None = None
     has_run: bool = False
     """It was admitted before: some node could hold its pods."""
+    serves: bool = False
+    """Replicas of an endpoint: each may start for itself, and they give way to nobody."""
     recovers: bool = False
     """It runs without a record of its admission, which was wiped: what it holds is the operator's own word, to be checked against quota."""
 
     @property
     def label(self) -> str:
         """namespace/name."""
-        return f"{self.namespace}/{self.name}"
+        return f"{'endpoint ' if self.serves else ''}{self.namespace}/{self.name}"
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -213,6 +220,8 @@ class QueueReport:
     admitted: int = 0
     used: Mapping[str, int] = field(default_factory=dict)
     """By flavor."""
+    serving: Mapping[str, int] = field(default_factory=dict)
+    """Of those, what endpoints hold."""
     by_namespace: Mapping[str, int] = field(default_factory=dict)
     """The same by namespace."""
     share: float = 0.0

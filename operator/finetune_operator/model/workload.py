@@ -12,6 +12,7 @@ from decimal import ROUND_CEILING, Decimal
 from finetune_api import names
 from finetune_api.queue import Flavor
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.run import Resources
 from finetune_api.status import AdmissionStatus
 
 from ..settings import Settings
@@ -25,10 +26,8 @@ from .times import parse_time
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
-def request_of(spec: FineTuneJobSpec) -> Request:
-    """What a job's gang needs."""
-    distribution, resources = spec.distribution, spec.resources
-    gpus = distribution.gpus_per_node
+def per_pod_of(resources: Resources, gpus: int) -> dict[str, int]:
+    """What one pod with so many GPUs requests."""
     per_pod: dict[str, int] = {}
     for name in ("cpu", "memory"):
         wanted = getattr(resources.requests, name) or getattr(resources.limits, name)
@@ -36,6 +35,14 @@ def request_of(spec: FineTuneJobSpec) -> Request:
             per_pod[name] = amount(name, wanted)
     if gpus:
         per_pod[resources.gpu_resource_name] = gpus
+    return per_pod
+
+
+def request_of(spec: FineTuneJobSpec) -> Request:
+    """What a job's gang needs."""
+    distribution, resources = spec.distribution, spec.resources
+    gpus = distribution.gpus_per_node
+    per_pod = per_pod_of(resources, gpus)
     fewest = distribution.min_nodes or distribution.nodes
     batch = spec.tuning.hyperparameters.global_batch_size
     sizes = [n for n in range(distribution.nodes, fewest - 1, -1) if batch % (n * max(1, gpus)) == 0]

@@ -19,7 +19,6 @@ from ..model.queueing import (
     IMPLICIT,
     RECOVERED,
     Admission,
-    Allocation,
     Decision,
     Decisions,
     Snapshot,
@@ -65,7 +64,7 @@ class _Pass:
         self.eligibility = Eligibility(snapshot, self.ledger)
 
     def run(self) -> Decisions:
-        self.workloads = [*(w for w in self.snapshot.workloads if not w.recovers)]
+        self.workloads = [self._placed(w) for w in self.snapshot.workloads if not w.recovers]
         for workload in self.workloads:
             self._count(workload)
         self.workloads += [self._recovered(w) for w in self.snapshot.workloads if w.recovers]
@@ -76,11 +75,11 @@ class _Pass:
         self._drain()
         self._take_turns()
         self._grow()
-        allocations: dict[str, list[tuple[str, Allocation]]] = defaultdict(list)
+        holding: dict[str, list[Workload]] = defaultdict(list)
         for workload in self.workloads:
             if workload.allocation is not None:
-                allocations[workload.allocation.queue].append((workload.namespace, workload.allocation))
-        reports = {name: queue_report(self.ledger.share(name), self._still_wait(name), allocations[name]) for name in self.ledger.queues}
+                holding[workload.allocation.queue].append(workload)
+        reports = {name: queue_report(self.ledger.share(name), self._still_wait(name), holding[name]) for name in self.ledger.queues}
         return Decisions(jobs=self.decisions, queues=reports)
 
     def _still_wait(self, name: str) -> list[Workload]:
@@ -93,9 +92,24 @@ class _Pass:
         if workload.has_run:
             self.proven[request.resource] = max(self.proven[request.resource], request.units)
         if (allocation := workload.allocation) is not None:
-            self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total)
-            if self.fleet is not None:
+            self.ledger.take(allocation.queue, allocation.flavor, workload.owners, allocation.total, jobs=0 if workload.serves else 1)
+            if workload.serves:  # what its pods hold of nodes is seen there
+                self.ledger.serving[allocation.queue, allocation.flavor] += allocation.total
+            elif self.fleet is not None:
                 self.fleet.take(allocation.bound, request.per_pod)
+
+    def _placed(self, workload: Workload) -> Workload:
+        """Replicas that run without a queue and flavor that are there, or on record, count where they would go to now, room or no room."""
+        held = workload.allocation
+        if not workload.serves or held is None or self.eligibility.flavor(held.queue, held.flavor) is not None:
+            return workload
+        name, _ = self.eligibility.queue_of(workload)
+        flavors = self.eligibility.flavors(name, workload) if name is not None and not self.ledger.queues[name].unreadable else []
+        if name is None or not flavors:
+            return workload
+        more = self._admission(name, flavors[0], held.pods, workload, ())
+        self.decisions[workload.uid] = Decision(action="keep", reason=RECOVERED, queue=name, admission=more)
+        return dataclasses.replace(workload, allocation=dataclasses.replace(held, queue=name, flavor=flavors[0].name))
 
     def _recovered(self, workload: Workload) -> Workload:
         """One whose record was wiped: it keeps what quota has room for beside all others, else it gives way."""
@@ -131,6 +145,8 @@ class _Pass:
         allocation = workload.allocation
         if allocation is not None and allocation.stopping:
             self.usage.stopping.append(workload)
+        elif allocation is not None and workload.serves:  # nobody's candidate to give way
+            self.decisions.setdefault(workload.uid, Decision(action="keep", queue=allocation.queue))
         elif allocation is not None:
             self.running.append(workload)
             reason = RECOVERED if workload.recovers else ""
@@ -149,7 +165,7 @@ class _Pass:
     def _never_fits(self, name: str, workload: Workload) -> str | None:
         """Why no node that was ever seen could hold one of its pods, or None. What has run once is never too large."""
         request = workload.request
-        if self.fleet is None or workload.allocation is not None or request.units <= self.proven[request.resource]:
+        if self.fleet is None or request.quota_alone or workload.allocation is not None or request.units <= self.proven[request.resource]:
             return None
         if self.ledger.queues[name].unreadable or self.eligibility.autoscaled(name, workload):
             return None
@@ -346,7 +362,8 @@ class _Pass:
         flavor = max(flavors, key=lambda f: self.ledger.available(name, f))
         own = flavor.nominal_quota - self.ledger.used[name, flavor.name]
         units = max(0, min(self.ledger.available(name, flavor), own, pods * request.units))
-        place = self.fleet.soonest(request, pods, flavor) if self.fleet is not None and flavor.nodes == "Existing" else ()
+        on_nodes = self.fleet is not None and flavor.nodes == "Existing" and not request.quota_alone
+        place = self.fleet.soonest(request, pods, flavor) if self.fleet is not None and on_nodes else ()
         self.usage.reserve(name, flavor.name, units, request, place)
 
     def _wait(self, name: str, workload: Workload, reason: str, message: str) -> None:

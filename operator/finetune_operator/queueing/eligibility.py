@@ -36,9 +36,9 @@ class Eligibility:
         known = f"this namespace may use: {', '.join(allowed[:8]) or 'none'}"
         if name not in self._ledger.queues:
             if workload.queue is None and name == DEFAULT_QUEUE:
-                return None, ("QueueNotFound", f"the job names no queue, and there is none called {DEFAULT_QUEUE}; {known}")
+                return None, ("QueueNotFound", f"no queue is named, and there is none called {DEFAULT_QUEUE}; {known}")
             return None, ("QueueNotFound", f"there is no FineTuneQueue {name!r}; {known}")
-        return None, ("QueueNotAllowed", f"jobs of namespace {workload.namespace} may not use queue {name}; {known}")
+        return None, ("QueueNotAllowed", f"namespace {workload.namespace} may not use queue {name}; {known}")
 
     def may_use(self, queue: Queue, namespace: str) -> bool:
         """Whether jobs of a namespace may wait there."""
@@ -51,13 +51,15 @@ class Eligibility:
 
     def flavors(self, queue: str, workload: Workload) -> list[Flavor]:
         """Those with the job's resource whose nodes its selector does not rule out."""
-        key = queue, workload.request.resource, workload.request.selector
+        key = queue, workload.request.resource, workload.request.selector, workload.request.flavor
         if key not in self._matching:
             selector = dict(workload.request.selector)
             self._matching[key] = [
                 flavor
                 for flavor in self._ledger.queues[queue].spec.flavors
-                if flavor.resource_name == workload.request.resource and all(selector.get(k, v) == v for k, v in flavor.node_labels.items())
+                if flavor.resource_name == workload.request.resource
+                and workload.request.flavor in ("", flavor.name)
+                and all(selector.get(k, v) == v for k, v in flavor.node_labels.items())
             ]
         return self._matching[key]
 

@@ -41,10 +41,10 @@ def limit(usage: Usage, queue: Queue, workload: Workload) -> tuple[str, str] | N
             else (limits.max_jobs_per_namespace, limits.max_gpus_per_namespace)
         )
         units, jobs = usage.ledger.by_owner[queue.name, owner], usage.ledger.jobs[queue.name, owner]
-        if most_jobs is not None and jobs >= most_jobs:
+        if most_jobs is not None and jobs >= most_jobs and not workload.serves:
             return f"{kind}Limit", f"{owner} has {jobs} jobs in queue {queue.name}, the limit (maxJobsPer{kind})"
         if most is not None and units + need > most:
-            return f"{kind}Limit", f"{owner} holds {units} of {most} in queue {queue.name} (maxGpusPer{kind}), this job needs {need}"
+            return f"{kind}Limit", f"{owner} holds {units} of {most} in queue {queue.name} (maxGpusPer{kind}), {need} more are needed"
     return None
 
 
@@ -58,6 +58,16 @@ def _away(fleet: Fleet, request: Request, flavors: list[Flavor]) -> str:
     named = ", ".join(f"{name} ({why})" for name, why in sorted(found.items())[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"; nodes that could hold its pods are away: {named}{more}"
+
+
+def _held(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavor]) -> str:
+    """What endpoints hold, which give way to nobody; and to an endpoint, how much of the queue's own is in use."""
+    held = [f"{units} of {f.name}" for f in flavors if (units := usage.ledger.served(queue.name, f))]
+    served = f"; endpoints hold {', '.join(held)}" if held else ""
+    if not workload.serves:
+        return served
+    used = ", ".join(f"{usage.ledger.used[queue.name, f.name]} of {f.nominal_quota} {f.name}" for f in flavors)
+    return f"; queue {queue.name} uses {used}{served}"
 
 
 def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavor]) -> tuple[str, str]:
@@ -74,7 +84,10 @@ def shortage(usage: Usage, queue: Queue, workload: Workload, flavors: list[Flavo
     best = max(quota.values())
     if best < need:
         rest = ", ".join(f"{left} left of {flavor}" for flavor, left in quota.items())
-        return "WaitingForQuota", f"waits for {need - best} of {need} {request.resource}: quota has {rest}"
+        return (
+            "WaitingForQuota",
+            f"waits for {need - best} of {need} {request.resource}: quota has {rest}{_held(usage, queue, workload, flavors)}",
+        )
     fitting = [f for f in flavors if quota[f.name] >= need]
     free = max((usage.fleet.free_units(request, f) for f in fitting), default=0) if usage.fleet is not None else 0
     away = _away(usage.fleet, request, fitting) if usage.fleet is not None else ""

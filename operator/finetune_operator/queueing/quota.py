@@ -33,6 +33,8 @@ class Ledger:
         """(queue, `namespace n` or `user u`) -> units"""
         self.jobs: dict[tuple[str, str], int] = defaultdict(int)
         """The same -> jobs"""
+        self.serving: dict[tuple[str, str], int] = defaultdict(int)
+        """(queue, flavor) -> units of those in use that endpoints hold"""
         self._cohorts: dict[tuple[str, str], list[tuple[str, Flavor]]] = defaultdict(list)
         self._shares: dict[str, float] = {}
         self._past = {queue.name: average_use(queue.history, queue.spec, now) for queue in self.queues.values()}
@@ -67,6 +69,7 @@ class Ledger:
         other = Ledger((), self._now)
         other.queues, other._cohorts, other._past = self.queues, self._cohorts, self._past
         other.used, other.by_owner, other.jobs = self.used.copy(), self.by_owner.copy(), self.jobs.copy()
+        other.serving = self.serving
         return other
 
     def available(self, queue: str, flavor: Flavor) -> int:
@@ -83,6 +86,10 @@ class Ledger:
         free = max(0, guaranteed - used) + max(0, pool)
         limit = UNLIMITED if flavor.borrowing_limit is None else flavor.nominal_quota + flavor.borrowing_limit
         return min(free, limit - used)
+
+    def served(self, queue: str, flavor: Flavor) -> int:
+        """Units that endpoints hold of what the queue might have, in its whole cohort."""
+        return sum(self.serving[name, theirs.name] for name, theirs in self._cohorts[_cohort(self.queues[queue]), flavor.name])
 
     def most(self, queue: str, flavor: Flavor) -> int:
         """Units that the queue could ever have."""

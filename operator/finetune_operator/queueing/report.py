@@ -9,24 +9,28 @@ from finetune_api.queue import FineTuneQueueStatus, FlavorUsage, Oldest
 from finetune_api.status import Condition
 
 from ..model.objects import Object
-from ..model.queueing import Allocation, Decisions, Queue, QueueReport, Snapshot, Workload
+from ..model.queueing import Decisions, Queue, QueueReport, Snapshot, Workload
 from ..model.times import parse_time, rfc3339
 from .explain import unreadable
 from .quota import counted
 
 
-def queue_report(share: float, waiting: list[Workload], allocations: list[tuple[str, Allocation]]) -> QueueReport:
+def queue_report(share: float, waiting: list[Workload], holding: list[Workload]) -> QueueReport:
     """Who waits in a queue, and what of it is held, by namespaces."""
     used: Counter[str] = Counter()
+    serving: Counter[str] = Counter()
     by_namespace: Counter[str] = Counter()
-    for namespace, allocation in allocations:
-        used[allocation.flavor] += allocation.total
-        by_namespace[namespace] += allocation.total
+    for workload in holding:
+        if (allocation := workload.allocation) is not None:
+            used[allocation.flavor] += allocation.total
+            serving[allocation.flavor] += allocation.total if workload.serves else 0
+            by_namespace[workload.namespace] += allocation.total
     oldest = min(waiting, key=lambda w: (w.waits_since, w.uid), default=None)
     return QueueReport(
         pending=len(waiting),
-        admitted=sum(1 for _, allocation in allocations if not allocation.stopping),
+        admitted=sum(1 for w in holding if w.allocation is not None and not w.allocation.stopping),
         used=dict(used),
+        serving=dict(serving),
         by_namespace=dict(by_namespace),
         share=round(share, 4),
         oldest=(oldest.label, oldest.waits_since) if oldest is not None else None,
@@ -42,6 +46,7 @@ def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decis
             nominal=f.nominal_quota,
             used=report.used.get(f.name, 0),
             borrowed=max(0, report.used.get(f.name, 0) - f.nominal_quota),
+            serving=report.serving.get(f.name, 0),
         )
         for f in spec.flavors
     ]
@@ -70,6 +75,7 @@ def queue_status(queue: Queue, raw: Object, snapshot: Snapshot, decisions: Decis
         used=sum(f.used for f in flavors),
         nominal=sum(f.nominal for f in flavors),
         borrowed=sum(f.borrowed for f in flavors),
+        serving=sum(f.serving for f in flavors),
         share=report.share,
         oldest_waiting=Oldest(job=report.oldest[0], since=rfc3339(report.oldest[1])) if report.oldest is not None else None,
         history=counted(queue.history, spec, report.by_namespace, since, snapshot.now, stamp),

@@ -53,9 +53,11 @@ class Usage:
     def give(self, queue: str, flavor: str, workload: Workload, pods: int, place: Place) -> None:
         """A job gets so many pods."""
         for ledger, fleet in self._both():
-            ledger.take(queue, flavor, workload.owners, pods * workload.request.units)
+            ledger.take(queue, flavor, workload.owners, pods * workload.request.units, jobs=0 if workload.serves else 1)
             if fleet is not None:
                 fleet.take(place, workload.request.per_pod)
+        if workload.serves:
+            self.ledger.serving[queue, flavor] += pods * workload.request.units
 
     def reserve(self, queue: str, flavor: str, units: int, request: Request, place: Place) -> None:
         """Keep quota and room for a job that has to wait for them."""
@@ -71,7 +73,7 @@ class Usage:
         for flavor in sorted(flavors, key=lambda f: ledger.borrows(queue, f, units)):
             if units > ledger.available(queue, flavor):
                 continue
-            if fleet is None or flavor.nodes == "Autoscaled" or not workload.request.units:
+            if fleet is None or flavor.nodes == "Autoscaled" or not workload.request.units or workload.request.quota_alone:
                 return flavor, ()
             place = fleet.place(workload.request, pods, flavor)
             if place is not None:

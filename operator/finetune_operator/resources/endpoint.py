@@ -15,7 +15,7 @@ import msgspec
 
 from finetune_api import names
 from finetune_api.contract import S3_KEYS, Env, Mounts
-from finetune_api.endpoint import ENDPOINT_KIND, FineTuneEndpointSpec
+from finetune_api.endpoint import ENDPOINT_KIND, EndpointAdmission, FineTuneEndpointSpec
 from finetune_api.serving import AGENT_PORT, USER_PORT, ReplicaFile, ReplicaPaths
 from finetune_api.spec import ComputeResources
 from finetune_api.uris import parse_uri
@@ -41,6 +41,10 @@ class EndpointRef:
     namespace: str
     uid: str
     spec: FineTuneEndpointSpec = dataclasses.field(hash=False)
+    replicas: int | None = None
+    """That may run; None: all that the spec asks for."""
+    admission: EndpointAdmission | None = dataclasses.field(default=None, hash=False)
+    """Which nodes of its FineTuneQueue they are for."""
 
 
 def selector(endpoint: EndpointRef) -> dict[str, str]:
@@ -166,7 +170,7 @@ def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
         "kind": "Deployment",
         "metadata": meta,
         "spec": {
-            "replicas": spec.replicas,
+            "replicas": spec.replicas if endpoint.replicas is None else endpoint.replicas,
             "selector": {"matchLabels": selector(endpoint)},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "revisionHistoryLimit": 2,
@@ -220,7 +224,7 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
         container["terminationMessagePolicy"] = "FallbackToLogsOnError"
     if settings.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": secret} for secret in settings.image_pull_secrets]
-    _place(pod, spec)
+    _place(pod, spec, endpoint.admission)
     return pod
 
 
@@ -250,12 +254,13 @@ def _drained(container: Manifest) -> Manifest:
     return {**container, "lifecycle": {"preStop": {"sleep": {"seconds": _DRAIN_SECONDS}}}}
 
 
-def _place(pod: Manifest, spec: FineTuneEndpointSpec) -> None:
+def _place(pod: Manifest, spec: FineTuneEndpointSpec, admission: EndpointAdmission | None) -> None:
     scheduling = spec.scheduling
-    if scheduling.node_selector:
-        pod["nodeSelector"] = scheduling.node_selector
-    if scheduling.tolerations:
-        pod["tolerations"] = [{k: v for k, v in t.to_wire().items() if v} for t in scheduling.tolerations]
+    if selector := {**scheduling.node_selector, **(admission.node_labels if admission is not None else {})}:
+        pod["nodeSelector"] = selector
+    if tolerations := [*scheduling.tolerations, *(admission.tolerations if admission is not None else [])]:
+        found = [{k: v for k, v in t.to_wire().items() if v} for t in tolerations]
+        pod["tolerations"] = [toleration for n, toleration in enumerate(found) if toleration not in found[:n]]
     if scheduling.priority_class_name:
         pod["priorityClassName"] = scheduling.priority_class_name
 

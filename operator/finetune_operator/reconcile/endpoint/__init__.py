@@ -2,5 +2,6 @@
 
 from .engine import reconcile, refused
 from .orders import order
+from .room import expected
 
-__all__ = ["order", "reconcile", "refused"]
+__all__ = ["expected", "order", "reconcile", "refused"]

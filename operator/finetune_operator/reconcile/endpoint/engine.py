@@ -20,7 +20,7 @@ from ...model.times import parse_time
 from ...resources.endpoint import EndpointRef, manifests, selector
 from ...settings import Settings
 from ..plan import Action, Apply, Event, Patch, Plan, WriteUrgency
-from . import found
+from . import found, room
 from .orders import selected
 from .rollout import BAD, SETTLED, Change, advance, first, versioned
 
@@ -39,7 +39,7 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     spec = observed.spec
     if (why := refused_for(observed, settings)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
-        said = found.with_conditions(observed, observed.status, found.refuses(reason, message))
+        said = found.with_conditions(observed, room.without_asking(observed.status), found.refuses(reason, message))
         return _plan(observed, said, (), (), observed.now + timedelta(seconds=REFUSED_SECONDS))
     if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
         return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
@@ -52,13 +52,19 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
             "selector": ",".join(f"{key}={value}" for key, value in selector(_ref(observed, spec)).items()),
             "models": models,
             "pods": pods,
+            "admission": room.admission(observed, spec),
             "models_verified": f"{sum(bool(m.replicas) and m.verified == m.replicas for m in models)}/{len(models)}",
         }
     )
+    admitted = room.said(observed, status.admission, spec)
+    ready = found.ready(observed, spec, pods)
+    if not pods and spec.replicas and admitted is not None and admitted.status == "False":
+        ready = found.refuses(admitted.reason, admitted.message)
     status = found.with_conditions(
         observed,
-        status,
-        found.ready(observed, spec, pods),
+        status if admitted is not None else room.without_condition(status),
+        *([admitted] if admitted is not None else []),
+        ready,
         found.served(observed, spec),
         found.verified(observed, models, pods),
         found.rolled_back(models),
@@ -96,7 +102,7 @@ def refused(observed: ObservedEndpoint, message: str, reason: str = "APIRefused"
 
 def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> EndpointRef:
     meta = observed.endpoint["metadata"]
-    return EndpointRef(meta["name"], meta["namespace"], meta["uid"], spec)
+    return EndpointRef(meta["name"], meta["namespace"], meta["uid"], spec, room.replicas(observed, spec), observed.status.admission)
 
 
 def _models(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[Replica]) -> tuple[list[EndpointModel], list[Change]]:
@@ -117,7 +123,10 @@ def _actions(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, settings: S
     """What is not applied already, or is another one now."""
     actions = list[Action]()
     lines = [observed.lines[name] for name in selected(observed, spec) if name in observed.lines]
-    for manifest in manifests(_ref(observed, spec), lines, settings, observed.identity):
+    ref = _ref(observed, spec)
+    for manifest in manifests(ref, lines, settings, observed.identity):
+        if manifest["kind"] == "Deployment" and ref.replicas is None:
+            continue
         key = manifest["kind"], manifest["metadata"]["name"]
         if observed.applied.get(key) != manifest["metadata"]["annotations"][names.ANNOTATION_HASH]:
             actions.append(Apply(manifest))
@@ -150,7 +159,7 @@ def _leave(observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
 
 def _awaits(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, models: list[EndpointModel], pods: list[Replica]) -> bool:
     """Whether something is under way: a replica that starts, a version that is loaded or asked, a canary."""
-    if len(pods) != spec.replicas or not all(replica.ready for replica in pods) or observed.silent or observed.emptied:
+    if len(pods) != room.expected(observed, spec) or not all(replica.ready for replica in pods) or observed.silent or observed.emptied:
         return True
     for model in models:
         wanted = [model.version, *model.kept, *([model.canary.version] if model.canary is not None else [])]
@@ -203,7 +212,7 @@ def _only_counts(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus) 
     return bool(plain(before) == plain(after))
 
 
-_TOLD = ("Ready", "Verified", "ModelsServed")
+_TOLD = ("Admitted", "Ready", "Verified", "ModelsServed")
 
 
 def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, changes: tuple[Change, ...] | list[Change]) -> list[Event]:
@@ -215,6 +224,6 @@ def _events(before: FineTuneEndpointStatus, after: FineTuneEndpointStatus, chang
             continue
         if new.status == "True":
             told.append(Event("Normal", new.reason, new.message or type_))
-        elif new.status == "False" and new.reason not in ("NoReplicaReady", "ScaledToZero"):
+        elif new.status == "False" and new.reason not in ("NoReplicaReady", "ScaledToZero", "Pending"):
             told.append(Event("Warning", new.reason, shortened(new.message, 1000)))
-    return told
+    return list(dict.fromkeys(told))  # one that waits for its queue is not ready for that very reason
