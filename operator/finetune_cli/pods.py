@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from kubernetes import client
 from kubernetes.stream import stream
+from websocket import WebSocketException
 
 _START_SECONDS = 180
 _LIFE_SECONDS = 3600
@@ -107,14 +108,19 @@ def execute(core: client.CoreV1Api, namespace: str, pod: str, command: list[str]
         binary=True,
         _preload_content=False,
     )
-    for start in range(0, len(line), _CHUNK):
-        answer.write_stdin(line[start : start + _CHUNK])
     problem = b""
-    while answer.is_open():
-        answer.update(timeout=5)
-        if answer.peek_stdout():
-            sink.write(answer.read_stdout())
-        if answer.peek_stderr():
-            problem += answer.read_stderr()
-    code = answer.returncode
-    return -1 if code is None else int(code), problem.decode(errors="replace").strip()
+    try:
+        for start in range(0, len(line), _CHUNK):
+            answer.write_stdin(line[start : start + _CHUNK])
+        while answer.is_open():
+            answer.update(timeout=5)
+            if answer.peek_stdout():
+                sink.write(answer.read_stdout())
+            if answer.peek_stderr():
+                problem += answer.read_stderr()
+        code = int(answer.returncode)
+    except (WebSocketException, OSError) as failure:
+        code, problem = -1, problem + f"\n{failure}".encode()
+    except (TypeError, KeyError, IndexError, ValueError):  # the end was not told
+        code = -1
+    return code, problem.decode(errors="replace").strip()

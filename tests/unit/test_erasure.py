@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,6 @@ import pytest
 
 from finetune_api.erasure import ErasureReport, Reading, RowsFile
 from finetune_api.probing import Probe, ProbeAnswer, Probes, judge
-from finetune_cli import erase as asking
-from finetune_cli import pods
-from finetune_cli.options import NotPossible
 from finetune_trainer.data.prompts import prompt_key
 from finetune_trainer.data.scan import prompt_digest
 from finetune_trainer.erasure.match import make_match
@@ -272,166 +265,3 @@ def test_with_probes_missing_one_miss_tells_neither() -> None:
     ]
     assert states == ["Verified", "Mismatch", "Verified", "Unverifiable", "Mismatch", "Mismatch", "Unverifiable"]
     assert judge(probes[:3], [[[float("nan"), -1.0]], near, near]).state == "Mismatch", "damaged weights are nobody's"
-
-
-# The command
-
-
-def job(name: str, phase: str = "Succeeded", **spec: Any) -> dict[str, Any]:
-    meta = {"name": name, "namespace": "ml", "uid": f"{name:0<8}-1"}
-    moment = "2026-11-23T10:00:00Z"
-    ended = [{"type": phase, "status": "True", "reason": "Completed", "lastTransitionTime": moment}] if phase == "Succeeded" else []
-    artifacts = [{"uri": f"pvc://models/{name}", "digest": "sha256:1", "bytes": 1}]
-    return {"metadata": meta, "spec": {**MINIMAL, **spec}, "status": {"phase": phase, "artifacts": artifacts, "conditions": ended}}
-
-
-OWN = {"workspace": {"persistentVolumeClaim": {"claimName": "team"}}}
-BOT = {
-    "metadata": {"name": "bot", "namespace": "ml"},
-    "spec": {"storage": "s3://bucket/bot", "secretRef": {"name": "keys"}, "s3Endpoint": "https://s3"},
-}
-
-
-@pytest.mark.parametrize(
-    ("choice", "jobs", "words"),
-    [
-        (asking.Choice(), [], "nothing says where to look"),
-        (asking.Choice(jobs=["a"]), [job("b")], "no FineTuneJob a.*there are: b.*--claim CLAIM"),
-        (asking.Choice(models=["bott"]), [], "no FineTunedModel bott; did you mean bot"),
-        (asking.Choice(jobs=["a"]), [job("a", "Training")], r"have not ended use .*: a \(its own workspace\)"),
-        (asking.Choice(jobs=["a"]), [job("a", "Suspended")], "have not ended"),
-        (asking.Choice(claims=["team"]), [job("a", **OWN), job("b", "Queued", **OWN)], r"b \(claim team\)"),
-        (asking.Choice(models=["bot"]), [job("a", "Training", publish=[{"model": "bot"}])], r"a \(model bot\)"),
-        (asking.Choice(models=["bot"]), [job("a", "Queued", tuning={"continueFrom": "model://bot@3"})], r"a \(model bot\)"),
-        (asking.Choice(everything=True), [job("a"), job("b", "Evaluating")], r"b \(claim b-workspace\)"),
-    ],
-)
-def test_nothing_is_erased_beside_a_job_at_work(choice: asking.Choice, jobs: list[Any], words: str) -> None:
-    with pytest.raises(NotPossible, match=words):
-        asking.places(choice, jobs, [BOT])
-
-
-def test_workspaces_come_first_and_each_claim_once() -> None:
-    jobs = [job("a", **OWN), job("b", **OWN), job("c"), job("busy", "Training")]
-    found = asking.places(asking.Choice(jobs=["a", "b", "c"], models=["bot"]), jobs, [BOT])
-    assert [(one.shown, one.folders) for one in found] == [
-        ("claim team", ["ml-a-a0000000", "ml-b-b0000000"]), ("claim c-workspace", ["ml-c-c0000000"]), ("model bot", None),
-    ]  # fmt: skip
-    everything = asking.places(asking.Choice(everything=True), jobs[:3], [BOT])
-    assert [(one.shown, one.folders) for one in everything] == [("claim c-workspace", None), ("claim team", None), ("model bot", None)]
-    ways = asking.readings([*jobs, job("d", dataset={"train": {"uri": "x"}, "columns": {"q": "prompt"}})], {"frage": "prompt"})
-    assert [way.columns for way in ways] == [{"frage": "prompt"}, {"q": "prompt"}]
-
-
-def test_jobs_whose_messages_quote_it_are_named() -> None:
-    quoting = job("quoting")
-    quoting["status"]["conditions"] = [{"type": "Failed", "message": "train row 3: content is empty [Jane  Roe]"}]
-    assert asking.mentioned([job("a"), quoting], ["jane roe"]) == ["quoting"]
-
-
-class Wire:
-    """What the client library gives for an exec, with the process of this machine behind it."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *command[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )  # fmt: skip
-        self._out, self._problem = b"", b""
-        self.returncode: int | None = None
-        self.sent: list[int] = []
-
-    def write_stdin(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        self.sent.append(len(data))
-        self._process.stdin.write(data)
-        self._process.stdin.flush()  # and is never closed: a line has to be enough
-
-    def is_open(self) -> bool:
-        return self.returncode is None
-
-    def update(self, timeout: float) -> None:
-        assert self._process.stdout is not None and self._process.stderr is not None
-        self._out, self._problem = self._process.stdout.read(), self._process.stderr.read()
-        self.returncode = self._process.wait()
-
-    def peek_stdout(self) -> bytes:
-        return self._out
-
-    def read_stdout(self) -> bytes:
-        out, self._out = self._out, b""
-        return out
-
-    def peek_stderr(self) -> bytes:
-        return self._problem
-
-    def read_stderr(self) -> bytes:
-        problem, self._problem = self._problem, b""
-        return problem
-
-
-def test_the_line_goes_in_pieces_and_comes_back_as_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the client's own calls, which a process of this machine answers in place of a kubelet."""
-    wires: list[Wire] = []
-
-    def stream(_: Any, *__: Any, command: list[str], **___: Any) -> Wire:
-        wires.append(Wire(command))
-        return wires[-1]
-
-    monkeypatch.setattr(pods, "stream", stream)
-    make_folder(tmp_path)
-    sink = io.BytesIO()
-    request = {"workspace": str(tmp_path), "containing": ["Jane Roe", "x" * 40_000], "dryRun": True}
-    core: Any = type("Core", (), {"connect_get_namespaced_pod_exec": None})()
-    line = (json.dumps(request) + "\n").encode()
-    code, _ = pods.execute(core, "ml", "p", ["python3", "-m", "finetune_trainer", "erase"], sink, line)
-    assert code == 0 and len(wires[0].sent) == 3
-    report = asking._read(sink.getvalue().decode(), "")
-    lines = asking.told(report, {"n-job-12345678": ["pvc://models/support"]})
-    assert any("2 rows would be removed: jobs/n-job-12345678/data/train.parquet" in text for text in lines), lines
-    assert any(
-        "weights are left: job n-job-12345678 learned from it (2 now); published at pvc://models/support" in text for text in lines
-    ), lines
-    with pytest.raises(NotPossible, match="run it again.*Killed"):
-        asking._read("", "Killed")
-
-
-def test_the_pod_has_what_the_place_needs_and_no_more() -> None:
-    wanted = asking.pod_at(asking.Place("model bot", model=BOT), "image:1")
-    pod = pods.manifest("p", wanted)["spec"]
-    assert [(m["mountPath"], m["readOnly"]) for m in pod["containers"][0]["volumeMounts"]] == [
-        ("/var/run/finetune/secrets/storage", False), ("/etc/finetune/job", False),
-    ]  # fmt: skip
-    assert pod["automountServiceAccountToken"] is False and pod["volumes"][0]["secret"]["secretName"] == "keys"
-    request = asking.request_at(asking.Place("model bot", model=BOT), read_request('{"containing": ["Jane Roe"]}'), [])
-    assert request.storage is not None and (request.storage.s3_endpoint, request.keys) == (
-        "https://s3",
-        "/var/run/finetune/secrets/storage",
-    )
-    assert "Jane" not in json.dumps(pods.manifest("p", wanted)), "what is looked for stands in no object"
-
-
-def test_runs_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_cli.__main__ import main
-    from finetune_cli.runs import Lock
-
-    folder = make_folder(tmp_path)
-
-    def run(*words: str) -> tuple[Any, str]:
-        monkeypatch.setattr(sys, "argv", ["finetune", "erase", "--local", "--workspace", str(tmp_path), *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code or 0, told.out + told.err
-
-    held = Lock(folder)
-    code, told = run("--containing", "Jane Roe")
-    assert code == 2 and "goes on in another process" in told and "data/train.parquet" in left(folder)
-    held.close()
-    assert run("--job", "other", "--containing", "Jane Roe")[1].startswith("--job other: there is no such run")
-    assert run("--where", "user_id=42")[1].startswith("--where user_id=...: prepared rows keep no column user_id")
-    code, told = run("--containing", "Jane Roe")
-    assert code == 0 and "2 rows removed: jobs/n-job-12345678/data/train.parquet" in told and "Not removed: weights" in told
-    assert left(folder) == ["output/README.md"]
-    code, told = run("--containing", "Jane Roe", "-o", "json")
-    assert json.loads(told)[0]["learned"][0]["earlier"] == 2
