@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from finetune_api.contract import ModelStorage, StageResult
 from finetune_api.erasure import ErasureReport
@@ -18,6 +19,7 @@ from finetune_trainer.evaluation.arms import read_baseline
 from finetune_trainer.export.bundle import digests
 from finetune_trainer.job.context import Context
 from finetune_trainer.models.versions import learned_prompts
+from finetune_trainer.process.ipc import IPC_DIR
 from finetune_trainer.remote.storage import open_storage
 from finetune_trainer.stages.erase import erase, read_request
 from finetune_trainer.stages.evaluate import evaluate
@@ -56,14 +58,19 @@ def rows_of(path: str) -> list[str]:
     return [str(row) for row in pq.read_table(path).column("row").to_pylist()]
 
 
-def test_a_person_is_erased_from_everything_that_a_job_and_its_model_keep(bench: Bench) -> None:
+def test_a_person_is_erased_from_everything_that_a_job_and_its_model_keep(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = {"metrics": ["loss", "exact-match"], "maxNewTokens": 4, "baseline": {"fewShot": 8}}
     tuning = {"method": "lora", "lora": {"rank": 4}, "hyperparameters": {"maxSteps": 2, "globalBatchSize": 8, "maxLength": 128}}
     checks = {"minExamples": 1, "nearDuplicates": "ignore", "nearLeakage": "ignore"}
     dataset = {"train": {"uri": "pvc://rows/train.jsonl"}, "eval": {"splitFraction": 0.25}, "checks": checks}
     context: Context = bench.context([*PERSON, *OTHERS], publish=[{"model": "bot"}], dataset=dataset, tuning=tuning, evaluation=evaluation)
     context.job.models["bot"] = ModelStorage(storage="pvc://published/bot")
-    bench.train(context)
+    passing = bench.folder / "ipc"
+    passing.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv(IPC_DIR, str(passing))
+        bench.train(context)
+    assert list(passing.glob("rows-*/**/*.arrow")), "the copy that training reads lies where the supervisor removes it"
     evaluate(context)
     publish(context)
     job, model = Path(context.layout.job), bench.folder / "published" / "bot"
