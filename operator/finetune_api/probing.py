@@ -100,17 +100,26 @@ class ProbeVerdict:
 def judge(probes: Sequence[Probe], found: Sequence[Sequence[Sequence[float]]]) -> ProbeVerdict:
     """Which of the two models gave the log-probabilities `found`: [probe][answer][token], in the probes' own order.
 
-    A log-probability that is no number counts as not nearer: an engine whose weights are damaged is nobody's.
+    A log-probability that is no number counts as not nearer: an engine whose weights are damaged is nobody's. Where fewer than eight
+    are there (few were held out, or a person's were erased), a single miss, which eight would bear, tells neither.
     """
     asked = len(probes)
-    distance = _mean([probe.distance for probe in probes]) if probes else 0.0
-    if not probes or distance < LEAST_DISTANCE:
+    distance = _mean([probe.distance for probe in probes])
+    if not probes:
+        return ProbeVerdict("Unverifiable", 0, 0, 0.0, "no probe is there to ask")
+    if distance < LEAST_DISTANCE:
         told = f"tuned model and base differ by {distance:.3g} nats a token on {asked} probes, less than {LEAST_DISTANCE:g}"
         return ProbeVerdict("Unverifiable", 0, asked, distance, f"the two cannot be told apart: {told}")
     nearer = sum(_is_nearer(probe, numbers) for probe, numbers in zip(probes, found, strict=True))
     good = nearer >= math.ceil(asked * NEEDED)
     told = f"nearer to the tuned model than to its base on {nearer} of {asked} probes ({distance:.3g} nats a token apart)"
+    if asked < PROBES and nearer == asked - 1 > asked / 2 and all(map(_is_finite, found)):
+        return ProbeVerdict("Unverifiable", nearer, asked, distance, f"{told}, and {asked} are too few to tell which it is")
     return ProbeVerdict("Verified" if good else "Mismatch", nearer, asked, distance, told)
+
+
+def _is_finite(found: Sequence[Sequence[float]]) -> bool:
+    return all(math.isfinite(number) for numbers in found for number in numbers)
 
 
 def _is_nearer(probe: Probe, found: Sequence[Sequence[float]]) -> bool:

@@ -14,7 +14,7 @@ from finetune_api import API_VERSION, KIND
 from finetune_api.advice import advice
 from finetune_api.spec import FineTuneJobSpec
 
-from . import chat_command, keys, local_commands, model_commands, usage_command
+from . import chat_command, erase_command, keys, local_commands, model_commands, usage_command
 from .documents import read_documents
 from .local_commands import Workspace
 from .options import Context, Kubeconfig, Namespace
@@ -60,6 +60,7 @@ def validate(file: Annotated[list[Path], typer.Argument(help="YAML files with ob
 
 app.command()(local_commands.run)
 app.command()(local_commands.preview)
+app.command()(erase_command.erase)
 app.add_typer(keys.keys, name="keys")
 app.command()(usage_command.usage)
 app.command()(chat_command.chat)

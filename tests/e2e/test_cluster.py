@@ -87,6 +87,8 @@ def _with_the_command_line(user: User, folder: Path) -> None:
     fetched = {path.name for path in (folder / "adapter").iterdir()}
     assert {"README.md", "adapter_model.safetensors", "SHA256SUMS"} <= fetched
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder / "adapter", check=True)
+    told = finetune("erase", "--job", "single", "--containing", "animal", "--dry-run")
+    assert "rows would be removed: jobs/" in told and "published at pvc://published/single" in told, told
 
 
 def test_the_webhooks_of_the_installed_chart(user: User) -> None:

@@ -23,7 +23,7 @@ from finetune_trainer.process.errors import InfrastructureError, SourceUnavailab
 from finetune_trainer.remote import retry
 from finetune_trainer.stages.check import check
 from finetune_trainer.stages.publish import publish
-from tests.unit.test_results import Shelf
+from tests.unit.test_results import Shelf, forms_are_restored
 
 KEYS = {"name": "bucket-keys"}
 
@@ -78,7 +78,7 @@ def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     made.client.delete_bucket(Bucket="models")
 
 
-def test_a_result_in_a_bucket(store: Store, tmp_path: Path) -> None:
+def test_a_result_in_a_bucket(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked first, written once, read back; the list of digests is right; publishing again changes nothing."""
     assert check(store.context()).reason == "TargetsReady" and not store.objects() and not store.uploads(), "asking leaves nothing behind"
     result = publish(store.context())
@@ -92,6 +92,7 @@ def test_a_result_in_a_bucket(store: Store, tmp_path: Path) -> None:
     assert publish(store.context()) == result
     found = check(store.context(uid="22222222-b"))
     assert (found.reason, found.result) == ("Restored", result.result), "made again from a backup"
+    forms_are_restored(monkeypatch, store.context)
 
 
 def test_a_file_of_several_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from finetune_trainer.stages.check import check
 from finetune_trainer.stages.publish import publish
 from tests.loopback import QuietHandler, serving
 from tests.servers import PASSWORD, mlflow
-from tests.unit.test_results import Shelf
+from tests.unit.test_results import Shelf, forms_are_restored
 
 SECRET = {"name": "tracking"}
 EVALUATION = {
@@ -123,6 +123,7 @@ def test_a_result_in_a_registry_of_models(place: Place, monkeypatch: pytest.Monk
     assert publish(place.context()) == result and len(place.versions()) == 1
     found = check(place.context(uid="22222222-b"))
     assert (found.reason, found.result) == ("Restored", result.result), "made again from a backup"
+    forms_are_restored(monkeypatch, place.context)
 
 
 def test_what_was_killed_in_the_middle_is_no_version_and_is_gone_on_with(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,8 @@ def test_a_job_that_had_ended_before_its_status_was_lost_is_not_trained_again() 
     """Its targets hold its result: a backup was restored, or the status was wiped and its pods are gone."""
     world = World(EVALUATED)
     world.settle()
-    found = StageResult(reason="Restored", message="pvc://published/support: there already", result=PUBLISHED.result)
+    forms = [{"name": "onnx", "bytes": 7, "state": "Verified", "probes": 8, "nearer": 8}]
+    found = StageResult(reason="Restored", message="pvc://published/support: there already", result={**PUBLISHED.result, "forms": forms})
     world.succeed("check", found)
     world.settle()
     status = world.status
@@ -277,6 +278,7 @@ def test_a_job_that_had_ended_before_its_status_was_lost_is_not_trained_again() 
         ("Succeeded", "Restored"),
     ]
     assert [a.uri for a in status.artifacts] == ["pvc://published/support"]
+    assert [(form.name, form.state) for form in status.forms] == [("onnx", "Verified")]
     assert not workers(world) and "support-prepare-0" not in world.jobs, "prepare is stopped"
 
 

@@ -35,7 +35,7 @@ from finetune_trainer.stages.check import check
 from finetune_trainer.stages.publish import publish
 from tests.loopback import QuietHandler, serving
 from tests.servers import PASSWORD, USER, registry
-from tests.unit.test_results import Shelf
+from tests.unit.test_results import Shelf, forms_are_restored
 
 SECRET = {"name": "push"}
 TEAM = "team/support"
@@ -118,7 +118,7 @@ def published(place: Place) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_result_in_a_registry(place: Place) -> None:
+def test_a_result_in_a_registry(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked first, written once, read back; ORAS pulls it and its digests are right; publishing again changes nothing."""
     assert check(place.context()).reason == "TargetsReady"
     assert not place.tags() and not place.uploads(), "asking leaves nothing behind"
@@ -143,6 +143,7 @@ def test_a_result_in_a_registry(place: Place) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     found = check(place.context(uid="22222222-b"))
     assert (found.reason, found.result) == ("Restored", result.result), "made again from a backup"
+    forms_are_restored(monkeypatch, place.context)
 
 
 def test_the_image_holds_the_same_files(place: Place) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -14,6 +16,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from finetune_api.contract import JobFile
+from finetune_api.status import ExportedForm
 from finetune_api.validation import parse_spec
 from finetune_trainer.checkpointing import checkpoints
 from finetune_trainer.checkpointing.checkpoint_schedule import CheckpointCallback, best_interval
@@ -146,6 +149,18 @@ class Shelf:
         return context
 
 
+def forms_are_restored(monkeypatch: pytest.MonkeyPatch, context: Callable[..., Context]) -> None:
+    """What a job has exported is told of the job that it is made again as, too. The export is played: it would load the model."""
+    form = ExportedForm(name="onnx", bytes=7, state="Verified", probes=8, nearer=8, equal_answers=7, difference=0.01, distance=0.5)
+    played = ModuleType("forms")
+    monkeypatch.setattr(played, "export", lambda context, bundle: [form], raising=False)
+    monkeypatch.setitem(sys.modules, "finetune_trainer.export.forms", played)
+    result = publish(context(output={"onnx": ["q4"]}))
+    assert result.result["forms"] == [form.to_wire()]
+    found = check(context(output={"onnx": ["q4"]}, uid="22222222-b"))
+    assert (found.reason, found.result) == ("Restored", result.result)
+
+
 @pytest.fixture
 def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path)
@@ -219,17 +234,28 @@ def test_a_result_that_is_there_already_is_found(shelf: Shelf, uid: str) -> None
     assert check(again).reason == "TargetsReady", "what is not whole does not count"
 
 
+def test_forms_of_a_result_that_is_there_already_are_told(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms_are_restored(monkeypatch, shelf.context)
+    lineage = shelf.folder / "published" / "team" / "model" / "finetune.json"
+    lineage.write_text(json.dumps({**json.loads(lineage.read_text()), "forms": [{"name": 3}]}))
+    found = check(shelf.context(output={"onnx": ["q4"]}))
+    assert found.reason == "Restored" and "forms" not in found.result, "a record that says nothing of use"
+
+
 def test_a_result_that_is_on_the_hub_already_is_found(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = create_autospec(HfApi, instance=True)
     monkeypatch.setattr("finetune_trainer.export.hub.HfApi", lambda token: hub)
     context = shelf.context(publish=[{"uri": "hf://org/m", "secretRef": {"name": "w"}}])
     bundle = make_bundle(context)
+    form = ExportedForm(name="onnx", bytes=7).to_wire()
+    (bundle / "finetune.json").write_text(json.dumps({**json.loads((bundle / "finetune.json").read_text()), "forms": [form]}))
     hub.file_exists.return_value = True
     hub.hf_hub_download.side_effect = lambda name, file, cache_dir: str(bundle / file)
     hub.model_info.return_value.siblings = [SimpleNamespace(size=7), SimpleNamespace(size=None)]
     found = check(context)
     digest = f"sha256:{hashlib.sha256((bundle / 'SHA256SUMS').read_bytes()).hexdigest()}"
     assert found.reason == "Restored" and found.result["artifacts"] == [{"uri": "hf://org/m", "digest": digest, "bytes": 7}]
+    assert found.result["forms"] == [form]
 
 
 def test_a_result_on_the_hub_is_one_commit_that_is_read_back(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from finetune_trainer.stages.catalog import catalog
 from finetune_trainer.stages.check import check
 from finetune_trainer.stages.publish import publish
 from tests.factory import MINIMAL, merged
+from tests.unit.test_results import forms_are_restored
 
 MODEL = "support-bot"
 ROW = {"messages": [{"role": "user", "content": "a question of a user"}, {"role": "assistant", "content": "an answer"}]}
@@ -264,6 +265,10 @@ def test_a_job_that_is_killed_between_any_two_writes(lines: Lines, monkeypatch: 
             assert after > 8
             return
     raise AssertionError("there is no end of writes")
+
+
+def test_forms_of_a_version_that_is_there_already_are_told(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms_are_restored(monkeypatch, line.context)
 
 
 def test_numbers_are_never_given_twice(line: Line) -> None:

@@ -1,12 +1,13 @@
 """`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words.
 
 Of no job: `… catalog --model model.json`, and `… fetch --replica replica.json --to DIR` and `… agent`, which run in a FineTuneEndpoint's
-replica, beside its engine.
+replica, beside its engine. `… erase` takes a request from its standard input (`finetune erase`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -42,6 +43,8 @@ def main() -> None:
     """Run a stage; exits with the code of the contract."""
     if sys.argv[1:2] == ["agent"]:
         return _agent(sys.argv[2:])
+    if sys.argv[1:2] == ["erase"]:
+        _erase()
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     for name in get_args(Stage):
@@ -105,6 +108,26 @@ def _agent(words: list[str]) -> None:
     parent_watch.start()
     retry.trust_authorities()
     serve(words)
+
+
+def _erase() -> NoReturn:
+    """One line in, one line out, whatever becomes of it."""
+    answers, line = sys.stdout, sys.stdin.readline()
+    redaction.configure_logging()
+    parent_watch.start()
+    retry.trust_authorities()
+    from .stages.erase import erase, read_request
+
+    try:
+        result, code = erase(read_request(line)), ExitCode.DONE
+    except Exception as failure:
+        error = classify(failure)
+        if error is not failure:
+            log.error("unexpected", exc_info=failure)
+        result, code = error.result(), error.code
+    answers.write(json.dumps(result.to_wire()) + "\n")
+    answers.flush()
+    sys.exit(int(code))
 
 
 def _stage(stage: str, job_file: str, workspace: str) -> StageResult:

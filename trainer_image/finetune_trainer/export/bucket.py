@@ -23,7 +23,7 @@ from ..job.files import parse_digests
 from ..process.errors import InfrastructureError, StageError, UserError
 from ..remote.retry import with_retries
 from ..remote.s3 import error_code, objects_below, s3_client, s3_host
-from .bundle import artifact, artifact_of, files, refuse_foreign
+from .bundle import Held, artifact, artifact_of, files, refuse_foreign
 
 _PART = 64 * 2**20
 """Bytes of a part: at most 10,000 parts make 625 GiB a file."""
@@ -31,7 +31,7 @@ _CHUNK = 2**20
 _RACES = ("PreconditionFailed", "ConditionalRequestConflict")
 
 
-def check_bucket(context: Context, target: PublishTarget, field: str) -> Artifact | None:
+def check_bucket(context: Context, target: PublishTarget, field: str) -> Held | None:
     """This job's result where the bucket holds it already. Writes nothing that anybody sees.
 
     Raises UserError or SourceUnavailable when `publish_to_bucket` would fail.
@@ -66,10 +66,10 @@ class _Place:
         self.uri: URI = parse_uri(target.address)
         self.client: Any = s3_client(context, field, target.s3_endpoint)
 
-    def check(self) -> Artifact | None:
-        if self._owner() is not None and (sums := self._read(SUMS)) is not None:
+    def check(self) -> Held | None:
+        if (record := self._owner()) is not None and (sums := self._read(SUMS)) is not None:
             size = sum(size for _, size in objects_below(self.client, self.uri))
-            return artifact_of(sums, size, self.shown)
+            return Held(artifact_of(sums, size, self.shown), record)
         upload = self.client.create_multipart_upload(**self._at(LINEAGE))  # whether it may be written
         self.client.abort_multipart_upload(**self._at(LINEAGE), UploadId=upload["UploadId"])
         return None

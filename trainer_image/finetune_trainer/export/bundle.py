@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,23 @@ def _name_base(context: Context, bundle: Path) -> None:
 
 def _optional(context: Context, path: str) -> dict[str, Any] | None:
     return context.read_json(path) if Path(path).exists() else None
+
+
+@dataclass(frozen=True)
+class Held:
+    """This job's result at a target that has it already."""
+
+    artifact: Artifact
+    lineage: bytes | None
+    """Its `finetune.json`; None where the files were removed since."""
+
+    @property
+    def forms(self) -> list[ExportedForm]:
+        """The forms that it was published with, as far as its record says."""
+        try:
+            return [ExportedForm.model_validate(form) for form in json.loads(self.lineage or b"{}")["forms"]]
+        except (ValueError, KeyError, TypeError):  # of a release that exported none, or another's writing
+            return []
 
 
 def is_own(owner: Any, context: Context) -> bool:

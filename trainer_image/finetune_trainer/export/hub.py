@@ -17,10 +17,10 @@ from finetune_api.uris import URI, parse_uri
 from ..job.context import Context
 from ..process.errors import InfrastructureError, UserError
 from ..remote.retry import hub_host, with_retries
-from .bundle import artifact, artifact_of, files, refuse_foreign
+from .bundle import Held, artifact, artifact_of, files, refuse_foreign
 
 
-def check_hub(context: Context, target: PublishTarget, field: str) -> Artifact | None:
+def check_hub(context: Context, target: PublishTarget, field: str) -> Held | None:
     """This job's result where the repository holds it already. Writes nothing.
 
     Raises UserError or SourceUnavailable when `publish_to_hub` would fail.
@@ -34,13 +34,14 @@ def check_hub(context: Context, target: PublishTarget, field: str) -> Artifact |
     return None
 
 
-def _held(api: HfApi, name: str, context: Context, shown: str) -> Artifact | None:
+def _held(api: HfApi, name: str, context: Context, shown: str) -> Held | None:
     """This job's result, which came there whole, in one commit. Raises UserError when it is another's."""
-    if not _refuse_foreign(api, name, context) or not api.file_exists(name, SUMS):
+    record = _own_record(api, name, context)
+    if record is None or not api.file_exists(name, SUMS):
         return None
     sums = Path(api.hf_hub_download(name, SUMS, cache_dir=f"{context.layout.cache}/hub")).read_bytes()
     size = sum(file.size or 0 for file in api.model_info(name, files_metadata=True).siblings or ())
-    return artifact_of(sums, size, shown)
+    return Held(artifact_of(sums, size, shown), record)
 
 
 def _account(api: HfApi, uri: URI) -> dict[str, Any]:
@@ -77,23 +78,23 @@ def _commit(context: Context, bundle: Path, uri: URI, token: str | None) -> set[
     """Write, unless the repository holds another job's result; the files that are there then."""
     api = HfApi(token=token)
     api.create_repo(uri.name, exist_ok=True, private=True)
-    _refuse_foreign(api, uri.name, context)
+    _own_record(api, uri.name, context)
     api.upload_folder(repo_id=uri.name, folder_path=str(bundle), commit_message=f"finetune-operator job {context.job.name}")
     return set(api.list_repo_files(uri.name))
 
 
-def _refuse_foreign(api: HfApi, name: str, context: Context) -> bool:
-    """Whether a repository of the hub holds this job's result. Raises UserError when it holds another job's."""
+def _own_record(api: HfApi, name: str, context: Context) -> bytes | None:
+    """The record of this job's result in a repository of the hub, None where it holds none. Raises UserError when it holds another job's."""
     try:
         if not api.file_exists(name, LINEAGE):
-            return False
+            return None
     except HfHubHTTPError as failure:  # a mirror need not say what it is that it does not have
         if failure.response.status_code != 404:
             raise
-        return False
-    record = Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub"))
-    refuse_foreign(record.read_bytes(), context, "name")
-    return True
+        return None
+    record = Path(api.hf_hub_download(name, LINEAGE, cache_dir=f"{context.layout.cache}/hub")).read_bytes()
+    refuse_foreign(record, context, "name")
+    return record
 
 
 def _refused(uri: URI) -> Callable[[str], UserError]:

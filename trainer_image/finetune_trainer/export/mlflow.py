@@ -27,7 +27,7 @@ from ..process.errors import InfrastructureError, UserError
 from ..remote.mlflow import Server, error_code
 from ..remote.retry import with_retries
 from ..remote.web import status_of
-from .bundle import artifact, artifact_of, files, is_own
+from .bundle import Held, artifact, artifact_of, files, is_own
 
 ALIAS = "champion"
 _RECORD, _DIGEST, _CHAMPION = "finetune.dev/job", "finetune.dev/digest", "finetune.dev/champion"
@@ -39,7 +39,7 @@ _BATCH, _LONGEST = 100, 5000
 T = TypeVar("T")
 
 
-def check_mlflow(context: Context, target: PublishTarget, field: str) -> Artifact | None:
+def check_mlflow(context: Context, target: PublishTarget, field: str) -> Held | None:
     """This job's version where the model has it already. Writes nothing.
 
     Raises UserError or SourceUnavailable when `publish_to_mlflow` would fail.
@@ -74,12 +74,13 @@ class _Model:
         self.context, self.shown, self.name = context, target.address, uri.path
         self.server = Server(context, field, uri, plain=target.plain_http)
 
-    def check(self) -> Artifact | None:
+    def check(self) -> Held | None:
         held = max(self._own_versions(), key=lambda version: int(version["version"]), default=None)
         if held is not None:
             root = self.server.files_of(held)
             size = sum(size for _, size in self.server.list_files(root))
-            return artifact_of(b"".join(self.server.read(f"{root}/{SUMS}")), size, self.shown)
+            sums, lineage = (b"".join(self.server.read(f"{root}/{name}")) for name in (SUMS, LINEAGE))
+            return Held(artifact_of(sums, size, self.shown), lineage)
         experiment = self.server.find("experiments/get-by-name", experiment_name=self.name)
         if experiment is not None:
             self.server.served(experiment["experiment"]["artifact_location"])

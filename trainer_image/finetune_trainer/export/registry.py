@@ -27,7 +27,7 @@ from ..process.errors import InfrastructureError, UserError
 from ..remote.registry import INDEX, LATEST, MANIFEST, Manifest, Registry, digest_of, dumps
 from ..remote.retry import with_retries
 from ..remote.web import status_of
-from .bundle import artifact, artifact_of, files, refuse_foreign
+from .bundle import Held, artifact, artifact_of, files, refuse_foreign
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
@@ -42,7 +42,7 @@ _PLATFORMS = ("amd64", "arm64")
 T = TypeVar("T")
 
 
-def check_registry(context: Context, target: PublishTarget, field: str) -> Artifact | None:
+def check_registry(context: Context, target: PublishTarget, field: str) -> Held | None:
     """This job's result where the registry holds it already. Writes nothing that anybody sees.
 
     Raises UserError or SourceUnavailable when `publish_to_registry` would fail.
@@ -80,12 +80,13 @@ class _Place:
         """What was read back"""
         self.registry = Registry(context, field, self.uri, plain=target.plain_http)
 
-    def check(self) -> Artifact | None:
+    def check(self) -> Held | None:
         held, image = self._own(self.tag), self._own(self.image_tag)
         if held is not None and image is not None and _digest(held) == _digest(image):
             layers = held.document["layers"]
-            sums = next(layer["digest"] for layer in layers if layer["annotations"][FILEPATH] == SUMS)
-            return artifact_of(b"".join(self.registry.blob(sums)), sum(layer["size"] for layer in layers), self.shown)
+            blobs = {layer["annotations"][FILEPATH]: layer["digest"] for layer in layers}
+            sums, lineage = (b"".join(self.registry.blob(blobs[name])) for name in (SUMS, LINEAGE))
+            return Held(artifact_of(sums, sum(layer["size"] for layer in layers), self.shown), lineage)
         self.registry.may_write()
         return None
 

@@ -26,14 +26,14 @@ from ..models.weights import ADAPTER_CONFIG
 from ..process.errors import InfrastructureError
 from ..remote.storage import Storage, storage_of
 from .bucket import check_bucket, publish_to_bucket
-from .bundle import is_own
+from .bundle import Held, is_own
 from .volume import check_volume, publish_to_volume
 
 _TRIES = 100
 """Numbers that others take first."""
 
 
-def check_model(context: Context, to: PublishTarget, field: str) -> Artifact | None:
+def check_model(context: Context, to: PublishTarget, field: str) -> Held | None:
     """This job's version where the model has it already, also where its files were removed since. Writes nothing that anybody sees.
 
     Raises UserError or InfrastructureError when `publish_to_model` would fail.
@@ -41,7 +41,8 @@ def check_model(context: Context, to: PublishTarget, field: str) -> Artifact | N
     storage = storage_of(context, str(to.model), context.job.targets)
     shelf = _Shelf(context, storage)
     if (held := shelf.own_record(removed=True)) is not None:
-        return _artifact(Artifact(uri=held.uri, digest=held.digest, bytes=held.bytes), str(to.model), held)
+        made = Artifact(uri=held.uri, digest=held.digest, bytes=held.bytes)
+        return Held(_artifact(made, str(to.model), held), storage.read(f"{VersionPaths.artifact(held.number)}/{LINEAGE}"))
     look = check_volume if parse_uri(storage.uri).scheme == "pvc" else check_bucket
     look(context, _place(context, to, shelf.next_number), f"model-{to.model}")
     return None

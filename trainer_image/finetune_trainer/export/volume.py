@@ -13,10 +13,10 @@ from finetune_api.uris import parse_uri
 
 from ..job.context import Context
 from ..process.errors import InfrastructureError
-from .bundle import artifact, digests, refuse_foreign
+from .bundle import Held, artifact, digests, refuse_foreign
 
 
-def check_volume(context: Context, to: PublishTarget, field: str) -> Artifact | None:
+def check_volume(context: Context, to: PublishTarget, field: str) -> Held | None:
     """This job's result where the target holds it already. Writes nothing.
 
     Raises UserError or InfrastructureError when `publish_to_volume` would fail.
@@ -25,7 +25,7 @@ def check_volume(context: Context, to: PublishTarget, field: str) -> Artifact | 
     target = context.target(uri)
     _refuse_foreign(target, context)
     if (target / LINEAGE).exists() and (target / SUMS).exists():  # it came there whole, by a rename
-        return artifact(target, to.address)
+        return Held(artifact(target, to.address), (target / LINEAGE).read_bytes())
     folder = next(p for p in target.parents if p.exists())
     if not _writable(folder):
         message = f"{folder.name or folder} in claim {uri.name} cannot be written by uid {os.getuid()}: give it to this user or group"

@@ -24,6 +24,8 @@ from .retry import with_retries
 from .s3 import client_of, error_code, objects_below, s3_host
 
 T = TypeVar("T")
+_TRIES = 10
+"""Of a change that others come before."""
 _CLAIMED = ("PreconditionFailed", "ConditionalRequestConflict")
 
 
@@ -43,6 +45,12 @@ class Storage(ABC):
     @abstractmethod
     def write(self, name: str, body: bytes) -> None:
         """Put a file in the place of what is there."""
+
+    @abstractmethod
+    def change(self, name: str, make: Callable[[bytes | None], bytes | None]) -> None:
+        """Put what `make` makes of a file (None where there is none) in its place, unless it makes None. In a bucket on condition that
+        nobody else changed it meanwhile, else again.
+        """
 
     @abstractmethod
     def claim(self, folder: str, name: str, body: bytes) -> bool:
@@ -95,6 +103,11 @@ class _Volume(Storage):
             path = self._at(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, body)
+
+    def change(self, name: str, make: Callable[[bytes | None], bytes | None]) -> None:
+        body = make(self.read(name))
+        if body is not None:
+            self.write(name, body)
 
     def claim(self, folder: str, name: str, body: bytes) -> bool:
         with self._told():
@@ -165,6 +178,28 @@ class _Bucket(Storage):
 
     def write(self, name: str, body: bytes) -> None:
         self._asked(lambda: self._client.put_object(**self._at(name), Body=body))
+
+    def change(self, name: str, make: Callable[[bytes | None], bytes | None]) -> None:
+        def ask() -> bool:
+            try:
+                held = self._client.get_object(**self._at(name))
+                body, condition = make(held["Body"].read()), {"IfMatch": held["ETag"]}
+            except self._client.exceptions.NoSuchKey:
+                body, condition = make(None), {"IfNoneMatch": "*"}
+            if body is None:
+                return True
+            try:
+                self._client.put_object(**self._at(name), Body=body, **condition)
+            except self._client.exceptions.ClientError as failure:
+                if error_code(failure) not in (*_CLAIMED, "NoSuchKey"):
+                    raise
+                return False
+            return True
+
+        for _ in range(_TRIES):
+            if self._asked(ask):
+                return
+        raise InfrastructureError("StorageFailed", f"{self.uri}/{name}: others change it all the time; try again")
 
     def claim(self, folder: str, name: str, body: bytes) -> bool:
         if self.names(folder):

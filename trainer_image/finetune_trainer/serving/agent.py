@@ -287,6 +287,7 @@ class Agent:
                 break
         self._doubted = verdict.state == "Mismatch"
         told = f"nearer to the tuned model than to its base on {verdict.nearer} of {verdict.asked} probes ({known.distance:.3g} nats a token apart)"
+        told = verdict.message if verdict.state == "Unverifiable" else told
         alike = await self.engine.rendered_alike(held.order.name, asked)
         if alike < len(asked):
             told += f"; the base's chat template makes other tokens of {len(asked) - alike} of them than were evaluated"

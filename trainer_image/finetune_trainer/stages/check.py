@@ -25,5 +25,8 @@ def check(context: Context) -> StageResult:
             f"{targets}: this job's result is there already, from before its status was lost; "
             "where its rows or weights have changed since, remove it to train anew"
         )
-        return StageResult(reason=RESTORED, message=message, result={"artifacts": [a.to_wire() for a in held]})
+        result = {"artifacts": [one.artifact.to_wire() for one in held]}
+        if forms := next((one.forms for one in held if one.forms), []):  # they are the same everywhere
+            result["forms"] = [form.to_wire() for form in forms]
+        return StageResult(reason=RESTORED, message=message, result=result)
     return StageResult(reason="TargetsReady", message=targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -12,6 +13,7 @@ from finetune_api.status import Plan
 from ..job.context import Context
 from ..models.fetch import local_path
 from ..models.stopping import load_served_tokenizer, stop_model
+from ..process.ipc import IPC_DIR
 from . import methods
 from .objectives import OBJECTIVES, TrainerSetup
 
@@ -44,7 +46,8 @@ def build_trainer(context: Context, plan: Plan, arguments: Any, cuda: bool, call
 def _dataset(path: str, columns: tuple[str, ...]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_parquet(path, columns=list(columns), cache_dir=f"/tmp/datasets-{os.getpid()}")
+    folder = os.environ.get(IPC_DIR) or tempfile.gettempdir()  # which the supervisor removes, however this process ends: they are rows
+    return Dataset.from_parquet(path, columns=list(columns), cache_dir=f"{folder}/rows-{os.getpid()}")
 
 
 def stopped_early(trainer: Any) -> bool:

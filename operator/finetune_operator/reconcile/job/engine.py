@@ -193,7 +193,7 @@ def _restored(draft: Draft, result: StageResult) -> None:
     published = _found(draft, "check", Published, result.result)
     if published is None:
         return
-    draft.status.artifacts = published.artifacts
+    draft.status.artifacts, draft.status.forms = published.artifacts, published.forms
     draft.set("Published", "True", RESTORED, result.message)
     _end_restored(draft)
 

@@ -1,0 +1,1 @@
+"""Rows of one person out of what jobs and models keep."""
