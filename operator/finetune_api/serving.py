@@ -93,7 +93,7 @@ class OrderedModel(APIModel):
 class ExternalEngines(APIModel):
     """Engines that somebody else runs: one agent, in a pod of its own, loads and asks them all."""
 
-    addresses: Annotated[list[Word], Field(max_length=MOST_REPLICAS)] = []
+    addresses: Annotated[list[Name], Field(max_length=MOST_REPLICAS)] = []
     """HOST:PORT of each. One that is not in it any more is left as it is."""
     adapters_path: Annotated[str, Told(512)] = ""
     """Folder in which they see the versions, by NAMESPACE/MODEL/VERSION."""
@@ -117,7 +117,7 @@ class ReplicaOrder(APIModel):
 class EngineReport(APIModel):
     """What an external engine serves."""
 
-    address: Word
+    address: Name
     """HOST:PORT, as ordered."""
     ready: bool = False
     """Whether it answers."""

@@ -153,4 +153,3 @@ class Fleet:
                 if folder not in used:
                     self._let_in.discard(folder)
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
