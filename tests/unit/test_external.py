@@ -26,6 +26,7 @@ from finetune_api.serving import EngineReport, ExternalEngines, OrderedModel, Re
 from finetune_api.spec import Model
 from finetune_api.validation import InvalidDocument, parse_endpoint
 from finetune_api.versions import VersionPaths
+from finetune_gateway.catalog import read_endpoint
 from finetune_operator.cache.store import Store
 from finetune_operator.cluster.authority import new_authority
 from finetune_operator.cluster.errors import APIError
@@ -124,6 +125,8 @@ def test_replicas_of_others_are_served_as_ones_own_are() -> None:
     )
     kinds = [action.manifest["kind"] for action in scene.plan.actions if isinstance(action, Apply)]
     assert kinds == ["ConfigMap", "Deployment"]
+    gateway = read_endpoint(json.dumps({"metadata": scene.meta, "status": scene.status.to_wire()}).encode())
+    assert gateway.models["support"].versions == {1: ("10.0.0.1:8000", "10.0.0.2:8000")} and len(gateway.base) == 2
     assert scene.plan.requeue_at is not None and (scene.plan.requeue_at - scene.now).total_seconds() > 10, "nothing is awaited"
 
 
@@ -151,6 +154,8 @@ def test_one_address_for_all_is_told_as_unverifiable() -> None:
     assert scene.model.version == 1 and scene.condition("Verified")[:2] == ("Unknown", "Unverifiable")
     assert scene.status.models_verified == "0/1"
     assert scene.status.pods[0].address == "vllm.team-a.svc:8000"
+    gateway = read_endpoint(json.dumps({"metadata": scene.meta, "status": scene.status.to_wire()}).encode())
+    assert gateway.base == () and list(gateway.names()) == [], "a name may lead anywhere"
     scene.lines = {"support": line(2)}
     scene.goes(2)
     assert scene.model.version == 2, "a gateway gives nobody there a share"

@@ -45,7 +45,7 @@ http {{
   proxy_buffering off;
   proxy_request_buffering off;
   # compared as it was sent: no path that becomes another one by being decoded, merged or resolved
-{_allowed("$for_users", _USERS)}{_allowed("$for_operator", _OPERATOR)}{_for_users(user_body_bytes, answer_seconds) if users else ""}  server {{
+{_allowed("$for_users", _USERS) if users else ""}{_allowed("$for_operator", _OPERATOR)}{_for_users(user_body_bytes, answer_seconds) if users else ""}  server {{
     listen {AGENT_PORT} ssl;
     ssl_protocols TLSv1.2 TLSv1.3;
     ssl_certificate {ReplicaPaths.TLS}/tls.crt;

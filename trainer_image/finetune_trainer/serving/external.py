@@ -41,8 +41,9 @@ class _Agent(Agent):
         self._looked = False
 
     def told(self, address: str) -> EngineReport | None:
-        """What is so now; None before the engine was asked. A version of which nothing was found yet is left out: what was
-        found by an agent before this one is still so.
+        """What is so now; None before the engine was asked.
+
+        A version of which nothing was found yet is left out: what an agent before this one found is still so.
         """
         if self.message == NOT_ASKED:
             return None
