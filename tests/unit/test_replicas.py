@@ -170,6 +170,8 @@ def test_another_model_of_another_claim_is_another_template_and_a_label_is_not()
         return str(found)
 
     assert digest(LINES) != digest(LINES[:1])
+    before, after = (made(**spec)["Deployment"]["spec"]["template"] for spec in ({}, {"base": {**SPEC["base"], "uri": "hf://org/other"}}))
+    assert before["spec"] == after["spec"] and before != after, "replica.json is read when a container starts"
     same = ModelLine(
         name="more", spec=FineTunedModelSpec.model_validate({"storage": "pvc://published/more"}), status=FineTunedModelStatus()
     )

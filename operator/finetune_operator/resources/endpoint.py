@@ -167,7 +167,9 @@ def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
     spec = endpoint.spec
     rolls = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     meta = metadata(endpoint, names.endpoint_name(endpoint.name))
-    template = {"metadata": {"labels": dict(meta["labels"])}, "spec": _pod(endpoint, lines, settings, identity)}
+    # its files are read when a container starts: another base, rank or way to the agent is another template
+    files = with_hash(config_map(endpoint, lines, settings))["metadata"]["annotations"]
+    template = {"metadata": {"labels": dict(meta["labels"]), "annotations": files}, "spec": _pod(endpoint, lines, settings, identity)}
     _hand_over(meta, template, spec, settings)
     return {
         "apiVersion": "apps/v1",
@@ -274,7 +276,7 @@ def _hand_over(meta: Manifest, template: Manifest, spec: FineTuneEndpointSpec, s
     elif settings.queueing_backend == "volcano":
         template["spec"]["schedulerName"] = "volcano"
         if spec.scheduling.queue:
-            template["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": spec.scheduling.queue}
+            template["metadata"]["annotations"]["scheduling.volcano.sh/queue-name"] = spec.scheduling.queue
 
 
 def _resources(spec: FineTuneEndpointSpec) -> Manifest:
