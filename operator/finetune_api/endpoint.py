@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .base import APIModel, Rule, Unique
 from .queue import NamespaceSelector
-from .scalars import Count, DecimalText, DNSSubdomain, Duration, LabelKey, Name, Timestamp, Told, Word
+from .scalars import ABSOLUTE_PATH, Count, DecimalText, DNSLabel, DNSSubdomain, Duration, LabelKey, Name, Timestamp, Told, Word
 from .spec.model import Model
 from .spec.run import Resources, Scheduling, Toleration
 from .status import Condition, Status
@@ -45,12 +45,12 @@ class Rollout(APIModel):
 class ExternalEngine(APIModel):
     """vLLM replicas that somebody else runs."""
 
-    service: DNSSubdomain
-    """Service of the endpoint's namespace in front of them; its endpoints are the replicas."""
+    service: DNSLabel
+    """Service of the endpoint's namespace in front of them; the ready addresses of its EndpointSlices are the replicas."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port of the replicas."""
-    adapters_path: Annotated[str, Field(min_length=1, max_length=512)] = "/adapters"
-    """Folder in which the replicas see what `spec.storage` of the models holds, by NAMESPACE/MODEL/VERSION."""
+    """Port of the replicas, which speak plain HTTP there."""
+    adapters_path: Annotated[str, Field(max_length=512), ABSOLUTE_PATH] = "/adapters"
+    """Folder in which the replicas see what `spec.storage` of the models holds below `versions/`, by NAMESPACE/MODEL/VERSION."""
 
 
 class FineTuneEndpointSpec(APIModel):
@@ -68,7 +68,7 @@ class FineTuneEndpointSpec(APIModel):
     model_selector: NamespaceSelector | None = None
     """Also those of its namespace with these labels."""
     replicas: Annotated[int, Field(ge=0, le=MOST_REPLICAS)] = 1
-    """Pods that serve."""
+    """Pods that serve. Of engine external: as many as there are."""
     gpus_per_replica: Annotated[int, Field(ge=0, le=16)] = 1
     """GPUs of each; 0 serves on CPU, where an administrator allows it."""
     max_lora_rank: Annotated[int, Field(ge=1, le=512)] = 64

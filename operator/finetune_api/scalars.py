@@ -45,6 +45,11 @@ DOMAIN_PREFIXED_PATH = Format(
 LABEL_VALUE = Format(
     pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", name="a label's value", write=f"letters, digits, '-', '_' and '.', {_ENDS}"
 )
+ABSOLUTE_PATH = Format(
+    pattern=r"^(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+$",
+    name="an absolute path",
+    write="for example /adapters: letters, digits, '-', '_' and '.' between slashes",
+)
 #: what names parts of other people's systems: modules, splits, tasks, keys of Secrets
 PLAIN_NAME = Format(pattern=r"^[A-Za-z0-9_.-]+$", name="a plain name", write="letters, digits, '-', '_' and '.'")
 #: reason of a metav1.Condition

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from .base import APIModel
 from .contract import Mounts
-from .endpoint import MOST_MODELS, ModelName, ReplicaModel
+from .endpoint import MOST_MODELS, MOST_REPLICAS, ModelName, ReplicaModel
 from .scalars import Count, Name, Timestamp, Told, Word
 from .spec.model import Model
 from .versions import Form, VersionNumber
@@ -90,6 +90,17 @@ class OrderedModel(APIModel):
     """Of the base that it was tuned from; empty: not known."""
 
 
+class ExternalEngines(APIModel):
+    """Engines that somebody else runs: one agent, in a pod of its own, loads and asks them all."""
+
+    addresses: Annotated[list[Name], Field(max_length=MOST_REPLICAS)] = []
+    """HOST:PORT of each. One that is not in it any more is left as it is."""
+    adapters_path: Annotated[str, Told(512)] = ""
+    """Folder in which they see the versions, by NAMESPACE/MODEL/VERSION."""
+    not_told_apart: Annotated[str, Told(512)] = ""
+    """Why whoever answers there may be another one each time: versions are loaded once, and nobody is asked."""
+
+
 class ReplicaOrder(APIModel):
     """Everything that a replica is to serve: what is not in it is unloaded."""
 
@@ -99,6 +110,23 @@ class ReplicaOrder(APIModel):
     """In the order in which they are to be loaded."""
     verify_before: Timestamp | None = None
     """What was last asked its probes before this is asked again."""
+    external: ExternalEngines | None = None
+    """Who is to serve it, where it is not the engine beside the agent."""
+
+
+class EngineReport(APIModel):
+    """What an external engine serves."""
+
+    address: Name
+    """HOST:PORT, as ordered."""
+    ready: bool = False
+    """Whether it answers."""
+    engine: Word = ""
+    """Its name and version."""
+    message: Annotated[str, Told(1024)] = ""
+    """Why it is not ready."""
+    models: Annotated[list[ReplicaModel], Field(max_length=MOST_MODELS)] = []
+    """Of those that were ordered, the ones of which something was found; and those that are still loaded."""
 
 
 class ReplicaReport(APIModel):
@@ -116,6 +144,8 @@ class ReplicaReport(APIModel):
     """Why it is not ready."""
     models: Annotated[list[ReplicaModel], Field(max_length=MOST_MODELS)] = []
     """Every version that was ordered, and those that are still loaded."""
+    engines: Annotated[list[EngineReport], Field(max_length=MOST_REPLICAS)] = []
+    """Of external engines: each that was asked since the agent began."""
 
 
 class ArmTraffic(APIModel):

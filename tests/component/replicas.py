@@ -18,7 +18,7 @@ from kubernetes import client
 
 from finetune_api import GROUP, VERSION, names
 from finetune_api.endpoint import ENDPOINT_PLURAL, ReplicaModel
-from finetune_api.serving import AGENT_PORT, ReplicaOrder, ReplicaReport
+from finetune_api.serving import AGENT_PORT, EngineReport, ReplicaOrder, ReplicaReport
 from tests.component.conftest import Api
 
 AWAY = (client.ApiException, urllib3.exceptions.HTTPError)
@@ -72,7 +72,10 @@ class Replica:
             self.served.setdefault(name, ReplicaModel(name=name, state="Loaded"))
         if not self.keeps:
             self.served = {name: model for name, model in self.served.items() if name in wanted}
-        return ReplicaReport(generation=order.generation, ready=True, engine="played", models=list(self.served.values()))
+        models = list(self.served.values())
+        addresses = order.external.addresses if order.external is not None else []
+        engines = [EngineReport(address=address, ready=True, engine="played", models=models) for address in addresses]
+        return ReplicaReport(generation=order.generation, ready=True, engine="played", models=[] if engines else models, engines=engines)
 
     @property
     def answers(self) -> dict[str, str]:

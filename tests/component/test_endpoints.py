@@ -205,6 +205,42 @@ def test_replicas_wait_for_room_in_their_queue_which_outlives_the_operator(servi
         custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
 
 
+def test_replicas_that_somebody_else_runs_are_those_behind_their_service(serving: Serving) -> None:
+    """One pod of ours is their agent. There are no nodes here, so the test says in the controllers' place which addresses are ready."""
+    api, space = serving.api, serving.api.namespace
+    slices = client.DiscoveryV1Api(api.core.api_client)
+
+    def behind(*ready: bool) -> dict[str, Any]:
+        found = [{"addresses": [f"10.77.0.{number}"], "conditions": {"ready": is_ready}} for number, is_ready in enumerate(ready, 1)]
+        labels = {"kubernetes.io/service-name": "vllm"}
+        return {"metadata": {"name": "vllm-1", "labels": labels}, "addressType": "IPv4", "endpoints": found, "ports": [{"port": 8000}]}
+
+    api.core.create_namespaced_service(space, {"metadata": {"name": "vllm"}, "spec": {"ports": [{"port": 80, "targetPort": 8000}]}})
+    slices.create_namespaced_endpoint_slice(space, behind(True, True, False))
+    serving.create(MODEL_KIND, MODEL_PLURAL, "support", {"storage": STORAGE})
+    others = {**SPEC, "engine": "external", "external": {"service": "vllm", "adaptersPath": "/mnt"}}
+    serving.create(ENDPOINT_KIND, ENDPOINT_PLURAL, "chat", others)
+    until("it is looked at", lambda: serving.condition("ModelsServed"))
+    serving.champion(1)
+    until("verified on both", lambda: (serving.model.get("version"), serving.model.get("verified")) == (1, 2))
+    assert [pod["address"] for pod in serving.endpoint["status"]["pods"]] == ["10.77.0.1:8000", "10.77.0.2:8000"]
+    [agent] = serving.both
+    until("by its name", lambda: agent.answers == {"support": "support@1"})
+    assert agent.order.external is not None and agent.order.external.adapters_path == "/mnt"
+    assert [s.metadata.name for s in api.core.list_namespaced_service(space).items] == ["vllm"]
+
+    def look() -> None:  # sooner than it would
+        body = {"metadata": {"labels": {"looked": str(time.monotonic_ns())}}}
+        api.custom.patch_namespaced_custom_object(GROUP, VERSION, space, ENDPOINT_PLURAL, "chat", body)
+
+    slices.replace_namespaced_endpoint_slice("vllm-1", space, behind(True, False, False))
+    look()
+    until("one is left", lambda: serving.model["replicas"] == 1 and len(serving.endpoint["status"]["pods"]) == 1)
+    api.core.delete_namespaced_service("vllm", space)
+    look()
+    until("that is told", lambda: serving.condition("Ready").get("reason") == "ServiceNotFound")
+
+
 def test_f23_an_operator_that_is_uninstalled_leaves_nothing_that_cannot_be_deleted(serving: Serving, operator: Operator) -> None:
     """As the chart's hook does it (templates/leaving.yaml), here while another one has the Lease for another moment."""
     serving.starts()

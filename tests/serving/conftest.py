@@ -111,14 +111,15 @@ def replica(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with running(command, folder):
             shelf = Shelf(folder / "claim" / MODEL, base, fingerprint)
             found = Replica(engine, address, shelf, adapters)
-            _until_it_listens(address)
+            until_it_listens(address)
             engine.wait()
             yield found
     finally:
         engine.kill()
 
 
-def _until_it_listens(address: str) -> None:
+def until_it_listens(address: str) -> None:
+    """Wait for an agent."""
     for _ in range(200):
         try:
             asked(f"{address}/models")

@@ -267,6 +267,13 @@ def test_the_hook_that_stops_the_operator_runs_before_it_is_uninstalled() -> Non
     assert [(r["resourceNames"], r["verbs"]) for r in rules] == [([env["FINETUNE_SERVICE_NAME"]], ["patch"])]
 
 
+@pytest.mark.parametrize(("values", "kind"), [({}, "ClusterRole"), ({"watchNamespaces": ["team-a"]}, "Role")])
+def test_where_replicas_of_others_are_is_seen_by_their_service_alone(values: dict[str, Any], kind: str) -> None:
+    rules = [r for d in render(values) if (d["kind"], d["metadata"]["name"]) == (kind, "finetune-operator") for r in d["rules"]]
+    slices = [r["verbs"] for r in rules if "endpointslices" in r["resources"]]
+    assert slices == [["list"]] and ["get"] in [r["verbs"] for r in rules if r["resources"] == ["services"]]
+
+
 def test_rights_are_named_one_by_one() -> None:
     for document in render(GATEWAY):
         for rule in document.get("rules") or [] if "Role" in document["kind"] else []:

@@ -329,7 +329,6 @@ def test_replicas_that_come_are_verified_before_they_count() -> None:
     ("change", "reason"),
     [
         ({"gpusPerReplica": 0}, "CPUNotAllowed"),
-        ({"engine": "external", "external": {"service": "vllm"}}, "EngineNotSupported"),
         ({"base": {"uri": "hf://a/b", "trustRemoteCode": True}}, "RemoteCodeNotAllowed"),
         ({"replicas": "many"}, "InvalidSpec"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import ssl
 import threading
@@ -140,6 +141,26 @@ def test_who_may_reach_a_replica() -> None:
     assert "NetworkPolicy" not in made(Settings())
 
 
+def test_replicas_of_others_have_one_agent_and_nothing_that_users_reach() -> None:
+    found = made(engine="external", external={"service": "vllm"})
+    assert list(found) == ["ConfigMap", "NetworkPolicy", "Deployment"]
+    spec = found["Deployment"]["spec"]
+    pod = spec["template"]["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    agent, proxy = pod["containers"]
+    assert agent["args"] == ["agent", "--external"] and [port["containerPort"] for port in proxy["ports"]] == [8443]
+    assert "gpu" not in json.dumps([container["resources"] for container in pod["containers"]])
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
+    [rule] = found["NetworkPolicy"]["spec"]["ingress"]
+    assert [port["port"] for port in rule["ports"]] == [8443]
+    config = found["ConfigMap"]["data"]["nginx.conf"]
+    assert "listen 8443 ssl;" in config and "listen 8080" not in config and "127.0.0.1:8000" not in config
+    for manifest in found.values():
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+
+
 def test_another_model_of_another_claim_is_another_template_and_a_label_is_not() -> None:
     parsed = parse_endpoint({"spec": SPEC})
     ref = EndpointRef("chat", "team-a", UID, parsed)
@@ -149,6 +170,8 @@ def test_another_model_of_another_claim_is_another_template_and_a_label_is_not()
         return str(found)
 
     assert digest(LINES) != digest(LINES[:1])
+    before, after = (made(**spec)["Deployment"]["spec"]["template"] for spec in ({}, {"base": {**SPEC["base"], "uri": "hf://org/other"}}))
+    assert before["spec"] == after["spec"] and before != after, "replica.json is read when a container starts"
     same = ModelLine(
         name="more", spec=FineTunedModelSpec.model_validate({"storage": "pvc://published/more"}), status=FineTunedModelStatus()
     )

@@ -34,6 +34,7 @@ RESOURCES = {
         Resource("Job", "jobs", "batch"),
         Resource("ConfigMap", "configmaps"),
         Resource("Service", "services"),
+        Resource("EndpointSlice", "endpointslices", "discovery.k8s.io"),
         Resource("PersistentVolumeClaim", "persistentvolumeclaims"),
         Resource("Deployment", "deployments", "apps"),
         Resource("PodDisruptionBudget", "poddisruptionbudgets", "policy"),

@@ -59,7 +59,7 @@ class EndpointDemands:
     def room(self, raw: Object, now: datetime) -> Room | None:
         """What is decided about one; None where no queue is asked."""
         spec, _ = self._read(raw)
-        if spec is None or not spec.gpus_per_replica:
+        if spec is None or spec.external is not None or not spec.gpus_per_replica:
             return None
         demand = self._of(raw, now)
         return Room(
@@ -80,7 +80,7 @@ class EndpointDemands:
 
     def _of(self, raw: Object, now: datetime) -> Demand:
         (spec, status), meta = self._read(raw), raw["metadata"]
-        if spec is None or not spec.gpus_per_replica:
+        if spec is None or spec.external is not None or not spec.gpus_per_replica:
             return Demand()
         pods = [pod for pod in self._store.labelled_pods(meta["uid"]) if pod.namespace == meta["namespace"] and not pod.ended]
         pods = [pod for pod in pods if not (pod.deleting and pod.node and self._inventory.is_lost(pod.node))]

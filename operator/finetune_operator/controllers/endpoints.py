@@ -31,6 +31,7 @@ from ..cluster.errors import APIError
 from ..cluster.replicas import Replicas
 from ..cluster.transport import Cluster
 from ..model.endpoint import ModelLine, ObservedEndpoint, ReplicaPod, replica_pod
+from ..model.external import SERVICE_LABEL, as_pods, as_reports, external_replicas
 from ..model.objects import Key, Object, as_object, key_of
 from ..model.times import parse_time
 from ..reconcile.endpoint import expected, order, reconcile, refused
@@ -105,7 +106,7 @@ class Endpoints:
             return observed
         try:
             authority = await self._trusted()
-            observed = await self._asked(observed, spec, authority)
+            observed = await (self._asked(observed, spec, authority) if spec.external is None else self._others(observed, spec, authority))
             if not raw["metadata"].get("deletionTimestamp"):
                 observed = dataclasses.replace(observed, identity=await self._identity(observed, spec, authority))
         except APIError as failure:
@@ -217,6 +218,41 @@ class Endpoints:
             observed, reports=reports, silent=silent, emptied=observed.emptied - reports.keys(), traffic=await self._traffic(observed)
         )
 
+    async def _others(self, observed: ObservedEndpoint, spec: FineTuneEndpointSpec, authority: Authority) -> ObservedEndpoint:
+        """The same of replicas that somebody else runs: the endpoint's own pods are their agents."""
+        assert spec.external is not None
+        meta, agents = observed.raw["metadata"], observed.pods
+        if taken := self._taken(observed.raw, spec.external.service):
+            return dataclasses.replace(observed, pods=(), emptied=frozenset(), no_replicas=taken)
+        try:
+            service = await self.cluster.get("Service", meta["namespace"], spec.external.service)
+            label = f"{SERVICE_LABEL}={spec.external.service}"
+            slices = [one async for one in self.cluster.list("EndpointSlice", meta["namespace"], label)]
+        except APIError as failure:
+            if failure.transient:
+                raise
+            return dataclasses.replace(observed, pods=(), emptied=frozenset(), no_replicas=_not_seen(spec.external.service, failure))
+        found = external_replicas(spec.external, service, slices)
+        observed = dataclasses.replace(observed, pods=as_pods(found, agents), emptied=frozenset(), not_told_apart=found.not_told_apart)
+        told = await self.replicas.order(
+            {agent.uid: agent.ip for agent in agents if agent.ip}, order(observed, spec), self._client(authority), host_of(meta["uid"])
+        )
+        reports, silent = as_reports(told, [agent.uid for agent in agents if agent.ready], found.addresses)
+        return dataclasses.replace(observed, reports=reports, silent=silent, traffic=await self._traffic(observed))
+
+    def _taken(self, raw: Object, service: str) -> tuple[str, str] | None:
+        """Two agents of one Service would unload each other's adapters: the older one has it."""
+        meta = raw["metadata"]
+        others = [
+            (other["metadata"].get("creationTimestamp") or "", other["metadata"]["name"])
+            for other in self.store.endpoints.of_namespace(meta["namespace"])
+            if as_object(as_object(other.get("spec")).get("external")).get("service") == service
+        ]
+        if not others or (first := min(others)[1]) == meta["name"]:
+            return None
+        message = f"the replicas of Service {service} are those of FineTuneEndpoint {first}; name its models there, or another Service here"
+        return "ServiceTaken", message
+
     def _heard(self, uid: str, pods: tuple[ReplicaPod, ...], reports: dict[str, ReplicaReport]) -> dict[str, int]:
         before = self._restarts.get(uid, {})
         return {pod.uid: pod.restarts if pod.uid in reports else before.get(pod.uid, pod.restarts) for pod in pods}
@@ -263,6 +299,12 @@ class Endpoints:
                     raise
             applied["Secret", name] = "", time.monotonic()
         return name
+
+
+def _not_seen(service: str, failure: APIError) -> tuple[str, str]:
+    if failure.not_found:
+        return "ServiceNotFound", f"spec.external.service: there is no Service {service} in this namespace; create it, or name another"
+    return "RightsMissing", f"Service {service} and its EndpointSlices: {failure.message}; the chart's rights let the operator see them"
 
 
 def _period(meta: Object, now: datetime) -> int:

@@ -18,11 +18,13 @@ from .queueing import Decision
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaPod:
-    """A pod of an endpoint."""
+    """A pod of an endpoint, or an address behind the Service of external replicas, which is its name and its UID."""
 
     name: str
     uid: str
     ip: str = ""
+    address: str = ""
+    """HOST:PORT of one that somebody else runs."""
     ready: bool = False
     """By its kubelet."""
     restarts: int = 0
@@ -74,7 +76,11 @@ class ObservedEndpoint:
     lines: Mapping[str, ModelLine] = field(default_factory=dict)
     """FineTunedModels of its namespace, by name; those that are being deleted are not."""
     pods: tuple[ReplicaPod, ...] = ()
-    """Those that are neither ended nor being deleted."""
+    """Those that are neither ended nor being deleted. Of engine external: the replicas, by their addresses."""
+    not_told_apart: str = ""
+    """Of engine external: why there is one address for all replicas."""
+    no_replicas: tuple[str, str] | None = None
+    """Of engine external: reason and message where it cannot be known where they are."""
     reports: Mapping[str, ReplicaReport] = field(default_factory=dict)
     """By the pod's UID: what it says it serves."""
     silent: Mapping[str, str] = field(default_factory=dict)

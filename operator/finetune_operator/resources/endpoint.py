@@ -1,4 +1,5 @@
-"""What a FineTuneEndpoint consists of in the cluster: replicas behind a Service, and what keeps them up and apart. Pure.
+"""What a FineTuneEndpoint consists of in the cluster: replicas behind a Service, and what keeps them up and apart; or the agent of
+replicas that somebody else runs. Pure.
 
 A Deployment: replicas are asked by their pods' addresses, so they need no names of their own; a new template brings a new pod up before an
 old one goes, so that capacity is not lost; and none has anything of its own to keep. Knows nothing of where the endpoint stands.
@@ -60,7 +61,9 @@ def metadata(endpoint: EndpointRef, name: str) -> Manifest:
 
 def manifests(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> list[Manifest]:
     """All of them, with their digests. `lines`: the models that it serves. `identity`: the Secret with the replicas' certificate."""
-    made = [config_map(endpoint, lines, settings), service(endpoint), disruption_budget(endpoint)]
+    made = [config_map(endpoint, lines, settings)]
+    if endpoint.spec.external is None:  # else its one pod is the agent of what somebody else runs
+        made += [service(endpoint), disruption_budget(endpoint)]
     if settings.network_policies:
         made.append(network_policy(endpoint, settings))
     # last: its pods mount the rest
@@ -106,7 +109,7 @@ def config_map(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
         "metadata": metadata(endpoint, names.endpoint_name(endpoint.name)),
         "data": {
             _FILE: msgspec.json.format(file.dumps(), indent=1),
-            _PROXY: proxy_config(),
+            _PROXY: proxy_config(users=endpoint.spec.external is None),
             **({_AUTHORITIES: settings.authorities} if settings.authorities else {}),
         },
     }
@@ -136,13 +139,17 @@ def disruption_budget(endpoint: EndpointRef) -> Manifest:
 
 
 def network_policy(endpoint: EndpointRef, settings: Settings) -> Manifest:
-    """Users' port from the namespace and the gateway, the agent's from the operator alone; out to all but the cloud's metadata."""
+    """Users' port from the namespace and the gateway, the agent's from the operator alone; out to all but the cloud's metadata.
+
+    The agent of external replicas has no users' port.
+    """
 
     def peer(labels: tuple[str, ...]) -> Manifest:
         pods = dict(label.split("=", 1) for label in labels)
         home = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.namespace}}}
         return {**home, **({"podSelector": {"matchLabels": pods}} if pods else {})}
 
+    users = {"from": [{"podSelector": {}}, peer(settings.gateway_labels)], "ports": [{"port": USER_PORT, "protocol": "TCP"}]}
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -151,7 +158,7 @@ def network_policy(endpoint: EndpointRef, settings: Settings) -> Manifest:
             "podSelector": {"matchLabels": selector(endpoint)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [
-                {"from": [{"podSelector": {}}, peer(settings.gateway_labels)], "ports": [{"port": USER_PORT, "protocol": "TCP"}]},
+                *([users] if endpoint.spec.external is None else []),
                 {"from": [peer(settings.operator_labels)], "ports": [{"port": AGENT_PORT, "protocol": "TCP"}]},
             ],
             "egress": outside(),
@@ -160,19 +167,22 @@ def network_policy(endpoint: EndpointRef, settings: Settings) -> Manifest:
 
 
 def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> Manifest:
-    """The replicas."""
+    """The replicas, or the one agent of those that somebody else runs: two of them would load everything twice."""
     spec = endpoint.spec
+    rolls = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     meta = metadata(endpoint, names.endpoint_name(endpoint.name))
-    template = {"metadata": {"labels": dict(meta["labels"])}, "spec": _pod(endpoint, lines, settings, identity)}
+    # its files are read when a container starts: another base, rank or way to the agent is another template
+    files = with_hash(config_map(endpoint, lines, settings))["metadata"]["annotations"]
+    template = {"metadata": {"labels": dict(meta["labels"]), "annotations": files}, "spec": _pod(endpoint, lines, settings, identity)}
     _hand_over(meta, template, spec, settings)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": meta,
         "spec": {
-            "replicas": spec.replicas if endpoint.replicas is None else endpoint.replicas,
+            "replicas": 1 if spec.external is not None else spec.replicas if endpoint.replicas is None else endpoint.replicas,
             "selector": {"matchLabels": selector(endpoint)},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "strategy": rolls if spec.external is None else {"type": "Recreate"},
             "revisionHistoryLimit": 2,
             "progressDeadlineSeconds": 3600,  # large bases take their time
             "template": template,
@@ -197,21 +207,20 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
     stands = [tmp, at("proxy", ReplicaPaths.PROXY.rpartition("/")[0]), at("tls", ReplicaPaths.TLS)]
     hosts = {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts else {}
     env = {"HOME": "/tmp", **net(settings), **hosts}
+    serves = [engine(endpoint.name, spec, settings, _resources(spec), reads), agent(settings, env, own), proxy(settings, stands)]
+    asks = [agent(settings, env, own, external=True), proxy(settings, stands, users=False)]
+    shared_memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}}
     pod: Manifest = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": settings.termination_grace_seconds + _DRAIN_SECONDS,
         "securityContext": pod_security(settings),
         "initContainers": [fetch(settings, env, own)],
-        "containers": [
-            _drained(engine(endpoint.name, spec, settings, _resources(spec), reads)),
-            _drained(agent(settings, env, own)),
-            _drained(proxy(settings, stands)),
-        ],
+        "containers": asks if spec.external is not None else [_drained(container) for container in serves],
         "volumes": [
             {"name": "tmp", "emptyDir": {}},
             {"name": "models", "emptyDir": {}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}},
+            *([shared_memory] if spec.external is None else []),
             files("settings", _FILE, *([_AUTHORITIES] if settings.authorities else [])),
             files("proxy", _PROXY),
             {"name": "tls", "secret": {"secretName": identity, "defaultMode": 0o440}},
@@ -272,7 +281,7 @@ def _hand_over(meta: Manifest, template: Manifest, spec: FineTuneEndpointSpec, s
     elif settings.queueing_backend == "volcano":
         template["spec"]["schedulerName"] = "volcano"
         if spec.scheduling.queue:
-            template["metadata"]["annotations"] = {"scheduling.volcano.sh/queue-name": spec.scheduling.queue}
+            template["metadata"]["annotations"]["scheduling.volcano.sh/queue-name"] = spec.scheduling.queue
 
 
 def _resources(spec: FineTuneEndpointSpec) -> Manifest:

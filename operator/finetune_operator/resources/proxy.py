@@ -19,8 +19,11 @@ _OPERATOR = (("GET", MODELS_PATH, _AGENT), ("PUT", MODELS_PATH, _AGENT))
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
-def proxy_config(*, user_body_bytes: int = 10 << 20, answer_seconds: int = 600) -> str:
-    """nginx.conf. `answer_seconds`: the longest silence of the engine within an answer. Writes to /tmp alone, keeps no body and logs none."""
+def proxy_config(*, users: bool = True, user_body_bytes: int = 10 << 20, answer_seconds: int = 600) -> str:
+    """nginx.conf. `users`: an engine stands beside the agent. `answer_seconds`: the longest silence of the engine within an answer.
+
+    Writes to /tmp alone, keeps no body and logs none.
+    """
     temporary = "".join(f"  {name}_temp_path /tmp/{name};\n" for name in _TEMPORARY)
     return f"""daemon off;
 worker_processes 2;
@@ -42,14 +45,7 @@ http {{
   proxy_buffering off;
   proxy_request_buffering off;
   # compared as it was sent: no path that becomes another one by being decoded, merged or resolved
-{_allowed("$for_users", _USERS)}{_allowed("$for_operator", _OPERATOR)}  server {{
-    listen {USER_PORT};
-    client_max_body_size {user_body_bytes};
-    proxy_read_timeout {answer_seconds}s;
-    if ($for_users = 0) {{ return 404; }}
-{_locations(_USERS)}    location / {{ return 404; }}
-  }}
-  server {{
+{_allowed("$for_users", _USERS) if users else ""}{_allowed("$for_operator", _OPERATOR)}{_for_users(user_body_bytes, answer_seconds) if users else ""}  server {{
     listen {AGENT_PORT} ssl;
     ssl_protocols TLSv1.2 TLSv1.3;
     ssl_certificate {ReplicaPaths.TLS}/tls.crt;
@@ -62,6 +58,17 @@ http {{
 {_locations(_OPERATOR)}    location / {{ return 404; }}
   }}
 }}
+"""
+
+
+def _for_users(body_bytes: int, answer_seconds: int) -> str:
+    return f"""  server {{
+    listen {USER_PORT};
+    client_max_body_size {body_bytes};
+    proxy_read_timeout {answer_seconds}s;
+    if ($for_users = 0) {{ return 404; }}
+{_locations(_USERS)}    location / {{ return 404; }}
+  }}
 """
 
 

@@ -83,24 +83,23 @@ def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Ma
     return _trainer("base", "fetch", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
 
 
-def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:
-    """Fetches and checks what is to be served, has the engine load it, and asks it its probes."""
-    return _trainer("agent", "agent", settings, env, mounts, {"cpu": "100m", "memory": "1Gi"})
+def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest], *, external: bool = False) -> Manifest:
+    """Fetches and checks what is to be served, has the engine load it, and asks it its probes. `external`: many engines, of others."""
+    container = _trainer("agent", "agent", settings, env, mounts, {"cpu": "100m", "memory": "1Gi"})
+    return {**container, "args": ["agent", "--external"]} if external else container
 
 
-def proxy(settings: Settings, mounts: list[Manifest]) -> Manifest:
-    """Lets the users' paths through, and the operator, by mutual TLS, to the agent."""
+def proxy(settings: Settings, mounts: list[Manifest], *, users: bool = True) -> Manifest:
+    """Lets the users' paths through, where there are users, and the operator, by mutual TLS, to the agent."""
+    http = [{"name": "http", "containerPort": USER_PORT, "protocol": "TCP"}] if users else []
     return {
         "name": "proxy",
         "image": settings.serving_proxy_image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["nginx", "-c", ReplicaPaths.PROXY, "-e", "stderr"],
-        "ports": [
-            {"name": "http", "containerPort": USER_PORT, "protocol": "TCP"},
-            {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"},
-        ],
+        "ports": [*http, {"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
-        "livenessProbe": {"tcpSocket": {"port": USER_PORT}, "periodSeconds": 20, "timeoutSeconds": 5},
+        "livenessProbe": {"tcpSocket": {"port": USER_PORT if users else AGENT_PORT}, "periodSeconds": 20, "timeoutSeconds": 5},
         "volumeMounts": mounts,
     }
 

@@ -31,6 +31,7 @@ POLL_SECONDS = 2.0
 _BASE_ASKED_SECONDS = 60.0
 """How often the base is asked for a few tokens: an engine whose answers are dead says that it is healthy."""
 _LONGEST_PAUSE = 60.0
+NOT_ASKED = "the engine was not asked yet"
 _ANSWERS: tuple[Verification, ...] = ("Verified", "Unverifiable")
 """States in which a version may answer under its model's name."""
 
@@ -49,16 +50,18 @@ class Held:
     fetching: bool = False
     tries: int = 0
     not_before: float = 0.0
+    known: bool = False
+    """Whether anything was found of it since the agent began."""
 
     def become(self, state: Verification, message: str, distance: float | None = None) -> None:
         """What was found, now."""
-        self.state, self.message, self.distance = state, message, distance
+        self.state, self.message, self.distance, self.known = state, message, distance, True
         self.looked_at, self.tries = datetime.now(UTC), 0
         log.info("%s: %s: %s", self.order.name, state, message)
 
     def later(self, message: str) -> None:
         """Tried again, each time after twice the pause."""
-        self.message = message
+        self.message, self.known = message, True
         self.not_before = time.monotonic() + min(_LONGEST_PAUSE, 2.0**self.tries)
         self.tries += 1
         log.warning("%s: %s", self.order.name, message)
@@ -66,6 +69,7 @@ class Held:
     def again(self, message: str = "") -> None:
         """From the beginning; what is fetched stays."""
         self.state, self.message, self.distance, self.tries, self.not_before = "Pending", message, None, 0, 0.0
+        self.known = self.known or bool(message)
 
     def is_due(self, before: datetime | None) -> bool:
         """Whether it is to be asked: it never was, or not since the time that the operator names."""
@@ -91,7 +95,7 @@ class Agent:
         self.verify_before: datetime | None = None
         self.held: dict[str, Held] = {}
         self.served: dict[str, Served] = {}
-        self.ready, self.message, self.engine_name = False, "the engine was not asked yet", ""
+        self.ready, self.message, self.engine_name = False, NOT_ASKED, ""
         self._doubted = False
         self._wake, self._one_fetch = asyncio.Event(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,9 +118,7 @@ class Agent:
 
     def report(self) -> ReplicaReport:
         """What is so now."""
-        ordered = {name for held in self.held.values() for name in (held.order.name, *held.order.aliases)}
-        left = [name for name, served in self.served.items() if served.adapter and name not in ordered] if self.order else []
-        models = [*(held.told() for held in self.held.values()), *(ReplicaModel(name=name, state="Loaded") for name in left)]
+        models = [*(held.told() for held in self.held.values()), *(ReplicaModel(name=name, state="Loaded") for name in self._left())]
         return ReplicaReport(
             generation=self.order.generation if self.order else 0,
             ready=self.ready,
@@ -179,7 +181,7 @@ class Agent:
 
     async def _equalise(self, order: ReplicaOrder) -> None:
         """One pass: fetch, load, ask; names of champions; unload."""
-        self.served = await self.engine.served()
+        await self._look()
         for held in list(self.held.values()):
             if self.order is not order:
                 return  # another one came: from the beginning
@@ -205,18 +207,19 @@ class Agent:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             return
-        if not self._serves(order.name, held.folder):
-            try:
-                await self._load(order.name, held.folder)
-            except EngineRefused as refused:
-                held.folder = None
-                held.become("Refused", f"the engine refuses it: {refused}")
+        if not self._serves(order.name, held):
+            if time.monotonic() < held.not_before:
                 return
-            held.again()
+            try:
+                await self._load(order.name, held)
+            except EngineRefused as refused:
+                self._not_taken(held, refused)
+                return
+            held.again("loaded")
         if held.state == "Pending":
             held.state = "Loaded"
         if held.is_due(self.verify_before):
-            await self._verify(held, [order.name, *(alias for alias in order.aliases if self._serves(alias, held.folder))])
+            await self._verify(held, [order.name, *(alias for alias in order.aliases if self._serves(alias, held))])
 
     async def _bring_whole(self, held: Held) -> None:
         """A whole model is its replica's base: it is there from the engine's start, or never."""
@@ -298,37 +301,61 @@ class Agent:
         if held.folder is None or held.order.form == "Model":
             return
         for alias in held.order.aliases:
-            serves = self._serves(alias, held.folder)
+            serves = self._serves(alias, held)
             if held.state in _ANSWERS and not serves:
                 try:
-                    await self._load(alias, held.folder)
+                    await self._load(alias, held)
                 except EngineRefused as refused:
                     held.become("Mismatch", f"the engine refuses it as {alias}: {refused}")
                     continue
                 await self._verify(held, [alias])
-            if held.state == "Mismatch" and self._serves(alias, held.folder):
+            if held.state == "Mismatch" and self._serves(alias, held):
                 await self._unload(alias)
 
     async def _drop(self) -> None:
         """Unload what is not ordered, and remove the files that nothing needs."""
+        for name in self._left():
+            await self._unload(name)
+        await self._tidy()
+
+    def _left(self) -> list[str]:
+        """Names of adapters that the engine has and nobody ordered; none before there is an order."""
         wanted = {name for held in self.held.values() for name in (held.order.name, *held.order.aliases)}
-        for name, served in list(self.served.items()):
-            if served.adapter and name not in wanted:
-                await self._unload(name)
+        return [name for name, served in self.served.items() if self._owns(served) and name not in wanted] if self.order else []
+
+    # of an engine that somebody else runs these are others (external.py)
+
+    async def _look(self) -> None:
+        self.served = await self.engine.served()
+
+    def _owns(self, served: Served) -> bool:
+        """Whether it may be unloaded."""
+        return served.adapter
+
+    def _root(self, held: Held) -> str:
+        """Where the engine finds the files of a version that was let in."""
+        return str(held.folder)
+
+    def _not_taken(self, held: Held, why: EngineRefused) -> None:
+        held.folder = None
+        held.become("Refused", f"the engine refuses it: {why}")
+
+    async def _tidy(self) -> None:
         used = {held.folder for held in self.held.values()} | {Path(served.root) for served in self.served.values()}
         if not any(held.fetching for held in self.held.values()):
             for folder in self.adapters.iterdir():
                 if folder not in used:
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    def _serves(self, name: str, folder: Path) -> bool:
+    def _serves(self, name: str, held: Held) -> bool:
         served = self.served.get(name)
-        return served is not None and served.root == str(folder)
+        return served is not None and served.root == self._root(held)
 
-    async def _load(self, name: str, folder: Path) -> None:
-        await self.engine.load(name, str(folder))
-        self.served[name] = Served(str(folder), adapter=True)
-        log.info("%s: loaded from %s", name, folder.name)
+    async def _load(self, name: str, held: Held) -> None:
+        root = self._root(held)
+        await self.engine.load(name, root)
+        self.served[name] = Served(root, adapter=True)
+        log.info("%s: loaded from %s", name, root)
 
     async def _unload(self, name: str) -> None:
         await self.engine.unload(name)

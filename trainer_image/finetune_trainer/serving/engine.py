@@ -1,4 +1,4 @@
-"""The engine beside the agent, asked over the pod's loopback: vLLM's OpenAI-compatible server with runtime LoRA updating."""
+"""An engine, asked over the pod's loopback or where somebody else runs it: vLLM's OpenAI-compatible server with runtime LoRA updating."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ class EngineAway(Exception):
 
 
 class EngineRefused(Exception):
-    """It does not take an adapter; in its own words."""
+    """It does not take an adapter; in its own words. `missing`: it sees no files there."""
+
+    def __init__(self, why: str, *, missing: bool = False) -> None:
+        super().__init__(why)
+        self.missing = missing
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Engine:
             "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, "load_inplace": True}, _QUICK
         )
         if status != 200:
-            raise EngineRefused(_said(body) or f"status {status}")
+            raise EngineRefused(_said(body) or f"status {status}", missing=status == 404)
 
     async def unload(self, name: str) -> None:
         """Take a name away; one that is not there is done."""

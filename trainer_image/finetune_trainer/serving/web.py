@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Protocol
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -18,10 +19,28 @@ from finetune_api.serving import AGENT_LOCAL_PORT, ENGINE_LOCAL_PORT, MODELS_PAT
 from .agent import Agent
 from .checks import Base
 from .engine import Engine
+from .external import Fleet
 from .replica import BASE, REFERENCE, context_of, read_replica
 
 _MOST_BODY = 1 << 20
-_AGENT = web.AppKey("agent", Agent)
+
+
+class Follows(Protocol):
+    """An agent, of one engine or of many."""
+
+    ready: bool
+
+    def accept(self, order: ReplicaOrder) -> ReplicaReport:
+        """Follow an order from now on."""
+
+    def report(self) -> ReplicaReport:
+        """What is so now."""
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+
+
+_AGENT: web.AppKey[Follows] = web.AppKey("agent")
 
 
 async def _models(request: web.Request) -> web.Response:
@@ -50,7 +69,7 @@ def _report(report: ReplicaReport) -> web.Response:
     return web.json_response(report.to_wire())
 
 
-def application(agent: Agent) -> web.Application:
+def application(agent: Follows) -> web.Application:
     """Its routes, and the agent's work behind them."""
     app = web.Application(client_max_size=_MOST_BODY)
     app[_AGENT] = agent
@@ -74,6 +93,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--models", default=ReplicaPaths.MODELS)
     parser.add_argument("--port", type=int, default=AGENT_LOCAL_PORT)
     parser.add_argument("--engine", default=f"http://127.0.0.1:{ENGINE_LOCAL_PORT}")
+    parser.add_argument("--external", action="store_true", help="engines that somebody else runs, as orders name them")
     return parser
 
 
@@ -87,6 +107,9 @@ def serve(words: list[str]) -> None:
     base = Base((models / BASE).resolve(), reference["fingerprint"])
 
     async def made() -> web.Application:  # within the loop that it works in
-        return application(Agent(file, context_of(file, told.models), base, Engine(told.engine, file.name), models))
+        context = context_of(file, told.models)
+        if told.external:
+            return application(Fleet(file, context, base, models))
+        return application(Agent(file, context, base, Engine(told.engine, file.name), models))
 
     web.run_app(made(), host="127.0.0.1", port=told.port, print=None)

@@ -78,10 +78,9 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
     spec = observed.spec
     if spec is None:
         return "InvalidSpec", observed.invalid
-    if spec.engine == "external":
-        message = "spec.engine external is not carried out by this release: replicas of others are neither asked nor loaded; write vllm"
-        return "EngineNotSupported", message
-    if spec.gpus_per_replica == 0 and not settings.allow_cpu:
+    if observed.no_replicas is not None:
+        return observed.no_replicas
+    if spec.external is None and spec.gpus_per_replica == 0 and not settings.allow_cpu:
         return "CPUNotAllowed", "spec.gpusPerReplica 0 serves on CPU, which an administrator has to allow (chart value trainer.allowCPU)"
     if spec.base.trust_remote_code and not settings.allows_remote_code(str(observed.endpoint["metadata"].get("namespace"))):
         message = (
@@ -112,7 +111,8 @@ def _models(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[R
         if (line := observed.lines.get(name)) is None:
             continue  # it is unloaded
         entry = known.get(name) or EndpointModel(name=name)
-        entry, change = advance(entry, line, spec, pods, observed.traffic, observed.now, canaries=observed.canaries)
+        shares = observed.canaries and not observed.not_told_apart  # the gateway asks addresses, not names
+        entry, change = advance(entry, line, spec, pods, observed.traffic, observed.now, canaries=shares)
         models.append(found.over_all(entry, pods))
         if change is not None:
             changes.append(change)
@@ -159,7 +159,9 @@ def _leave(observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
 
 def _awaits(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, models: list[EndpointModel], pods: list[Replica]) -> bool:
     """Whether something is under way: a replica that starts, a version that is loaded or asked, a canary."""
-    if len(pods) != room.expected(observed, spec) or not all(replica.ready for replica in pods) or observed.silent or observed.emptied:
+    if spec.external is None and len(pods) != room.expected(observed, spec):
+        return True
+    if not all(replica.ready for replica in pods) or observed.silent or observed.emptied:
         return True
     for model in models:
         wanted = [model.version, *model.kept, *([model.canary.version] if model.canary is not None else [])]

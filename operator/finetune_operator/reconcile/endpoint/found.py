@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from finetune_api.endpoint import MOST_REPLICAS, EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica, ReplicaModel
-from finetune_api.serving import USER_PORT
+from finetune_api.endpoint import (
+    MOST_MODELS,
+    MOST_REPLICAS,
+    EndpointModel,
+    FineTuneEndpointSpec,
+    FineTuneEndpointStatus,
+    Replica,
+    ReplicaModel,
+)
+from finetune_api.serving import USER_PORT, ReplicaReport
 
 from ...model.endpoint import ObservedEndpoint, ReplicaPod
 from ...model.times import parse_time
 from ..conditions import set_condition
-from .orders import fits, selected
+from .orders import fits, order, selected
 from .rollout import BAD, SETTLED, first, versioned
 
 
@@ -39,13 +47,29 @@ def replicas(observed: ObservedEndpoint) -> list[Replica]:
 
 def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None) -> Replica:
     report = observed.reports.get(pod.uid)
-    address = f"[{pod.ip}]:{USER_PORT}" if ":" in pod.ip else f"{pod.ip}:{USER_PORT}" if pod.ip else ""
+    address = pod.address or (f"[{pod.ip}]:{USER_PORT}" if ":" in pod.ip else f"{pod.ip}:{USER_PORT}" if pod.ip else "")
     if report is not None:
-        return Replica(name=pod.name, address=address, ready=report.ready and pod.ready, models=report.models)
+        models = [*report.models, *(_unsaid(observed, report, before) if pod.address else ())]
+        return Replica(name=pod.name, address=address, ready=report.ready and pod.ready, models=models[:MOST_MODELS])
     known = before.models if before is not None and pod.uid not in observed.emptied else []
     if pod.uid in observed.emptied and before is not None:
         known = [ReplicaModel(name=model.name, message="its container started anew") for model in before.models]
     return Replica(name=pod.name, address=address, ready=pod.ready and before is not None and bool(before.address), models=known)
+
+
+def _unsaid(observed: ObservedEndpoint, report: ReplicaReport, before: Replica | None) -> list[ReplicaModel]:
+    """What is on record of versions that are ordered, and of which the agent of external replicas has found nothing yet since it began:
+    one that is replaced takes no replica from its users.
+    """
+    if before is None or observed.spec is None:
+        return []
+    open_ = {model.name for model in order(observed, observed.spec).models} - {model.name for model in report.models}
+    return [model for model in before.models if model.name in open_]
+
+
+def wanted(spec: FineTuneEndpointSpec, found: Sequence[Replica]) -> int:
+    """How many replicas there are to be; of those that somebody else runs, as many as there are."""
+    return len(found) if spec.external is not None else spec.replicas
 
 
 def over_all(entry: EndpointModel, found: Sequence[Replica]) -> EndpointModel:
@@ -72,8 +96,10 @@ def ready(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, found: Sequenc
     """Whether at least one replica answers."""
     answer = sum(replica.ready for replica in found)
     if answer:
-        return Said("Ready", "True", "Serving", f"{answer} of {max(spec.replicas, len(found))} replicas answer")
-    if spec.replicas == 0:
+        return Said("Ready", "True", "Serving", f"{answer} of {max(wanted(spec, found), len(found))} replicas answer")
+    if spec.external is not None and not found:
+        return Said("Ready", "False", "NoReplicaReady", f"Service {spec.external.service} has no address that is ready")
+    if spec.external is None and spec.replicas == 0:
         return Said("Ready", "False", "ScaledToZero", "spec.replicas is 0")
     problems = [f"{pod.name}: {pod.problem}" for pod in observed.pods if pod.problem]
     problems += [f"{pod.name}: {r.message}" for pod in observed.pods if (r := observed.reports.get(pod.uid)) is not None and r.message]

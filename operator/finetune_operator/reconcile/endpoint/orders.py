@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from finetune_api.endpoint import MOST_MODELS, EndpointModel, FineTuneEndpointSpec
 from finetune_api.scalars import seconds
-from finetune_api.serving import OrderedModel, ReplicaOrder
+from finetune_api.serving import ExternalEngines, OrderedModel, ReplicaOrder
 from finetune_api.tuned_model import ModelVersion
 
 from ...model.endpoint import ModelLine, ObservedEndpoint
@@ -43,7 +43,15 @@ def order(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> ReplicaOrde
         generation=int(observed.endpoint["metadata"].get("generation") or 0),
         models=models[:MOST_MODELS],
         verify_before=rfc3339(observed.now - timedelta(seconds=seconds(spec.verify_every))),
+        external=_external(observed, spec),
     )
+
+
+def _external(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> ExternalEngines | None:
+    if spec.external is None:
+        return None
+    addresses = [pod.address for pod in observed.pods]
+    return ExternalEngines(addresses=addresses, adapters_path=spec.external.adapters_path, not_told_apart=observed.not_told_apart)
 
 
 def _of(line: ModelLine, entry: EndpointModel, spec: FineTuneEndpointSpec) -> list[OrderedModel]:

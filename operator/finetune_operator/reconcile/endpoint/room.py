@@ -57,7 +57,9 @@ def _of(granted: Admission, spec: FineTuneEndpointSpec, replicas: int) -> Endpoi
 
 
 def expected(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> int:
-    """Replicas that are to run now."""
+    """Pods that are to run now; beside replicas that others run, one."""
+    if spec.external is not None:
+        return 1
     on = observed.status.admission
     return spec.replicas if observed.room is None else min(spec.replicas, on.replicas if on is not None else 0)
 
