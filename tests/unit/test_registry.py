@@ -274,7 +274,7 @@ def test_tokens_for_a_repository(place: Place, tmp_path: Path) -> None:
             query = parse_qs(urlsplit(self.path).query)
             known = self.headers.get("Authorization") == "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
             kind, repository, actions = query["scope"][0].split(":")
-            scopes.append(actions)
+            scopes.append(",".join(sorted(actions.split(","))))  # a registry names them in any order
             access = [{"type": kind, "name": repository, "actions": actions.split(",")}]
             times = {"nbf": int(now.timestamp()) - 60, "exp": int(now.timestamp()) + 3600, "iat": int(now.timestamp())}
             claims = {"iss": "tests", "sub": USER, "aud": "registry", "jti": "1", **times, "access": access}

@@ -257,3 +257,8 @@ def test_uris() -> None:
     assert parse_uri("model://support-bot@3") == URI("model", "support-bot", "", "3")
     with pytest.raises(ValueError, match="is not a URI; write for example hf://"):
         parse_uri("http://169.254.169.254/")
+
+
+def test_a_gguf_type_by_both_of_its_names_is_one() -> None:
+    """To a server the names differ: what it takes has to be read."""
+    assert parse_spec({**MINIMAL, "output": {"gguf": ["Q8_0", "q8_0", "f16"]}}).output.gguf == ["Q8_0", "F16"]

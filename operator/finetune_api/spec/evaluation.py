@@ -137,7 +137,7 @@ class Evaluation(APIModel):
     )
 
 
-GGUFType = Annotated[Literal["Q4_K_M", "Q8_0", "F16", "q8_0", "f16"], AfterValidator(str.upper)]
+GGUFType = Literal["Q4_K_M", "Q8_0", "F16", "q8_0", "f16"]
 """As llama.cpp spells them; small letters mean the same, and are capitals once they are read."""
 ONNXType = Literal["int8", "q4"]
 
@@ -147,7 +147,9 @@ class Output(APIModel):
 
     merged: bool = False
     """Also publish the base with the adapter merged into it, in folder `merged`, in 16 bit."""
-    gguf: Annotated[list[GGUFType], Field(max_length=3), Unique()] = []
+    gguf: Annotated[
+        list[GGUFType], Field(max_length=3), Unique(), AfterValidator(lambda named: list(dict.fromkeys(map(str.upper, named))))
+    ] = []
     """Also publish the merged model as GGUF for llama.cpp and Ollama, with a Modelfile for the first of them. f16 and q8_0 mean F16 and Q8_0."""
     onnx: Annotated[list[ONNXType], Field(max_length=2), Unique()] = []
     """Also publish the merged model as ONNX, in folder `onnx`, laid out for Transformers.js."""
