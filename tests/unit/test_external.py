@@ -337,7 +337,8 @@ class Shelf:
     async def end(self) -> None:
         for fleet in self.fleets:
             fleet.cancel()
-        await asyncio.gather(*self.fleets, return_exceptions=True)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*self.fleets, return_exceptions=True)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ class Agent:
     async def _watch(self) -> None:
         """Whether the engine answers. A restart of it, seen by its silence, makes everything be loaded and asked again."""
         asked = -_BASE_ASKED_SECONDS
-        while True:
+        while not _told_to_end():
             try:
                 await self.engine.alive()
                 if not self.ready or self._doubted or time.monotonic() - asked > _BASE_ASKED_SECONDS:
@@ -166,7 +166,7 @@ class Agent:
         self._wake.set()
 
     async def _work(self) -> None:
-        while True:
+        while not _told_to_end():
             self._wake.clear()
             if self.order is not None and self.ready:
                 try:
@@ -177,7 +177,8 @@ class Agent:
                 except Exception:  # nothing of an order may end the agent
                     log.exception("unexpected")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._wake.wait()
 
     async def _equalise(self, order: ReplicaOrder) -> None:
         """One pass: fetch, load, ask; names of champions; unload."""
@@ -361,6 +362,12 @@ class Agent:
         await self.engine.unload(name)
         self.served.pop(name, None)
         log.info("%s: unloaded", name)
+
+
+def _told_to_end() -> bool:
+    """Whether this task was cancelled: what it waited for may have failed at the same moment, and that is all that it was told then."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _same(one: OrderedModel, other: OrderedModel) -> bool:
