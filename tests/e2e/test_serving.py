@@ -166,5 +166,7 @@ def test_versions_answer_as_they_were_evaluated(serving: User, served_base: str)
 
         for version in [*[number for number in states(user) if number != champion][:1], champion]:  # another, and back
             user.kubectl("patch", "finetunedmodel", MODEL, "--type=merge", "-p", json.dumps({"spec": {"champion": version}}))
+            began = time.monotonic()
             user.until(f"{version} answers", lambda version=version: asked(client, MODEL)[1] == f"{MODEL}@{version}", 240)
+            print(f"version {version} answers on both replicas {time.monotonic() - began:.1f} s after it was pinned")
     user.kubectl("delete", "finetuneendpoint", ENDPOINT, "--timeout=180s")
