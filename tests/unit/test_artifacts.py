@@ -136,7 +136,7 @@ RAW, TAR = "application/vnd.cncf.model.weight.config.v1.raw", "application/vnd.c
         ((TAR, tar(link="/etc/passwd"), None), "ModelNotReadable"),
         ((TAR, b"no archive" * 100, None), "ModelNotReadable"),
         ((TAR + "+zstd", b"x", None), "ModelNotReadable"),
-        ((RAW, b"x", "pickle.bin"), "ModelNotFound"),
+        ((RAW, b"x", "pickle.bin"), "SourceNotFound"),
     ],
 )
 def test_a5_what_an_artifact_may_not_hold(layer: tuple[str, bytes, str | None], reason: str, place: Place) -> None:

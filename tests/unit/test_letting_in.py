@@ -178,7 +178,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
         fetch_version(storage, _ordered("sha256:../../../etc"), tmp_path / "here")
     (claim / "away").symlink_to(tmp_path)
     with pytest.raises(UserError, match="leads out of the volume"):
-        storage_of(context, _ordered(digest, "pvc://c/away"))
+        fetch_version(storage_of(context, _ordered(digest, "pvc://c/away")), _ordered(digest), tmp_path / "elsewhere")
     with pytest.raises(UserError, match="not mounted"):
         storage_of(context, _ordered(digest, "pvc://other/bot"))
 

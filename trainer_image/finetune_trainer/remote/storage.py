@@ -24,6 +24,7 @@ from .retry import with_retries
 from .s3 import client_of, error_code, objects_below, s3_host
 
 T = TypeVar("T")
+_CHUNK = 4 << 20
 _TRIES = 10
 """Of a change that others come before."""
 _CLAIMED = ("PreconditionFailed", "ConditionalRequestConflict")
@@ -41,6 +42,10 @@ class Storage(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes | None:
         """A file's content, or None where there is none."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file's content, piece by piece. Raises FileNotFoundError where there is none."""
 
     @abstractmethod
     def write(self, name: str, body: bytes) -> None:
@@ -97,6 +102,14 @@ class _Volume(Storage):
         with self._told():
             path = self._at(name)
             return path.read_bytes() if path.is_file() else None
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        path = self._at(name)
+        if not path.is_file():
+            raise FileNotFoundError(name)
+        with self._told(), path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
 
     def write(self, name: str, body: bytes) -> None:
         with self._told():
@@ -175,6 +188,20 @@ class _Bucket(Storage):
                 raise
 
         return self._asked(ask)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        def ask() -> Any:
+            try:
+                return self._client.get_object(**self._at(name))["Body"]
+            except self._client.exceptions.NoSuchKey:
+                return None
+
+        if (body := self._asked(ask)) is None:
+            raise FileNotFoundError(name)
+        try:
+            yield from body.iter_chunks(_CHUNK)
+        except Exception as failure:  # what botocore's body raises while it is read
+            raise InfrastructureError("StorageFailed", f"{self.uri}/{name}: {type(failure).__name__}") from failure
 
     def write(self, name: str, body: bytes) -> None:
         self._asked(lambda: self._client.put_object(**self._at(name), Body=body))

@@ -8,24 +8,18 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
 
-from finetune_api.contract import SUMS
+from finetune_api.contract import SUMS, ModelStorage
 from finetune_api.serving import OrderedModel
-from finetune_api.uris import URI, parse_uri
 from finetune_api.versions import VersionPaths
 
 from ..job.context import Context
 from ..job.files import damaged_file, parse_digests
 from ..models.weights import ADAPTER, ADAPTER_CONFIG
-from ..process.errors import InfrastructureError, StageError, UserError
-from ..remote.retry import with_retries
-from ..remote.s3 import error_code, s3_client, s3_host
+from ..remote.storage import Storage, open_storage
 
-_CHUNK = 4 << 20
 _MOST_SUMS, _MOST_PROBES = 1 << 20, 16 << 20
 _LOADED = ("*.json", "*.jinja", "*.model", "*.txt", ADAPTER)
 """Of an adapter's folder: what engines read. Merged weights and other forms beside it stay where they are."""
@@ -37,55 +31,10 @@ class Refused(Exception):
     """A version's files are not let in: file, tensor and fix, for people."""
 
 
-class Storage(Protocol):
-    """Files below `spec.storage` of a FineTunedModel."""
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content. Raises FileNotFoundError where there is none, StageError where the storage cannot be asked."""
-        ...
-
-
-class _Volume:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        try:
-            with (self.root / name).open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    yield chunk
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(name) from None
-        except OSError as failure:
-            raise InfrastructureError("DownloadFailed", f"{name} cannot be read: {failure.strerror or failure}") from failure
-
-
-class _Bucket:
-    def __init__(self, client: Any, uri: URI, host: str) -> None:
-        self.client, self.uri, self.host = client, uri, host
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        key = f"{self.uri.path}/{name}"
-        try:
-            body = with_retries(lambda: self.client.get_object(Bucket=self.uri.name, Key=key)["Body"], self.host, self._refused)
-            yield from body.iter_chunks(_CHUNK)
-        except StageError as failure:
-            if failure.__cause__ is not None and error_code(failure.__cause__) == "NoSuchKey":  # type: ignore[arg-type]
-                raise FileNotFoundError(name) from None
-            raise
-        except Exception as failure:  # what botocore's body raises while it is read
-            raise InfrastructureError("DownloadFailed", f"{name} cannot be read from {self.host}: {type(failure).__name__}") from failure
-
-    def _refused(self, why: str) -> UserError:
-        return UserError("SourceNotFound", f"{why}: the keys may not read there, or there is no bucket {self.uri.name}")
-
-
 def storage_of(context: Context, model: OrderedModel) -> Storage:
     """Where a model's versions are kept. Raises StageError where that is not mounted, or its keys are not."""
-    uri = parse_uri(model.storage)
-    if uri.scheme == "pvc":
-        return _Volume(context.mounted(uri))
-    return _Bucket(s3_client(context, f"model-{model.model}", model.s3_endpoint), uri, s3_host(model.s3_endpoint))
+    kept = ModelStorage(storage=model.storage, s3_endpoint=model.s3_endpoint)
+    return open_storage(kept, context.job.sources, context.job.secrets.get(f"model-{model.model}"))
 
 
 def copy_name(model: OrderedModel) -> str:
