@@ -89,7 +89,7 @@ def test_jobs_wait_for_their_turn_and_say_what_for(api: Api, kubelet: Kubelet, o
     assert (status["used"], status["nominal"], status["admitted"]) == (4, 6, 1)
     assert status["oldestWaiting"]["job"] == f"{api.namespace}/second"
     table = api.cluster.kubectl("get", "ftq", queue).splitlines()
-    assert table[0].split()[:6] == ["NAME", "COHORT", "USED", "QUOTA", "BORROWED", "ADMITTED"]
+    assert table[0].split()[:7] == ["NAME", "COHORT", "USED", "QUOTA", "BORROWED", "SERVING", "ADMITTED"]
     kubelet.hold = set()
     until("both end", lambda: phase_of(api, "first") == phase_of(api, "second") == "Succeeded")
     usage = api.status("second")["usage"]
