@@ -5,9 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 
-from . import evaluation, faults, gateway, inventory, kueue, kueue_workload, loop, operator, prepare, queueing, status_write, trainer
+from . import (
+    engine,
+    evaluation,
+    faults,
+    gateway,
+    inventory,
+    kueue,
+    kueue_workload,
+    loop,
+    operator,
+    prepare,
+    queueing,
+    status_write,
+    trainer,
+)
 
-ALL = ("operator", "loop", "queueing", "inventory", "kueue", "status-write", "prepare", "trainer", "evaluation", "faults", "gateway")
+ALL = (
+    "operator",
+    "loop",
+    "queueing",
+    "inventory",
+    "kueue",
+    "status-write",
+    "prepare",
+    "trainer",
+    "evaluation",
+    "faults",
+    "gateway",
+    "engine",
+)
 
 
 def main() -> None:
@@ -38,6 +65,8 @@ def main() -> None:
         results["faults"] = faults.bench()
     if "gateway" in which:
         results["gateway"] = gateway.bench()
+    if "engine" in which:
+        results["engine"] = engine.bench()
     print(json.dumps(results, indent=1))
 
 

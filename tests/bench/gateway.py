@@ -27,7 +27,7 @@ from tests.cluster.shell import REPO
 
 KEY = "ftk_" + "k" * 43
 LOADS = (1, 8, 32)
-_ALONE = """
+ALONE = """
 import asyncio, sys, uvloop
 import finetune_gateway.__main__ as start
 from finetune_api.api_keys import ApiKey, digest_of_key
@@ -49,7 +49,7 @@ uvloop.run(run())
 
 
 @contextlib.contextmanager
-def _process(words: Sequence[str], port: int, env: dict[str, str], log: Path, seconds: float = 90) -> Iterator[subprocess.Popen[bytes]]:
+def answering(words: Sequence[str], port: int, env: dict[str, str], log: Path, seconds: float = 90) -> Iterator[subprocess.Popen[bytes]]:
     """Runs until the block ends; answers at the port when it begins."""
     with log.open("wb") as sink:
         process = subprocess.Popen(words, env={**os.environ, **env}, stdout=sink, stderr=sink)
@@ -119,12 +119,12 @@ def _ways(folder: Path, *, with_litellm: bool) -> Iterator[dict[str, tuple[int, 
     image = {"PYTHONPATH": f"{REPO / 'operator'}:{site_packages('operator')}", "MALLOC_ARENA_MAX": "1"}
     with contextlib.ExitStack() as stack:
         words = [sys.executable, "-m", "tests.bench.paced", "replica", str(replica)]
-        stack.enter_context(_process(words, replica, here, folder / "replica.log"))
+        stack.enter_context(answering(words, replica, here, folder / "replica.log"))
         words = [sys.executable, "-m", "tests.bench.paced", "hop", str(hop), str(replica)]
-        between = stack.enter_context(_process(words, hop, here, folder / "hop.log"))
+        between = stack.enter_context(answering(words, hop, here, folder / "hop.log"))
         python = getattr(sys, "_base_executable", sys.executable)  # without this environment: the packages that the image has
-        words = [python, "-c", _ALONE, str(port), str(metrics), f"127.0.0.1:{replica}", KEY]
-        gateway = stack.enter_context(_process(words, port, image, folder / "gateway.log"))
+        words = [python, "-c", ALONE, str(port), str(metrics), f"127.0.0.1:{replica}", KEY]
+        gateway = stack.enter_context(answering(words, port, image, folder / "gateway.log"))
         found: dict[str, tuple[int, str, str, subprocess.Popen[bytes] | None]] = {
             "direct": (replica, "none", "support-bot@3", None),
             "bare hop": (hop, "none", "support-bot@3", between),
@@ -158,7 +158,7 @@ def _ways(folder: Path, *, with_litellm: bool) -> Iterator[dict[str, tuple[int, 
                 "NO_PROXY": "127.0.0.1",
             }
             words = [python, str(packages / "bin" / "litellm"), "--config", str(folder / "litellm.yaml"), "--host", "127.0.0.1"]
-            process = _process([*words, "--port", str(other), "--num_workers", "1"], other, env, folder / "litellm.log", 180)
+            process = answering([*words, "--port", str(other), "--num_workers", "1"], other, env, folder / "litellm.log", 180)
             found["litellm"] = (other, "sk-bench", "support-bot", stack.enter_context(process))
         yield found
 
