@@ -1,7 +1,7 @@
-"""`python -m tests`: all tests in two pytest processes at once, since those with a cluster mostly wait.
+"""`python -m tests`: all tests in three pytest processes at once, since those with a cluster mostly wait.
 
 The cluster's are told line by line as they run. The others take what processor time is left, and are told as a whole: at once
-when they fail, else at the end. Pytest's own closing lines come last, and any exit code but 0 of the two fails.
+when they fail, else at the end. Pytest's own closing lines come last, and any exit code but 0 fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from tests.cluster.shell import REPO
 
 CLUSTER = ["tests/component", "tests/chaos", "tests/e2e", "--verbose"]
-OTHERS = ["tests/unit", "tests/trainer", "tests/local", "tests/serving", "--cov", "--cov-report=term"]
+OTHERS = (["tests/trainer", "tests/local"], ["tests/unit", "tests/serving", "--cov", "--cov-report=term"])
 SLOWEST = "--durations=25"
 _CLOSING = re.compile(r"=+ .* in [\d.]+s.* =+")
 
@@ -52,8 +52,8 @@ class Part:
             sys.stdout.flush()
 
 
-def main(cluster: list[str] = CLUSTER, others: list[str] = OTHERS, nice: int = 3) -> int:
-    """Run both, and return the first exit code that is not 0."""
+def main(cluster: list[str] = CLUSTER, others: tuple[list[str], ...] = OTHERS, nice: int = 3) -> int:
+    """Run all, and return the first exit code that is not 0."""
     running: list[Part] = []
 
     def stop(*_: object) -> None:
@@ -62,7 +62,7 @@ def main(cluster: list[str] = CLUSTER, others: list[str] = OTHERS, nice: int = 3
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells them, too: they clean up and end, also where nobody else heeds it
-    running += [Part(cluster, nice=0, live=True), Part(others, nice=nice, live=False)]
+    running += [Part(cluster, nice=0, live=True), *(Part(words, nice=nice, live=False) for words in others)]
     told: list[Part] = []
     while left := [part for part in running if part not in told]:
         over = [part for part in left if part.process.poll() is not None]
