@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 
 from finetune_api.usage import USAGE_PATH
 from finetune_cli.__main__ import main
+from finetune_cli.output import console
 from finetune_gateway import metrics
 from finetune_gateway.choosing import Target
 from finetune_gateway.ledger import MOST_TOKENS, Amount, Ledger, Use, user_name
@@ -330,7 +331,7 @@ async def test_the_command_line_tells_it(place: Place, replica: Replica) -> None
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             patch.setenv("FINETUNE_GATEWAY_URL", url)
             patch.setenv("FINETUNE_API_KEY", KEY)
-            patch.setenv("COLUMNS", "160")
+            patch.setattr(console, "_width", 160)
             patch.setattr(sys, "argv", ["finetune", "usage", *words])
             with pytest.raises(SystemExit) as ended:
                 main()
