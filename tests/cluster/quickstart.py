@@ -68,9 +68,10 @@ def main() -> None:
         with loader.mounted(target, NAMESPACE, "published", models="models") as pod:
             files = kubectl("exec", pod, "--", "ls", f"/volume/{JOB}").split()
             kubectl("cp", str(EXAMPLES / "data" / f"{JOB}-held-out.jsonl"), f"{NAMESPACE}/{pod}:/tmp/rows.jsonl")
-            words = ["python3", "-", f"/models/{smollm2.name}", f"/volume/{JOB}", "/tmp/rows.jsonl"]
+            quietly = 'python3 - "$@" 2>/tmp/warnings || { cat /tmp/warnings; exit 1; }'
+            words = ["sh", "-c", quietly, "ask", f"/models/{smollm2.name}", f"/volume/{JOB}", "/tmp/rows.jsonl"]
             print(f"$ python examples/ask.py models/{smollm2.name} published/{JOB} {JOB}-held-out.jsonl", flush=True)
-            print(kubectl("exec", "-i", pod, "--", *words, input=(EXAMPLES / "ask.py").read_text()), end="")
+            print(kubectl("exec", "-i", pod, "--", *words, input=(EXAMPLES / "ask.py").read_text()))
         print(f"\nThe adapter is in the claim 'published', folder '{JOB}': {', '.join(files)}")
         print(f"From apply to published: {took:.0f} s; everything: {(time.monotonic() - started) / 60:.1f} minutes.")
         print(
