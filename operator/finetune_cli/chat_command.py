@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Context, Kubeconfig, Namespace
+from .options import Context, GatewayToken, GatewayURL, Kubeconfig, Namespace
 from .output import console
 
 if TYPE_CHECKING:
@@ -22,20 +22,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System text: that of the training rows.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 answers the same each time.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
-    url: Annotated[str | None, typer.Option(envvar="FINETUNE_GATEWAY_URL", help="Address of the gateway.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="FINETUNE_API_KEY", help="API key or token; else the kubeconfig's.")] = None,
+    url: GatewayURL = None,
+    token: GatewayToken = None,
     namespace: Namespace = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
     """Talk to a tuned model through the gateway."""
     from .chat import Chat, Talk
-    from .gateway import REACH, ChatError, Gateway, token_of
+    from .gateway import ChatError, gateway_at
 
     try:
-        if url is None:
-            raise ChatError(f"where is the gateway? Give --url or FINETUNE_GATEWAY_URL; without an address of its own: {REACH}", 2)
-        gateway = Gateway(url, token or token_of(kubeconfig, context, url))
+        gateway = gateway_at(url, token, kubeconfig, context)
         names = [_qualified(model, namespace)]
         if compare:
             names.insert(0, _qualified(base, namespace) if base else _base_of(gateway, names[0], namespace, kubeconfig, context))

@@ -174,6 +174,13 @@ def pieces(lines: Iterable[str]) -> Iterator[str]:
         raise ChatError("the answer broke off: the connection was closed before its end")
 
 
+def gateway_at(url: str | None, token: str | None, kubeconfig: str | None, context: str | None) -> Gateway:
+    """The gateway that a command was told of. Raises ChatError."""
+    if url is None:
+        raise ChatError(f"where is the gateway? Give --url or FINETUNE_GATEWAY_URL; without an address of its own: {REACH}", 2)
+    return Gateway(url, token or token_of(kubeconfig, context, url))
+
+
 def token_of(kubeconfig: str | None, context: str | None, url: str) -> str | None:
     """The bearer token of the kubeconfig, where there is one: for TLS and this machine only, since it is good for the whole cluster."""
     parts = urlsplit(url)

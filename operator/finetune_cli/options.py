@@ -11,6 +11,8 @@ import typer
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; else that of the context.")]
 Kubeconfig = Annotated[str | None, typer.Option(help="Path of a kubeconfig.")]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+GatewayURL = Annotated[str | None, typer.Option(envvar="FINETUNE_GATEWAY_URL", help="Address of the gateway.")]
+GatewayToken = Annotated[str | None, typer.Option(envvar="FINETUNE_API_KEY", help="API key or token; else the kubeconfig's.")]
 
 
 class NotPossible(ValueError):

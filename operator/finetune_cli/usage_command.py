@@ -13,7 +13,7 @@ from rich.text import Text
 from finetune_api.scalars import printable
 from finetune_api.usage import UsageRow
 
-from .options import Context, Kubeconfig
+from .options import Context, GatewayToken, GatewayURL, Kubeconfig
 from .output import Format, Output, console, dump
 
 COUNTS = ("requests", "errors", "prompt_tokens", "completion_tokens")
@@ -27,22 +27,20 @@ def usage(
     days: Annotated[int, typer.Option(min=1, help="So many days, in UTC, with today.")] = 30,
     daily: Annotated[bool, typer.Option("--daily", help="Each day by itself.")] = False,
     output: Format = Output.TABLE,
-    url: Annotated[str | None, typer.Option(envvar="FINETUNE_GATEWAY_URL", help="Address of the gateway.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="FINETUNE_API_KEY", help="API key or token; else the kubeconfig's.")] = None,
+    url: GatewayURL = None,
+    token: GatewayToken = None,
     namespace: Namespace = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
     """What was used, by key, model and day: requests and tokens."""
-    from .gateway import REACH, ChatError, Gateway, token_of
+    from .gateway import ChatError, gateway_at
 
     if output is Output.NAME:
         raise typer.BadParameter("usage has no names; write table, json or yaml", param_hint="--output")
     asked = {"days": days, "key": key, "user": user, "model": model, "namespace": namespace}
     try:
-        if url is None:
-            raise ChatError(f"where is the gateway? Give --url or FINETUNE_GATEWAY_URL; without an address of its own: {REACH}", 2)
-        gateway = Gateway(url, token or token_of(kubeconfig, context, url))
+        gateway = gateway_at(url, token, kubeconfig, context)
         found = gateway.usage({name: value for name, value in asked.items() if value is not None})
     except ChatError as failure:
         print(failure, file=sys.stderr)

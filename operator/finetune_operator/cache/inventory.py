@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from finetune_api.queue import DEFAULT_QUEUE
-
 from ..model.nodes import NOT_READY, namespace_of, node_of, pod_requests, queue_of
 from ..model.objects import Object, version_of
-from ..model.queueing import IMPLICIT, Amounts, Namespace, Node, Queue, Taint, may_use
+from ..model.queueing import IMPLICIT, Amounts, Namespace, Node, Queue, Taint, may_use, name_of_queue
 
 T = TypeVar("T")
 _NOTHING: Amounts = {}
@@ -324,9 +322,10 @@ class Inventory:
 
     def queue_of(self, namespace: str, named: str | None) -> str:
         """The queue of those of a namespace that name this one, or none: by the rule of jobs; empty where there are no queues."""
+        if not self.queues.parsed:
+            return named or IMPLICIT
         home = self.namespaces.items.get(namespace)
-        default = DEFAULT_QUEUE if self.queues.parsed else IMPLICIT
-        return named or (home[1].queue if home is not None and self.queues.parsed else None) or default
+        return name_of_queue(named, home[1] if home is not None else None)
 
     def requests_of(self, uids: Iterable[str]) -> dict[str, Amounts]:
         """What those of these pods that are bound to a node hold of it."""

@@ -59,7 +59,7 @@ class EndpointDemands:
     def room(self, raw: Object, now: datetime) -> Room | None:
         """What is decided about one; None where no queue is asked."""
         spec, _ = self._read(raw)
-        if spec is None or spec.external is not None or not spec.gpus_per_replica:
+        if spec is None:
             return None
         demand = self._of(raw, now)
         return Room(
@@ -80,7 +80,7 @@ class EndpointDemands:
 
     def _of(self, raw: Object, now: datetime) -> Demand:
         (spec, status), meta = self._read(raw), raw["metadata"]
-        if spec is None or spec.external is not None or not spec.gpus_per_replica:
+        if spec is None:
             return Demand()
         pods = [pod for pod in self._store.labelled_pods(meta["uid"]) if pod.namespace == meta["namespace"] and not pod.ended]
         pods = [pod for pod in pods if not (pod.deleting and pod.node and self._inventory.is_lost(pod.node))]
@@ -97,12 +97,15 @@ class EndpointDemands:
         )
 
     def _read(self, raw: Object) -> tuple[FineTuneEndpointSpec | None, FineTuneEndpointStatus]:
+        """The spec: None where it cannot be read, or asks no queue: it has no GPUs, or none of its own."""
         uid = raw["metadata"]["uid"]
         parsed = self._parsed.get(uid)
         if parsed is None or parsed[0] is not raw:
             try:
                 spec = parse_endpoint(raw, strict=False)
             except InvalidDocument:
+                spec = None
+            if spec is not None and (spec.external is not None or not spec.gpus_per_replica):
                 spec = None
             parsed = self._parsed[uid] = raw, spec, read(FineTuneEndpointStatus, raw.get("status"))
         return parsed[1:]

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Literal
 
-from finetune_api.queue import FineTuneQueueSpec, UsageHistory
+from finetune_api.queue import DEFAULT_QUEUE, FineTuneQueueSpec, UsageHistory
 from finetune_api.spec.run import Toleration
 
 IMPLICIT = ""
@@ -160,6 +160,11 @@ def may_use(queue: Queue, home: Namespace | None) -> bool:
     """Whether a queue is for the jobs of a namespace."""
     selector = queue.spec.namespace_selector
     return selector is None or (home is not None and selector.selects(dict(home.labels)))
+
+
+def name_of_queue(named: str | None, home: Namespace | None) -> str:
+    """The queue of what names this one, or none, where there are queues: the named one, that of its namespace, the default."""
+    return named or (home.queue if home is not None else None) or DEFAULT_QUEUE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.queue import DEFAULT_QUEUE, Flavor
 
-from ..model.queueing import IMPLICIT, Queue, Snapshot, Workload, may_use
+from ..model.queueing import IMPLICIT, Queue, Snapshot, Workload, may_use, name_of_queue
 from .quota import Ledger
 
 
@@ -28,8 +28,7 @@ class Eligibility:
             if workload.queue is None:
                 return IMPLICIT, ("", "")
             return None, ("QueueNotFound", f"scheduling.queue: there is no FineTuneQueue {workload.queue!r}, nor any other; remove it")
-        namespace = self._snapshot.namespaces.get(workload.namespace)
-        name = workload.queue or (namespace.queue if namespace is not None else None) or DEFAULT_QUEUE
+        name = name_of_queue(workload.queue, self._snapshot.namespaces.get(workload.namespace))
         if name in self._ledger.queues and self.may_use(self._ledger.queues[name], workload.namespace):
             return name, ("", "")
         allowed = [name for name, queue in sorted(self._ledger.queues.items()) if self.may_use(queue, workload.namespace)]

@@ -55,7 +55,7 @@ class AdmissionServer:
             return Rights()
         remote = self._settings.allows_remote_code(namespace)
         spec = parsed(request.get("object"))
-        if spec is None or spec.scheduling.queue is None or self._settings.queueing_backend != "builtin":
+        if spec is None or spec.scheduling.queue is None or not self._settings.counts_quota:
             return Rights(remote_code=remote)
         name = spec.scheduling.queue
         try:
