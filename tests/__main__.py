@@ -1,4 +1,4 @@
-"""`python -m tests`: all tests in three pytest processes at once, since those with a cluster mostly wait.
+"""`python -m tests`: what is built once, then all tests in three pytest processes at once, since those with a cluster mostly wait.
 
 The cluster's are told line by line as they run. The others take what processor time is left, and are told as a whole: at once
 when they fail, else at the end. Pytest's own closing lines come last, and any exit code but 0 fails.
@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 
-from tests.cluster.shell import REPO
+from tests.cluster import build
+from tests.cluster.shell import REPO, CommandFailed
 
 CLUSTER = ["tests/component", "tests/chaos", "tests/e2e", "--verbose"]
 OTHERS = (["tests/trainer", "tests/local"], ["tests/unit", "tests/serving", "--cov", "--cov-report=term"])
@@ -76,4 +77,8 @@ def main(cluster: list[str] = CLUSTER, others: tuple[list[str], ...] = OTHERS, n
 
 
 if __name__ == "__main__":
+    try:
+        build.everything()
+    except CommandFailed as failed:
+        sys.exit(f"{failed}")
     sys.exit(main())

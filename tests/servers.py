@@ -78,7 +78,7 @@ def registry(folder: Path, auth: dict[str, Any] | None = None) -> Iterator[str]:
 @contextlib.contextmanager
 def postgresql() -> Iterator[int]:
     """Port of a PostgreSQL server on loopback, with the user `team` and no password."""
-    debian.ensure({"/usr/lib/postgresql/*/bin/postgres": "postgresql"})
+    debian.ensure(debian.POSTGRESQL)
     programs = max(Path("/usr/lib/postgresql").glob("*/bin/postgres")).parent
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "server.log").open("w") as log:

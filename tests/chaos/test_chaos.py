@@ -14,7 +14,6 @@ import contextlib
 import os
 import random
 import signal
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ from tests.factory import MINIMAL, RESULTS, container_status, ended, merged
 SEED = int(os.environ.get("FINETUNE_CHAOS_SEED", "20261121"))
 FAULTS = int(os.environ.get("FINETUNE_CHAOS_FAULTS", "60"))
 JOBS = 20
-FAKETIME = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu", "faketime/libfaketime.so.1")
 EVALUATED = {
     "dataset": {"train": {"uri": "configmap://rows/train.jsonl"}, "eval": {"splitFraction": 0.1}},
     "evaluation": {"gate": {"minImprovement": 0.1}},
@@ -193,13 +191,13 @@ class Operators:
         for n in range(2):
             (place := folder / str(n)).mkdir()
             self.wires.append(Wire(api.cluster.kubeconfig, place))
-        debian.ensure({str(FAKETIME): "libfaketime"})
+        debian.ensure(debian.TESTS)
         self.revive()
 
     def revive(self) -> None:
         for one, wire, ahead in zip(self.both, self.wires, ("+1d", "+3h"), strict=True):
             if one.process is None or one.process.poll() is not None:
-                clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+                clock = {"LD_PRELOAD": str(debian.FAKETIME), "FAKETIME": ahead, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
                 one.start(KUBECONFIG=str(wire.kubeconfig), **clock, **self.env)
 
     def end(self) -> None:

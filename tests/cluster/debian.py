@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from pathlib import Path
 
 from .shell import CommandFailed, cached, digest_of, run, step
@@ -10,6 +11,12 @@ from .shell import CommandFailed, cached, digest_of, run, step
 #: command or file (a pattern) that shows that the package is there -> package
 RUNTIME = {"runc": "runc", "iptables": "iptables", "conntrack": "conntrack", "ip": "iproute2", "mount": "mount", "nsenter": "util-linux"}
 IMAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "gcc": "gcc", "/usr/include/stdlib.h": "libc6-dev"}
+FAKETIME = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu", "faketime/libfaketime.so.1")
+NGINX = {"nginx": "nginx"}
+NODE = {"node": "nodejs", "npm": "npm"}
+POSTGRESQL = {"/usr/lib/postgresql/*/bin/postgres": "postgresql"}
+TESTS = {**NGINX, **NODE, **POSTGRESQL, str(FAKETIME): "libfaketime"}
+"""What tests run beside the cluster."""
 
 
 def _present(probe: str) -> bool:

@@ -12,7 +12,7 @@ from .shell import cached, digest_of, run, step
 _PROJECT = Path(__file__).with_name("node")
 
 
-def _installed() -> Path:
+def installed() -> Path:
     """A folder with the packages and the scripts of node/."""
 
     def build(folder: Path) -> None:
@@ -22,7 +22,7 @@ def _installed() -> Path:
             # the processor's onnxruntime is in the package; its script would fetch the one for GPUs
             run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=folder, env={"ONNXRUNTIME_NODE_INSTALL": "skip"})
 
-    debian.ensure({"node": "nodejs", "npm": "npm"})
+    debian.ensure(debian.NODE)
     return cached("transformers-js", digest_of(_PROJECT), build)
 
 
@@ -30,5 +30,5 @@ def answers(folder: Path, dtype: str, prompts: list[list[dict[str, str]]], token
     """Greedy answers of a folder that is laid out for Transformers.js. `dtype` may be `default`."""
     asked = scratch / "prompts.json"
     asked.write_text(json.dumps(prompts))
-    script = _installed() / "ask.mjs"
+    script = installed() / "ask.mjs"
     return list(json.loads(run(["node", script, folder, dtype, asked, str(tokens)]).splitlines()[-1]))

@@ -59,7 +59,7 @@ def _answer(connection: http.client.HTTPConnection, method: str, path: str, body
 def proxy(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     if shutil.which("nginx") is None and os.geteuid() != 0:
         pytest.skip("nginx is not installed, and only root may install it")
-    debian.ensure({"nginx": "nginx"})
+    debian.ensure(debian.NGINX)
     folder = tmp_path_factory.mktemp("proxy")
     found = Proxy(free_port(), free_port(), Authority(folder))
     certificate, key = found.authority.issue("tls", "replica", hosts=["localhost"])
