@@ -109,7 +109,7 @@ def test_f8_a_gang_loses_a_worker_and_goes_on_from_its_checkpoint(user: User) ->
     progress = status["progress"]
     assert progress["totalSteps"] == 240 and 0 < progress["step"] <= 240
     assert float(progress["loss"]) > 0 and float(progress["tokensPerSecond"]) > 0
-    user.kubectl("exec", "gang-worker-1", "--", "pkill", "-9", "-f", "finetune_trainer.stages.worker")
+    user.kubectl("exec", "gang-worker-1", "--", "pkill", "-9", "-f", "finetune_trainer worker")
     status = user.until("the gang restarts", lambda: (s := user.status("gang")).get("attempt") == 1 and s, 60)
     restart = status["restarts"][0]
     assert restart["cause"] == "Infrastructure" and restart["counted"] is True

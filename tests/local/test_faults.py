@@ -24,7 +24,7 @@ from tests.local.test_local import FULL, GANG, build, tuning
 #: code that runs first in every process: steps that take long enough to be caught in the act
 SLOWLY = """
 import sys
-if "finetune_trainer.stages.worker" in sys.orig_argv:
+if "worker" in sys.orig_argv:
     import time
     import transformers
     step = transformers.Trainer.training_step
@@ -190,7 +190,7 @@ def test_f11_a_stop_of_one_pod_stops_all_at_the_same_step_with_a_checkpoint(gang
 
 def test_a_stop_before_training_ends_at_once(gang: Callable[..., Gang]) -> None:
     job = gang(**QUIET)
-    job.start(inject="import sys, time\nif 'finetune_trainer.stages.worker' in sys.orig_argv: time.sleep(3600)\n")
+    job.start(inject="import sys, time\nif 'worker' in sys.orig_argv: time.sleep(3600)\n")
     job.until("the workers", lambda: "rank 0 of 2 nodes" in job.log(0) and "rank 1 of 2" in job.log(1))
     time.sleep(1)
     for process in job.processes:
@@ -203,7 +203,7 @@ def test_a_stop_before_training_ends_at_once(gang: Callable[..., Gang]) -> None:
 
 HANG = """
 import os, sys
-if "finetune_trainer.stages.worker" in sys.orig_argv and os.environ["FINETUNE_NODE_RANK"] == "1":
+if "worker" in sys.orig_argv and os.environ["FINETUNE_NODE_RANK"] == "1":
     import time
     import transformers
     step = transformers.Trainer.training_step

@@ -197,7 +197,7 @@ def test_the_trainer_refuses_a_world_that_is_not_the_one_asked_for(tmp_path: Pat
             "MASTER_PORT": str(free_port()),
         },
     }
-    command = [sys.executable, "-m", "finetune_trainer.stages.worker", "--job", str(local.job_json), "--workspace", str(local.workspace)]
+    command = [sys.executable, "-m", "finetune_trainer", "worker", "--job", str(local.job_json), "--workspace", str(local.workspace)]
     done = subprocess.run(command, env=env, capture_output=True, check=False)
     assert done.returncode == 1
     assert json.loads((tmp_path / "error.json").read_text())["reason"] == "WorldMismatch"

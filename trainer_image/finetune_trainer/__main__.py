@@ -1,7 +1,7 @@
 """`python -m finetune_trainer STAGE --job job.json --workspace DIR`: one stage, with its exit code and last words.
 
 Of no job: `… catalog --model model.json`, and `… fetch --replica replica.json --to DIR` and `… agent`, which run in a FineTuneEndpoint's
-replica, beside its engine. `… erase` takes a request from its standard input (`finetune erase`).
+replica, beside its engine. `… worker` is one training process, which `train` starts. `… erase` takes a request from its standard input (`finetune erase`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
 from finetune_api.serving import ReplicaPaths
 
 from .job.context import Context
+from .job.unused import LEFT_OUT, leave_out, unused_packages
 from .process import parent_watch, redaction
 from .process.errors import Stopped, classify
 from .remote import retry
@@ -43,6 +44,8 @@ def main() -> None:
     """Run a stage; exits with the code of the contract."""
     if sys.argv[1:2] == ["agent"]:
         return _agent(sys.argv[2:])
+    if sys.argv[1:2] == ["worker"]:
+        return _worker(sys.argv[2:])
     if sys.argv[1:2] == ["erase"]:
         _erase()
     parser = argparse.ArgumentParser(prog="finetune_trainer", description=__doc__)
@@ -110,6 +113,13 @@ def _agent(words: list[str]) -> None:
     serve(words)
 
 
+def _worker(words: list[str]) -> None:
+    leave_out(os.environ.get(LEFT_OUT, "").split())
+    from .stages.worker import main
+
+    main(words)
+
+
 def _erase() -> NoReturn:
     """One line in, one line out, whatever becomes of it."""
     answers, line = sys.stdout, sys.stdin.readline()
@@ -136,6 +146,8 @@ def _stage(stage: str, job_file: str, workspace: str) -> StageResult:
     os.environ.setdefault("HF_HOME", f"{context.layout.cache}/huggingface")
     if stage != "train":
         retry.cap_hub_retry_wait()
+    if stage == "evaluate":
+        leave_out(unused_packages(context))
     if stage == "prepare":
         from .stages.prepare import prepare as run
     elif stage == "check":

@@ -19,6 +19,7 @@ from finetune_api.status import Plan
 
 from ..checkpointing.checkpoints import latest_step
 from ..job.context import Context
+from ..job.unused import LEFT_OUT, unused_packages
 from ..process.errors import InfrastructureError, StageError
 from ..process.ipc import Channel
 from ..process.supervise import Supervisor
@@ -42,9 +43,9 @@ def train(context: Context) -> StageResult:
 
     # 3. One process per GPU, or several where there is none, and what they are told
     launcher, rank_env = launch_command(plan, nodes, rank, address, port)
-    command = [*launcher, "-m", "finetune_trainer.stages.worker"]
+    command = [*launcher, "-m", "finetune_trainer", "worker"]
     command += ["--job", os.environ["FINETUNE_JOB_FILE"], "--workspace", context.workspace]
-    env = {**os.environ, Env.PLAN: json.dumps(plan.to_wire())}
+    env = {**os.environ, Env.PLAN: json.dumps(plan.to_wire()), LEFT_OUT: " ".join(unused_packages(context))}
     if not (gpus and spec.gpus_per_node):
         env |= cpu_environment(plan.strategy, processes)
     log.info("rank %d of %d nodes: %d process(es), %s, %s", rank, nodes, processes, plan.strategy, "GPU" if gpus else "CPU")

@@ -1,6 +1,6 @@
 """One training process: TRL's trainer for the objective over the prepared tokens. Started by `train`, as `launch_command` says.
 
-    python -m finetune_trainer.stages.worker --job job.json --workspace DIR
+    python -m finetune_trainer worker --job job.json --workspace DIR
 
 It writes no training loop of its own. What it adds: the check that the world is the one the job asked for, checkpoints that
 are complete or absent, progress reports, and errors with a class. It does not know of the pod: who started it, how many
@@ -43,12 +43,12 @@ from ..training.tracking import tolerate_trackers
 log = logging.getLogger("finetune.worker")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Entry point; a failure is written for the supervisor before this process ends."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune_trainer worker", description=__doc__)
     parser.add_argument("--job", required=True)
     parser.add_argument("--workspace", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     redaction.configure_logging()
     parent_watch.start()
     channel = Channel(os.environ[IPC_DIR])
@@ -160,7 +160,3 @@ def _message(state: Any, resume: ResumePoint, mean: float) -> str:
     losses = _losses(state, mean)
     best = f", best held-out loss {state.best_metric:.4g} at step {state.best_global_step}" if state.best_metric is not None else ""
     return f"{state.global_step} steps{early}{begun}, training loss {losses[0]:.4g} -> {losses[-1]:.4g}{best}"
-
-
-if __name__ == "__main__":
-    main()
