@@ -7,12 +7,23 @@ Every method with sft and every objective with lora; every pair that is not refu
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
+from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.spec import LORA_METHODS, VIRTUAL_TOKEN_METHODS, Method, Objective
-from finetune_api.validation import InvalidDocument, parse_spec
+from finetune_api.status import Plan
+from finetune_api.validation import InvalidDocument, parse_job, parse_spec
+from finetune_cli.local import job_file
+from finetune_trainer.job.context import Context
+from finetune_trainer.stages.evaluate import evaluate
+from finetune_trainer.stages.prepare import prepare
+from finetune_trainer.stages.publish import publish
+from finetune_trainer.stages.worker import fit
+from tests.cluster.shell import REPO
 from tests.factory import MINIMAL
 from tests.trainer.conftest import ROWS, Bench, history
 
@@ -107,3 +118,15 @@ REFUSED = [pair for pair in COMBINATIONS if pair not in ACCEPTED]
 def test_what_does_not_work_is_refused_at_apply(objective: str, method: str) -> None:
     with pytest.raises(InvalidDocument, match="set method to lora"):
         parse_spec({**MINIMAL, "tuning": tuning(objective, method)})
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_the_examples_of_other_objectives(tmp_path: Path, tiny_model: Path, name: str) -> None:
+    metadata, spec = parse_job(yaml.safe_load((REPO / "examples" / f"{name}.yaml").read_text()))
+    volumes = {"models": str(tiny_model.parent), "colours": str(REPO / "examples" / "data"), "published": str(tmp_path / "published")}
+    context = Context(job_file(metadata, spec, volumes), str(tmp_path / "workspace"))
+    assert fit(context, Plan.model_validate(prepare(context).result["plan"])) is not None
+    found = EvaluationStatus.model_validate(evaluate(context).result)
+    assert found.gate == "Passed" and found.interval[0] > 0
+    publish(context)
+    assert (tmp_path / "published" / name / "adapter_model.safetensors").exists()
