@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from finetune_api.endpoint import EndpointBase
 from finetune_api.probing import Probes
 from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
-from finetune_api.spec import Model
 from tests.cluster.control_plane import free_port
 
 from .engine import BASE, MOST_RANK, Vllm, make_base, running
@@ -87,7 +87,7 @@ def replica(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             name=BASE,
             namespace="team",
             uid="0f0f0f0f-1",
-            base=Model(uri="pvc://models/base"),
+            base=EndpointBase(uri="pvc://models/base"),
             max_lora_rank=MOST_RANK,
             sources={"pvc://models": str(folder / "claim"), "pvc://claim": str(folder / "claim")},
         )
