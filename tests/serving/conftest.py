@@ -20,7 +20,7 @@ from finetune_api.probing import Probes
 from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
 from tests.cluster.control_plane import free_port
 
-from .engine import BASE, MOST_RANK, Vllm, make_base, running
+from .engine import BASE, MOST_RANK, WHOLE, Vllm, make_base, running
 from .versions import MODEL, Shelf, make_adapter
 
 
@@ -70,8 +70,8 @@ class Replica:
         return str(asked(f"{self.engine.address}/v1/completions", body)["choices"][0]["text"])
 
     def names(self) -> set[str]:
-        """What the engine says that it serves."""
-        return {card["id"] for card in asked(f"{self.engine.address}/v1/models")["data"]}
+        """What the engine says that it serves, beside its base's further names."""
+        return {card["id"] for card in asked(f"{self.engine.address}/v1/models")["data"]} - set(WHOLE)
 
 
 @pytest.fixture(scope="session")

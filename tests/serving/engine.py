@@ -19,6 +19,8 @@ from tests.cluster.environment import site_packages
 
 MOST_RANK, MOST_TOKENS = 16, 256
 BASE = "tiny-endpoint"
+WHOLE = ("whole", "whole@40", "whole@41")
+"""Further names of the base, as those of a whole model are."""
 _SETTINGS = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "HF_HUB_OFFLINE": "1",
@@ -41,8 +43,8 @@ class Vllm:
 
     def start(self) -> None:
         """Begin; `wait` says when it answers."""
-        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", self.name, "--enable-lora"]
-        words += ["--max-loras", 4, "--max-cpu-loras", 32, "--max-lora-rank", MOST_RANK, "--max-model-len", MOST_TOKENS]
+        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", self.name, *WHOLE]
+        words += ["--enable-lora", "--max-loras", 4, "--max-cpu-loras", 32, "--max-lora-rank", MOST_RANK, "--max-model-len", MOST_TOKENS]
         words += ["--enforce-eager", "--dtype", "float32", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         home = {"HOME": str(self.folder), "VLLM_CACHE_ROOT": str(self.folder / "cache"), "PYTHONPATH": str(site_packages("vllm"))}
         command = [sys.executable, "-P", "-S", "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]

@@ -199,7 +199,6 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
 def test_the_base_is_fetched_and_a_whole_model_is_known_by_its_digest(tmp_path: Path) -> None:
     base_at(tmp_path / "claim")
     (tmp_path / "claim" / SUMS).write_text(digests(tmp_path / "claim"))
-    digest = f"sha256:{hashlib.sha256((tmp_path / 'claim' / SUMS).read_bytes()).hexdigest()}"
     file = ReplicaFile(name="e", namespace="n", uid="u", base=EndpointBase(uri="pvc://c"), sources={"pvc://c": str(tmp_path / "claim")})
     for _ in range(2):  # a pod's init containers may run again
         assert fetch(file, str(tmp_path / "models")).reason == "Fetched"

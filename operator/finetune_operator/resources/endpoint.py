@@ -197,9 +197,9 @@ def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
 
 
 def served_names(endpoint: EndpointRef) -> list[str]:
-    """Of the engine's base: the endpoint's, and those of the version that it is."""
-    version = [*endpoint.whole.aliases, endpoint.whole.name] if endpoint.whole is not None else []
-    return list(dict.fromkeys([endpoint.name, *version]))
+    """Of the engine's base: those of the version that it is, and the endpoint's. Answers bear the first one."""
+    version = [endpoint.whole.name, *endpoint.whole.aliases] if endpoint.whole is not None else []
+    return list(dict.fromkeys([*version, endpoint.name]))
 
 
 def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> Manifest:

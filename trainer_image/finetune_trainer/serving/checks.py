@@ -37,7 +37,7 @@ _NOT_SERVED = {
     "use_qalora": "QALoRA",
 }
 """Settings of peft's that the engine has no answer to. By its own words (vllm/lora/peft_helper.py), and those it does not read."""
-_WHOLE = "publish output.merged and serve it as a whole model, or train with tuning.method lora"
+_WHOLE = "publish output.merged and serve it as a whole model (base.uri: model://NAME), or train with tuning.method lora"
 
 
 @dataclass(frozen=True)
