@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -138,6 +139,19 @@ def lines(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def line(lines: Lines) -> Line:
     return lines()
+
+
+def test_a_merged_model_beside_the_adapter_is_on_record(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(_: Context, bundle: Path) -> list[Any]:
+        (bundle / "merged").mkdir()
+        (bundle / "merged" / "config.json").write_text("{}")
+        return []
+
+    monkeypatch.setitem(sys.modules, "finetune_trainer.export.forms", SimpleNamespace(export=export))
+    publish(line.context(output={"merged": True}))
+    assert line.record(1).merged and line.storage.read("versions/1/merged/config.json") == b"{}"
+    publish(line.context(name="k", uid="22222222-b"))
+    assert not line.record(2).merged
 
 
 def test_a_version_and_its_record(line: Line) -> None:

@@ -83,7 +83,9 @@ def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest], versi
     Told here and not in replica.json, which all replicas share: one that starts anew while others are replaced has its own version.
     """
     container = _trainer("base", "fetch", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
-    return {**container, "args": ["fetch", "--version", version.model_dump_json(by_alias=True)]} if version is not None else container
+    if version is None:
+        return container
+    return {**container, "args": ["fetch", "--version", version.model_dump_json(by_alias=True, exclude_defaults=True)]}
 
 
 def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest], *, external: bool = False) -> Manifest:

@@ -205,7 +205,8 @@ class Agent:
                 held.later(str(away))
         for held in list(self.held.values()):
             await self._name(held)
-        await self._drop()
+        if order is not None:
+            await self._drop()
 
     async def _bring(self, held: Held) -> None:
         """An adapter, a step nearer to being served and known."""

@@ -56,8 +56,13 @@ def whole_model(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Whole
     if reason or went_back:
         version = line.status.version(before.version)
     folder = _folder(version) if version is not None else None
-    made = ordered(line, version, version.number, folder) if version is not None and folder is not None else None
+    made = _made(line, version, folder) if version is not None and folder is not None else None
     return Whole(name, line, None if reason else number, made, reason, message)
+
+
+def _made(line: ModelLine, version: ModelVersion, folder: str) -> OrderedModel:
+    """Without what says nothing of its files: a record that tells more than the job did makes no other replicas."""
+    return ordered(line, version, version.number, folder).model_copy(update={"rank": None, "base_fingerprint": ""})
 
 
 def _folder(version: ModelVersion) -> str | None:
