@@ -179,6 +179,9 @@ def test_what_a_replica_does_not_let_in_is_told_with_its_words() -> None:
     init["lastState"]["terminated"]["message"] = StageResult(reason="StorageRefused", message="its keys may not").dumps()  # type: ignore[index]
     away = replica_pod(pod_view(raw))
     assert away is not None and away.refused == "" and away.problem == "StorageRefused: its keys may not", "which may be mended"
+    cluster.pods = [away]
+    cluster.goes()
+    assert cluster.model.mismatch == "" and "chat-1: StorageRefused: its keys may not" in cluster.model.canary.message
     init["state"], init["lastState"] = {"terminated": {"exitCode": 0}}, {"terminated": {"exitCode": 10, "message": words}}
     mended = replica_pod(pod_view(raw))
     assert mended is not None and (mended.refused, mended.problem) == ("", "")
@@ -215,8 +218,8 @@ def test_what_cannot_be_served_is_told(uri: str, champion: int | None, version: 
     cluster = Cluster({**SPEC, "base": {"uri": uri}})
     cluster.lines = {"support": line(champion, **version)}
     cluster.goes(2)
-    assert cluster.condition("ModelsServed")[:2] == cluster.condition("Ready")[:2] == ("False", reason)
-    assert told in cluster.condition("ModelsServed")[2] and not cluster.plan.actions
+    assert cluster.condition("Ready")[:2] == ("False", reason) and told in cluster.condition("Ready")[2]
+    assert not cluster.plan.actions and cluster.plan.requeue_at is not None
 
 
 def test_what_runs_goes_on_when_the_champion_cannot_be_served_or_the_model_is_gone() -> None:

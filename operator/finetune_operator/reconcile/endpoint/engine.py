@@ -39,14 +39,14 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     if observed.endpoint["metadata"].get("deletionTimestamp"):
         return _leave(observed)
     spec = observed.spec
-    if (why := refused_for(observed, settings)) is not None or spec is None:
+    whole = whole_model(observed, spec) if spec is not None else None
+    if (why := refused_for(observed, settings) or _nothing_to_make(observed, whole)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
         said = found.with_conditions(observed, room.without_asking(observed.status), found.refuses(reason, message))
         return _plan(observed, said, (), (), observed.now + timedelta(seconds=REFUSED_SECONDS))
     if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
         return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
     pods = found.replicas(observed)
-    whole = whole_model(observed, spec)
     models, changes = _models(observed, spec, whole, pods)
     status = observed.status.model_copy(
         update={
@@ -63,8 +63,6 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     ready = found.ready(observed, spec, pods)
     if not pods and spec.replicas and admitted is not None and admitted.status == "False":
         ready = found.refuses(admitted.reason, admitted.message)
-    if not pods and whole is not None and whole.made is None:
-        ready = found.refuses(whole.reason, whole.message)
     status = found.with_conditions(
         observed,
         status if admitted is not None else room.without_condition(status),
@@ -97,6 +95,11 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
     if observed.no_identity:
         return "APIRefused", observed.no_identity
     return None
+
+
+def _nothing_to_make(observed: ObservedEndpoint, whole: Whole | None) -> tuple[str, str] | None:
+    """The same where its base is a whole model that is not there (yet): nothing is kept for it until then."""
+    return (whole.reason, whole.message) if whole is not None and whole.made is None and not observed.pods else None
 
 
 def refused(observed: ObservedEndpoint, message: str, reason: str = "APIRefused") -> Plan[FineTuneEndpointStatus]:

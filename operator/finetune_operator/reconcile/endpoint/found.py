@@ -53,6 +53,7 @@ def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None
         models = [*report.models, *(_unsaid(observed, report, before) if pod.address else ())]
         return Replica(name=pod.name, address=address, ready=report.ready and pod.ready, models=models[:MOST_MODELS])
     known = before.models if before is not None and pod.uid not in observed.emptied else []
+    known = [model for model in known if (model.name, model.state) != (pod.version, "Refused")]  # its pod says so, or not any more
     if pod.refused and pod.version:
         known = [ReplicaModel(name=pod.version, state="Refused", message=pod.refused)]
     elif pod.uid in observed.emptied and before is not None:
