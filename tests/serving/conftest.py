@@ -20,8 +20,11 @@ from finetune_api.probing import Probes
 from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
 from tests.cluster.control_plane import free_port
 
-from .engine import BASE, MOST_RANK, WHOLE, Vllm, make_base, running
+from .engine import BASE, MOST_RANK, Vllm, make_base, running
 from .versions import MODEL, Shelf, make_adapter
+
+WHOLE = ("whole", "whole@40", "whole@41")
+"""Further names of the engine's base: of a FineTunedModel with two versions (test_base.py)."""
 
 
 def asked(url: str, body: Any = None, method: str | None = None, timeout: float = 300) -> Any:
@@ -80,7 +83,7 @@ def replica(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("replica")
     base, other = folder / "claim" / "base", folder / "claim" / "other"
     make_base(base, tiny_model)
-    engine = Vllm(base, folder)
+    engine = Vllm(base, folder, also=WHOLE)
     engine.start()
     try:
         file = ReplicaFile(

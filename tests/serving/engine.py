@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from tests.cluster.environment import site_packages
 
 MOST_RANK, MOST_TOKENS = 16, 256
 BASE = "tiny-endpoint"
-WHOLE = ("whole", "whole@40", "whole@41")
-"""Further names of the base, as those of a whole model are."""
 _SETTINGS = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "HF_HUB_OFFLINE": "1",
@@ -36,14 +34,15 @@ _SETTINGS = {
 class Vllm:
     """One server, which can be killed and started again at the same address."""
 
-    def __init__(self, model: Path, folder: Path, name: str = BASE) -> None:
-        self.model, self.folder, self.name, self.port = model, folder, name, free_port()
+    def __init__(self, model: Path, folder: Path, name: str = BASE, also: Sequence[str] = ()) -> None:
+        """`also`: further names of the base, as those of a whole model are."""
+        self.model, self.folder, self.names, self.port = model, folder, (name, *also), free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Begin; `wait` says when it answers."""
-        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", self.name, *WHOLE]
+        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", *self.names]
         words += ["--enable-lora", "--max-loras", 4, "--max-cpu-loras", 32, "--max-lora-rank", MOST_RANK, "--max-model-len", MOST_TOKENS]
         words += ["--enforce-eager", "--dtype", "float32", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         home = {"HOME": str(self.folder), "VLLM_CACHE_ROOT": str(self.folder / "cache"), "PYTHONPATH": str(site_packages("vllm"))}

@@ -93,8 +93,7 @@ def fetch_whole(storage: Storage, model: OrderedModel, to: Path, *more: str) -> 
     if "config.json" not in wanted:
         raise Refused(f"{place}/{below} holds no config.json: it is no whole model; publish one with output.merged or tuning.method full")
     try:
-        added = sorted(name for name in _files(folder) - {*listed, SUMS} if any(fnmatch(name, kind) for kind in patterns))
-        if added:  # an engine would read it
+        if added := sorted(name for name in _files(folder) - {*listed, SUMS} if not name.startswith(".")):  # an engine might read it
             raise Refused(
                 f"{place}/{below}{added[0]} is not listed in {SUMS}: it came there later; remove it, or publish the version again"
             )
