@@ -233,6 +233,7 @@ def test_what_runs_goes_on_when_the_champion_cannot_be_served_or_the_model_is_go
         assert cluster.condition("Ready")[0] == "True" and cluster.condition("ModelsServed")[0] == "False"
         assert cluster.version == "support@1" and cluster.answers("support") == [(1, ("10.0.0.1:8080", "10.0.0.2:8080"))]
         assert cluster.model.digest == "sha256:1"
+        assert bool(cluster.plan.actions) is bool(lines), "other changes are carried out while its version is there"
 
 
 def test_adapters_are_served_beside_it_and_it_is_not_one_of_them() -> None:
