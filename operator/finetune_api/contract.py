@@ -52,6 +52,8 @@ class ExitCode(enum.IntEnum):
 
 WAITING_FOR_SOURCE = "WaitingForSource"
 """Reason of a stage that ended with SOURCE_UNAVAILABLE, and of the condition meanwhile."""
+VERSION_REFUSED = "VersionRefused"
+"""Reason of a replica's `fetch` where the files of the version are not what was published: the same files are refused again."""
 PEER_LOST = "PeerLost"
 """Reason of a worker that ended because another one did: its pod is not the one to blame."""
 

@@ -12,6 +12,7 @@ from .scalars import ABSOLUTE_PATH, Count, DecimalText, DNSLabel, DNSSubdomain, 
 from .spec.model import Model
 from .spec.run import Resources, Scheduling, Toleration
 from .status import Condition, Status
+from .uris import BaseURI
 from .versions import VersionNumber
 
 ENDPOINT_KIND, ENDPOINT_PLURAL = "FineTuneEndpoint", "finetuneendpoints"
@@ -53,13 +54,29 @@ class ExternalEngine(APIModel):
     """Folder in which the replicas see what `spec.storage` of the models holds below `versions/`, by NAMESPACE/MODEL/VERSION."""
 
 
+class EndpointBase(Model):
+    """What is served under the endpoint's own name."""
+
+    uri: BaseURI
+    """Where the base model is: `hf://ORG/MODEL[@REVISION]`, `pvc://CLAIM/PATH`, `s3://BUCKET/PREFIX`, `oci://HOST/REPOSITORY[:TAG]` or `mlflow://HOST/MODEL[@ALIAS]`; or `model://FINETUNEDMODEL[@VERSION]`, a whole model of the namespace: its champion, or that version."""
+
+    RULES = (
+        *Model.RULES,
+        Rule(
+            cel="!has(self.secretRef) || !self.uri.startsWith('model://')",
+            message="base.secretRef is not used with a model:// uri, whose FineTunedModel has its own; remove it or change base.uri",
+            holds=lambda m: m.secret_ref is None or not m.uri.startswith("model://"),
+        ),
+    )
+
+
 class FineTuneEndpointSpec(APIModel):
     """What is served, by how many replicas, on which hardware."""
 
     engine: Literal["vllm", "external"] = "vllm"
     """`vllm`: pods of this endpoint. `external`: replicas that are there already."""
-    base: Model
-    """The base model, which answers under the endpoint's own name."""
+    base: EndpointBase
+    """The base model, which answers under the endpoint's own name. A whole model of a FineTunedModel answers under that one's name, too, and as NAME@VERSION."""
     models: Annotated[
         list[ServedModel],
         Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}),
@@ -93,6 +110,16 @@ class FineTuneEndpointSpec(APIModel):
             cel="(self.engine == 'external') == has(self.external)",
             message="engine external and the block external belong together; set both or neither",
             holds=lambda m: (m.engine == "external") == (m.external is not None),
+        ),
+        Rule(
+            cel="self.engine != 'external' || !self.base.uri.startsWith('model://')",
+            message="base.uri: replicas that somebody else runs cannot be started with a model:// base; set engine to vllm, or name what they serve",
+            holds=lambda m: m.engine != "external" or not m.base.uri.startswith("model://"),
+        ),
+        Rule(
+            cel="!self.models.exists(m, self.base.uri == 'model://' + m.name || self.base.uri.startsWith('model://' + m.name + '@'))",
+            message="models: the base is that FineTunedModel already, and answers under its name; remove it from models",
+            holds=lambda m: all(m.base.uri.partition("@")[0] != f"model://{served.name}" for served in m.models),
         ),
     )
 
@@ -129,14 +156,14 @@ class Replica(APIModel):
 
 
 class Canary(APIModel):
-    """A new champion on its way."""
+    """A new champion on its way. Of a whole model: while replicas are replaced."""
 
     version: VersionNumber
     """Which."""
     step: Count = 0
     """Of spec.rollout.steps, from 0."""
     percent: Annotated[int, Field(ge=0, le=100)] = 0
-    """Of the requests."""
+    """Of the requests. Of a whole model: its share of the replicas."""
     since: Timestamp | None = None
     """When the step began."""
     requests: Count = 0

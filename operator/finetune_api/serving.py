@@ -14,10 +14,9 @@ from pydantic import Field
 
 from .base import APIModel
 from .contract import Mounts
-from .endpoint import MOST_MODELS, MOST_REPLICAS, ModelName, ReplicaModel
+from .endpoint import MOST_MODELS, MOST_REPLICAS, EndpointBase, ModelName, ReplicaModel
 from .scalars import Count, Name, Timestamp, Told, Word
-from .spec.model import Model
-from .versions import Form, VersionNumber
+from .versions import VersionNumber
 
 AGENT_PORT, USER_PORT = 8443, 8080
 """Of a replica: the operator's, by mutual TLS, and the users'."""
@@ -51,8 +50,8 @@ class ReplicaFile(APIModel):
     """FineTuneEndpoint: the name under which its base answers."""
     namespace: str
     uid: str
-    base: Model
-    """What is served. Where it is a whole model of a FineTunedModel: the folder of its version."""
+    base: EndpointBase
+    """What is served, as the spec names it. Which version of a FineTunedModel, `fetch` is told by an OrderedModel."""
     max_lora_rank: Annotated[int, Field(ge=1)] = 64
     """Largest rank of an adapter that is let in."""
     sources: dict[str, str] = Field(default_factory=dict)
@@ -66,7 +65,7 @@ class ReplicaFile(APIModel):
 
 
 class OrderedModel(APIModel):
-    """A version that a replica is to serve."""
+    """A version that a replica is to serve: an adapter by an order, a whole model from its engine's start."""
 
     name: ModelName
     """NAME@VERSION, under which it answers."""
@@ -80,8 +79,8 @@ class OrderedModel(APIModel):
     """`spec.storage` of the FineTunedModel; finetune_api/versions.py says what lies below."""
     s3_endpoint: str | None = None
     """Address of an S3-compatible server."""
-    form: Form = "Adapter"
-    """Whether its base is needed beside it."""
+    folder: Word = ""
+    """Of a whole model: where below the version's folder its files are; empty: right there."""
     digest: Word
     """sha256 over its files' names and contents."""
     rank: Count | None = None
@@ -143,7 +142,7 @@ class ReplicaReport(APIModel):
     message: Annotated[str, Told(1024)] = ""
     """Why it is not ready."""
     models: Annotated[list[ReplicaModel], Field(max_length=MOST_MODELS)] = []
-    """Every version that was ordered, and those that are still loaded."""
+    """The whole model that is its base; every version that was ordered, and those that are still loaded."""
     engines: Annotated[list[EngineReport], Field(max_length=MOST_REPLICAS)] = []
     """Of external engines: each that was asked since the agent began."""
 

@@ -77,6 +77,8 @@ class ModelVersion(APIModel):
     """Adapter, or a whole Model."""
     rank: Count | None = None
     """Largest rank of a LoRA adapter."""
+    merged: bool = False
+    """Whether the merged model lies beside the adapter (`output.merged` of its job)."""
     base: BaseModelReference | None = None
     """What it was tuned from."""
     data_digest: Word = ""

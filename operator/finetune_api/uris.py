@@ -34,6 +34,12 @@ MODEL = Format(
     write="hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/PREFIX, oci://HOST/REPOSITORY[:TAG] or mlflow://HOST/MODEL[@ALIAS]",
     scheme="hf://",
 )
+BASE = Format(
+    pattern=rf"^({_HF}|{_PVC}|{_S3}|{_OCI_PINNED}|{_MLFLOW_PINNED}|{_VERSION})$",
+    name="a model URI",
+    write="hf://ORG/MODEL[@REVISION], pvc://CLAIM/PATH, s3://BUCKET/PREFIX, oci://HOST/REPOSITORY[:TAG], mlflow://HOST/MODEL[@ALIAS] or model://FINETUNEDMODEL[@VERSION]",
+    scheme="hf://",
+)
 ADAPTER = Format(
     pattern=rf"^({_HF}|pvc://{_CLAIM}/{_PATH}|{_S3}|{_OCI_PINNED}|{_MLFLOW_PINNED}|{_VERSION})$",
     name="an adapter URI",
@@ -64,6 +70,7 @@ ENDPOINT = Format(
 )
 
 ModelURI = Annotated[str, Field(max_length=512), MODEL]
+BaseURI = Annotated[str, Field(max_length=512), BASE]
 DatasetURI = Annotated[str, Field(max_length=512), DATASET]
 AdapterURI = Annotated[str, Field(max_length=512), ADAPTER]
 PublishURI = Annotated[str, Field(max_length=512), PUBLISH]

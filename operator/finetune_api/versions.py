@@ -18,6 +18,8 @@ MOST_NUMBER = 1_000_000
 VersionNumber = Annotated[int, Field(ge=1, le=MOST_NUMBER)]
 Form = Literal["Adapter", "Model"]
 """An adapter needs its base beside it; a model (methods full and partial) does not."""
+MERGED = "merged"
+"""Folder below an adapter's with the whole model that it makes (`output.merged`)."""
 
 
 class VersionPaths:
@@ -87,6 +89,8 @@ class VersionRecord(APIModel):
     """Whether its base is needed beside it."""
     rank: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Largest rank of a LoRA adapter."""
+    merged: bool = False
+    """Whether the merged model lies beside the adapter."""
     base: BaseModelReference
     """What it was tuned from."""
     data_digest: Word = ""

@@ -111,11 +111,10 @@ def describe(model: Object) -> RenderableType:
 def _details(version: ModelVersion) -> Table:
     evaluation = version.evaluation or EvaluationStatus()
     first = next(iter(evaluation.metrics), "")
-    rank = f", rank {version.rank}" if version.rank is not None else ""
     return _facts(
         ("  Job", version.job),
         ("  Digest", version.digest),
-        ("  Form", f"{version.form}{rank}, {version.bytes:,} bytes"),
+        ("  Form", f"{_form(version)}, {version.bytes:,} bytes"),
         ("  Base", origin(version.base)),
         ("  Data", version.data_digest),
         ("  Parent", version.parent),
@@ -180,13 +179,17 @@ _OTHER_ROWS = Text(
 )
 
 
-def _made_of(version: ModelVersion) -> dict[str, str]:
+def _form(version: ModelVersion) -> str:
     rank = f", rank {version.rank}" if version.rank is not None else ""
+    return f"{version.form}{rank}{', merged' if version.merged else ''}"
+
+
+def _made_of(version: ModelVersion) -> dict[str, str]:
     return {
         "state": version.state,
         "job": version.job,
         "digest": short(version.digest),
-        "form": f"{version.form}{rank}",
+        "form": _form(version),
         "base": origin(version.base),
         "data": short(version.data_digest),
         "parent": str(version.parent or ""),

@@ -28,8 +28,9 @@ STAMP = "%Y-%m-%dT%H:%M:%SZ"
 class Replica:
     """At an address of its own. What is ordered is loaded when it is heard of first, and asked its probes then."""
 
-    def __init__(self, address: str, tls: dict[str, str], folder: Path) -> None:
-        self.address, self.order = address, ReplicaOrder()
+    def __init__(self, address: str, tls: dict[str, str], folder: Path, base: ReplicaModel | None = None) -> None:
+        """`base`: the whole model that it serves."""
+        self.address, self.order, self.base = address, ReplicaOrder(), base
         self.states: dict[str, str] = {}
         """Of versions that do not turn out as they should"""
         self.keeps = False
@@ -72,10 +73,11 @@ class Replica:
             self.served.setdefault(name, ReplicaModel(name=name, state="Loaded"))
         if not self.keeps:
             self.served = {name: model for name, model in self.served.items() if name in wanted}
-        models = list(self.served.values())
+        models = [*([self.base] if self.base is not None else []), *self.served.values()]
         addresses = order.external.addresses if order.external is not None else []
         engines = [EngineReport(address=address, ready=True, engine="played", models=models) for address in addresses]
-        return ReplicaReport(generation=order.generation, ready=True, engine="played", models=[] if engines else models, engines=engines)
+        ready = self.base is None or self.base.state == "Verified"
+        return ReplicaReport(generation=order.generation, ready=ready, engine="played", models=[] if engines else models, engines=engines)
 
     @property
     def answers(self) -> dict[str, str]:
@@ -93,6 +95,8 @@ class Replicas:
     def __init__(self, api: Api, folder: Path) -> None:
         self.api, self._folder = api, folder
         self.by_pod: dict[str, Replica] = {}
+        self.whole: dict[str, str] = {}
+        """States of whole models that do not turn out as they should"""
         self._next = int(time.time()) % 200
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -114,17 +118,20 @@ class Replicas:
                 tls = {key: base64.b64decode(text).decode() for key, text in secret.data.items()}
                 self._next += 1
                 address = f"127.77.{self._next // 250}.{self._next % 250 + 1}"
-                self.by_pod[name] = Replica(address, tls, self._folder / name)
-                self.api.set_pod(name, self.running(address))
+                version = (pod.metadata.annotations or {}).get(names.ANNOTATION_VERSION)
+                state: Any = self.whole.get(version or "", "Verified")
+                base = ReplicaModel(name=version, state=state, message=f"as {state} as can be") if version is not None else None
+                self.by_pod[name] = Replica(address, tls, self._folder / name, base)
+                self.api.set_pod(name, self.running(address, ready=state == "Verified"))
 
     @staticmethod
-    def running(address: str, restarts: int = 0) -> dict[str, Any]:
-        ready = {"type": "Ready", "status": "True"}
+    def running(address: str, restarts: int = 0, *, ready: bool = True) -> dict[str, Any]:
+        said = {"type": "Ready", "status": str(ready)}
         containers = [
             {"name": name, "image": "i", "imageID": "i", "ready": True, "restartCount": restarts, "state": {"running": {}}}
             for name in ("vllm", "agent", "proxy")
         ]
-        return {"phase": "Running", "podIP": address, "conditions": [ready], "containerStatuses": containers}
+        return {"phase": "Running", "podIP": address, "conditions": [said], "containerStatuses": containers}
 
     @property
     def all(self) -> list[Replica]:

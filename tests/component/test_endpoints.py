@@ -45,8 +45,8 @@ class Serving:
         body = {"apiVersion": API_VERSION, "kind": kind, "metadata": {"name": name}, "spec": spec}
         self.api.custom.create_namespaced_custom_object(GROUP, VERSION, self.api.namespace, plural, body)
 
-    def champion(self, number: int) -> None:
-        versions = [{"number": n, "job": "j", "digest": f"sha256:{n}", "rank": 8} for n in (3, 2, 1)]
+    def champion(self, number: int, **version: Any) -> None:
+        versions = [{"number": n, "job": "j", "digest": f"sha256:{n}", "rank": 8, **version} for n in (3, 2, 1)]
         status = {"champion": number, "versions": versions, "storage": {"uri": STORAGE, "highest": 3}}
         self.api.custom.patch_namespaced_custom_object_status(
             GROUP, VERSION, self.api.namespace, MODEL_PLURAL, "support", {"status": status}
@@ -202,6 +202,32 @@ def test_replicas_wait_for_room_in_their_queue_which_outlives_the_operator(servi
         until("given back", lambda: used() == (0, 0))
     finally:
         custom.delete_cluster_custom_object(GROUP, VERSION, QUEUE_PLURAL, name)
+
+
+def test_a_whole_model_is_replaced_replica_by_replica_and_one_that_is_another_goes_back(serving: Serving) -> None:
+    """The Deployment's controller is the real one; a pod is ready when its replica was found to serve its version."""
+    spec = {"base": {"uri": "model://support"}, "replicas": 2, "gpusPerReplica": 0}
+    for wrong in ({"models": [{"name": "support"}]}, {"engine": "external", "external": {"service": "vllm"}}):
+        with pytest.raises(client.ApiException, match="remove it from models|set engine to vllm"):
+            serving.create(ENDPOINT_KIND, ENDPOINT_PLURAL, "chat", {**spec, **wrong})
+    serving.create(MODEL_KIND, MODEL_PLURAL, "support", {"storage": STORAGE})
+    serving.create(ENDPOINT_KIND, ENDPOINT_PLURAL, "chat", spec)
+    until("it waits for a champion", lambda: serving.condition("Ready").get("reason") == "NoChampion")
+    serving.champion(1, form="Model")
+    until("verified on both", lambda: serving.endpoint["status"].get("modelsVerified") == "1/1" and len(serving.both) == 2)
+    first = set(serving.replicas.by_pod)
+    assert serving.model["version"] == 1 and {replica.base.name for replica in serving.both if replica.base} == {"support@1"}
+
+    serving.replicas.whole["support@2"] = "Mismatch"
+    serving.champion(2, form="Model")
+    until("another one goes back", lambda: serving.condition("RolledBack").get("status") == "True")
+    until("its replica is gone", lambda: set(serving.replicas.by_pod) == first)
+    assert serving.model["version"] == 1 and "support@2 went back" in serving.condition("RolledBack")["message"]
+
+    serving.champion(3, form="Model")
+    until("replaced", lambda: serving.model["version"] == 3 and serving.endpoint["status"].get("modelsVerified") == "1/1")
+    assert not first & set(serving.replicas.by_pod) and {r.base.name for r in serving.both if r.base} == {"support@3"}
+    assert serving.condition("RolledBack")["status"] == "False" and "canary" not in serving.model
 
 
 def test_replicas_that_somebody_else_runs_are_those_behind_their_service(serving: Serving) -> None:

@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 
+from finetune_api.endpoint import EndpointBase
 from finetune_api.probing import Probes
 from finetune_api.serving import OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
-from finetune_api.spec import Model
 from tests.cluster.control_plane import free_port
 
 from .engine import BASE, MOST_RANK, Vllm, make_base, running
 from .versions import MODEL, Shelf, make_adapter
+
+WHOLE = ("whole", "whole@40", "whole@41")
+"""Further names of the engine's base: of a FineTunedModel with two versions (test_base.py)."""
 
 
 def asked(url: str, body: Any = None, method: str | None = None, timeout: float = 300) -> Any:
@@ -70,8 +73,8 @@ class Replica:
         return str(asked(f"{self.engine.address}/v1/completions", body)["choices"][0]["text"])
 
     def names(self) -> set[str]:
-        """What the engine says that it serves."""
-        return {card["id"] for card in asked(f"{self.engine.address}/v1/models")["data"]}
+        """What the engine says that it serves, beside its base's further names."""
+        return {card["id"] for card in asked(f"{self.engine.address}/v1/models")["data"]} - set(WHOLE)
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +83,14 @@ def replica(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("replica")
     base, other = folder / "claim" / "base", folder / "claim" / "other"
     make_base(base, tiny_model)
-    engine = Vllm(base, folder)
+    engine = Vllm(base, folder, also=WHOLE)
     engine.start()
     try:
         file = ReplicaFile(
             name=BASE,
             namespace="team",
             uid="0f0f0f0f-1",
-            base=Model(uri="pvc://models/base"),
+            base=EndpointBase(uri="pvc://models/base"),
             max_lora_rank=MOST_RANK,
             sources={"pvc://models": str(folder / "claim"), "pvc://claim": str(folder / "claim")},
         )

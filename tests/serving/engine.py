@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,16 @@ _SETTINGS = {
 class Vllm:
     """One server, which can be killed and started again at the same address."""
 
-    def __init__(self, model: Path, folder: Path, name: str = BASE) -> None:
-        self.model, self.folder, self.name, self.port = model, folder, name, free_port()
+    def __init__(self, model: Path, folder: Path, name: str = BASE, also: Sequence[str] = ()) -> None:
+        """`also`: further names of the base, as those of a whole model are."""
+        self.model, self.folder, self.names, self.port = model, folder, (name, *also), free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Begin; `wait` says when it answers."""
-        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", self.name, "--enable-lora"]
-        words += ["--max-loras", 4, "--max-cpu-loras", 32, "--max-lora-rank", MOST_RANK, "--max-model-len", MOST_TOKENS]
+        words = ["--host", "127.0.0.1", "--port", self.port, "--model", self.model, "--served-model-name", *self.names]
+        words += ["--enable-lora", "--max-loras", 4, "--max-cpu-loras", 32, "--max-lora-rank", MOST_RANK, "--max-model-len", MOST_TOKENS]
         words += ["--enforce-eager", "--dtype", "float32", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
         home = {"HOME": str(self.folder), "VLLM_CACHE_ROOT": str(self.folder / "cache"), "PYTHONPATH": str(site_packages("vllm"))}
         command = [sys.executable, "-P", "-S", "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]

@@ -18,13 +18,15 @@ from finetune_trainer.models.weights import ADAPTER
 
 MODEL = "support-bot"
 Change = Callable[[Path], None]
+Says = Callable[[list[int], list[int]], list[float]]
+"""(prompt, answer) -> log-probability of each of the answer's tokens"""
 
 
 class Shelf:
     """The storage of one FineTunedModel on a volume."""
 
     def __init__(self, root: Path, base: Path, fingerprint: str) -> None:
-        self.root, self.base, self.fingerprint = root, base, fingerprint
+        self.root, self.base, self.fingerprint, self.model = root, base, fingerprint, root.name
 
     def publish(self, number: int, adapter: Path, probes: Probes | None = None, change: Change | None = None) -> OrderedModel:
         """A version; `change` happens to its files before they are published."""
@@ -43,11 +45,11 @@ class Shelf:
         """An order of it."""
         digest = hashlib.sha256((self.root / VersionPaths.artifact(number) / SUMS).read_bytes()).hexdigest()
         return OrderedModel(
-            name=f"{MODEL}@{number}",
+            name=f"{self.model}@{number}",
             aliases=list(aliases),
-            model=MODEL,
+            model=self.model,
             number=number,
-            storage=f"pvc://claim/{MODEL}",
+            storage=f"pvc://claim/{self.model}",
             digest=f"sha256:{digest}",
             rank=8,
             base_fingerprint=self.fingerprint,
@@ -58,7 +60,7 @@ def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 8, strength
     """An adapter of random weights (with `strength` 0 it is none), and what it and its base say to eight prompts."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = get_peft_model(
@@ -70,10 +72,25 @@ def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 8, strength
             torch.nn.init.normal_(weight, std=strength)
     model.save_pretrained(folder)
 
-    def ask(prompt: list[int], answer: list[int]) -> list[float]:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
-        return [float(torch.log_softmax(logits[len(prompt) + i - 1], -1)[token]) for i, token in enumerate(answer)]
+    def untuned(prompt: list[int], answer: list[int]) -> list[float]:
+        with model.disable_adapter():
+            return log_probabilities(model, prompt, answer)
+
+    return make_probes(base, seed, lambda prompt, answer: log_probabilities(model, prompt, answer), untuned)
+
+
+def log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    """Of each of the answer's tokens."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+    return [float(torch.log_softmax(logits[len(prompt) + i - 1], -1)[token]) for i, token in enumerate(answer)]
+
+
+def make_probes(base: Path, seed: int, tuned: Says, untuned: Says) -> Probes:
+    """Eight prompts, and what two models say to them."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     numbers, probes = random.Random(seed), []
@@ -81,10 +98,7 @@ def make_adapter(base: Path, folder: Path, seed: int, *, rank: int = 8, strength
         messages = [{"role": "user", "content": "".join(numbers.choices("abcdefgh ", k=12))}]
         prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         answer = [numbers.randrange(5, 320) for _ in range(6)]
-        tuned = ask(prompt, answer)
-        with model.disable_adapter():
-            told = ask(prompt, answer)
-        answers = [ProbeAnswer(text="", token_ids=answer, tuned=tuned, base=told)]
+        answers = [ProbeAnswer(text="", token_ids=answer, tuned=tuned(prompt, answer), base=untuned(prompt, answer))]
         probes.append(Probe(messages=messages, prompt="", prompt_ids=prompt, answers=answers))
     return Probes(probes=probes)
 

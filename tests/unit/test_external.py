@@ -21,9 +21,9 @@ from aiohttp.test_utils import TestServer
 from safetensors.numpy import save_file
 
 from finetune_api.contract import SUMS
+from finetune_api.endpoint import EndpointBase
 from finetune_api.probing import Probe, ProbeAnswer, Probes
 from finetune_api.serving import EngineReport, ExternalEngines, OrderedModel, ReplicaFile, ReplicaOrder, ReplicaReport
-from finetune_api.spec import Model
 from finetune_api.validation import InvalidDocument, parse_endpoint
 from finetune_api.versions import VersionPaths
 from finetune_gateway.catalog import read_endpoint
@@ -325,7 +325,11 @@ class Shelf:
 
     def fleet(self) -> Fleet:
         file = ReplicaFile(
-            name=BASE, namespace="team-a", uid="u", base=Model(uri="pvc://claim/base"), sources={"pvc://claim": str(self.folder / "claim")}
+            name=BASE,
+            namespace="team-a",
+            uid="u",
+            base=EndpointBase(uri="pvc://claim/base"),
+            sources={"pvc://claim": str(self.folder / "claim")},
         )
         fleet = Fleet(file, context_of(file, str(self.folder)), self.base, self.folder / "models")
         self.fleets.append(asyncio.create_task(fleet.run()))

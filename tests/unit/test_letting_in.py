@@ -16,15 +16,15 @@ from moto.server import ThreadedMotoServer
 from safetensors.numpy import save_file
 
 from finetune_api.contract import S3_KEYS, SUMS, Env
+from finetune_api.endpoint import EndpointBase
 from finetune_api.probing import Probe, ProbeAnswer, judge
 from finetune_api.serving import OrderedModel, ReplicaFile
-from finetune_api.spec import Model
 from finetune_trainer.export.bundle import digests
 from finetune_trainer.process.errors import StageError, UserError
 from finetune_trainer.remote import retry
 from finetune_trainer.serving.checks import Base, check_adapter, check_base
-from finetune_trainer.serving.replica import context_of, fetch
-from finetune_trainer.serving.storage import Refused, check_whole_model, fetch_version, read, storage_of
+from finetune_trainer.serving.replica import context_of, fetch, served_version
+from finetune_trainer.serving.storage import Refused, fetch_version, fetch_whole, read, storage_of
 
 Q, LAYERS = "model.layers.{}.self_attn.q_proj", 2
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "init_lora_weights": True}
@@ -129,6 +129,10 @@ def _ordered(digest: str, storage: str = "s3://models/team/bot", endpoint: str |
 def _published(folder: Path) -> str:
     adapter_at(folder, GOOD)
     (folder / "model-merged.gguf").write_bytes(b"not for engines")
+    return _summed(folder)
+
+
+def _summed(folder: Path) -> str:
     (folder / SUMS).write_text(digests(folder))
     return f"sha256:{hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()}"
 
@@ -136,7 +140,9 @@ def _published(folder: Path) -> str:
 def test_a_version_comes_out_of_a_bucket_as_it_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
     monkeypatch.setattr(retry, "_PAUSES", ())
-    digest = _published(tmp_path / "a")
+    adapter_at(tmp_path / "a", GOOD)
+    base_at(tmp_path / "a" / "merged")
+    digest = _summed(tmp_path / "a")
     keys = tmp_path / "keys"
     keys.mkdir()
     for name in S3_KEYS:
@@ -147,16 +153,23 @@ def test_a_version_comes_out_of_a_bucket_as_it_was_published(tmp_path: Path, mon
         endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
         client.create_bucket(Bucket="models")
-        file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="hf://o/m"), secrets={"model-bot": str(keys)})
+        file = ReplicaFile(name="e", namespace="n", uid="u", base=EndpointBase(uri="hf://o/m"), secrets={"model-bot": str(keys)})
         order = _ordered(digest, endpoint=endpoint)
         storage = storage_of(context_of(file, str(tmp_path / "models")), order)
         with pytest.raises(Refused, match=f"versions/3/{SUMS} is not there"):
             fetch_version(storage, order, tmp_path / "here")
-        for path in (tmp_path / "a").iterdir():
-            client.upload_file(str(path), "models", f"team/bot/versions/3/{path.name}")
+        for path in (tmp_path / "a").rglob("*.*"):
+            client.upload_file(str(path), "models", f"team/bot/versions/3/{path.relative_to(tmp_path / 'a')}")
+        client.upload_file(str(tmp_path / "a" / SUMS), "models", f"team/bot/versions/3/{SUMS}")
         folder = fetch_version(storage, order, tmp_path / "here")
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         assert read(storage, "probes/3.json") is None
+        merged = order.model_copy(update={"folder": "merged"})
+        assert fetch(file, str(tmp_path / "models"), merged).message.startswith("model://bot@3 is there, sha256:")
+        assert sorted(path.name for path in (tmp_path / "models" / "base").iterdir()) == ["config.json", "model.safetensors"]
+        client.put_object(Bucket="models", Key="team/bot/versions/3/merged/config.json", Body=b"{}")
+        with pytest.raises(Refused, match="versions/3/merged/config.json .* is not what SHA256SUMS says"):
+            fetch_whole(storage, merged, tmp_path / "elsewhere")
         client.put_object(Bucket="models", Key="team/bot/versions/3/adapter_config.json", Body=b"{}")
         with pytest.raises(Refused, match="adapter_config.json .* is not what SHA256SUMS says"):
             fetch_version(storage, order, tmp_path / "elsewhere")
@@ -169,7 +182,7 @@ def test_a_version_comes_out_of_a_bucket_as_it_was_published(tmp_path: Path, mon
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
     claim = tmp_path / "claim"
-    file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="hf://o/m"), sources={"pvc://c": str(claim)})
+    file = ReplicaFile(name="e", namespace="n", uid="u", base=EndpointBase(uri="hf://o/m"), sources={"pvc://c": str(claim)})
     context = context_of(file, str(tmp_path / "models"))
     digest = _published(claim / "bot" / "versions" / "3")
     storage = storage_of(context, _ordered(digest, "pvc://c/bot"))
@@ -186,18 +199,66 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
 def test_the_base_is_fetched_and_a_whole_model_is_known_by_its_digest(tmp_path: Path) -> None:
     base_at(tmp_path / "claim")
     (tmp_path / "claim" / SUMS).write_text(digests(tmp_path / "claim"))
-    digest = f"sha256:{hashlib.sha256((tmp_path / 'claim' / SUMS).read_bytes()).hexdigest()}"
-    file = ReplicaFile(name="e", namespace="n", uid="u", base=Model(uri="pvc://c"), sources={"pvc://c": str(tmp_path / "claim")})
+    file = ReplicaFile(name="e", namespace="n", uid="u", base=EndpointBase(uri="pvc://c"), sources={"pvc://c": str(tmp_path / "claim")})
     for _ in range(2):  # a pod's init containers may run again
         assert fetch(file, str(tmp_path / "models")).reason == "Fetched"
     reference = json.loads((tmp_path / "models" / "base.json").read_text())
     assert (tmp_path / "models" / "base").resolve() == Path(reference["path"]) and reference["fingerprint"].startswith("sha256:")
-    check_whole_model(tmp_path / "models" / "base", _ordered(digest))
-    (tmp_path / "claim" / "config.json").write_text("{}")
-    with pytest.raises(Refused, match="config.json is not what"):
-        check_whole_model(tmp_path / "models" / "base", _ordered(digest))
-    with pytest.raises(Refused, match="not sha256:1111"):
-        check_whole_model(tmp_path / "models" / "base", _ordered("sha256:" + "1" * 64))
+    assert served_version(reference) is None
+
+
+def _whole(tmp_path: Path, change: Any = None) -> tuple[ReplicaFile, OrderedModel, Path]:
+    """A whole model as published; `change` happens to its files before."""
+    folder = tmp_path / "claim" / "bot" / "versions" / "3"
+    folder.parent.mkdir(parents=True)
+    base_at(folder)
+    if change is not None:
+        change(folder)
+    uri = {"uri": "model://bot"}
+    file = ReplicaFile(name="e", namespace="n", uid="u", base=EndpointBase(**uri), sources={"pvc://c": str(tmp_path / "claim")})
+    return file, _ordered(_summed(folder), "pvc://c/bot"), folder
+
+
+def test_a_whole_model_is_let_in_as_it_was_published(tmp_path: Path) -> None:
+    file, version, folder = _whole(tmp_path)
+    for _ in range(2):
+        assert fetch(file, str(tmp_path / "models"), version).reason == "Fetched"
+    assert (tmp_path / "models" / "base").resolve() == folder, "the claim's own"
+    reference = json.loads((tmp_path / "models" / "base.json").read_text())
+    assert served_version(reference) == version and reference["fingerprint"].startswith("sha256:")
+
+
+def _damaged(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    tensors = {"a": floats(4, 4), "b": floats(700, 700)}
+    tensors["b"][-1, -1] = np.inf
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (
+            None,
+            lambda f: (f / "config.json").write_text("{}"),
+            "versions/3/config.json .* is not what SHA256SUMS says: .*publish the version",
+        ),
+        (None, lambda f: (f / "model.safetensors").unlink(), "versions/3/model.safetensors is not there"),
+        (None, lambda f: (f / "generation_config.json").write_text("{}"), "versions/3/generation_config.json is not listed .* remove it"),
+        (None, lambda f: (f / SUMS).write_text("other"), "not sha256:.* as published"),
+        (None, lambda f: (f / SUMS).unlink(), "SHA256SUMS is not there: the version was removed"),
+        (_damaged, None, "model.safetensors: tensor b holds values that are no numbers .* name another version"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12"), None, "model.safetensors .* is no whole .safetensors file"),
+        (lambda f: (f / "config.json").unlink(), None, "holds no config.json: it is no whole model; publish one with output.merged"),
+    ],
+)
+def test_another_whole_model_is_refused_with_file_tensor_and_fix(tmp_path: Path, before: Any, after: Any, told: str) -> None:
+    file, version, folder = _whole(tmp_path, before)
+    if after is not None:
+        after(folder)
+    with pytest.raises(UserError, match=told) as refused:
+        fetch(file, str(tmp_path / "models"), version)
+    assert refused.value.reason == "VersionRefused" and not (tmp_path / "models" / "base").exists()
 
 
 def test_those_tokens_are_asked_that_tell_most() -> None:

@@ -21,7 +21,7 @@ from finetune_operator.reconcile.plan import Apply, Create, Delete, Plan
 from finetune_operator.reconcile.tuned_model import reconcile
 from finetune_operator.reconcile.tuned_model.champion import decide
 from finetune_operator.reconcile.tuned_model.retention import outdated
-from finetune_operator.reconcile.tuned_model.versions import flat
+from finetune_operator.reconcile.tuned_model.versions import flat, version_of_job
 from finetune_operator.settings import Settings
 from tests.factory import COMPARED, MINIMAL, NOW, after, job, merged, stamp
 
@@ -112,6 +112,14 @@ def test_a_status_has_room_for_what_is_kept() -> None:
     versions = [version(n) for n in range(1, 103)]
     gone = outdated(versions, Retention(versions=100), {1}, NOW)
     assert gone == [2, 3], "one hundred are left, the protected one among them"
+
+
+@pytest.mark.parametrize(("method", "wanted", "merged_there"), [("lora", True, True), ("lora", False, False), ("full", True, False)])
+def test_a_merged_model_beside_the_adapter_is_known(method: str, wanted: bool, merged_there: bool) -> None:
+    artifact = {"uri": "pvc://c/bot/versions/1", "digest": "sha256:1", "bytes": 1, "model": "bot", "version": 1, "rank": 8}
+    spec = merged(MINIMAL, tuning={"method": method}, output={"merged": wanted})
+    version = version_of_job(job(spec, {"artifacts": [artifact]}), "bot", 1)
+    assert version is not None and version.merged is merged_there
 
 
 def test_settings_are_flat_and_bounded() -> None:

@@ -14,16 +14,20 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import botocore.client
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
+from safetensors.numpy import save_file
 
 from finetune_api.contract import S3_KEYS, CatalogFile, CatalogReport, Env, ExitCode, JobFile, ModelStorage, Mounts, read_stage_result
+from finetune_api.serving import OrderedModel
 from finetune_api.validation import parse_spec
 from finetune_api.versions import VersionRecord
 from finetune_trainer.data.prompts import prompt_key, unseen
@@ -34,6 +38,8 @@ from finetune_trainer.models.fetch import fetch_model
 from finetune_trainer.models.weights import ADAPTER_CONFIG
 from finetune_trainer.process.errors import InfrastructureError, SourceUnavailable, UserError
 from finetune_trainer.remote import retry, storage
+from finetune_trainer.serving.checks import check_whole_numbers
+from finetune_trainer.serving.storage import fetch_whole
 from finetune_trainer.stages.catalog import catalog
 from finetune_trainer.stages.check import check
 from finetune_trainer.stages.publish import publish
@@ -138,6 +144,35 @@ def lines(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def line(lines: Lines) -> Line:
     return lines()
+
+
+def test_a_whole_model_as_it_was_published_is_let_in_by_a_replica(line: Line, tmp_path: Path) -> None:
+    context = line.context(tuning={"method": "full"})
+    output = Path(context.layout.output)
+    for file in ("adapter_model.safetensors", ADAPTER_CONFIG):
+        (output / file).unlink()
+    save_file({"a": np.ones((2, 2), np.float32)}, output / "model.safetensors")
+    (output / "config.json").write_text('{"model_type": "llama"}')
+    publish(context)
+    record = line.record(1)
+    order = OrderedModel(name=f"{MODEL}@1", model=MODEL, number=1, storage=line.model.storage, digest=record.digest)
+    assert (record.form, record.merged) == ("Model", False)
+    folder = fetch_whole(line.storage, order, tmp_path / "here")
+    assert (folder / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes() and (folder / "config.json").is_file()
+    check_whole_numbers(folder, order.name)
+
+
+def test_a_merged_model_beside_the_adapter_is_on_record(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(_: Context, bundle: Path) -> list[Any]:
+        (bundle / "merged").mkdir()
+        (bundle / "merged" / "config.json").write_text("{}")
+        return []
+
+    monkeypatch.setitem(sys.modules, "finetune_trainer.export.forms", SimpleNamespace(export=export))
+    publish(line.context(output={"merged": True}))
+    assert line.record(1).merged and line.storage.read("versions/1/merged/config.json") == b"{}"
+    publish(line.context(name="k", uid="22222222-b"))
+    assert not line.record(2).merged
 
 
 def test_a_version_and_its_record(line: Line) -> None:

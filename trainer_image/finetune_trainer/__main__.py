@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn, get_args
 
 from finetune_api.contract import ExitCode, Mounts, Stage, StageResult
-from finetune_api.serving import ReplicaPaths
+from finetune_api.serving import OrderedModel, ReplicaPaths
 
 from .job.context import Context
 from .job.unused import LEFT_OUT, leave_out, unused_packages
@@ -58,6 +58,7 @@ def main() -> None:
     fetch = stages.add_parser("fetch")
     fetch.add_argument("--replica", default=ReplicaPaths.FILE)
     fetch.add_argument("--to", default=ReplicaPaths.MODELS)
+    fetch.add_argument("--version", help="JSON of the OrderedModel that is the base")
     arguments = parser.parse_args()
     redaction.configure_logging()
     signal.signal(signal.SIGTERM, _stop)
@@ -68,7 +69,7 @@ def main() -> None:
     if arguments.stage == "catalog":
         _to_the_end(lambda: _catalog(arguments.model))
     if arguments.stage == "fetch":
-        _to_the_end(lambda: _fetch(arguments.replica, arguments.to))
+        _to_the_end(lambda: _fetch(arguments.replica, arguments.to, arguments.version))
     _to_the_end(lambda: _stage(arguments.stage, arguments.job, arguments.workspace))
 
 
@@ -96,12 +97,12 @@ def _catalog(model_file: str) -> StageResult:
     return catalog(load(model_file))
 
 
-def _fetch(replica_file: str, folder: str) -> StageResult:
+def _fetch(replica_file: str, folder: str, version: str | None) -> StageResult:
     from .serving.replica import fetch, read_replica
 
     retry.cap_hub_retry_wait()
     os.environ.setdefault("HF_HOME", f"{folder}/cache/huggingface")
-    return fetch(read_replica(replica_file), folder)
+    return fetch(read_replica(replica_file), folder, OrderedModel.model_validate_json(version) if version is not None else None)
 
 
 def _agent(words: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class Model(APIModel):
     trust_remote_code: bool = False
     """Run Python code that the model repository ships. An administrator must allow it for the namespace too."""
 
-    RULES = (
+    RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             cel="!has(self.secretRef) || !self.uri.startsWith('pvc://')",
             message="model.secretRef is not used with a pvc:// uri; remove it or change model.uri",

@@ -34,6 +34,7 @@ from ..model.endpoint import ModelLine, ObservedEndpoint, ReplicaPod, replica_po
 from ..model.external import SERVICE_LABEL, as_pods, as_reports, external_replicas
 from ..model.objects import Key, Object, as_object, key_of
 from ..model.times import parse_time
+from ..model.tuned_model import base_named
 from ..reconcile.endpoint import expected, order, reconcile, refused
 from ..reconcile.plan import Apply, Plan
 from ..resources.endpoint import EndpointRef, metadata
@@ -93,7 +94,12 @@ class Endpoints:
         for endpoint in self.store.endpoints.of_namespace(raw["metadata"]["namespace"]):
             spec = as_object(endpoint.get("spec"))
             named = found if isinstance(found := spec.get("models"), list) else []
-            if spec.get("modelSelector") is not None or any(as_object(model).get("name") == name for model in named):
+            base = base_named(endpoint)
+            if (
+                (base is not None and base[0] == name)
+                or spec.get("modelSelector") is not None
+                or any(as_object(model).get("name") == name for model in named)
+            ):
                 yield key_of(endpoint)
 
     async def observe(self, key: Key) -> ObservedEndpoint | None:

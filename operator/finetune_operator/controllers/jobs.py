@@ -28,7 +28,7 @@ from ..model.children import owner_uid
 from ..model.job import Observed
 from ..model.nodes import is_ready
 from ..model.objects import Key, Object, as_object, key_of
-from ..model.tuned_model import TunedModel, continued_model, models_named, tuned_model
+from ..model.tuned_model import TunedModel, models_named, tuned_model, version_named
 from ..model.workload import has_ended, priority_class_of
 from ..reconcile.job import reconcile, refused, unreadable
 from ..reconcile.job.failures import suspects
@@ -157,7 +157,7 @@ class Jobs:
         begun = None
         if not as_object(job.get("status")).get("models") and ("ConfigMap", names.config_map_name(name)) in observed.applied:
             spec = await self._accepted(job)
-            continued = continued_model(spec.tuning.continue_from) if spec is not None else None
+            continued = version_named(spec.tuning.continue_from) if spec is not None else None
             begun = continued[1] if continued is not None else None
         return {"models": found, "continues_from": begun}
 

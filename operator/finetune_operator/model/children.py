@@ -88,7 +88,20 @@ def pod_view(raw: dict[str, Any]) -> PodView:
         ip=str(status.get("podIP") or ""),
         ready=(conditions.get("Ready") or {}).get("status") == "True",
         restarts=sum(_whole(c.get("restartCount")) or 0 for c in status.get("containerStatuses") or ()),
+        version=str((metadata.get("annotations") or {}).get(names.ANNOTATION_VERSION, "")),
+        init_message=_failed_init(status),
     )
+
+
+def _failed_init(status: dict[str, Any]) -> str:
+    """The last words of an init container that has not succeeded; empty where none has failed."""
+    for container in status.get("initContainerStatuses") or ():
+        for state in (container.get("state") or {}, container.get("lastState") or {}):
+            if (ended := state.get("terminated") or {}).get("exitCode"):
+                return str(ended.get("message") or "")
+            if ended:
+                break  # it has succeeded since
+    return ""
 
 
 def job_view(raw: dict[str, Any]) -> ChildJobView:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_api.base import shortened
+from finetune_api.contract import VERSION_REFUSED, read_stage_result
 from finetune_api.endpoint import FineTuneEndpointSpec, FineTuneEndpointStatus
 from finetune_api.serving import CanaryTraffic, ReplicaReport
 from finetune_api.tuned_model import FineTunedModelSpec, FineTunedModelStatus, ModelVersion
@@ -31,6 +32,10 @@ class ReplicaPod:
     """Of its containers: what was loaded is gone with a restart."""
     problem: str = ""
     """Why it does not start, where that is known."""
+    version: str = ""
+    """NAME@VERSION of the whole model that it is made with."""
+    refused: str = ""
+    """Why its base was not let in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +119,18 @@ def replica_pod(pod: PodView) -> ReplicaPod | None:
     if pod.deleting or pod.ended:
         return None
     waiting = f"{pod.waiting_reason}: {pod.waiting_message}".rstrip(": ") if pod.waiting_reason not in _USUAL else ""
-    problem = shortened(pod.unschedulable or waiting, 300)
-    return ReplicaPod(name=pod.name, uid=pod.uid, ip=pod.ip, ready=pod.ready, restarts=pod.restarts, problem=problem)
+    words = read_stage_result(pod.init_message)
+    said = f"{words.reason}: {words.message}" if words is not None else ""
+    return ReplicaPod(
+        name=pod.name,
+        uid=pod.uid,
+        ip=pod.ip,
+        ready=pod.ready,
+        restarts=pod.restarts,
+        problem=shortened(pod.unschedulable or said or waiting, 500),
+        version=pod.version,
+        refused=shortened(words.message, 500) if words is not None and words.reason == VERSION_REFUSED else "",
+    )
 
 
 _USUAL = ("", "ContainerCreating", "PodInitializing")

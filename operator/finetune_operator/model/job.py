@@ -71,6 +71,10 @@ class PodView:
     """By its kubelet."""
     restarts: int = 0
     """Of all its containers."""
+    version: str = ""
+    """NAME@VERSION of the whole model that it serves, by its annotation."""
+    init_message: str = ""
+    """Termination message of an init container's last try, where that failed."""
 
     @property
     def is_worker(self) -> bool:

@@ -118,8 +118,8 @@ def models_named(job: Object) -> list[str]:
     return found
 
 
-def continued_model(uri: str | None) -> tuple[str, int | None] | None:
-    """Name and version, if it names one, of the FineTunedModel that `tuning.continueFrom` means; None where it means none."""
+def version_named(uri: str | None) -> tuple[str, int | None] | None:
+    """Name and version, if it names one, of the FineTunedModel that a model:// uri means; None where it means none."""
     if uri is None or not uri.startswith(_SCHEME):
         return None
     parsed = parse_uri(uri)
@@ -138,6 +138,8 @@ def serving_of(endpoint: Object, model: str) -> Serving | None:
     status = read(FineTuneEndpointStatus, endpoint.get("status"))
     known = next((m for m in status.models if m.name == model), None)
     wanted = {number for entry in _served(endpoint) if entry.get("name") == model for number in _numbers(entry.get("versions"))}
+    if (base := base_named(endpoint)) is not None and base[0] == model and base[1] is not None:
+        wanted.add(base[1])
     if known is None and not wanted:
         return None
     versions = set(wanted)
@@ -148,10 +150,21 @@ def serving_of(endpoint: Object, model: str) -> Serving | None:
 
 
 def models_served(endpoint: Object) -> list[str]:
-    """Names of the FineTunedModels that an endpoint names, or says that it serves."""
+    """Names of the FineTunedModels that an endpoint names, its base among them, or says that it serves."""
     told = as_object(endpoint.get("status")).get("models")
     entries = [*_served(endpoint), *(as_object(m) for m in (told if isinstance(told, list) else []))]
-    return list(dict.fromkeys(filter(None, (_text(entry.get("name")) for entry in entries))))
+    base = base_named(endpoint)
+    named = [*([base[0]] if base is not None else []), *(_text(entry.get("name")) for entry in entries)]
+    return list(dict.fromkeys(filter(None, named)))
+
+
+def base_named(endpoint: Object) -> tuple[str, int | None] | None:
+    """Name and version, if it names one, of the FineTunedModel that is an endpoint's base; None where it is none, or cannot be read."""
+    uri = as_object(as_object(endpoint.get("spec")).get("base")).get("uri")
+    try:
+        return version_named(uri if isinstance(uri, str) else None)
+    except ValueError:
+        return None
 
 
 def _served(endpoint: Object) -> Iterator[Object]:

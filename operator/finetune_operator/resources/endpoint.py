@@ -17,7 +17,7 @@ import msgspec
 from finetune_api import names
 from finetune_api.contract import S3_KEYS, Env, Mounts
 from finetune_api.endpoint import ENDPOINT_KIND, EndpointAdmission, FineTuneEndpointSpec
-from finetune_api.serving import AGENT_PORT, USER_PORT, ReplicaFile, ReplicaPaths
+from finetune_api.serving import AGENT_PORT, USER_PORT, OrderedModel, ReplicaFile, ReplicaPaths
 from finetune_api.spec import ComputeResources
 from finetune_api.uris import parse_uri
 
@@ -46,6 +46,8 @@ class EndpointRef:
     """That may run; None: all that the spec asks for."""
     admission: EndpointAdmission | None = dataclasses.field(default=None, hash=False)
     """Which nodes of its FineTuneQueue they are for."""
+    whole: OrderedModel | None = dataclasses.field(default=None, hash=False)
+    """The whole model that is its base."""
 
 
 def selector(endpoint: EndpointRef) -> dict[str, str]:
@@ -60,7 +62,7 @@ def metadata(endpoint: EndpointRef, name: str) -> Manifest:
 
 
 def manifests(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> list[Manifest]:
-    """All of them, with their digests. `lines`: the models that it serves. `identity`: the Secret with the replicas' certificate."""
+    """All of them, with their digests. `lines`: the models that it serves, its base's too. `identity`: the Secret with the replicas' certificate."""
     made = [config_map(endpoint, lines, settings)]
     if endpoint.spec.external is None:  # else its one pod is the agent of what somebody else runs
         made += [service(endpoint), disruption_budget(endpoint)]
@@ -173,7 +175,11 @@ def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
     meta = metadata(endpoint, names.endpoint_name(endpoint.name))
     # its files are read when a container starts: another base, rank or way to the agent is another template
     files = with_hash(config_map(endpoint, lines, settings))["metadata"]["annotations"]
-    template = {"metadata": {"labels": dict(meta["labels"]), "annotations": files}, "spec": _pod(endpoint, lines, settings, identity)}
+    version = {names.ANNOTATION_VERSION: endpoint.whole.name} if endpoint.whole is not None else {}
+    template = {
+        "metadata": {"labels": dict(meta["labels"]), "annotations": {**files, **version}},
+        "spec": _pod(endpoint, lines, settings, identity),
+    }
     _hand_over(meta, template, spec, settings)
     return {
         "apiVersion": "apps/v1",
@@ -188,6 +194,12 @@ def deployment(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Sett
             "template": template,
         },
     }
+
+
+def served_names(endpoint: EndpointRef) -> list[str]:
+    """Of the engine's base: those of the version that it is, and the endpoint's. Answers bear the first one."""
+    version = [endpoint.whole.name, *endpoint.whole.aliases] if endpoint.whole is not None else []
+    return list(dict.fromkeys([*version, endpoint.name]))
 
 
 def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, identity: str) -> Manifest:
@@ -207,7 +219,8 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
     stands = [tmp, at("proxy", ReplicaPaths.PROXY.rpartition("/")[0]), at("tls", ReplicaPaths.TLS)]
     hosts = {Env.ALLOWED_HOSTS: ",".join(settings.allowed_hosts)} if settings.allowed_hosts else {}
     env = {"HOME": "/tmp", **net(settings), **hosts}
-    serves = [engine(endpoint.name, spec, settings, _resources(spec), reads), agent(settings, env, own), proxy(settings, stands)]
+    whole = endpoint.whole
+    serves = [engine(served_names(endpoint), spec, settings, _resources(spec), reads), agent(settings, env, own), proxy(settings, stands)]
     asks = [agent(settings, env, own, external=True), proxy(settings, stands, users=False)]
     shared_memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": spec.resources.shared_memory}}
     pod: Manifest = {
@@ -215,7 +228,7 @@ def _pod(endpoint: EndpointRef, lines: Sequence[ModelLine], settings: Settings, 
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": settings.termination_grace_seconds + _DRAIN_SECONDS,
         "securityContext": pod_security(settings),
-        "initContainers": [fetch(settings, env, own)],
+        "initContainers": [fetch(settings, env, own, whole)],
         "containers": asks if spec.external is not None else [_drained(container) for container in serves],
         "volumes": [
             {"name": "tmp", "emptyDir": {}},

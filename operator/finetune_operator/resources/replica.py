@@ -6,7 +6,7 @@ Knows nothing of what is mounted where.
 from __future__ import annotations
 
 from finetune_api.endpoint import MOST_MODELS, FineTuneEndpointSpec
-from finetune_api.serving import AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT, ReplicaPaths
+from finetune_api.serving import AGENT_PORT, ENGINE_LOCAL_PORT, USER_PORT, OrderedModel, ReplicaPaths
 
 from ..settings import Settings
 from .common import Manifest
@@ -26,11 +26,10 @@ def lora_rank(wanted: int) -> int:
     return next(size for size in _RANKS if size >= wanted)
 
 
-def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources: Manifest, mounts: list[Manifest]) -> Manifest:
-    """vLLM. Its own doors stay shut: it listens on the pod's loopback."""
+def engine(names: list[str], spec: FineTuneEndpointSpec, settings: Settings, resources: Manifest, mounts: list[Manifest]) -> Manifest:
+    """vLLM, whose base has these names. Its own doors stay shut: it listens on the pod's loopback."""
+    base = ["--model", ReplicaPaths.BASE, "--served-model-name", *names]
     arguments = {
-        "--model": ReplicaPaths.BASE,
-        "--served-model-name": name,
         "--host": "127.0.0.1",
         "--port": str(ENGINE_LOCAL_PORT),
         "--max-loras": str(_ACTIVE_ADAPTERS),
@@ -56,7 +55,7 @@ def engine(name: str, spec: FineTuneEndpointSpec, settings: Settings, resources:
         "image": settings.serving_image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python3", "-m", "vllm.entrypoints.openai.api_server"],
-        "args": [*(text for pair in arguments.items() for text in pair), *flags],
+        "args": [*base, *(text for pair in arguments.items() for text in pair), *flags],
         "env": _env(env),
         "resources": resources,
         "startupProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": _START_SECONDS // 5},
@@ -78,9 +77,15 @@ def _trainer(name: str, stage: str, settings: Settings, env: dict[str, str], mou
     }
 
 
-def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest]) -> Manifest:
-    """Puts the base where the engine looks for it: fetched, or a link into its claim."""
-    return _trainer("base", "fetch", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
+def fetch(settings: Settings, env: dict[str, str], mounts: list[Manifest], version: OrderedModel | None = None) -> Manifest:
+    """Puts the base where the engine looks for it: fetched, or a link into its claim. `version`: the whole model that it is.
+
+    Told here and not in replica.json, which all replicas share: one that starts anew while others are replaced has its own version.
+    """
+    container = _trainer("base", "fetch", settings, env, mounts, {"cpu": "500m", "memory": "1Gi"})
+    if version is None:
+        return container
+    return {**container, "args": ["fetch", "--version", version.model_dump_json(by_alias=True, exclude_defaults=True)]}
 
 
 def agent(settings: Settings, env: dict[str, str], mounts: list[Manifest], *, external: bool = False) -> Manifest:

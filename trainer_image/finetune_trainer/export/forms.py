@@ -18,6 +18,7 @@ import torch
 from finetune_api.probing import Probe
 from finetune_api.spec import WHOLE_MODEL_METHODS
 from finetune_api.status import ExportedForm
+from finetune_api.versions import MERGED
 
 from ..job.context import Context
 from ..models.architecture import context_length, read_config
@@ -32,7 +33,7 @@ from .merging import load_tuned, merge
 from .modelfile import LEAST_CONTEXT, modelfile
 from .usage import shared_system_text
 
-MERGED, GGUF, ONNX = "merged", "gguf", "onnx"
+GGUF, ONNX = "gguf", "onnx"
 
 
 def check_convertible(context: Context, folder: str, tokenizer: Any, adapter: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from finetune_api.evaluation_status import EvaluationStatus
 from finetune_api.spec import WHOLE_MODEL_METHODS, PublishTarget
 from finetune_api.status import Artifact
 from finetune_api.uris import parse_uri
-from finetune_api.versions import VersionJob, VersionPaths, VersionRecord
+from finetune_api.versions import MERGED, VersionJob, VersionPaths, VersionRecord
 
 from ..data.prompts import prompt_keys
 from ..job.context import Context
@@ -134,6 +134,7 @@ def _record(context: Context, model: str, number: int, made: Artifact, bundle: P
         bytes=made.bytes,
         form="Model" if whole else "Adapter",
         rank=None if whole else lora_rank(json.loads((bundle / ADAPTER_CONFIG).read_text())),
+        merged=not whole and (bundle / MERGED).is_dir(),
         base=base_reference(context),
         data_digest=context.read_json(context.layout.data_report)["dataset"]["digest"],
         parent=int(origin.revision) if origin is not None and (origin.scheme, origin.name) == ("model", model) else None,

@@ -35,6 +35,13 @@ def fetch_model(context: Context, name: str, uri: str, *, remote_code: bool = Fa
         folder = context.mounted(parsed)
     else:
         folder, revision = _fetched(context, name, uri, config) or _download(context, name, uri, remote_code)
+    return note_model(context, name, uri, folder, revision=revision, remote_code=remote_code, config=config)
+
+
+def note_model(
+    context: Context, name: str, uri: str, folder: Path, *, revision: str = "", remote_code: bool = False, config: str = "config.json"
+) -> str:
+    """Check what lies in a folder, and note where it is. Raises UserError."""
     if not (folder / config).is_file():
         raise UserError("ModelNotFound", f"{shown(name, uri)} holds no {config}; {_instead(folder)}")
     if config == "config.json" and (folder / ADAPTER_CONFIG).is_file():  # transformers would load another base, that of the adapter

@@ -23,7 +23,7 @@ from ..job.context import Context
 from ..process.errors import StageError
 from .checks import Base, check_adapter, check_base
 from .engine import Engine, EngineAway, EngineRefused, Served
-from .storage import Refused, check_whole_model, fetch_version, probes_of, storage_of
+from .storage import Refused, fetch_version, probes_of, storage_of
 
 log = logging.getLogger("finetune")
 
@@ -87,8 +87,12 @@ class Held:
 class Agent:
     """One replica's."""
 
-    def __init__(self, file: ReplicaFile, context: Context, base: Base, engine: Engine, models: Path) -> None:
+    def __init__(
+        self, file: ReplicaFile, context: Context, base: Base, engine: Engine, models: Path, version: OrderedModel | None = None
+    ) -> None:
+        """`version`: the whole model that the base is."""
         self.file, self.context, self.base, self.engine = file, context, base, engine
+        self.whole = Held(version) if version is not None else None
         self.adapters = models / "adapters"
         self.adapters.mkdir(parents=True, exist_ok=True)
         self.order: ReplicaOrder | None = None
@@ -99,6 +103,11 @@ class Agent:
         self._doubted = False
         self._wake, self._one_fetch = asyncio.Event(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def serves(self) -> bool:
+        """Whether users may be sent here: the engine answers, and a whole model was not found to be another one."""
+        return self.ready and (self.whole is None or self.whole.state in _ANSWERS)
 
     def accept(self, order: ReplicaOrder) -> ReplicaReport:
         """Follow an order from now on. Raises ValueError where it contradicts itself, or its time is none."""
@@ -118,13 +127,14 @@ class Agent:
 
     def report(self) -> ReplicaReport:
         """What is so now."""
-        models = [*(held.told() for held in self.held.values()), *(ReplicaModel(name=name, state="Loaded") for name in self._left())]
+        models = [*(held.told() for held in self._all()), *(ReplicaModel(name=name, state="Loaded") for name in self._left())]
+        awaited = f"{self.whole.order.name}: {self.whole.state}: {self.whole.message}" if self.whole is not None else ""
         return ReplicaReport(
             generation=self.order.generation if self.order else 0,
-            ready=self.ready,
+            ready=self.serves,
             engine=self.engine_name,
             base_fingerprint=self.base.fingerprint,
-            message=self.message,
+            message=self.message or ("" if self.serves else awaited.rstrip(": ")),
             models=models[:64],
         )
 
@@ -160,7 +170,7 @@ class Agent:
             return
         self.ready = ready
         log.info("engine %s", "answers" if ready else f"does not: {message}")
-        for held in self.held.values():
+        for held in self._all():
             if held.state == "Pending" or (not ready and held.state != "Refused"):
                 held.again("" if ready else "the engine does not answer")
         self._wake.set()
@@ -168,7 +178,7 @@ class Agent:
     async def _work(self) -> None:
         while not _told_to_end():
             self._wake.clear()
-            if self.order is not None and self.ready:
+            if self.ready:
                 try:
                     await self._equalise(self.order)
                 except EngineAway as away:
@@ -180,20 +190,23 @@ class Agent:
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._wake.wait()
 
-    async def _equalise(self, order: ReplicaOrder) -> None:
-        """One pass: fetch, load, ask; names of champions; unload."""
+    async def _equalise(self, order: ReplicaOrder | None) -> None:
+        """One pass: fetch, load, ask; names of champions; unload. Of a whole model nobody has to order anything."""
+        if order is None and self.whole is None:
+            return
         await self._look()
-        for held in list(self.held.values()):
+        for held in self._all():
             if self.order is not order:
                 return  # another one came: from the beginning
             try:
-                await (self._bring_whole(held) if held.order.form == "Model" else self._bring(held))
+                await (self._ask_whole(held) if held is self.whole else self._bring(held))
             except EngineAway as away:  # of this one, perhaps: others go on
                 self._doubted = True
                 held.later(str(away))
         for held in list(self.held.values()):
             await self._name(held)
-        await self._drop()
+        if order is not None:
+            await self._drop()
 
     async def _bring(self, held: Held) -> None:
         """An adapter, a step nearer to being served and known."""
@@ -222,23 +235,21 @@ class Agent:
         if held.is_due(self.verify_before):
             await self._verify(held, [order.name, *(alias for alias in order.aliases if self._serves(alias, held))])
 
-    async def _bring_whole(self, held: Held) -> None:
-        """A whole model is its replica's base: it is there from the engine's start, or never."""
-        order, served = held.order, self.served.get(held.order.name)
+    async def _ask_whole(self, held: Held) -> None:
+        """A whole model is its replica's base: its files were let in before the engine started."""
         if not held.is_due(self.verify_before):
             return
+        name, served = held.order.name, self.served.get(held.order.name)
         if served is None or served.adapter:
-            held.become("Refused", f"this replica serves {self.engine.base}, not {order.name}: a whole model needs replicas of its own")
+            held.become("Refused", f"the engine does not serve its base as {name}: it was started for another one")
             return
-        try:
-            if held.folder is None:
-                await asyncio.to_thread(check_whole_model, self.base.folder, order)
-                held.folder = self.base.folder
-        except Refused as refused:
-            held.become("Refused", str(refused))
-            return
-        held.state = "Loaded"
-        await self._verify(held, [order.name])
+        if held.state == "Pending":
+            held.state = "Loaded"
+        await self._verify(held, [name])
+
+    def _all(self) -> list[Held]:
+        """The whole model first: everything else depends on it."""
+        return [*([self.whole] if self.whole is not None else []), *self.held.values()]
 
     async def _fetch(self, held: Held) -> None:
         """One after the other, beside everything else: a large file holds up no other model's probes."""
@@ -274,7 +285,7 @@ class Agent:
             return held.become("Unverifiable", str(refused))
         except StageError as failure:
             return held.later(failure.message)
-        probes = _readable(raw, held.order, self.base.fingerprint)
+        probes = _readable(raw, held.order, "" if held is self.whole else self.base.fingerprint)
         if isinstance(probes, str):
             return held.become("Unverifiable", probes)
         most = next((served.most_tokens for served in self.served.values() if served.most_tokens), None)
@@ -294,12 +305,13 @@ class Agent:
         told = verdict.message if verdict.state == "Unverifiable" else told
         alike = await self.engine.rendered_alike(held.order.name, asked)
         if alike < len(asked):
-            told += f"; the base's chat template makes other tokens of {len(asked) - alike} of them than were evaluated"
+            whose = "its" if held is self.whole else "the base's"
+            told += f"; {whose} chat template makes other tokens of {len(asked) - alike} of them than were evaluated"
         held.become(verdict.state, told if name == held.order.name or verdict.state == "Verified" else f"as {name}: {told}", known.distance)
 
     async def _name(self, held: Held) -> None:
         """Give the model's own name to its champion, in place: the one before goes on answering until then. A mismatch has no name."""
-        if held.folder is None or held.order.form == "Model":
+        if held.folder is None:
             return
         for alias in held.order.aliases:
             serves = self._serves(alias, held)
@@ -387,14 +399,14 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _readable(raw: bytes | None, order: OrderedModel, fingerprint: str) -> list[Probe] | str:
-    """The probes, or why they say nothing."""
+    """The probes, or why they say nothing. `fingerprint`: of the base beside which an adapter is asked; empty for a whole model."""
     if raw is None:
         return f"probes/{order.number}.json is not there: the job's evaluation was off, or made none"
     try:
         probes = Probes.model_validate_json(raw)
     except ValueError:
         return f"probes/{order.number}.json cannot be read: publish the version again"
-    if probes.fingerprint and probes.fingerprint != fingerprint:
+    if probes.fingerprint and fingerprint and probes.fingerprint != fingerprint:
         return f"probes/{order.number}.json was made with a base of fingerprint {probes.fingerprint}, this replica serves {fingerprint}"
     for answer in (answer for probe in probes.probes for answer in probe.answers):
         if not len(answer.token_ids) == len(answer.tuned) == len(answer.base):

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_api.serving import OrderedModel
 
-from ..models.weights import ADAPTER, ADAPTER_CONFIG, not_finite, shapes
+from ..models.weights import ADAPTER, ADAPTER_CONFIG, not_finite, shapes, weight_files
 from ..process.errors import UserError
 from .storage import Refused
 
@@ -37,7 +37,7 @@ _NOT_SERVED = {
     "use_qalora": "QALoRA",
 }
 """Settings of peft's that the engine has no answer to. By its own words (vllm/lora/peft_helper.py), and those it does not read."""
-_WHOLE = "publish output.merged and serve it as a whole model, or train with tuning.method lora"
+_WHOLE = "publish output.merged and serve it as a whole model (base.uri: model://NAME), or train with tuning.method lora"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,21 @@ def check_adapter(folder: Path, base: Base, most_rank: int) -> None:
             "train again with a smaller learning rate, or name another version"
         )
     _check_tokenizer(folder, base)
+
+
+def check_whole_numbers(folder: Path, name: str) -> None:
+    """Raise Refused for a whole model whose files are none, or hold values that are no numbers, to the last one. `name`: the version's."""
+    try:
+        shapes(folder, name)  # its headers can be read
+        files = weight_files(folder, name)
+    except UserError as failure:
+        raise Refused(failure.message) from None
+    for file in files:
+        if (tensor := not_finite(file)) is not None:
+            raise Refused(
+                f"{file.name}: tensor {tensor} holds values that are no numbers (NaN or infinite), of which {name} would make nothing else; "
+                "train again with a smaller learning rate, or name another version"
+            )
 
 
 def _check_settings(folder: Path) -> None:

@@ -94,7 +94,7 @@ class _Agent(Agent):
 class Fleet:
     """All engines of an endpoint, as the operator's orders name them."""
 
-    ready = True
+    serves = True
     """The agents' pod, whatever the engines say."""
 
     def __init__(self, file: ReplicaFile, context: Context, base: Base, models: Path) -> None:

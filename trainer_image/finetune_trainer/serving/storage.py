@@ -16,7 +16,8 @@ from finetune_api.serving import OrderedModel
 from finetune_api.versions import VersionPaths
 
 from ..job.context import Context
-from ..job.files import damaged_file, parse_digests
+from ..job.files import parse_digests
+from ..models.versions import VERSION_FILES
 from ..models.weights import ADAPTER, ADAPTER_CONFIG
 from ..remote.storage import Storage, open_storage
 
@@ -73,15 +74,48 @@ def fetch_version(storage: Storage, model: OrderedModel, to: Path) -> Path:
     return folder
 
 
-def check_whole_model(folder: Path, model: OrderedModel) -> None:
-    """Raise Refused where the base that is served is not this version, file by file."""
+def fetch_whole(storage: Storage, model: OrderedModel, to: Path, *more: str) -> Path:
+    """The folder of a whole model's files: on a volume its own, from a bucket a copy. `more`: patterns of files that it needs besides.
+
+    Raises Refused where they are not what was published, StageError where the storage cannot be asked now.
+    """
+    patterns = (*VERSION_FILES, *more)
+    place, below = VersionPaths.artifact(model.number), f"{model.folder}/" if model.folder else ""
+    sums = read(storage, f"{place}/{SUMS}", _MOST_SUMS)
+    if sums is None:
+        raise Refused(f"{place}/{SUMS} is not there: the version was removed, or publishing it has not ended; name another one")
+    listed = {
+        name.removeprefix(below): digest for name, digest in _listed(sums, model, f"{place}/{SUMS}").items() if name.startswith(below)
+    }
+    copy = to / f"{copy_name(model)}{'-' + model.folder if model.folder else ''}"
+    folder = storage.fetch(f"{place}/{below}".rstrip("/"), copy, patterns)
+    wanted = {name: digest for name, digest in listed.items() if _FILE.fullmatch(name) and any(fnmatch(name, kind) for kind in patterns)}
+    if "config.json" not in wanted:
+        raise Refused(f"{place}/{below} holds no config.json: it is no whole model; publish one with output.merged or tuning.method full")
     try:
-        sums = (folder / SUMS).read_bytes()
-    except OSError:
-        raise Refused(f"this replica serves a base that no FineTuneJob published, not {model.name}: a whole model needs its own") from None
-    _listed(sums, model, SUMS)
-    if (name := damaged_file(folder, sums.decode(errors="replace"))) is not None:
-        raise Refused(f"{name} is not what {SUMS} says: publish the version again")
+        if added := sorted(name for name in _files(folder) - {*listed, SUMS} if not name.startswith(".")):  # an engine might read it
+            raise Refused(
+                f"{place}/{below}{added[0]} is not listed in {SUMS}: it came there later; remove it, or publish the version again"
+            )
+        _check_files(folder, wanted, f"{place}/{below}")
+    except Refused:
+        shutil.rmtree(copy, ignore_errors=True)  # a later try reads it anew
+        raise
+    return folder
+
+
+def _files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
+
+
+def _check_files(folder: Path, wanted: dict[str, str], place: str) -> None:
+    if missing := sorted(set(wanted) - _files(folder)):
+        raise Refused(f"{place}{missing[0]} is not there, though {SUMS} lists it: publish the version again")
+    for name, digest in sorted(wanted.items()):
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                size = (folder / name).stat().st_size
+                raise Refused(f"{place}{name} ({size} bytes) is not what {SUMS} says: it is damaged or cut off; publish the version again")
 
 
 def read(storage: Storage, name: str, most: int = _MOST_PROBES) -> bytes | None:

@@ -20,7 +20,7 @@ from .agent import Agent
 from .checks import Base
 from .engine import Engine
 from .external import Fleet
-from .replica import BASE, REFERENCE, context_of, read_replica
+from .replica import BASE, REFERENCE, context_of, read_replica, served_version
 
 _MOST_BODY = 1 << 20
 
@@ -28,7 +28,9 @@ _MOST_BODY = 1 << 20
 class Follows(Protocol):
     """An agent, of one engine or of many."""
 
-    ready: bool
+    @property
+    def serves(self) -> bool:
+        """Whether users may be sent here."""
 
     def accept(self, order: ReplicaOrder) -> ReplicaReport:
         """Follow an order from now on."""
@@ -60,9 +62,9 @@ async def _order(request: web.Request) -> web.Response:
 
 
 async def _health(request: web.Request) -> web.Response:
-    """The engine's: an engine whose answers are dead is not well, whatever it says."""
-    agent = request.app[_AGENT]
-    return web.Response(text="ok\n" if agent.ready else "not ready\n", status=200 if agent.ready else 503)
+    """The engine's: one whose answers are dead is not well, whatever it says; nor is one whose base is not the version that it should be."""
+    serves = request.app[_AGENT].serves
+    return web.Response(text="ok\n" if serves else "not ready\n", status=200 if serves else 503)
 
 
 def _report(report: ReplicaReport) -> web.Response:
@@ -110,6 +112,6 @@ def serve(words: list[str]) -> None:
         context = context_of(file, told.models)
         if told.external:
             return application(Fleet(file, context, base, models))
-        return application(Agent(file, context, base, Engine(told.engine, file.name), models))
+        return application(Agent(file, context, base, Engine(told.engine, file.name), models, served_version(reference)))
 
     web.run_app(made(), host="127.0.0.1", port=told.port, print=None)

@@ -14,8 +14,9 @@ from finetune_api import names
 from finetune_api.base import shortened
 from finetune_api.endpoint import EndpointModel, FineTuneEndpointSpec, FineTuneEndpointStatus, Replica
 from finetune_api.scalars import printable
+from finetune_api.serving import ReplicaReport
 
-from ...model.endpoint import ObservedEndpoint
+from ...model.endpoint import ObservedEndpoint, ReplicaPod
 from ...model.times import parse_time
 from ...resources.endpoint import EndpointRef, manifests, selector
 from ...settings import Settings
@@ -23,6 +24,7 @@ from ..plan import Action, Apply, Event, Patch, Plan, WriteUrgency
 from . import found, room
 from .orders import selected
 from .rollout import BAD, SETTLED, Change, advance, first, versioned
+from .whole import Whole, problems_of, replaces, whole_model
 
 PENDING_SECONDS, QUIET_SECONDS = 2.0, 20.0
 """Time to the next look at the replicas: while something is awaited, and otherwise."""
@@ -37,14 +39,15 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
     if observed.endpoint["metadata"].get("deletionTimestamp"):
         return _leave(observed)
     spec = observed.spec
-    if (why := refused_for(observed, settings)) is not None or spec is None:
+    whole = whole_model(observed, spec) if spec is not None else None
+    if (why := refused_for(observed, settings) or _nothing_to_make(observed, whole)) is not None or spec is None:
         reason, message = why or ("InvalidSpec", observed.invalid)
         said = found.with_conditions(observed, room.without_asking(observed.status), found.refuses(reason, message))
         return _plan(observed, said, (), (), observed.now + timedelta(seconds=REFUSED_SECONDS))
     if names.FINALIZER not in (finalizers := _finalizers(observed)):  # before anything can be loaded; its own event tells of it
         return Plan(actions=(_with_finalizers(observed, [*finalizers, names.FINALIZER]),))
     pods = found.replicas(observed)
-    models, changes = _models(observed, spec, pods)
+    models, changes = _models(observed, spec, whole, pods)
     status = observed.status.model_copy(
         update={
             "replicas": len(pods),
@@ -65,12 +68,12 @@ def reconcile(observed: ObservedEndpoint, settings: Settings) -> Plan[FineTuneEn
         status if admitted is not None else room.without_condition(status),
         *([admitted] if admitted is not None else []),
         ready,
-        found.served(observed, spec),
+        found.served(observed, spec, whole),
         found.verified(observed, models, pods),
         found.rolled_back(models),
     )
-    again = observed.now + timedelta(seconds=PENDING_SECONDS if _awaits(observed, spec, models, pods) else QUIET_SECONDS)
-    return _plan(observed, status, _actions(observed, spec, settings), changes, min(again, _next_end(models, again)))
+    again = observed.now + timedelta(seconds=PENDING_SECONDS if _awaits(observed, spec, whole, models, pods) else QUIET_SECONDS)
+    return _plan(observed, status, _actions(observed, spec, whole, settings), changes, min(again, _next_end(models, again)))
 
 
 def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, str] | None:
@@ -94,19 +97,32 @@ def refused_for(observed: ObservedEndpoint, settings: Settings) -> tuple[str, st
     return None
 
 
+def _nothing_to_make(observed: ObservedEndpoint, whole: Whole | None) -> tuple[str, str] | None:
+    """The same where its base is a whole model that is not there (yet): nothing is kept for it until then."""
+    return (whole.reason, whole.message) if whole is not None and whole.made is None and not observed.pods else None
+
+
 def refused(observed: ObservedEndpoint, message: str, reason: str = "APIRefused") -> Plan[FineTuneEndpointStatus]:
     """Say that the API server refused what was to be done, or that it cannot be worked on. Nothing else is decided."""
     return _plan(observed, found.with_conditions(observed, observed.status, found.refuses(reason, message)), (), (), None)
 
 
-def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> EndpointRef:
+def _ref(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, whole: Whole | None = None) -> EndpointRef:
     meta = observed.endpoint["metadata"]
-    return EndpointRef(meta["name"], meta["namespace"], meta["uid"], spec, room.replicas(observed, spec), observed.status.admission)
+    may_run, made = room.replicas(observed, spec), whole.made if whole is not None else None
+    return EndpointRef(meta["name"], meta["namespace"], meta["uid"], spec, may_run, observed.status.admission, made)
 
 
-def _models(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[Replica]) -> tuple[list[EndpointModel], list[Change]]:
+def _models(
+    observed: ObservedEndpoint, spec: FineTuneEndpointSpec, whole: Whole | None, pods: list[Replica]
+) -> tuple[list[EndpointModel], list[Change]]:
     known = {model.name: model for model in observed.status.models}
     models, changes = [], []
+    if whole is not None and (whole.line is not None or whole.name in known):  # what runs goes on without its FineTunedModel
+        before = known.get(whole.name) or EndpointModel(name=whole.name)
+        entry, change = replaces(before, whole, pods, problems_of(observed, whole), observed.now)
+        models.append(found.over_all(entry, pods))
+        changes += [change] if change is not None else []
     for name in selected(observed, spec):
         if (line := observed.lines.get(name)) is None:
             continue  # it is unloaded
@@ -119,11 +135,14 @@ def _models(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, pods: list[R
     return models, changes
 
 
-def _actions(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, settings: Settings) -> list[Action]:
-    """What is not applied already, or is another one now."""
+def _actions(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, whole: Whole | None, settings: Settings) -> list[Action]:
+    """What is not applied already, or is another one now. Without a version to make replicas with, what runs is left as it is."""
     actions = list[Action]()
-    lines = [observed.lines[name] for name in selected(observed, spec) if name in observed.lines]
-    ref = _ref(observed, spec)
+    if whole is not None and whole.made is None:
+        return actions
+    base = [whole.line] if whole is not None and whole.line is not None else []
+    lines = [*base, *(observed.lines[name] for name in selected(observed, spec) if name in observed.lines)]
+    ref = _ref(observed, spec, whole)
     for manifest in manifests(ref, lines, settings, observed.identity):
         if manifest["kind"] == "Deployment" and ref.replicas is None:
             continue
@@ -150,14 +169,21 @@ def _leave(observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
     if names.FINALIZER not in finalizers:
         return Plan()
     deleted = parse_time(observed.endpoint["metadata"].get("deletionTimestamp")) or observed.now
-    loaded = [pod for pod in observed.pods if pod.uid not in observed.reports or observed.reports[pod.uid].models]
+    loaded = [pod for pod in observed.pods if pod.uid not in observed.reports or _unloads(pod, observed.reports[pod.uid])]
     end = deleted + timedelta(seconds=UNLOAD_SECONDS)
     if loaded and observed.now < end:
         return Plan(requeue_at=observed.now + timedelta(seconds=1))
     return Plan(actions=(_with_finalizers(observed, [name for name in finalizers if name != names.FINALIZER]),))
 
 
-def _awaits(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, models: list[EndpointModel], pods: list[Replica]) -> bool:
+def _unloads(pod: ReplicaPod, report: ReplicaReport) -> bool:
+    """Whether a replica serves something that can be unloaded: its base cannot."""
+    return any(model.name != pod.version for model in report.models)
+
+
+def _awaits(
+    observed: ObservedEndpoint, spec: FineTuneEndpointSpec, whole: Whole | None, models: list[EndpointModel], pods: list[Replica]
+) -> bool:
     """Whether something is under way: a replica that starts, a version that is loaded or asked, a canary."""
     if spec.external is None and len(pods) != room.expected(observed, spec):
         return True
@@ -170,6 +196,8 @@ def _awaits(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, models: list
                 return True
         if model.canary is not None and first(pods, versioned(model.name, model.canary.version), BAD) is None:
             return True
+        if whole is not None and model.name == whole.name:
+            continue
         line = observed.lines[model.name]
         if model.version != line.status.champion and model.rolled_back is None and model.canary is None and line.champion is not None:
             return True

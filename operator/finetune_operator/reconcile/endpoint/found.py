@@ -24,6 +24,7 @@ from ...model.times import parse_time
 from ..conditions import set_condition
 from .orders import fits, order, selected
 from .rollout import BAD, SETTLED, first, versioned
+from .whole import Whole
 
 
 class Said(NamedTuple):
@@ -52,7 +53,10 @@ def _replica(observed: ObservedEndpoint, pod: ReplicaPod, before: Replica | None
         models = [*report.models, *(_unsaid(observed, report, before) if pod.address else ())]
         return Replica(name=pod.name, address=address, ready=report.ready and pod.ready, models=models[:MOST_MODELS])
     known = before.models if before is not None and pod.uid not in observed.emptied else []
-    if pod.uid in observed.emptied and before is not None:
+    known = [model for model in known if (model.name, model.state) != (pod.version, "Refused")]  # its pod says so, or not any more
+    if pod.refused and pod.version:
+        known = [ReplicaModel(name=pod.version, state="Refused", message=pod.refused)]
+    elif pod.uid in observed.emptied and before is not None:
         known = [ReplicaModel(name=model.name, message="its container started anew") for model in before.models]
     return Replica(name=pod.name, address=address, ready=pod.ready and before is not None and bool(before.address), models=known)
 
@@ -107,9 +111,11 @@ def ready(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, found: Sequenc
     return Said("Ready", "False", "NoReplicaReady", "; ".join(problems[:3]) or "replicas start")
 
 
-def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Said:
+def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec, whole: Whole | None) -> Said:
     """Whether every model that it names can be served by it."""
     missing: dict[str, list[str]] = {}
+    if whole is not None and whole.reason:
+        missing[whole.reason] = [whole.message]
     for name in selected(observed, spec):
         line = observed.lines.get(name)
         if line is None:
@@ -120,8 +126,8 @@ def served(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> Said:
             clash = f"the base answers as {name}, which is the endpoint's name"
             missing.setdefault("NameTaken", []).append(f"{clash}, so that a FineTunedModel {name} cannot; give one of them another name")
         elif not fits(line.champion):
-            whole = f"{versioned(name, line.champion.number)} is a whole model, and replicas serve adapters beside spec.base"
-            missing.setdefault("WholeModel", []).append(f"{whole}: make an endpoint of its own whose spec.base is its folder")
+            alone = f"{versioned(name, line.champion.number)} is a whole model, and replicas serve adapters beside spec.base"
+            missing.setdefault("WholeModel", []).append(f"{alone}: make an endpoint of its own with base.uri: model://{name}")
         elif line.champion.rank is not None and line.champion.rank > spec.max_lora_rank:
             rank = f"{versioned(name, line.champion.number)} has rank {line.champion.rank}, more than spec.maxLoraRank {spec.max_lora_rank}"
             missing.setdefault("RankTooHigh", []).append(f"{rank}; raise it")

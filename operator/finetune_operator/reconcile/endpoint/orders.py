@@ -14,15 +14,19 @@ from finetune_api.tuned_model import ModelVersion
 
 from ...model.endpoint import ModelLine, ObservedEndpoint
 from ...model.times import rfc3339
+from ...model.tuned_model import version_named
 from .rollout import versioned
 
 
 def selected(observed: ObservedEndpoint, spec: FineTuneEndpointSpec) -> list[str]:
-    """Names of the models that it is to serve, also of those that are not there: those named first."""
+    """Names of the models that it is to serve beside its base, also of those that are not there: those named first."""
     names = [served.name for served in spec.models]
     if spec.model_selector is not None:
         names += sorted(line.name for line in observed.lines.values() if spec.model_selector.selects(dict(line.labels)))
-    return list(dict.fromkeys(names))[:MOST_MODELS]
+    base = version_named(spec.base.uri)
+    if base is None:
+        return list(dict.fromkeys(names))[:MOST_MODELS]
+    return [name for name in dict.fromkeys(names) if name != base[0]][: MOST_MODELS - 1]
 
 
 def fits(version: ModelVersion) -> bool:
@@ -61,10 +65,11 @@ def _of(line: ModelLine, entry: EndpointModel, spec: FineTuneEndpointSpec) -> li
     named = next((served.versions for served in spec.models if served.name == line.name), [])
     numbers = [entry.version, None if went_back else champion, *(r.version for r in entry.retained), *named]
     found = [line.status.version(number) for number in dict.fromkeys(n for n in numbers if n is not None)]
-    return [_ordered(line, version, entry.version) for version in found if version is not None and fits(version)]
+    return [ordered(line, version, entry.version) for version in found if version is not None and fits(version)]
 
 
-def _ordered(line: ModelLine, version: ModelVersion, answers: int | None) -> OrderedModel:
+def ordered(line: ModelLine, version: ModelVersion, answers: int | None, folder: str = "") -> OrderedModel:
+    """A version as a replica is told of it. `answers`: the one that answers under the model's name. `folder`: of a whole model."""
     return OrderedModel(
         name=versioned(line.name, version.number),
         aliases=[line.name] if version.number == answers else [],
@@ -72,7 +77,7 @@ def _ordered(line: ModelLine, version: ModelVersion, answers: int | None) -> Ord
         number=version.number,
         storage=line.spec.storage,
         s3_endpoint=line.spec.s3_endpoint,
-        form=version.form,
+        folder=folder,
         digest=version.digest,
         rank=version.rank,
         base_fingerprint=version.base.fingerprint if version.base is not None else "",

@@ -80,8 +80,8 @@ def _on_its_way(
         told = f"replica {bad[0].name}: {bad[1].state}: {bad[1].message}"
         if present is None:  # there is nothing to go back to
             return model.model_copy(update={"canary": canary.model_copy(update={"message": told})}), None
-        return _back(model, number, told, now)
-    asked, ready = _settled(replicas, versioned(line.name, number)), sum(replica.ready for replica in replicas)
+        return goes_back(model, number, told, now)
+    asked, ready = settled(replicas, versioned(line.name, number)), sum(replica.ready for replica in replicas)
     if not ready or asked < ready:
         waits = f"is loaded and verified on {asked} of {ready} replicas" if ready else "waits for a replica"
         return model.model_copy(update={"canary": canary.model_copy(update={"message": waits})}), None
@@ -94,7 +94,7 @@ def _on_its_way(
     old, new = _arms(traffic, line.name, canary)
     verdict = judge(old, new, len(steps))
     if verdict.worse:
-        return _back(model, number, f"at {canary.percent} % of the requests {verdict.message}", now)
+        return goes_back(model, number, f"at {canary.percent} % of the requests {verdict.message}", now)
     elapsed = (now - (parse_time(canary.since) or now)).total_seconds()
     needs = seconds(spec.rollout.interval)
     if elapsed >= needs and new.requests >= spec.rollout.min_requests:
@@ -126,7 +126,8 @@ def _take_over(
     return model.model_copy(update={"version": number, "canary": None, "retained": retained, "rolled_back": None}), change
 
 
-def _back(model: EndpointModel, number: int, why: str, now: datetime) -> tuple[EndpointModel, Change]:
+def goes_back(model: EndpointModel, number: int, why: str, now: datetime) -> tuple[EndpointModel, Change]:
+    """The version before answers, and this one is not tried again until the FineTunedModel's champion is another one."""
     message = f"{versioned(model.name, number)} went back, version {model.version} answers: {why}"
     gone = RollBack(version=number, at=rfc3339(now), message=message)
     return model.model_copy(update={"canary": None, "rolled_back": gone}), Change("RolledBack", message, good=False)
@@ -166,5 +167,6 @@ def _hopeless(replicas: Sequence[Replica], name: str) -> bool:
     return bool(ready) and all(any(m.name == name and m.state in BAD for m in replica.models) for replica in ready)
 
 
-def _settled(replicas: Sequence[Replica], name: str) -> int:
+def settled(replicas: Sequence[Replica], name: str) -> int:
+    """Replicas that answer, were asked for that version, and of which nothing speaks against it."""
     return sum(replica.ready and any(m.name == name and m.state in SETTLED for m in replica.models) for replica in replicas)

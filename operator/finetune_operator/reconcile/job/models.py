@@ -9,7 +9,7 @@ from finetune_api.contract import Champion
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Artifact, ConditionType, ModelInUse
 
-from ...model.tuned_model import TunedModel, continued_model
+from ...model.tuned_model import TunedModel, version_named
 from .draft import Draft
 
 NOT_FOUND, FOUND = "ModelNotFound", "ModelFound"
@@ -21,7 +21,7 @@ def with_models(draft: Draft, spec: FineTuneJobSpec) -> FineTuneJobSpec | None:
     """The spec with the version that tuning.continueFrom stands for. None while the job waits for a model, and while what was found
     is put on record: from then on it is what the job goes by, whatever becomes of the models.
     """
-    continued = continued_model(spec.tuning.continue_from)
+    continued = version_named(spec.tuning.continue_from)
     published = [target.model for target in spec.publish if target.model is not None]
     names = list(dict.fromkeys([*published, *([continued[0]] if continued is not None else [])]))
     known = {model.name: model for model in draft.status.models}
@@ -90,7 +90,7 @@ def _version(draft: Draft, view: TunedModel, wanted: int | None) -> tuple[int | 
 
 def as_written(kept: FineTuneJobSpec, wanted: FineTuneJobSpec) -> FineTuneJobSpec:
     """The spec of job.json, which names the version of tuning.continueFrom, as it is in the job, which may leave it open."""
-    ours, theirs = continued_model(kept.tuning.continue_from), continued_model(wanted.tuning.continue_from)
+    ours, theirs = version_named(kept.tuning.continue_from), version_named(wanted.tuning.continue_from)
     if ours is None or theirs is None or ours[0] != theirs[0] or theirs[1] is not None:
         return kept
     return kept.model_copy(update={"tuning": kept.tuning.model_copy(update={"continue_from": wanted.tuning.continue_from})})

@@ -16,7 +16,7 @@ from finetune_api.tuned_model import FineTunedModelStatus, ModelVersion
 from finetune_api.versions import MOST_NUMBER, VersionPaths, VersionRecord
 
 from ...model.objects import Object, as_object
-from ...model.tuned_model import continued_model
+from ...model.tuned_model import version_named
 from ...model.workload import has_ended
 
 _MOST_SETTINGS = 128
@@ -55,7 +55,8 @@ def version_of_job(job: Object, model: str, number: int) -> ModelVersion | None:
     artifact = next((a for a in status.artifacts if (a.model, a.version) == (model, number)), None)
     if artifact is None:
         return None
-    tuning = as_object(as_object(job.get("spec")).get("tuning"))
+    spec = as_object(job.get("spec"))
+    tuning = as_object(spec.get("tuning"))
     return ModelVersion(
         number=number,
         job=job["metadata"]["name"],
@@ -64,6 +65,7 @@ def version_of_job(job: Object, model: str, number: int) -> ModelVersion | None:
         bytes=artifact.bytes,
         form="Model" if tuning.get("method") in WHOLE_MODEL_METHODS else "Adapter",
         rank=artifact.rank or None,
+        merged=tuning.get("method") not in WHOLE_MODEL_METHODS and as_object(spec.get("output")).get("merged") is True,
         base=status.base,
         data_digest=status.dataset.digest if status.dataset is not None else "",
         parent=_parent(status, tuning, model),
@@ -76,7 +78,7 @@ def version_of_job(job: Object, model: str, number: int) -> ModelVersion | None:
 def _parent(status: FineTuneJobStatus, tuning: Object, model: str) -> int | None:
     uri = tuning.get("continueFrom")
     try:
-        continued = continued_model(uri if isinstance(uri, str) else None)
+        continued = version_named(uri if isinstance(uri, str) else None)
     except ValueError:
         return None
     used = next((m.version for m in status.models if m.name == model), None)
@@ -99,6 +101,7 @@ def version_of_record(record: VersionRecord) -> ModelVersion:
         bytes=record.bytes,
         form=record.form,
         rank=record.rank,
+        merged=record.merged,
         base=record.base,
         data_digest=record.data_digest,
         parent=record.parent,
