@@ -28,8 +28,12 @@ def run(api: Api, document: dict[str, object], *words: str) -> subprocess.Comple
 def test_no_difference_is_left(api: Api, webhooks: Start, kubelet: Kubelet, path: Path) -> None:  # noqa: F811
     webhooks()
     kubelet.hold.add("train")
-    document = next(d for d in yaml.safe_load_all(path.read_text()) if d and d["kind"] == "FineTuneJob")
-    document["metadata"].pop("namespace", None)
+    documents = {d["kind"]: d for d in yaml.safe_load_all(path.read_text()) if d}
+    for found in documents.values():
+        found["metadata"].pop("namespace", None)
+    document = documents["FineTuneJob"]
+    if (model := documents.get("FineTunedModel")) is not None:  # the job waits for it
+        assert run(api, model, "apply").returncode == 0
     name = document["metadata"]["name"]
     for words in (["apply"], ["apply", "--server-side", "--field-manager=argocd", "--force-conflicts"]):
         done = run(api, document, *words)
