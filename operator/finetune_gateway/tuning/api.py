@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,7 +21,7 @@ from .actor import ORGANIZATION, Actor, Actors
 from .answers import has_results, job_object, results_id, status_of, unix, version_of
 from .creating import Creator, Wish
 from .events import checkpoint_of, table_of
-from .files import Files, away, file_object, results_object
+from .files import Files, Receive, away, file_object, results_object
 from .history import History
 from .jobs import Job, Jobs, model_name
 from .manifest import Reading, TrainingFile, spec_of
@@ -32,6 +33,26 @@ _RETRIED = (408, 429)
 _BODY = 2**20
 """Bytes of a request that is no file."""
 _KEY = 256
+
+
+class Incoming:
+    """A request's body, of which it is known whether it has ended."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._ended = receive, False
+
+    async def __call__(self) -> Any:
+        message = await self._receive()
+        self._ended = message["type"] != "http.request" or not message.get("more_body")
+        return message
+
+    async def rest(self, most_bytes: int, most_seconds: float) -> None:
+        """Read what is still to come, and drop it: who is cut off while they send never read why. Not without end."""
+        left = most_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_seconds):
+                while not self._ended and left > 0:
+                    left -= len((await self()).get("body", b""))
 
 
 class FineTuning:
@@ -48,11 +69,12 @@ class FineTuning:
         reading: Reading,
         caller: Callable[[Any], Awaitable[Caller]],
         body_seconds: float,
+        most_bytes: int,
     ) -> None:
         """`caller`: who asks, by the scope of a request."""
         self._jobs, self._files, self._history, self._creator = jobs, files, history, creator
         self._actors, self._models, self._reading, self._caller = actors, models, reading, caller
-        self._body_seconds = body_seconds
+        self._body_seconds, self._most_bytes = body_seconds, most_bytes
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -79,14 +101,15 @@ class FineTuning:
 
     def _route(self, path: str, method: str, handler: Handler, verb: str = "list") -> Route:
         async def endpoint(request: Request) -> Response:
+            incoming = Incoming(request.receive)
             try:
                 caller = await self._caller(dict(request.scope))
                 actor = await self._actors.actor(caller, request.headers.get(ORGANIZATION, ""), verb)
-                return await handler(request, actor)
-            except StoreAway:
-                raise told_to_retry(away()) from None
-            except Refusal as refusal:
-                raise told_to_retry(refusal) from None
+                return await handler(Request(request.scope, incoming), actor)
+            except (StoreAway, Refusal) as failure:
+                refusal = failure if isinstance(failure, Refusal) else away()
+            await incoming.rest(2 * self._most_bytes, self._body_seconds)
+            raise told_to_retry(refusal)
 
         return Route(path, endpoint, methods=[method])
 

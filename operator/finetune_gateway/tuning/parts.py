@@ -54,8 +54,18 @@ class Tuning:
     def api(self, caller: Callable[[Any], Awaitable[Caller]]) -> FineTuning:
         """The routes. `caller`: who asks, by the scope of a request."""
         reading = Reading(self._settings.fine_tuning_secret, self._settings.fine_tuning_s3_endpoint)
+        settings = self._settings
         return FineTuning(
-            self.jobs, self._files, self._history, self._creator, self._actors, self._models, reading, caller, self._settings.body_seconds
+            self.jobs,
+            self._files,
+            self._history,
+            self._creator,
+            self._actors,
+            self._models,
+            reading,
+            caller,
+            settings.body_seconds,
+            settings.fine_tuning_file_bytes,
         )
 
     def resolve(self, model: str) -> Asked | None:
