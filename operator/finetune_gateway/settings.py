@@ -74,7 +74,7 @@ class Settings:
     fine_tuning_key_account: str = "finetune-keys"
     """Service account of a namespace that its API keys act as towards Kubernetes."""
     fine_tuning_impersonate_users: bool = False
-    """Whether it acts for people with Kubernetes tokens, too: the gateway may then impersonate everybody."""
+    """Whether it writes for holders of Kubernetes tokens, too: the gateway may then act as anybody."""
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the variable."""

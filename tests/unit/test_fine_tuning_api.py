@@ -402,7 +402,7 @@ async def test_what_kubernetes_refuses(place: Place) -> None:
 
 
 async def test_who_may(place: Place) -> None:
-    """Keys for fine-tuning; tokens by their rights in the namespace that they name; people only where they are impersonated."""
+    """Keys for fine-tuning; tokens by their rights in the namespace that they name, and to write only where they are impersonated."""
     gateway = place.gateway
     account = "system:serviceaccount:team-a:ci"
     gateway.reviews.users = {"account": account, "person": "jo"}
@@ -414,9 +414,12 @@ async def test_who_may(place: Place) -> None:
     gateway.reviews.users["account2"] = account  # what was refused a moment ago is kept for a few seconds
     async with place.sdk("account2") as ci, place.sdk("person", organization="team-a") as jo, place.sdk("person") as nowhere:
         file = await ci.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+        assert (await refused(jo.fine_tuning.jobs.create(model="gpt-plain", training_file=file.id))).code == "permission_denied"
+        place.gateway.parts.tuning._actors._users = True  # type: ignore[union-attr]
         job = await ci.fine_tuning.jobs.create(model="gpt-plain", training_file=file.id)
         assert place.kubernetes.users[-1] == (account, ()) and [found.id for found in (await jo.fine_tuning.jobs.list()).data] == [job.id]
-        assert (await refused(jo.fine_tuning.jobs.create(model="gpt-plain", training_file=file.id))).code == "permission_denied"
+        await jo.fine_tuning.jobs.create(model="gpt-plain", training_file=file.id)
+        assert place.kubernetes.users[-1] == ("jo", ("g",))
         assert (await refused(ci.fine_tuning.jobs.cancel(job.id))).code == "permission_denied", "no right to patch"
         assert (await refused(nowhere.fine_tuning.jobs.list())).code == "missing_organization"
         other = ci.with_options(organization="team-b")

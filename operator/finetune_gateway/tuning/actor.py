@@ -47,7 +47,7 @@ class Actor:
     def within(self, kubernetes: Kubernetes) -> Acting:
         """The cluster, with their rights. Raises Refusal (403)."""
         if not self.user:
-            told = "the gateway may not act for users here: take an API key, or a service account's token"
+            told = "the gateway may not act for holders of Kubernetes tokens here: take an API key (gateway.fineTuning.impersonateUsers)"
             raise Refusal(403, told, code="permission_denied", kind="permission_error")
         return kubernetes.acting_as(self.user, self.groups)
 
@@ -56,7 +56,7 @@ class Actors:
     """Finds out who a caller acts as."""
 
     def __init__(self, access: Access, key_account: str, *, users: bool) -> None:
-        """`key_account`: service account of each namespace that its API keys act as. `users`: whether people are impersonated, too."""
+        """`key_account`: service account of each namespace that its API keys act as. `users`: whether it acts for holders of tokens, too."""
         self._access, self._key_account, self._users = access, key_account, users
 
     async def actor(self, caller: Caller, organization: str, verb: str) -> Actor:
@@ -81,9 +81,7 @@ class Actors:
         if verb != "list" and not await self._access.may_on_jobs(caller, verb, namespace):
             told = f"you may not {verb} FineTuneJobs in {namespace}"
             raise Refusal(403, told, code="permission_denied", kind="permission_error")
-        if account:
-            return Actor(namespace, caller.user, caller.user)
-        groups = tuple(map(str, (caller.subject or {}).get("groups") or ()))
+        groups = () if account else tuple(map(str, (caller.subject or {}).get("groups") or ()))
         return Actor(namespace, caller.user, caller.user if self._users else "", groups)
 
 
