@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from ..access import Caller
 from ..bodies import Refusal
 from ..catalog import Endpoint
+from ..relay import CutOff
 from ..store.keeper import StoreAway
 from .actor import ORGANIZATION, Actor, Actors
 from .answers import has_results, job_object, results_id, status_of, unix, version_of
@@ -142,7 +144,7 @@ class FineTuning:
             return Response(results[1], media_type="text/csv")
         file = await self._files.find(actor.namespace, identifier)
         headers = {"Content-Disposition": "attachment", "Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
-        return StreamingResponse(await self._files.content(file), headers=headers, media_type="application/octet-stream")
+        return StreamingResponse(_cut_off(await self._files.content(file)), headers=headers, media_type="application/octet-stream")
 
     async def delete_file(self, request: Request, actor: Actor) -> Response:
         """DELETE /v1/files/ID."""
@@ -185,8 +187,8 @@ class FineTuning:
             told = f"the body did not come within {self._body_seconds:g} s"
             raise Refusal(408, told, code="body_timeout", connection="close") from None
         try:
-            found = json.loads(b"".join(parts))
-        except (ValueError, RecursionError):
+            found = msgspec.json.decode(b"".join(parts))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise Refusal(400, "the body is no JSON, or nested too deeply", code="invalid_json") from None
         if not isinstance(found, dict):
             raise Refusal(400, "the body is no JSON object", code="invalid_json")
@@ -291,6 +293,15 @@ class FineTuning:
                 if status_of(job) == "succeeded" and (namespace == whole or version_of(job) in names):
                     found[model_name(job)] = (unix(job.status.finished_at) or 0, namespace)
         return found
+
+
+async def _cut_off(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same; a storage that fails on the way breaks the answer off, as nothing can be said any more."""
+    try:
+        async for piece in pieces:
+            yield piece
+    except Refusal as failure:
+        raise CutOff(failure.message) from None
 
 
 def _check_running(job: Job, what: str) -> None:

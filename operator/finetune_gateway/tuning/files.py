@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+
+from finetune_api.scalars import printable
 
 from ..bodies import Refusal
 from ..store import files as table
@@ -20,6 +23,8 @@ from .rows import RowCheck
 
 PURPOSE = "fine-tune"
 _FILENAME = 255
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What ids are made of: nothing else is looked up."""
 Receive = Callable[[], Awaitable[Any]]
 
 
@@ -92,7 +97,7 @@ class Files:
             digest,
             check.form,
             check.rows,
-            check.problem,
+            printable(check.problem),
         )
         try:
             await self._store.write(lambda connection: table.add(connection, file))
@@ -120,6 +125,8 @@ class Files:
 
     async def find(self, namespace: str, identifier: str, param: str = "file_id") -> File:
         """Raises Refusal (404)."""
+        if not _PLAIN.fullmatch(identifier):
+            raise no_file(identifier, param)
         try:
             found = await self._store.read(lambda connection: table.find(connection, namespace, identifier))
         except StoreAway:

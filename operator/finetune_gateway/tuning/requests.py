@@ -136,7 +136,7 @@ class CreateJob(Request):
 class Page(Request):
     """What list calls take."""
 
-    after: Annotated[str, Field(max_length=128)] | None = None
+    after: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None = None
     limit: Annotated[int, Field(ge=1, le=100, strict=False)] = 20
 
 
@@ -144,7 +144,7 @@ class FilePage(Page):
     """GET /v1/files."""
 
     limit: Annotated[int, Field(ge=1, le=10_000, strict=False)] = 10_000
-    purpose: Annotated[str, Field(max_length=64)] | None = None
+    purpose: Annotated[str, Field(pattern=r"^[a-z_-]{1,64}$")] | None = None
     order: Literal["asc", "desc"] = "desc"
 
 
