@@ -56,7 +56,9 @@ def _may_train(api: Api, *verbs: str) -> None:
 
 def _tell(api: Api, name: str, status: dict[str, Any]) -> None:
     """What the operator would write."""
-    api.custom.patch_namespaced_custom_object_status(GROUP, VERSION, api.namespace, PLURAL, name, {"status": FineTuneJobStatus.model_validate(status).to_wire()})
+    api.custom.patch_namespaced_custom_object_status(
+        GROUP, VERSION, api.namespace, PLURAL, name, {"status": FineTuneJobStatus.model_validate(status).to_wire()}
+    )
 
 
 def _create(port: int, key: str, file: str, tries: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -191,6 +192,38 @@ async def test_a_large_file_comes_in_parts_and_nothing_is_left_of_what_is_refuse
                 await session.post(f"{place.gateway.url}/v1/files", data=broken(), headers=headers)
         await until(lambda: not place.bucket.uploads())
         assert place.bucket.keys() == [key] and len((await sdk.files.list()).data) == 1
+
+
+async def test_a_file_in_parts(place: Place) -> None:
+    """By the SDK's own verbs; the parts go when the file is whole, or given up."""
+    halves = (ROWS[: len(ROWS) // 2], ROWS[len(ROWS) // 2 :])
+    async with place.sdk() as sdk, place.sdk(OTHERS) as other:
+
+        async def begun(size: int = len(ROWS)) -> Any:
+            return await sdk.uploads.create(bytes=size, filename="a/rows.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+
+        upload = await begun()
+        assert (upload.status, upload.filename, upload.expires_at - upload.created_at) == ("pending", "rows.jsonl", 3600)
+        parts = [(await sdk.uploads.parts.create(upload.id, data=half)).id for half in reversed(halves)][::-1]
+        assert len(place.bucket.keys()) == 2
+        for ids, md5, param in (
+            ([parts[0]], None, "part_ids"),
+            ([*parts, "part_x"], None, "part_ids"),
+            (parts, "0" * 32, "md5"),
+        ):
+            assert (await refused(sdk.uploads.complete(upload.id, part_ids=ids, md5=md5 or openai.omit))).param == param
+        assert (await refused(other.uploads.complete(upload.id, part_ids=parts))).code == "upload_not_found"
+        done = await sdk.uploads.complete(upload.id, part_ids=parts, md5=hashlib.md5(ROWS).hexdigest())
+        assert done.status == "completed" and done.file is not None and done.file.status == "processed"
+        assert (await sdk.files.content(done.file.id)).content == ROWS and len(place.bucket.keys()) == 1
+        again = await sdk.uploads.complete(upload.id, part_ids=parts)
+        assert again.file == done.file, "a retry, whose first try was carried out"
+        assert (await refused(sdk.uploads.cancel(upload.id))).code == "invalid_upload_state"
+        given_up = await begun()
+        await sdk.uploads.parts.create(given_up.id, data=halves[0])
+        assert (await sdk.uploads.cancel(given_up.id)).status == "cancelled" and len(place.bucket.keys()) == 1
+        assert (await refused(sdk.uploads.parts.create(given_up.id, data=halves[0]))).code == "invalid_upload_state"
+        assert (await refused(begun(2**40))).param == "bytes"
 
 
 async def test_a_full_bucket_is_no_reason_to_try_again(place: Place) -> None:

@@ -46,6 +46,28 @@ FILES = Table(
     Index("ix_finetune_files_namespace", "namespace", "created_at"),
 )
 """Files of the fine-tuning API. Their bytes are in its bucket, by namespace and digest; `problem` is empty where nothing is wrong."""
+UPLOADS = Table(
+    "finetune_uploads",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("namespace", NAME, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(64), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("file", String(64), nullable=False),
+    Index("ix_finetune_uploads_namespace", "namespace", "created_at"),
+)
+"""Files that come in parts; `file` is empty until it is whole."""
+PARTS = Table(
+    "finetune_parts",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("upload", String(64), nullable=False, index=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+"""Parts that have come."""
 EVENTS = Table(
     "finetune_events",
     METADATA,

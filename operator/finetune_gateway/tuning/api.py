@@ -28,7 +28,8 @@ from .history import History
 from .jobs import Job, Jobs, model_name
 from .manifest import Reading, TrainingFile, spec_of
 from .models import ModelMap
-from .requests import CreateJob, FilePage, Page, parse, parse_query
+from .requests import CompleteUpload, CreateJob, CreateUpload, FilePage, Page, parse, parse_query
+from .uploads import Uploads, upload_object
 
 Handler = Callable[[Request, Actor], Awaitable[Response]]
 _RETRIED = (408, 429)
@@ -64,6 +65,7 @@ class FineTuning:
         self,
         jobs: Jobs,
         files: Files,
+        uploads: Uploads,
         history: History,
         creator: Creator,
         actors: Actors,
@@ -74,7 +76,7 @@ class FineTuning:
         most_bytes: int,
     ) -> None:
         """`caller`: who asks, by the scope of a request."""
-        self._jobs, self._files, self._history, self._creator = jobs, files, history, creator
+        self._jobs, self._files, self._uploads, self._history, self._creator = jobs, files, uploads, history, creator
         self._actors, self._models, self._reading, self._caller = actors, models, reading, caller
         self._body_seconds, self._most_bytes = body_seconds, most_bytes
 
@@ -88,6 +90,10 @@ class FineTuning:
             self._route("/v1/files/{file}", "GET", self.retrieve_file),
             self._route("/v1/files/{file}", "DELETE", self.delete_file, "create"),
             self._route("/v1/files/{file}/content", "GET", self.file_content),
+            self._route("/v1/uploads", "POST", self.create_upload, "create"),
+            self._route("/v1/uploads/{upload}/parts", "POST", self.add_part, "create"),
+            self._route("/v1/uploads/{upload}/complete", "POST", self.complete_upload, "create"),
+            self._route("/v1/uploads/{upload}/cancel", "POST", self.cancel_upload, "create"),
             self._route(jobs, "POST", self.create_job, "create"),
             self._route(jobs, "GET", self.list_jobs),
             self._route(job, "GET", self.retrieve_job),
@@ -157,6 +163,26 @@ class FineTuning:
                 raise Refusal(400, told, code="file_in_use", param="file_id")
         await self._files.remove(file)
         return JSONResponse({"id": file.id, "object": "file", "deleted": True})
+
+    async def create_upload(self, request: Request, actor: Actor) -> Response:
+        """POST /v1/uploads."""
+        asked = parse(CreateUpload, await self._body(request))
+        return JSONResponse(upload_object(await self._uploads.create(actor.namespace, asked)))
+
+    async def add_part(self, request: Request, actor: Actor) -> Response:
+        """POST /v1/uploads/ID/parts."""
+        upload = await self._uploads.find(actor.namespace, request.path_params["upload"])
+        return JSONResponse(await self._uploads.add_part(upload, request.headers, request.receive))
+
+    async def complete_upload(self, request: Request, actor: Actor) -> Response:
+        """POST /v1/uploads/ID/complete."""
+        upload = await self._uploads.find(actor.namespace, request.path_params["upload"])
+        return JSONResponse(upload_object(*await self._uploads.complete(upload, parse(CompleteUpload, await self._body(request)))))
+
+    async def cancel_upload(self, request: Request, actor: Actor) -> Response:
+        """POST /v1/uploads/ID/cancel."""
+        upload = await self._uploads.find(actor.namespace, request.path_params["upload"])
+        return JSONResponse(upload_object(await self._uploads.cancel(upload)))
 
     async def create_job(self, request: Request, actor: Actor) -> Response:
         """POST /v1/fine_tuning/jobs."""

@@ -79,9 +79,17 @@ class Blobs:
         """For one object."""
         return Writer(self, self._bucket, f"{self._prefix}/{namespace}", lambda digest: self.key(namespace, digest))
 
-    async def read(self, namespace: str, digest: str) -> AsyncIterator[bytes]:
-        """Its bytes. Raises Refusal."""
-        found = await self.call(lambda client: client.get_object(Bucket=self._bucket, Key=self.key(namespace, digest)))
+    def part_key(self, namespace: str, upload: str, part: str) -> str:
+        """Of a part of a file that is not whole yet."""
+        return f"{self._prefix}/{namespace}/.uploads/{upload}/{part}"
+
+    def part_writer(self, namespace: str, upload: str, part: str) -> Writer:
+        """For one part."""
+        return Writer(self, self._bucket, f"{self._prefix}/{namespace}", lambda _: self.part_key(namespace, upload, part))
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        """The bytes of an object. Raises Refusal."""
+        found = await self.call(lambda client: client.get_object(Bucket=self._bucket, Key=key))
         body = found["Body"]
 
         async def pieces() -> AsyncIterator[bytes]:
@@ -93,9 +101,10 @@ class Blobs:
 
         return pieces()
 
-    async def remove(self, namespace: str, digest: str) -> None:
-        """One that is not there is no error."""
-        await self.call(lambda client: client.delete_object(Bucket=self._bucket, Key=self.key(namespace, digest)))
+    async def remove(self, *keys: str) -> None:
+        """Those that are not there are no error. Raises Refusal."""
+        for key in keys:
+            await self.call(lambda client, key=key: client.delete_object(Bucket=self._bucket, Key=key))  # type: ignore[misc]
 
     def close(self) -> None:
         """No more calls."""

@@ -23,6 +23,8 @@ from .rows import RowCheck
 
 PURPOSE = "fine-tune"
 _FILENAME = 255
+_AROUND = 65_536
+"""Bytes of a form beside its file."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What ids are made of: nothing else is looked up."""
 Receive = Callable[[], Awaitable[Any]]
@@ -68,60 +70,24 @@ class Files:
 
     async def create(self, namespace: str, headers: Any, receive: Receive) -> File:
         """An upload. Raises Refusal; nothing of it is kept then."""
-        told = headers.get("content-length", "")
-        if told.isdigit() and int(told) > self._most + 65_536:
-            raise self._too_large()
         form, check, writer = UploadForm(headers.get("content-type", "")), RowCheck(), self._blobs.writer(namespace)
         try:
-            async for data in self._body(receive):
-                for piece in form.feed(data):
-                    if writer.bytes + len(piece) > self._most:
-                        raise self._too_large()
-                    check.feed(piece)
-                    await writer.write(piece)
-            _check_form(form)
+            async for piece in pieces(form, headers, receive, self._most, self._patience):
+                check.feed(piece)
+                await writer.write(piece)
+            check_form(form, "file", {"purpose"})
+            check_purpose(form.fields.get("purpose"))
             check.end()
             digest = await writer.finish()
         except BaseException:
             await asyncio.shield(writer.abort())
             raise
-        name = (form.filename or "").replace("\\", "/").rpartition("/")[2][:_FILENAME] or "file.jsonl"
-        name = "".join(c if c.isprintable() and c != '"' else "_" for c in name)
-        file = File(
-            f"file-{secrets.token_hex(12)}",
-            namespace,
-            name,
-            PURPOSE,
-            writer.bytes,
-            int(time.time()),
-            digest,
-            check.form,
-            check.rows,
-            printable(check.problem),
-        )
+        file = new_file(namespace, plain_name(form.filename or ""), writer.bytes, digest, check)
         try:
             await self._store.write(lambda connection: table.add(connection, file))
         except StoreAway:
             raise away() from None
         return file
-
-    async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
-        while True:
-            try:
-                async with asyncio.timeout(self._patience):
-                    message = await receive()
-            except TimeoutError:
-                told = f"nothing of the file came for {self._patience:g} s"
-                raise Refusal(408, told, code="body_timeout", connection="close") from None
-            if message["type"] != "http.request":
-                raise Refusal(400, "the file broke off", code="body_incomplete", connection="close")
-            yield message["body"]
-            if not message.get("more_body"):
-                return
-
-    def _too_large(self) -> Refusal:
-        told = f"the file has more than {self._most // 2**20} MB"
-        return Refusal(413, told, code="file_too_large", param="file", connection="close")
 
     async def find(self, namespace: str, identifier: str, param: str = "file_id") -> File:
         """Raises Refusal (404)."""
@@ -147,7 +113,7 @@ class Files:
 
     async def content(self, file: File) -> AsyncIterator[bytes]:
         """Its bytes."""
-        return await self._blobs.read(file.namespace, file.digest)
+        return await self._blobs.read(self._blobs.key(file.namespace, file.digest))
 
     async def remove(self, file: File) -> None:
         """Its bytes go when no other file of the namespace has the same."""
@@ -157,23 +123,67 @@ class Files:
             raise away() from None
         if last:
             with contextlib.suppress(Refusal):  # it is not listed any more; what stays is in the administrator's bucket
-                await self._blobs.remove(file.namespace, file.digest)
+                await self._blobs.remove(self._blobs.key(file.namespace, file.digest))
 
     def uri(self, file: File) -> str:
         """As a FineTuneJob names it."""
         return self._blobs.uri(file.namespace, file.digest)
 
 
-def _check_form(form: UploadForm) -> None:
+async def pieces(form: UploadForm, headers: Any, receive: Receive, most_bytes: int, patience: float) -> AsyncIterator[bytes]:
+    """A form's file as it comes. Raises Refusal: too large, too slow, or broken off."""
+    told, size = headers.get("content-length", ""), 0
+    if told.isdigit() and int(told) > most_bytes + _AROUND:
+        raise _too_large(most_bytes)
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(patience):
+                message = await receive()
+        except TimeoutError:
+            slow = f"nothing of the file came for {patience:g} s"
+            raise Refusal(408, slow, code="body_timeout", connection="close") from None
+        if message["type"] != "http.request":
+            raise Refusal(400, "the file broke off", code="body_incomplete", connection="close")
+        for piece in form.feed(message["body"]):
+            size += len(piece)
+            if size > most_bytes:
+                raise _too_large(most_bytes)
+            yield piece
+        more = bool(message.get("more_body"))
+
+
+def _too_large(most_bytes: int) -> Refusal:
+    told = f"the file has more than {most_bytes // 2**20} MB"
+    return Refusal(413, told, code="file_too_large", param="file", connection="close")
+
+
+def check_form(form: UploadForm, file_field: str, fields: set[str]) -> None:
+    """Raises Refusal where it is not whole, or has fields beside these."""
     if not form.ended:
         raise Refusal(400, "the form broke off", code="invalid_form")
     if form.filename is None:
-        raise Refusal(400, "you must provide file", code="missing_required_parameter", param="file")
-    if unknown := sorted(form.fields.keys() - {"purpose"}):
+        raise Refusal(400, f"you must provide {file_field}", code="missing_required_parameter", param=file_field)
+    if unknown := sorted(form.fields.keys() - fields):
         param = unknown[0][:80]
         what = "is not supported here: files stay until they are deleted" if param.startswith("expires_after") else "is not known"
         raise Refusal(400, f"unknown parameter: {param} {what}", code="unknown_parameter", param=param)
-    if form.fields.get("purpose") != PURPOSE:
-        given = form.fields.get("purpose")
+
+
+def check_purpose(given: str | None) -> None:
+    """Raises Refusal for all but fine-tune."""
+    if given != PURPOSE:
         told = "you must provide purpose" if given is None else f"purpose {given[:40]!r} is not supported here; write {PURPOSE}"
         raise Refusal(400, told, code="invalid_purpose", param="purpose")
+
+
+def plain_name(filename: str) -> str:
+    """The last part of a path, without what no header or terminal takes."""
+    name = filename.replace("\\", "/").rpartition("/")[2][:_FILENAME] or "file.jsonl"
+    return "".join(c if c.isprintable() and c != '"' else "_" for c in name)
+
+
+def new_file(namespace: str, name: str, size: int, digest: str, check: RowCheck) -> File:
+    """With an id that tells nothing."""
+    identifier, problem = f"file-{secrets.token_hex(12)}", printable(check.problem)
+    return File(identifier, namespace, name, PURPOSE, size, int(time.time()), digest, check.form, check.rows, problem)

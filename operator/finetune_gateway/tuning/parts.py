@@ -24,6 +24,7 @@ from .history import History
 from .jobs import Job, Jobs, read_job
 from .manifest import Reading
 from .models import read
+from .uploads import Uploads
 
 
 class _Namespace:
@@ -45,7 +46,9 @@ class Tuning:
         self._settings = settings
         self._models = read(settings.fine_tuning_models)
         self._blobs = Blobs(settings.fine_tuning_storage, settings.fine_tuning_s3_endpoint)
-        self._files = Files(store, self._blobs, most_bytes=settings.fine_tuning_file_bytes, piece_seconds=settings.body_seconds)
+        most, patience = settings.fine_tuning_file_bytes, settings.body_seconds
+        self._files = Files(store, self._blobs, most_bytes=most, piece_seconds=patience)
+        self._uploads = Uploads(store, self._blobs, self._files, most_bytes=most, piece_seconds=patience)
         self._history = History(store, settings.usage_days)
         self.jobs = Jobs(self._history.see)
         self._creator = Creator(self.jobs, kubernetes, lambda: datetime.now(UTC))
@@ -58,6 +61,7 @@ class Tuning:
         return FineTuning(
             self.jobs,
             self._files,
+            self._uploads,
             self._history,
             self._creator,
             self._actors,

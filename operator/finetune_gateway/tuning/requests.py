@@ -133,6 +133,22 @@ class CreateJob(Request):
         return self.method or Method(type="supervised", supervised=Supervised(hyperparameters=self.hyperparameters or Hyperparameters()))
 
 
+class CreateUpload(Request):
+    """POST /v1/uploads."""
+
+    filename: Annotated[str, Field(min_length=1, max_length=255)]
+    purpose: str
+    bytes: Annotated[int, Field(ge=1)]
+    mime_type: Annotated[str, Field(max_length=255)]
+
+
+class CompleteUpload(Request):
+    """POST /v1/uploads/ID/complete."""
+
+    part_ids: Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=10_000)]
+    md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
+
+
 class Page(Request):
     """What list calls take."""
 

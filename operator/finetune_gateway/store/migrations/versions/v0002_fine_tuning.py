@@ -27,6 +27,27 @@ def upgrade() -> None:
     )
     op.create_index("ix_finetune_files_namespace", "finetune_files", ["namespace", "created_at"])
     op.create_table(
+        "finetune_uploads",
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("namespace", sa.String(253), nullable=False),
+        sa.Column("filename", sa.Text(), nullable=False),
+        sa.Column("purpose", sa.String(64), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("file", sa.String(64), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_finetune_uploads"),
+    )
+    op.create_index("ix_finetune_uploads_namespace", "finetune_uploads", ["namespace", "created_at"])
+    op.create_table(
+        "finetune_parts",
+        sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("upload", sa.String(64), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_finetune_parts"),
+    )
+    op.create_index("ix_finetune_parts_upload", "finetune_parts", ["upload"])
+    op.create_table(
         "finetune_events",
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("job", sa.String(64), nullable=False),
