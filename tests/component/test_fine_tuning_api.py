@@ -18,6 +18,7 @@ from moto.server import ThreadedMotoServer
 
 from finetune_api import GROUP, PLURAL, VERSION
 from finetune_api.status import FineTuneJobStatus
+from tests.cluster import javascript
 from tests.cluster.helm import NAMESPACE
 from tests.component.cli import finetune
 from tests.component.conftest import Api, until
@@ -128,9 +129,33 @@ def test_from_a_file_to_a_model(api: Api, bucket: str, tmp_path: Path) -> None:
             assert "Step 10/40" in str([event.message for event in sdk.fine_tuning.jobs.list_events(job.id)])
             assert sdk.files.content(ended.result_files[0]).text.splitlines()[1].startswith("10,1.25,")
 
+            (tmp_path / "rows.jsonl").write_bytes(ROWS)
+            told = javascript.fine_tune(f"http://127.0.0.1:{started.port}/v1", key, tmp_path / "rows.jsonl")
+            assert told == {
+                "file": ["processed", "rows.jsonl"],
+                "content": True,
+                "upload": ["completed", "processed"],
+                "cancelled": "cancelled",
+                "files": 3,
+                "job": ["validating_files", 3, "node", True],
+                "paused": "queued",
+                "resumed": "validating_files",
+                "events": [told["events"][0]],
+                "checkpoints": 0,
+                "listed": told["listed"],
+                "end": "cancelled",
+                "unknown": "400 unknown_parameter colour",
+                "missing": "404 fine_tune_not_found fine_tuning_job_id",
+                "permissions": "400 unsupported_operation null",
+                "models": 1,
+                "model": "400 unsupported_operation model",
+                "deleted": True,
+            }
+            assert told["events"][0].startswith("Created fine-tuning job: ") and len(told["listed"]) == 1
+
             api.create_job(MINIMAL, name="by-kubectl")
-            until("jobs of kubectl appear, too", lambda: len(sdk.fine_tuning.jobs.list().data) == 2)
-            other = sdk.fine_tuning.jobs.list().data[0]
+            until("jobs of kubectl appear, too", lambda: len(sdk.fine_tuning.jobs.list().data) == 3)
+            other = next(job for job in sdk.fine_tuning.jobs.list() if not job.metadata)
             assert (
                 sdk.fine_tuning.jobs.cancel(other.id).status == "cancelled" and api.job("by-kubectl")["spec"]["runPolicy"]["cancel"] is True
             )
@@ -142,7 +167,7 @@ def test_from_a_file_to_a_model(api: Api, bucket: str, tmp_path: Path) -> None:
             until("another one is ready", lambda: again.ready() == (200, "ok"))
             assert _create(again.port, key, file.id, 1) == first, "the try after a gateway was killed"
             assert _create(again.port, key, file.id, 0) != first
-            assert len(api.custom.list_namespaced_custom_object(GROUP, VERSION, api.namespace, PLURAL)["items"]) == 4
+            assert len(api.custom.list_namespaced_custom_object(GROUP, VERSION, api.namespace, PLURAL)["items"]) == 5
         finally:
             for process in processes:
                 if process.process.poll() is None:

@@ -157,7 +157,7 @@ class FineTuning:
         file = await self._files.find(actor.namespace, request.path_params["file"])
         uri = self._files.uri(file)
         for job in self._jobs.of(actor.namespace):
-            waiting = not job.status.finished and not job.status.is_true("DataReady")
+            waiting = status_of(job) in ("validating_files", "queued") and not job.status.is_true("DataReady")
             if waiting and job.spec is not None and uri in job.spec.source_uris:
                 told = f"{file.id} is not read yet by {job.id}: cancel the job, or wait until it has validated its files"
                 raise Refusal(400, told, code="file_in_use", param="file_id")

@@ -23,8 +23,8 @@ from ..bodies import Refusal
 
 log = logging.getLogger("finetune.gateway")
 T = TypeVar("T")
-PART = 8 * 2**20
-"""Bytes of a part: what an upload holds in memory at most, twice."""
+PART = 5 * 2**20
+"""Bytes of a part, S3's least: an upload holds one that comes and one that goes."""
 _READ = 256 * 2**10
 _THREADS = 8
 _FULL = frozenset(
@@ -121,6 +121,7 @@ class Writer:
         self._digest = hashlib.sha256()
         self._upload = ""
         self._parts: list[dict[str, Any]] = []
+        self._sending: asyncio.Task[None] | None = None
         self.bytes = 0
 
     async def write(self, data: bytes) -> None:
@@ -131,7 +132,14 @@ class Writer:
         while len(self._buffer) >= PART:
             part = bytes(self._buffer[:PART])
             del self._buffer[:PART]
-            await self._send(part)
+            await self._sent()
+            self._sending = asyncio.create_task(self._send(part))
+
+    async def _sent(self) -> None:
+        """Until the part that goes is there."""
+        if (sending := self._sending) is not None:
+            await sending
+            self._sending = None
 
     async def _send(self, part: bytes) -> None:
         where = {"Bucket": self._bucket, "Key": self._draft}
@@ -143,6 +151,7 @@ class Writer:
 
     async def finish(self) -> str:
         """SHA-256 of its bytes, by which it can be read now. Raises Refusal."""
+        await self._sent()
         digest, rest = self._digest.hexdigest(), bytes(self._buffer)
         target = {"Bucket": self._bucket, "Key": self._key(digest)}
         if not self._upload:
@@ -162,6 +171,8 @@ class Writer:
 
     async def abort(self) -> None:
         """Leave nothing behind, as far as the storage answers."""
+        with contextlib.suppress(Refusal):
+            await self._sent()
         if self._upload:
             where, upload = {"Bucket": self._bucket, "Key": self._draft}, self._upload
             self._upload = ""
