@@ -24,6 +24,7 @@ from moto.server import ThreadedMotoServer
 
 from finetune_gateway.store.keeper import StoreAway
 from finetune_gateway.tuning import blobs, creating
+from finetune_gateway.tuning.files import Limits
 from finetune_gateway.tuning.jobs import read_job
 from finetune_operator.cluster.errors import APIError
 from tests.gateway import KEY, Running, running, until
@@ -224,6 +225,24 @@ async def test_a_file_in_parts(place: Place) -> None:
         assert (await sdk.uploads.cancel(given_up.id)).status == "cancelled" and len(place.bucket.keys()) == 1
         assert (await refused(sdk.uploads.parts.create(given_up.id, data=halves[0]))).code == "invalid_upload_state"
         assert (await refused(begun(2**40))).param == "bytes"
+
+
+async def test_a_client_that_drips_is_sent_away(place: Place) -> None:
+    files: Any = place.gateway.parts.tuning._files  # type: ignore[union-attr]
+    files._limits = Limits(2**20, 0.2, 0.5)
+
+    async def dripping(pause: float) -> AsyncIterator[bytes]:
+        yield b'--B\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(12):
+            await asyncio.sleep(pause)
+            yield b"x"
+
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "multipart/form-data; boundary=B"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for pause in (0.1, 0.4):
+            async with session.post(f"{place.gateway.url}/v1/files", data=dripping(pause)) as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (408, "body_timeout")
+    assert place.bucket.keys() == [] and place.bucket.uploads() == []
 
 
 async def test_a_full_bucket_is_no_reason_to_try_again(place: Place) -> None:

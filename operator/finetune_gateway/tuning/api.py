@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -36,6 +36,8 @@ _RETRIED = (408, 429)
 _BODY = 2**20
 """Bytes of a request that is no file."""
 _KEY = 256
+_MOST_WRITTEN = 20_000
+_ENCODE = msgspec.json.Encoder().encode
 
 
 class Incoming:
@@ -79,6 +81,18 @@ class FineTuning:
         self._jobs, self._files, self._uploads, self._history, self._creator = jobs, files, uploads, history, creator
         self._actors, self._models, self._reading, self._caller = actors, models, reading, caller
         self._body_seconds, self._most_bytes = body_seconds, most_bytes
+        self._written: dict[str, tuple[Job, bytes]] = {}
+        """By UID: a job's answer as bytes, as long as the job is the same."""
+
+    def _bytes(self, job: Job) -> bytes:
+        known = self._written.get(job.uid)
+        if known is not None and known[0] is job:
+            return known[1]
+        if len(self._written) > _MOST_WRITTEN:
+            self._written.clear()
+        found = _ENCODE(job_object(job))
+        self._written[job.uid] = (job, found)
+        return found
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -231,7 +245,7 @@ class FineTuning:
         items = request.query_params.multi_items()
         wanted = {name[9:-1]: value for name, value in items if name.startswith("metadata[") and name.endswith("]")}
         page = parse_query(Page, [(name, value) for name, value in items if not name.startswith("metadata[")])
-        found = self._jobs.of(actor.namespace)
+        found: Sequence[Job] = self._jobs.of(actor.namespace)
         if wanted:
             found = [job for job in found if wanted.items() <= (job.request.get("metadata") or {}).items()]
         if page.after is not None:
@@ -239,7 +253,9 @@ class FineTuning:
             if start is None:
                 raise no_job(page.after, "after")
             found = found[start + 1 :]
-        return _page([job_object(job) for job in found[: page.limit]], len(found) > page.limit)
+        return _page_of(
+            b",".join(map(self._bytes, found[: page.limit])), [job.id for job in found[: page.limit]], more=len(found) > page.limit
+        )
 
     def _job(self, request: Request, actor: Actor) -> Job:
         identifier = request.path_params["job"]
@@ -349,5 +365,9 @@ def told_to_retry(refusal: Refusal) -> Refusal:
 
 
 def _page(data: list[dict[str, Any]], more: bool) -> Response:
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return JSONResponse({"object": "list", "data": data, "has_more": more, **ends})
+    return _page_of(b",".join(map(_ENCODE, data)), [item["id"] for item in data], more=more)
+
+
+def _page_of(data: bytes, ids: list[str], *, more: bool) -> Response:
+    rest = {"object": "list", "has_more": more, "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
+    return Response(b'{"data":[' + data + b"]," + _ENCODE(rest)[1:], media_type="application/json")

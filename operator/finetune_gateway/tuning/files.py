@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.scalars import printable
@@ -61,18 +62,28 @@ def away() -> Refusal:
     return Refusal(503, "the store of the gateway does not answer now", code="store_unavailable", kind="server_error", retry_after="5")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Of what a client sends."""
+
+    bytes: int
+    piece_seconds: float
+    """How long it may send nothing."""
+    seconds: float
+    """How long all of it may take."""
+
+
 class Files:
     """One namespace's at a time."""
 
-    def __init__(self, store: Store, blobs: Blobs, *, most_bytes: int, piece_seconds: float) -> None:
-        """`piece_seconds`: how long a client may send nothing."""
-        self._store, self._blobs, self._most, self._patience = store, blobs, most_bytes, piece_seconds
+    def __init__(self, store: Store, blobs: Blobs, limits: Limits) -> None:
+        self._store, self._blobs, self._limits = store, blobs, limits
 
     async def create(self, namespace: str, headers: Any, receive: Receive) -> File:
         """An upload. Raises Refusal; nothing of it is kept then."""
         form, check, writer = UploadForm(headers.get("content-type", "")), RowCheck(), self._blobs.writer(namespace)
         try:
-            async for piece in pieces(form, headers, receive, self._most, self._patience):
+            async for piece in pieces(form, headers, receive, self._limits):
                 check.feed(piece)
                 await writer.write(piece)
             check_form(form, "file", {"purpose"})
@@ -130,25 +141,25 @@ class Files:
         return self._blobs.uri(file.namespace, file.digest)
 
 
-async def pieces(form: UploadForm, headers: Any, receive: Receive, most_bytes: int, patience: float) -> AsyncIterator[bytes]:
+async def pieces(form: UploadForm, headers: Any, receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
     """A form's file as it comes. Raises Refusal: too large, too slow, or broken off."""
     told, size = headers.get("content-length", ""), 0
-    if told.isdigit() and int(told) > most_bytes + _AROUND:
-        raise _too_large(most_bytes)
-    more = True
+    if told.isdigit() and int(told) > limits.bytes + _AROUND:
+        raise _too_large(limits.bytes)
+    more, until = True, time.monotonic() + limits.seconds
     while more:
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(min(limits.piece_seconds, until - time.monotonic())):
                 message = await receive()
         except TimeoutError:
-            slow = f"nothing of the file came for {patience:g} s"
+            slow = f"nothing of the file came for {limits.piece_seconds:g} s, or all of it not within {limits.seconds:g} s"
             raise Refusal(408, slow, code="body_timeout", connection="close") from None
         if message["type"] != "http.request":
             raise Refusal(400, "the file broke off", code="body_incomplete", connection="close")
         for piece in form.feed(message["body"]):
             size += len(piece)
-            if size > most_bytes:
-                raise _too_large(most_bytes)
+            if size > limits.bytes:
+                raise _too_large(limits.bytes)
             yield piece
         more = bool(message.get("more_body"))
 

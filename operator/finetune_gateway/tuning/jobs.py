@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,12 +136,16 @@ class Jobs:
     def __init__(self, changed: Callable[[Job], None] = lambda job: None) -> None:
         self._by_uid: dict[str, Job] = {}
         self._by_short: dict[str, str] = {}
+        self._in_order: dict[str, list[Job]] = {}
+        """By namespace, where nothing has changed since it was asked for."""
         self._changed = changed
 
-    def of(self, namespace: str) -> list[Job]:
+    def of(self, namespace: str) -> Sequence[Job]:
         """Newest first."""
-        found = [job for job in self._by_uid.values() if job.namespace == namespace]
-        return sorted(found, key=lambda job: (job.created, job.uid), reverse=True)
+        if namespace not in self._in_order:
+            found = [job for job in self._by_uid.values() if job.namespace == namespace]
+            self._in_order[namespace] = sorted(found, key=lambda job: (job.created, job.uid), reverse=True)
+        return self._in_order[namespace]
 
     def find(self, namespace: str, identifier: str) -> Job | None:
         """By the id of this API; None for what is not there, or is another namespace's."""
@@ -166,6 +170,7 @@ class Jobs:
         came = {job.uid: job for job in values}
         kept = {uid: job for uid, job in self._by_uid.items() if namespace and job.namespace != namespace}
         self._by_uid = {**kept, **came}
+        self._in_order.clear()
         self._by_short = {short_id(uid): uid for uid in self._by_uid}
         for job in came.values():
             self._changed(job)
@@ -173,6 +178,7 @@ class Jobs:
     def put(self, value: Job) -> None:
         """One has come, or is different now."""
         self._by_uid[value.uid] = value
+        self._in_order.pop(value.namespace, None)
         self._by_short[short_id(value.uid)] = value.uid
         self._changed(value)
 
@@ -184,6 +190,7 @@ class Jobs:
     def drop(self, value: Job) -> None:
         """One is gone."""
         self._by_uid.pop(value.uid, None)
+        self._in_order.pop(value.namespace, None)
         self._by_short.pop(short_id(value.uid), None)
 
     def refuse(self, status: int, why: str) -> None:

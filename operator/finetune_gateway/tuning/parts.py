@@ -19,7 +19,7 @@ from .answers import resolve
 from .api import FineTuning
 from .blobs import Blobs
 from .creating import Creator
-from .files import Files
+from .files import Files, Limits
 from .history import History
 from .jobs import Job, Jobs, read_job
 from .manifest import Reading
@@ -46,9 +46,9 @@ class Tuning:
         self._settings = settings
         self._models = read(settings.fine_tuning_models)
         self._blobs = Blobs(settings.fine_tuning_storage, settings.fine_tuning_s3_endpoint)
-        most, patience = settings.fine_tuning_file_bytes, settings.body_seconds
-        self._files = Files(store, self._blobs, most_bytes=most, piece_seconds=patience)
-        self._uploads = Uploads(store, self._blobs, self._files, most_bytes=most, piece_seconds=patience)
+        limits = Limits(settings.fine_tuning_file_bytes, settings.body_seconds, settings.total_seconds)
+        self._files = Files(store, self._blobs, limits)
+        self._uploads = Uploads(store, self._blobs, self._files, limits)
         self._history = History(store, settings.usage_days)
         self.jobs = Jobs(self._history.see)
         self._creator = Creator(self.jobs, kubernetes, lambda: datetime.now(UTC))

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 from ..bodies import Refusal
@@ -15,7 +16,7 @@ from ..store.files import File
 from ..store.keeper import Store, StoreAway
 from ..store.uploads import CANCELLED, COMPLETED, PENDING, Upload
 from .blobs import Blobs
-from .files import Files, Receive, away, check_form, check_purpose, file_object, new_file, pieces, plain_name
+from .files import Files, Limits, Receive, away, check_form, check_purpose, file_object, new_file, pieces, plain_name
 from .form import UploadForm
 from .requests import CompleteUpload, CreateUpload
 from .rows import RowCheck
@@ -45,9 +46,9 @@ def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
 class Uploads:
     """One namespace's at a time."""
 
-    def __init__(self, store: Store, blobs: Blobs, files: Files, *, most_bytes: int, piece_seconds: float) -> None:
+    def __init__(self, store: Store, blobs: Blobs, files: Files, limits: Limits) -> None:
         self._store, self._blobs, self._files = store, blobs, files
-        self._most, self._patience = most_bytes, piece_seconds
+        self._most, self._of_part = limits.bytes, replace(limits, bytes=PART_BYTES)
 
     async def create(self, namespace: str, asked: CreateUpload) -> Upload:
         """A new one; what was left behind of others goes. Raises Refusal."""
@@ -82,7 +83,7 @@ class Uploads:
         form = UploadForm(headers.get("content-type", ""), file_field="data")
         writer = self._blobs.part_writer(upload.namespace, upload.id, part)
         try:
-            async for piece in pieces(form, headers, receive, PART_BYTES, self._patience):
+            async for piece in pieces(form, headers, receive, self._of_part):
                 await writer.write(piece)
             check_form(form, "data", set())
             await writer.finish()
