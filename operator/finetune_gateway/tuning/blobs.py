@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,8 @@ class Blobs:
             s3={"addressing_style": "path"} if endpoint else None,
             max_pool_connections=_THREADS,
         )
-        self._client: Any = boto3.client("s3", endpoint_url=endpoint or None, config=settings)
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        self._client: Any = boto3.client("s3", endpoint_url=endpoint or None, region_name=region, config=settings)
         self._threads = ThreadPoolExecutor(_THREADS, "files")
 
     def key(self, namespace: str, digest: str) -> str:
