@@ -62,7 +62,7 @@ class Settings:
     """How long usage is kept; 0: for ever."""
 
     fine_tuning_models: str = ""
-    """File with the model map of the fine-tuning API (YAML); empty: there is no such API."""
+    """File with the model map of the fine-tuning API (JSON or YAML); empty: there is no such API."""
     fine_tuning_storage: str = ""
     """Where its files are kept: s3://BUCKET/PREFIX. Keys come from the environment, as the AWS SDKs read them."""
     fine_tuning_s3_endpoint: str = ""

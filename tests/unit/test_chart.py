@@ -92,7 +92,13 @@ VALUES: list[dict[str, Any]] = [
 GATEWAY = {"gateway": {"enabled": True}}
 TUNING: dict[str, Any] = {
     "enabled": True,
-    "models": {"gpt-4o-mini": {"spec": {"model": {"uri": "hf://org/base"}}, "maxEpochs": 5}},
+    "models": {
+        "gpt-4o-mini": {
+            "spec": {"model": {"uri": "hf://org/base"}, "tuning": {"hyperparameters": {"learningRate": 1e-5}}},
+            "maxEpochs": 5,
+            "maxRows": 50_000_000,
+        }
+    },
     "storage": {"uri": "s3://files/openai", "endpoint": "http://minio.storage:9000", "secret": {"name": "bucket"}, "port": 9000},
 }
 VALUES.append({"gateway": {"enabled": True, "replicas": 1, "database": {"kind": "sqlite"}, "fineTuning": TUNING}})
@@ -237,9 +243,10 @@ def test_fine_tuning_is_off_unless_asked_for_and_may_act_as_one_account() -> Non
     settings = gateway_settings(env)
     assert (settings.fine_tuning_storage, settings.fine_tuning_file_bytes) == ("s3://files/openai", 512 * 2**20)
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert settings.fine_tuning_models == f"{mounts['models']}/models.yaml"
-    models = read_map(found["ConfigMap", "finetune-gateway-models"]["data"]["models.yaml"])
-    assert models.find("gpt-4o-mini").max_epochs == 5
+    assert settings.fine_tuning_models == f"{mounts['models']}/models.json"
+    models = read_map(found["ConfigMap", "finetune-gateway-models"]["data"]["models.json"])
+    assert (models.find("gpt-4o-mini").max_epochs, models.find("gpt-4o-mini").max_rows) == (5, 50_000_000)
+    assert models.defaults["gpt-4o-mini"].tuning.hyperparameters.learning_rate == 1e-5
     assert 9000 in [port["port"] for rule in found["NetworkPolicy", "finetune-gateway"]["spec"]["egress"] for port in rule["ports"]]
     for more, why in (
         ({"database": {"kind": "none"}, "fineTuning": TUNING}, "need a database"),

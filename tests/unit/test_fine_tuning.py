@@ -16,6 +16,7 @@ from finetune_gateway.tuning.manifest import Reading, TrainingFile, manifest_of,
 from finetune_gateway.tuning.models import read_map
 from finetune_gateway.tuning.requests import CreateJob, FilePage, Page, parse, parse_query
 from finetune_gateway.tuning.rows import MESSAGES, PREFERENCE, PROMPTS, RowCheck
+from finetune_trainer.data.formats import RowReader
 
 UID = "0b5c1c8e-1f0b-4b6c-9d9e-2f6f3f1f7a10"
 MAP = """
@@ -197,6 +198,22 @@ def test_a_reinforcement_job() -> None:
         with pytest.raises(Refusal) as refused:
             made(reinforcement(**grader), prompts)
         assert refused.value.param == param
+
+
+def test_rows_as_openai_has_them_are_read_by_the_trainer() -> None:
+    """By the format and the columns that the jobs get."""
+    preferences, prompts = (TrainingFile("f", FILE.uri, 20, form) for form in (PREFERENCE, PROMPTS))
+    for asked, file, row, read in (
+        (
+            create(method={"type": "dpo"}),
+            preferences,
+            {**PAIR, "input": {**PAIR["input"], "parallel_tool_calls": True}},
+            {"prompt": TURNS[:1], "chosen": PAIR["preferred_output"], "rejected": PAIR["non_preferred_output"]},
+        ),
+        (reinforcement(), prompts, {"messages": TURNS[:1], "solution": "b"}, {"messages": TURNS}),
+    ):
+        dataset = made(asked, file)["dataset"]
+        assert RowReader(dataset["format"], dataset["columns"]).read(row) == (read, set())
 
 
 @pytest.mark.parametrize(

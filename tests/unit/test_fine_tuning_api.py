@@ -111,6 +111,12 @@ class Place:
 
     def __init__(self, gateway: Running, kubernetes: Kubernetes, bucket: Bucket) -> None:
         self.gateway, self.kubernetes, self.bucket = gateway, kubernetes, bucket
+        self.file = ""
+
+    async def upload(self) -> None:
+        """A file to train on."""
+        async with self.sdk() as sdk:
+            self.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id
 
     def sdk(self, key: str = KEY, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.gateway.url}/v1", api_key=key, **{"max_retries": 0, **options})
@@ -370,7 +376,7 @@ async def test_what_no_job_is_made_of(place: Place) -> None:
 
 async def create(place: Place, tries: int = 0, **options: Any) -> str:
     """A create as the SDK's first try, or as one that repeats it."""
-    body = {"model": "gpt-plain", "training_file": place.file, **options.pop("body", {})}  # type: ignore[attr-defined]
+    body = {"model": "gpt-plain", "training_file": place.file, **options.pop("body", {})}
     headers = {"Authorization": f"Bearer {KEY}", "x-stainless-retry-count": str(tries), **options}
     async with (
         aiohttp.ClientSession(headers=headers) as session,
@@ -381,8 +387,7 @@ async def create(place: Place, tries: int = 0, **options: Any) -> str:
 
 
 async def test_a_retried_create_makes_one_job_and_two_wanted_ones_make_two(place: Place) -> None:
-    async with place.sdk() as sdk:
-        place.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id  # type: ignore[attr-defined]
+    await place.upload()
     first = await create(place)
     assert await create(place, 1) == first
     second = await create(place)
@@ -402,9 +407,9 @@ async def test_a_retried_create_makes_one_job_and_two_wanted_ones_make_two(place
 async def test_an_answer_that_is_lost_after_the_write(place: Place) -> None:
     """The SDK's own retry finds the job; an old twin is no twin."""
     async with place.sdk(max_retries=2) as sdk:
-        place.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id  # type: ignore[attr-defined]
+        await place.upload()
         place.kubernetes.unheard = 1
-        job = await sdk.fine_tuning.jobs.create(model="gpt-plain", training_file=place.file)  # type: ignore[attr-defined]
+        job = await sdk.fine_tuning.jobs.create(model="gpt-plain", training_file=place.file)
         ((_, made),) = place.kubernetes.objects.items()
         assert job.id == "ftjob-" + made["metadata"]["uid"].replace("-", "")
     made["metadata"]["creationTimestamp"] = (datetime.now(UTC) - creating.WINDOW - timedelta(seconds=5)).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -413,8 +418,7 @@ async def test_an_answer_that_is_lost_after_the_write(place: Place) -> None:
 
 
 async def test_a_retry_that_overtakes_the_try_that_it_repeats(place: Place) -> None:
-    async with place.sdk() as sdk:
-        place.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id  # type: ignore[attr-defined]
+    await place.upload()
     held, original = asyncio.Event(), place.kubernetes.request
 
     async def slow(method: str, path: str, **more: Any) -> dict[str, Any]:
@@ -430,8 +434,7 @@ async def test_a_retry_that_overtakes_the_try_that_it_repeats(place: Place) -> N
 
 
 async def test_an_idempotency_key(place: Place) -> None:
-    async with place.sdk() as sdk:
-        place.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id  # type: ignore[attr-defined]
+    await place.upload()
     key = {"Idempotency-Key": "k1"}
     first = await create(place, **key)
     assert await create(place, **key) == first != await create(place, **{"Idempotency-Key": "k2"})
@@ -441,8 +444,7 @@ async def test_an_idempotency_key(place: Place) -> None:
 
 
 async def test_what_kubernetes_refuses(place: Place) -> None:
-    async with place.sdk() as sdk:
-        place.file = (await sdk.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")).id  # type: ignore[attr-defined]
+    await place.upload()
     for failure, code in (
         (APIError(403, "Forbidden", "no rights"), "permission_denied"),
         (APIError(403, "Forbidden", "exceeded quota: jobs"), "insufficient_quota"),

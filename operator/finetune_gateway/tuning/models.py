@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,9 +55,9 @@ class ModelMap:
 
 
 def read_map(text: str) -> ModelMap:
-    """YAML: names to entries. Raises ValueError that names the entry and what is wrong with it."""
+    """JSON, as the chart writes it, or YAML: names to entries. Raises ValueError that names the entry and what is wrong with it."""
     try:
-        raw = yaml.safe_load(text)
+        raw = _loaded(text)
     except yaml.YAMLError as failure:
         raise ValueError(f"the model map is no YAML: {failure}") from None
     if not isinstance(raw, dict) or not raw:
@@ -76,6 +77,13 @@ def read_map(text: str) -> ModelMap:
             first = failure.errors(include_url=False)[0]
             raise ValueError(f"the model map's entry {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return ModelMap(found)
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def read(path: str) -> ModelMap:
