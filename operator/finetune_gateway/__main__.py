@@ -73,7 +73,11 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     cluster = await connect()
     watches = Watches(cluster, settings)
-    gateway = Gateway(settings, cluster, watches.not_ready, cluster)
+    try:
+        gateway = Gateway(settings, cluster, watches.not_ready, cluster)
+    except ValueError as failure:
+        await cluster.close()
+        sys.exit(f"finetune-gateway: {failure}")
     watches.fill(gateway)
     servers = gateway.servers()
     tasks: list[asyncio.Task[Any]] = [

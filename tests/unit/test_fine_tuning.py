@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune_api.validation import parse_spec
 from finetune_gateway.bodies import Refusal
@@ -240,6 +242,58 @@ def test_a_batch_that_the_gang_cannot_share_is_named() -> None:
     with pytest.raises(Refusal) as refused:
         spec_of(create(model="m", hyperparameters={"batch_size": 3}), models, FILE, None, READING)
     assert refused.value.param == "hyperparameters.batch_size"
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats() | st.text(max_size=8) | st.sampled_from(["auto", "dpo", "gpt-plain"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+_NUMBERS = st.dictionaries(st.sampled_from(["n_epochs", "batch_size", "learning_rate_multiplier", "beta"]), _VALUES | st.integers(1, 9))
+_METHODS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["supervised", "dpo", "reinforcement"])},
+    optional={
+        "supervised": st.fixed_dictionaries({"hyperparameters": _NUMBERS}),
+        "dpo": st.fixed_dictionaries({"hyperparameters": _NUMBERS}),
+        "reinforcement": st.fixed_dictionaries({"grader": st.just(GRADER) | st.dictionaries(st.sampled_from([*GRADER]), _VALUES)}),
+    },
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"model": st.sampled_from(["gpt-plain", "gpt-4o-mini"]) | _VALUES, "training_file": st.just("file-1")},
+        optional={
+            "hyperparameters": _NUMBERS | _VALUES,
+            "method": _METHODS | _VALUES,
+            "suffix": _VALUES,
+            "seed": _VALUES,
+            "metadata": _VALUES,
+            "integrations": _VALUES | st.just([{"type": "wandb", "wandb": {"project": "p"}}]),
+            "validation_file": _VALUES,
+        },
+    ),
+    st.sampled_from([MESSAGES, PREFERENCE, PROMPTS]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_request_becomes_a_job_or_is_refused(raw: Any, form: str) -> None:
+    """No other way out: what is not refused with a 4xx makes a valid job, which can be told again."""
+    try:
+        asked = parse(CreateJob, raw)
+        spec = spec_of(asked, MODELS, TrainingFile("file-1", FILE.uri, 20, form), None, READING)
+    except Refusal as refusal:
+        assert 400 <= refusal.status < 500 and json.loads(refusal.body())["error"]["message"]
+        return
+    manifest = manifest_of("team-a", Twin("d", 0, "b", "a", False), asked, spec)
+    manifest["metadata"] |= {"uid": UID, "creationTimestamp": "2026-11-29T10:00:00Z"}
+    found = answers.job_object(read_job(json.dumps(manifest).encode()))
+    assert found["status"] == "validating_files" and found["model"] == raw["model"]
+
+
+@given(st.lists(st.binary(max_size=40) | _VALUES.map(lambda value: json.dumps({"messages": value, "x": value}).encode()), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_any_file_is_read_to_its_end(lines: list[bytes]) -> None:
+    assert checked(*lines).problem
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,16 @@ import openai
 import pytest
 from moto.server import ThreadedMotoServer
 
+from finetune_api.contract import S3_KEYS, Env
 from finetune_gateway.store.keeper import StoreAway
 from finetune_gateway.tuning import blobs, creating
 from finetune_gateway.tuning.files import Limits
 from finetune_gateway.tuning.jobs import read_job
 from finetune_operator.cluster.errors import APIError
+from finetune_trainer.data.fetch import fetch
 from tests.gateway import KEY, Running, running, until
 from tests.unit.test_fine_tuning import ENDED, MAP, PAIR, PROGRESS, TURNS, condition
+from tests.unit.test_results import Shelf
 
 ROWS = b"\n".join(json.dumps({"messages": [*TURNS, *TURNS], "parallel_tool_calls": True}).encode() for _ in range(12))
 CHATS = "ftk_" + "c" * 43
@@ -86,7 +89,7 @@ class Kubernetes:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -334,6 +337,23 @@ async def test_a_job_from_its_file_to_its_results(place: Place) -> None:
         assert (await refused(sdk.fine_tuning.checkpoints.permissions.list("ft:x"))).code == "unsupported_operation"
         chat = await refused(sdk.chat.completions.create(model=model.id, messages=[]))
         assert (chat.status_code, chat.code) == (404, "model_not_found") and model.id in chat.message
+
+
+async def test_the_trainer_fetches_what_was_uploaded(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the source that stands in the job, with the keys of a Secret of its own namespace."""
+    monkeypatch.setenv(Env.ALLOWED_HOSTS, "127.0.0.1")
+    await place.upload()
+    await create(place)
+    ((_, made),) = place.kubernetes.objects.items()
+    source = made["spec"]["dataset"]["train"]
+    assert source["secretRef"] == {"name": "finetune-files"}
+    (tmp_path / "keys").mkdir()
+    for name in S3_KEYS:
+        (tmp_path / "keys" / name).write_text("k")
+    context = Shelf(tmp_path).context(dataset=made["spec"]["dataset"])
+    context.job.secrets["train"] = str(tmp_path / "keys")
+    fetched = await asyncio.to_thread(fetch, context, context.job.spec.dataset.train, "train")
+    assert fetched.read_bytes() == ROWS and fetched.suffix == ".jsonl"
 
 
 async def test_cancelling_is_for_good_and_can_be_said_twice(place: Place) -> None:
