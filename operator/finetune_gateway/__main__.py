@@ -75,9 +75,9 @@ async def run(settings: Settings) -> None:
     watches = Watches(cluster, settings)
     try:
         gateway = Gateway(settings, cluster, watches.not_ready, cluster)
-    except ValueError as failure:
+    except ValueError as mistake:
         await cluster.close()
-        sys.exit(f"finetune-gateway: {failure}")
+        sys.exit(f"finetune-gateway: {mistake}")
     watches.fill(gateway)
     servers = gateway.servers()
     tasks: list[asyncio.Task[Any]] = [
