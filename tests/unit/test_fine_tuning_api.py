@@ -126,7 +126,7 @@ class Place:
 
 
 @pytest.fixture
-async def place(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+async def place(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> AsyncIterator[Place]:
     for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(name, value)
     (tmp_path / "models.yaml").write_text(MAP)
@@ -138,7 +138,7 @@ async def place(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "fine_tuning_s3_endpoint": endpoint,
         "fine_tuning_file_bytes": 20 * 2**20,
     }
-    async with running(kubernetes, **settings) as gateway:
+    async with running(kubernetes, **{**settings, **getattr(request, "param", {})}) as gateway:
         gateway.key(fine_tuning=True)
         gateway.key(CHATS, "chats")
         gateway.key(OTHERS, "others", namespace="team-b", fine_tuning=True)
@@ -451,6 +451,20 @@ async def test_a_retry_that_overtakes_the_try_that_it_repeats(place: Place) -> N
     first = asyncio.create_task(create(place))
     await held.wait()
     assert await create(place, 1) == await first and len(place.kubernetes.objects) == 1
+
+
+@pytest.mark.parametrize("place", [{"replicas": 2}], indirect=True)
+async def test_a_job_that_another_gateway_made_a_moment_ago(place: Place) -> None:
+    """Its own watch brings it: who asks waits for that. What is nobody's is not there, a second later."""
+    await place.upload()
+    made = await create(place)
+    place.gateway.parts.tuning.jobs.replace([])  # type: ignore[union-attr]
+    async with place.sdk() as sdk:
+        asked = asyncio.create_task(sdk.fine_tuning.jobs.retrieve(made))
+        await asyncio.sleep(0.2)
+        place.kubernetes.tell(place.gateway)
+        assert (await asked).id == made
+        assert (await refused(sdk.fine_tuning.jobs.retrieve("ftjob-" + "0" * 32))).status_code == 404
 
 
 async def test_an_idempotency_key(place: Place) -> None:

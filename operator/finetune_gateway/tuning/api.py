@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ _BODY = 2**20
 """Bytes of a request that is no file."""
 _KEY = 256
 _MOST_WRITTEN = 20_000
+_LOOK_SECONDS = 0.05
 _ENCODE = msgspec.json.Encoder().encode
 
 
@@ -76,11 +78,12 @@ class FineTuning:
         caller: Callable[[Any], Awaitable[Caller]],
         body_seconds: float,
         most_bytes: int,
+        watch_seconds: float,
     ) -> None:
-        """`caller`: who asks, by the scope of a request."""
+        """`caller`: who asks, by the scope of a request. `watch_seconds`: how long another gateway's job may take to be seen here."""
         self._jobs, self._files, self._uploads, self._history, self._creator = jobs, files, uploads, history, creator
         self._actors, self._models, self._reading, self._caller = actors, models, reading, caller
-        self._body_seconds, self._most_bytes = body_seconds, most_bytes
+        self._body_seconds, self._most_bytes, self._watch_seconds = body_seconds, most_bytes, watch_seconds
         self._written: dict[str, tuple[Job, bytes]] = {}
         """By UID: a job's answer as bytes, as long as the job is the same."""
 
@@ -257,20 +260,22 @@ class FineTuning:
             b",".join(map(self._bytes, found[: page.limit])), [job.id for job in found[: page.limit]], more=len(found) > page.limit
         )
 
-    def _job(self, request: Request, actor: Actor) -> Job:
-        identifier = request.path_params["job"]
-        job = self._jobs.find(actor.namespace, identifier)
-        if job is None:
-            raise no_job(identifier)
+    async def _job(self, request: Request, actor: Actor) -> Job:
+        """What another gateway made a moment ago, the watch may not have brought yet."""
+        identifier, until = request.path_params["job"], time.monotonic() + self._watch_seconds
+        while (job := self._jobs.find(actor.namespace, identifier)) is None:
+            if time.monotonic() >= until:
+                raise no_job(identifier)
+            await asyncio.sleep(_LOOK_SECONDS)
         return job
 
     async def retrieve_job(self, request: Request, actor: Actor) -> Response:
         """GET /v1/fine_tuning/jobs/ID."""
-        return JSONResponse(job_object(self._job(request, actor)))
+        return JSONResponse(job_object(await self._job(request, actor)))
 
     async def cancel_job(self, request: Request, actor: Actor) -> Response:
         """POST .../cancel: for good. Of one that is cancelled already, once more the same answer."""
-        job = self._job(request, actor)
+        job = await self._job(request, actor)
         if status_of(job) != "cancelled":
             _check_running(job, "cancelled")
             job = await self._creator.set_policy(actor, job, cancel=True)
@@ -285,13 +290,13 @@ class FineTuning:
         return await self._suspend(request, actor, suspend=False)
 
     async def _suspend(self, request: Request, actor: Actor, *, suspend: bool) -> Response:
-        job = self._job(request, actor)
+        job = await self._job(request, actor)
         _check_running(job, "paused" if suspend else "resumed")
         return JSONResponse(job_object(await self._creator.set_policy(actor, job, suspend=suspend)))
 
     async def list_events(self, request: Request, actor: Actor) -> Response:
         """GET .../events."""
-        job, page = self._job(request, actor), parse_query(Page, request.query_params.multi_items())
+        job, page = await self._job(request, actor), parse_query(Page, request.query_params.multi_items())
         found = await self._history.page(job, page.after, page.limit)
         if found is None:
             raise Refusal(404, f"no such event: {str(page.after)[:128]}", code="not_found", param="after")
@@ -300,7 +305,7 @@ class FineTuning:
 
     async def list_checkpoints(self, request: Request, actor: Actor) -> Response:
         """GET .../checkpoints."""
-        job, page = self._job(request, actor), parse_query(Page, request.query_params.multi_items())
+        job, page = await self._job(request, actor), parse_query(Page, request.query_params.multi_items())
         after = page.after.replace("ftckpt_", "ftevent-") if page.after else None
         found = await self._history.page(job, after, page.limit, "checkpoint")
         if found is None:

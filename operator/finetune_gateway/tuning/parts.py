@@ -26,6 +26,8 @@ from .manifest import Reading
 from .models import read
 from .uploads import Uploads
 
+_WATCH_SECONDS = 1.0
+
 
 class _Namespace:
     """A reflector's sink for the jobs of one namespace."""
@@ -70,6 +72,7 @@ class Tuning:
             caller,
             settings.body_seconds,
             settings.fine_tuning_file_bytes,
+            _WATCH_SECONDS if settings.replicas > 1 else 0.0,
         )
 
     def resolve(self, model: str) -> Asked | None:
