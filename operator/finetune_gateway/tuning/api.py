@@ -133,7 +133,8 @@ class FineTuning:
                 return await handler(Request(request.scope, incoming), actor)
             except (StoreAway, Refusal) as failure:
                 refusal = failure if isinstance(failure, Refusal) else away()
-            await incoming.rest(2 * self._most_bytes, self._body_seconds)
+            if refusal.status != 408:  # who was too slow has had their time
+                await incoming.rest(2 * self._most_bytes, self._body_seconds)
             raise told_to_retry(refusal)
 
         return Route(path, endpoint, methods=[method])
