@@ -13,7 +13,7 @@ from finetune_api.validation import parse_spec
 from finetune_gateway.bodies import Refusal
 from finetune_gateway.tuning import answers, events
 from finetune_gateway.tuning.form import UploadForm
-from finetune_gateway.tuning.jobs import Job, Jobs, Twin, model_name, read_job
+from finetune_gateway.tuning.jobs import ANNOTATION_REQUEST, ANNOTATION_TWIN, Job, Jobs, Twin, model_name, read_job
 from finetune_gateway.tuning.manifest import Reading, TrainingFile, manifest_of, name_of, spec_of
 from finetune_gateway.tuning.models import read_map
 from finetune_gateway.tuning.requests import CreateJob, FilePage, Page, parse, parse_query
@@ -330,6 +330,13 @@ def job(status: dict[str, Any] | None = None, *, by_api: bool = True, **spec: An
     manifest["metadata"] |= {"uid": UID, "creationTimestamp": "2026-11-29T10:00:00Z"}
     manifest["spec"] |= spec
     return read_job(json.dumps({**manifest, "status": status or {}}).encode())
+
+
+@pytest.mark.parametrize("note", ["", "[", "{}", '{"model": 1}', '{"model": "m", "training_file": "f", "metadata": []}', "[" * 100_000])
+def test_an_annotation_that_somebody_wrote_is_no_request(note: str) -> None:
+    raw = {"metadata": {"name": "a", "namespace": "b", "uid": UID, "annotations": {ANNOTATION_REQUEST: note, ANNOTATION_TWIN: note}}}
+    found = read_job(json.dumps(raw).encode())
+    assert (found.request, found.twin) == ({}, None) and answers.job_object(found)["metadata"] == {}
 
 
 def condition(type_: str, status: str = "True", reason: str = "Done", message: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from finetune_api.lenient import read_status
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_api.validation import InvalidDocument, parse_spec
+
+from .requests import CreateJob
 
 ANNOTATION_REQUEST = f"openai.{GROUP}/request"
 """On a job that was made by this API: the request, as JSON."""
@@ -116,11 +117,13 @@ def job_of(found: Any) -> Job:
 
 
 def _request(notes: dict[str, str]) -> dict[str, Any]:
+    """Whoever may edit the job may have written anything: what is no request is none."""
     try:
-        found = json.loads(notes.get(ANNOTATION_REQUEST, "{}"))
+        return CreateJob.model_validate_json(notes.get(ANNOTATION_REQUEST, "")).model_dump(
+            mode="json", exclude_none=True, exclude_unset=True
+        )
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("model"), str) else {}
 
 
 def _twin(notes: dict[str, str]) -> Twin | None:
