@@ -134,6 +134,8 @@ class Reviews:
     def __init__(self) -> None:
         self.users: dict[str, str] = {}
         self.rights: dict[str, set[tuple[str, str]]] = {}
+        self.on_jobs: set[tuple[str, str, str]] = set()
+        """User, verb and namespace."""
         self.tokens_asked = self.access_asked = 0
 
     async def review_token(self, token: str, audience: str) -> dict[str, Any]:
@@ -145,6 +147,8 @@ class Reviews:
     async def review_access(self, spec: dict[str, Any]) -> bool:
         self.access_asked += 1
         attributes = spec["resourceAttributes"]
+        if attributes["resource"] == "finetunejobs":
+            return (spec["user"], attributes["verb"], attributes["namespace"]) in self.on_jobs
         assert (attributes["group"], attributes["resource"], attributes["verb"]) == ("finetune.dev", "finetuneendpoints", "use")
         namespace, name = attributes.get("namespace", ""), attributes.get("name", "")
         return bool({(namespace, name), (namespace, ""), ("", "")} & self.rights.get(spec["user"], set()))
@@ -153,10 +157,10 @@ class Reviews:
 class Running:
     """A gateway that listens."""
 
-    def __init__(self, settings: Settings, reviews: Reviews) -> None:
+    def __init__(self, settings: Settings, reviews: Reviews, kubernetes: Any = None) -> None:
         self.reviews = reviews
         self.why = ""
-        self.parts = Gateway(settings, reviews, lambda: self.why)
+        self.parts = Gateway(settings, reviews, lambda: self.why, kubernetes)
         self.servers = self.parts.servers()
         self.url = self.metrics_url = ""
 
@@ -169,9 +173,10 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(**settings: Any) -> AsyncIterator[Running]:
+async def running(kubernetes: Any = None, **settings: Any) -> AsyncIterator[Running]:
     """A gateway with the key KEY for team-a."""
-    gateway = Running(Settings(**{"host": "127.0.0.1", "port": 0, "metrics_port": 0, "drain_seconds": 1.0, **settings}), Reviews())
+    usual = {"host": "127.0.0.1", "port": 0, "metrics_port": 0, "drain_seconds": 1.0}
+    gateway = Running(Settings(**{**usual, **settings}), Reviews(), kubernetes)
     gateway.key()
     tasks = [asyncio.create_task(server.serve()) for server in gateway.servers]
     await until(lambda: all(server.started for server in gateway.servers))

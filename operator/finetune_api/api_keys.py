@@ -39,6 +39,8 @@ class ApiKey(APIModel):
     """Unset: any number."""
     tokens_per_minute: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Of prompts and answers together. Unset: any number."""
+    fine_tuning: bool = False
+    """Whether the fine-tuning API takes it, beside the models: with the rights of a service account of the namespace."""
     description: Annotated[str, Told(256)] = ""
     """Who uses it, and for what."""
     created_at: Timestamp | None = None

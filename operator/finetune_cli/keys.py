@@ -126,6 +126,7 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Most requests a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Most tokens a minute, of prompts and answers.")] = None,
     expires: Annotated[str | None, typer.Option(help="How long it is taken, such as 90d.")] = None,
+    fine_tuning: Annotated[bool, typer.Option("--fine-tuning", help="Also for the fine-tuning API, where it is on.")] = False,
     description: Annotated[str, typer.Option(help="Who uses it, and for what.")] = "",
     namespace: Namespace = None,
     system_namespace: System = "finetune-system",
@@ -147,6 +148,7 @@ def create(
         namespace=namespace_of(kubeconfig, context, namespace),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
+        fine_tuning=fine_tuning,
         description=description,
         created_at=_time(now),
         created_by=secret.user(),
@@ -180,14 +182,23 @@ def list_(
         )
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("ID", "NAMESPACE", "REQUESTS/MIN", "TOKENS/MIN", "EXPIRES", "CREATED", "BY", "DESCRIPTION"):
+    for column in ("ID", "NAMESPACE", "REQUESTS/MIN", "TOKENS/MIN", "EXPIRES", "CREATED", "BY", "FINE-TUNING", "DESCRIPTION"):
         table.add_column(column)
     for name, key in found.items():
         if key is None:
             table.add_row(name, "cannot be read: it is refused")
             continue
         limits = [str(limit or "") for limit in (key.requests_per_minute, key.tokens_per_minute)]
-        words = (name, key.namespace, *limits, key.expires_at or "", key.created_at or "", key.created_by, key.description)
+        words = (
+            name,
+            key.namespace,
+            *limits,
+            key.expires_at or "",
+            key.created_at or "",
+            key.created_by,
+            "yes" * key.fine_tuning,
+            key.description,
+        )
         table.add_row(*(Text(printable(word)) for word in words))
     console.print(table)
 

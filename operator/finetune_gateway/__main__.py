@@ -51,6 +51,8 @@ class Watches:
         for namespace in self._settings.watch_namespaces or ("",):
             sink = _Namespace(gateway.catalog, namespace)
             self.reflectors.append(Reflector(self._cluster, ENDPOINT_KIND, read_endpoint, sink, namespace=namespace))
+            if gateway.tuning is not None:
+                self.reflectors.append(gateway.tuning.watch(self._cluster, namespace))
         only = f"metadata.name={KEYS_SECRET}"
         of_keys = Reflector(self._cluster, "Secret", read_keys, gateway.keys, namespace=self._settings.namespace, field_selector=only)
         self.reflectors.append(of_keys)
@@ -71,13 +73,18 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     cluster = await connect()
     watches = Watches(cluster, settings)
-    gateway = Gateway(settings, cluster, watches.not_ready)
+    try:
+        gateway = Gateway(settings, cluster, watches.not_ready, cluster)
+    except ValueError as mistake:
+        await cluster.close()
+        sys.exit(f"finetune-gateway: {mistake}")
     watches.fill(gateway)
     servers = gateway.servers()
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(stop.wait(), name="stop"),
         asyncio.create_task(gateway.tidy(), name="tidy"),
         *([asyncio.create_task(gateway.store.run(), name="store")] if gateway.store is not None else []),
+        *([asyncio.create_task(gateway.tuning.run(), name="history")] if gateway.tuning is not None else []),
         *(asyncio.create_task(watch.run(), name=watch.kind) for watch in watches.reflectors),
     ]
     serving: list[asyncio.Task[Any]] = [asyncio.create_task(server.serve(), name=f"port {server.config.port}") for server in servers]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-from finetune_api import GROUP
+from finetune_api import GROUP, PLURAL
 from finetune_api.api_keys import KEY_PREFIX, ApiKey, digest_of_key
 from finetune_api.endpoint import ENDPOINT_PLURAL
 from finetune_operator.cluster.errors import APIError
@@ -176,13 +176,20 @@ class Access:
             raise self._away(failure) from None
         return frozenset(namespace for namespace, may in zip(wanted, answers, strict=True) if may)
 
-    async def _may(self, caller: Caller, namespace: str, name: str) -> bool:
-        """On one endpoint, or where its name is empty on all of a namespace, or of the cluster."""
+    async def may_on_jobs(self, caller: Caller, verb: str, namespace: str) -> bool:
+        """Whether the user of a token may do that to FineTuneJobs of a namespace. Raises Refusal (503)."""
+        try:
+            return await self._may(caller, namespace, "", resource=PLURAL, verb=verb)
+        except APIError as failure:
+            raise self._away(failure) from None
+
+    async def _may(self, caller: Caller, namespace: str, name: str, *, resource: str = ENDPOINT_PLURAL, verb: str = VERB) -> bool:
+        """On one object, or where its name is empty on all of a namespace, or of the cluster."""
         where = {"namespace": namespace, "name": name}
         attributes = {
             "group": GROUP,
-            "resource": ENDPOINT_PLURAL,
-            "verb": VERB,
+            "resource": resource,
+            "verb": verb,
             **{field: value for field, value in where.items() if value},
         }
 
@@ -190,7 +197,8 @@ class Access:
             async with self._turns:
                 return await self._reviews.review_access({**(caller.subject or {}), "resourceAttributes": attributes})
 
-        return await self._rights.get((caller.identity, namespace, name), ask, lambda may: KEPT_SECONDS if may else REFUSED_SECONDS)
+        about = (caller.identity, resource, verb, namespace, name)
+        return await self._rights.get(about, ask, lambda may: KEPT_SECONDS if may else REFUSED_SECONDS)
 
     def _away(self, failure: APIError) -> Refusal:
         log.warning("callers cannot be checked: %s", failure)

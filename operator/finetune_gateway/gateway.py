@@ -27,6 +27,7 @@ from .usage import Reports
 
 if TYPE_CHECKING:
     from .store.keeper import Store
+    from .tuning.parts import Tuning
 
 _TIDY_SECONDS = 30.0
 
@@ -34,7 +35,8 @@ _TIDY_SECONDS = 30.0
 class Gateway:
     """To be made within a running loop."""
 
-    def __init__(self, settings: Settings, reviews: Reviews, not_ready: Callable[[], str]) -> None:
+    def __init__(self, settings: Settings, reviews: Reviews, not_ready: Callable[[], str], kubernetes: Any = None) -> None:
+        """`kubernetes`: the API server, for the fine-tuning API. Raises ValueError where its model map cannot be read."""
         self.catalog, self.keys, self._board = Catalog(), Keys(), CanaryBoard()
         self._settings = settings
         self._connections = session(settings)
@@ -44,9 +46,12 @@ class Gateway:
         ledger = Ledger(lambda: datetime.now(UTC).date()) if settings.database else None
         self.store = _store(settings, ledger) if ledger is not None else None
         relay = Relay(self._replicas, self._limits, self._board, ledger, settings, self._connections)
-        proxy = Proxy(self.catalog, access, self._limits, relay, ledger, settings)
+        self.tuning = _tuning(settings, self.store, access, kubernetes) if settings.fine_tuning_models else None
+        resolve = self.tuning.resolve if self.tuning is not None else lambda model: None
+        proxy = Proxy(self.catalog, access, self._limits, relay, ledger, settings, resolve)
         self._not_ready = not_ready
-        self._users = users(proxy, Reports(self.store, access), not_ready)
+        api = self.tuning.api(proxy.caller) if self.tuning is not None else None
+        self._users = users(proxy, Reports(self.store, access), not_ready, api)
 
     def servers(self) -> list[uvicorn.Server]:
         """Of users, and of operators; neither sees to signals."""
@@ -63,9 +68,13 @@ class Gateway:
             await asyncio.sleep(_TIDY_SECONDS)
             self._replicas.forget(self.catalog.addresses())
             self._limits.forget({identifier for identifier, _ in self.keys.known.values()})
+            if self.tuning is not None:
+                self.tuning.tidy()
 
     async def close(self) -> None:
         """Close the connections to replicas; what was counted is written."""
+        if self.tuning is not None:
+            await self.tuning.close()
         if self.store is not None:
             await self.store.close()
         await self._connections.close()
@@ -75,6 +84,13 @@ def _store(settings: Settings, ledger: Ledger) -> Store:
     from .store.keeper import Store  # a quarter of the gateway's memory: for those who have one
 
     return Store(settings, ledger)
+
+
+def _tuning(settings: Settings, store: Store | None, access: Access, kubernetes: Any) -> Tuning:
+    from .tuning.parts import Tuning  # boto3 and pydantic's models: for those who have it
+
+    assert store is not None
+    return Tuning(settings, store, access, kubernetes)
 
 
 def _server(app: Any, settings: Settings, port: int) -> uvicorn.Server:

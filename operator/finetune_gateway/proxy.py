@@ -24,6 +24,9 @@ _SENT_ON = (b"x-request-id", b"traceparent")
 """Headers of a request that a replica gets. Nothing else: no token, no cookie, nothing about a connection."""
 _PLAIN = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _HUNG_UP = 499
+FINE_TUNED = "ft:"
+"""How OpenAI's names of fine-tuned models begin."""
+Resolve = Callable[[str], Asked | None]
 
 
 class _HungUp(Exception):
@@ -40,8 +43,18 @@ class _Request:
 class Proxy:
     """Answers /v1/chat/completions and /v1/completions. An ASGI application."""
 
-    def __init__(self, catalog: Catalog, access: Access, limits: Limits, relay: Relay, ledger: Ledger | None, settings: Settings) -> None:
-        """`ledger`: None where use is not kept."""
+    def __init__(
+        self,
+        catalog: Catalog,
+        access: Access,
+        limits: Limits,
+        relay: Relay,
+        ledger: Ledger | None,
+        settings: Settings,
+        resolve: Resolve = lambda model: None,
+    ) -> None:
+        """`ledger`: None where use is not kept. `resolve`: what a name ft:... is called at an endpoint."""
+        self._resolve = resolve
         self._catalog, self._access, self._limits, self._relay, self._settings = catalog, access, limits, relay, settings
         self._ledger = ledger
 
@@ -94,6 +107,8 @@ class Proxy:
             raise Refusal(408, message, code="body_timeout", connection="close") from None
         body = Body(raw)
         wanted = asked(body.model)
+        if body.model.startswith(FINE_TUNED):
+            wanted = self._resolve(body.model) or Asked("", body.model, None)
         if wanted is None:
             message = "model is no name: write NAME, NAME@VERSION, or either with NAMESPACE/ before it"
             raise Refusal(400, message, code="invalid_model", param="model")
@@ -122,7 +137,7 @@ class Proxy:
         if not may:
             found = near(str(wanted), listed(await self.permitted(request.caller)))
             hint = f"there are {', '.join(found)}" if found else "there is none that you may use"
-            message = f"model {wanted} does not exist, or you may not use it; {hint}"
+            message = f"model {request.body.model} does not exist, or you may not use it; {hint}"
             raise Refusal(404, message, code="model_not_found", param="model")
         namespaces = sorted({endpoint.namespace for endpoint in may})
         if len(namespaces) > 1:

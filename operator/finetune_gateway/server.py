@@ -5,9 +5,9 @@ from __future__ import annotations
 import calendar
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -21,11 +21,12 @@ from finetune_api.serving import CANARY_PATH
 from finetune_api.usage import USAGE_PATH
 
 from . import metrics
+from .access import Caller
 from .bodies import Refusal
 from .catalog import Catalog, Endpoint, asked, listed, near
 from .choosing import Replicas
 from .counting import CanaryBoard
-from .proxy import Proxy, Receive
+from .proxy import FINE_TUNED, Proxy, Receive
 from .relay import CutOff, Message, Send
 from .usage import Reports
 
@@ -44,14 +45,30 @@ def _probes(not_ready: Callable[[], str]) -> list[Route]:
     return [Route("/healthz", healthz), Route("/readyz", readyz)]
 
 
-def users(proxy: Proxy, reports: Reports, not_ready: Callable[[], str]) -> Starlette:
+class Tuned(Protocol):
+    """The fine-tuning API, where it is on."""
+
+    def routes(self) -> list[Route]:
+        """Its own."""
+
+    def served(self, caller: Caller, endpoints: Iterable[Endpoint]) -> dict[str, tuple[int, str]]:
+        """Names ft:... that a caller may use, with when they were made and whose they are."""
+
+
+def users(proxy: Proxy, reports: Reports, not_ready: Callable[[], str], tuned: Tuned | None = None) -> Starlette:
     """What users reach. `not_ready`: why it is not; empty when it is."""
 
     async def models(request: Request) -> Response:
-        found = listed(await proxy.permitted(await proxy.caller(dict(request.scope))))
+        caller = await proxy.caller(dict(request.scope))
+        permitted = await proxy.permitted(caller)
+        found = listed(permitted)
         wanted = request.path_params.get("model")
+        fine_tuned = tuned.served(caller, permitted) if tuned is not None and (wanted is None or wanted.startswith(FINE_TUNED)) else {}
         if wanted is None:
-            return _json({"object": "list", "data": [_model(name, endpoint) for name, endpoint in found.items()]})
+            data = [_model(name, endpoint) for name, endpoint in found.items()]
+            return _json({"object": "list", "data": [*data, *(_tuned(name, *about) for name, about in fine_tuned.items())]})
+        if wanted in fine_tuned:
+            return _json(_tuned(wanted, *fine_tuned[wanted]))
         plain = {f"{endpoint.namespace}/{name.rpartition('/')[2]}": endpoint for name, endpoint in found.items()} | found
         if asked(wanted) is None or wanted not in plain:
             hint = ", ".join(near(wanted, found))
@@ -71,6 +88,7 @@ def users(proxy: Proxy, reports: Reports, not_ready: Callable[[], str]) -> Starl
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{model:path}", models, methods=["GET"]),
             Route(USAGE_PATH, usage, methods=["GET"]),
+            *(tuned.routes() if tuned is not None else []),
             *_probes(not_ready),
         ],
         exception_handlers={Refusal: _refused, HTTPException: _http, Exception: _mistake},
@@ -108,6 +126,10 @@ class Edge:
 
 def _json(value: Any) -> Response:
     return Response(_ENCODE(value), media_type="application/json")
+
+
+def _tuned(name: str, created: int, namespace: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": namespace}
 
 
 def _model(name: str, endpoint: Endpoint) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from finetune_api.uris import STORAGE
 from finetune_operator.settings import read
 
 _DATABASE = re.compile(r"sqlite:///[^?]+|postgresql://[^/]*/[^/?]+(\?.*)?")
@@ -60,9 +61,24 @@ class Settings:
     usage_days: int = 400
     """How long usage is kept; 0: for ever."""
 
+    fine_tuning_models: str = ""
+    """File with the model map of the fine-tuning API (JSON or YAML); empty: there is no such API."""
+    fine_tuning_storage: str = ""
+    """Where its files are kept: s3://BUCKET/PREFIX. Keys come from the environment, as the AWS SDKs read them."""
+    fine_tuning_s3_endpoint: str = ""
+    """Address of an S3-compatible server; empty: AWS."""
+    fine_tuning_secret: str = "finetune-files"
+    """Secret of the jobs' namespaces with keys that may read there; empty: none, as for a bucket that anybody may read."""
+    fine_tuning_file_bytes: int = 512 * 2**20
+    """Largest file."""
+    fine_tuning_key_account: str = "finetune-keys"
+    """Service account of a namespace that its API keys act as towards Kubernetes."""
+    fine_tuning_impersonate_users: bool = False
+    """Whether it writes for holders of Kubernetes tokens, too: the gateway may then act as anybody."""
+
     def __post_init__(self) -> None:
         """Raises ValueError that names the variable."""
-        for name in ("replicas", "body_bytes", "header_bytes", "connections", "tries"):
+        for name in ("replicas", "body_bytes", "header_bytes", "connections", "tries", "fine_tuning_file_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FINETUNE_GATEWAY_{name.upper()}={getattr(self, name)}: write 1 or more")
         for name, value in vars(self).items():
@@ -70,6 +86,11 @@ class Settings:
                 raise ValueError(f"FINETUNE_GATEWAY_{name.upper()}={value}: write a number of seconds, more than 0")
         if self.usage_days < 0:
             raise ValueError(f"FINETUNE_GATEWAY_USAGE_DAYS={self.usage_days}: write a number of days, 0 for ever")
+        if self.fine_tuning_models and not self.database:
+            raise ValueError("FINETUNE_GATEWAY_FINE_TUNING_MODELS: files and events need FINETUNE_GATEWAY_DATABASE, too")
+        storage = self.fine_tuning_storage
+        if self.fine_tuning_models and (STORAGE.refusal(storage) is not None or not storage.startswith("s3://")):
+            raise ValueError(f"FINETUNE_GATEWAY_FINE_TUNING_STORAGE={self.fine_tuning_storage}: write s3://BUCKET/PREFIX")
         if self.database and not _DATABASE.fullmatch(self.database):  # not told: it has a password
             raise ValueError("FINETUNE_GATEWAY_DATABASE: write sqlite:////FOLDER/FILE or postgresql://USER:PASSWORD@HOST/NAME")
 

@@ -29,6 +29,6 @@ def _install() -> None:
     environment.site_packages("vllm")
     environment.mlflow()
     debian.unpacked("docker-registry")
-    javascript.installed()
+    javascript.install()
     model("tiny.py", "tiny")
     images.both()

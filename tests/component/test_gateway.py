@@ -41,14 +41,17 @@ def token_of(api: Api, name: str, namespace: str, *audiences: str) -> str:
 class Process:
     """The gateway."""
 
-    def __init__(self, api: Api, kubeconfig: Path, logs: Path) -> None:
+    def __init__(self, api: Api, kubeconfig: Path, logs: Path, **more: Any) -> None:
+        """`more`: settings of the gateway by their names, and other variables by theirs in capitals."""
         self.port, self.metrics = free_port(), free_port()
         settings = {"HOST": "127.0.0.1", "PORT": self.port, "METRICS_PORT": self.metrics, "LEAVE_SECONDS": 0.1}
         settings |= {"NAMESPACE": NAMESPACE, "WATCH_NAMESPACES": api.namespace}
         self.database = logs.with_name("gateway.db")
         settings |= {"DATABASE": f"sqlite:///{self.database}", "FLUSH_SECONDS": 0.2}
+        settings |= {name.upper(): value for name, value in more.items() if name.islower()}
         env = {f"FINETUNE_GATEWAY_{name}": str(value) for name, value in settings.items()}
-        with logs.open("wb") as sink:
+        env |= {name: str(value) for name, value in more.items() if name.isupper()}
+        with logs.open("ab") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "finetune_gateway"],
                 env={**os.environ, "PYTHONPATH": f"{REPO}/operator", "KUBECONFIG": str(kubeconfig), **env},
@@ -66,9 +69,9 @@ class Process:
             return 0, ""
 
 
-@pytest.fixture
-def gateway(api: Api, tmp_path: Path) -> Iterator[Process]:
-    """Started before it has any right."""
+@contextlib.contextmanager
+def account(api: Api, tmp_path: Path) -> Iterator[Path]:
+    """A kubeconfig of the chart's service account, without any right; what the chart granted it is gone afterwards."""
     if NAMESPACE not in [space.metadata.name for space in api.core.list_namespace().items]:
         api.core.create_namespace({"metadata": {"name": NAMESPACE}})
     api.cluster.kubectl(
@@ -82,15 +85,22 @@ def gateway(api: Api, tmp_path: Path) -> Iterator[Process]:
     config["users"] = [{"name": user["name"], "user": {"token": token}} for user in config["users"]]
     path = tmp_path / "kubeconfig"
     path.write_text(yaml.safe_dump(config))
-    started = Process(api, path, tmp_path / "gateway.log")
-    yield started
-    if started.process.poll() is None:
-        started.process.kill()
-    print((tmp_path / "gateway.log").read_text()[-6000:])
+    yield path
     for kind in ("clusterrolebinding", "clusterrole"):
         names = [f"{ACCOUNT}-{part}" for part in ("reviews", "use")] + [f"{api.namespace}-cluster"]
         api.cluster.kubectl("delete", "--ignore-not-found", kind, *names)
     api.cluster.kubectl("delete", "--ignore-not-found", "-n", NAMESPACE, "secret", "finetune-gateway-keys")
+
+
+@pytest.fixture
+def gateway(api: Api, tmp_path: Path) -> Iterator[Process]:
+    """Started before it has any right."""
+    with account(api, tmp_path) as path:
+        started = Process(api, path, tmp_path / "gateway.log")
+        yield started
+        if started.process.poll() is None:
+            started.process.kill()
+        print((tmp_path / "gateway.log").read_text()[-6000:])
 
 
 def _may_use(api: Api, name: str) -> None:

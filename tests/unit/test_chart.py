@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 
 from finetune_gateway import metrics as gateway_metrics
 from finetune_gateway.settings import from_environment as gateway_settings
+from finetune_gateway.tuning.models import read_map
 from finetune_operator import metrics
 from finetune_operator.cluster.inventory import InventoryWatch
 from finetune_operator.cluster.resources import plural_of
@@ -89,6 +90,19 @@ VALUES: list[dict[str, Any]] = [
     {"gateway": {"enabled": True, "database": {"kind": "postgresql", "urlSecret": {"name": "db"}, "port": 6432}}},
 ]
 GATEWAY = {"gateway": {"enabled": True}}
+TUNING: dict[str, Any] = {
+    "enabled": True,
+    "models": {
+        "gpt-4o-mini": {
+            "spec": {"model": {"uri": "hf://org/base"}, "tuning": {"hyperparameters": {"learningRate": 1e-5}}},
+            "maxEpochs": 5,
+            "maxRows": 50_000_000,
+        }
+    },
+    "storage": {"uri": "s3://files/openai", "endpoint": "http://minio.storage:9000", "secret": {"name": "bucket"}, "port": 9000},
+}
+VALUES.append({"gateway": {"enabled": True, "replicas": 1, "database": {"kind": "sqlite"}, "fineTuning": TUNING}})
+VALUES.append({"watchNamespaces": ["team-a"], **VALUES[-1]})
 
 
 def test_services_set_nobody_s_environment() -> None:
@@ -206,6 +220,41 @@ def test_the_gateways_store_is_a_claim_or_a_url_in_a_secret() -> None:
     ):
         with pytest.raises(Exception, match=why):
             rendered_of(database, replicas)
+
+
+def test_fine_tuning_is_off_unless_asked_for_and_may_act_as_one_account() -> None:
+    """Nothing of it is there by default; the map is read as it was written; to act as anybody is another switch."""
+
+    def rendered_of(**more: Any) -> dict[tuple[str, str], dict[str, Any]]:
+        values = {"replicas": 1, "database": {"kind": "sqlite"}, **more}
+        return _of_the_gateway({"gateway": {"enabled": True, **values}})
+
+    def impersonated(found: dict[tuple[str, str], dict[str, Any]]) -> list[tuple[str, Any, Any]]:
+        rules = [(name, rule) for (_, name), document in found.items() for rule in document.get("rules") or ()]
+        return [(name, rule["resources"], rule.get("resourceNames")) for name, rule in rules if "impersonate" in rule["verbs"]]
+
+    plain, found = rendered_of(), rendered_of(fineTuning=TUNING)
+    assert ("ConfigMap", "finetune-gateway-models") not in plain and impersonated(plain) == []
+    assert impersonated(found) == [("finetune-gateway-endpoints", ["serviceaccounts"], ["finetune-keys"])]
+    everybody = impersonated(rendered_of(fineTuning={**TUNING, "impersonateUsers": True}))
+    assert ("finetune-gateway-reviews", ["users", "groups", "serviceaccounts"], None) in everybody
+    container = found["Deployment", "finetune-gateway"]["spec"]["template"]["spec"]["containers"][0]
+    env = {e["name"]: e.get("value", "") for e in container["env"]}
+    settings = gateway_settings(env)
+    assert (settings.fine_tuning_storage, settings.fine_tuning_file_bytes) == ("s3://files/openai", 512 * 2**20)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert settings.fine_tuning_models == f"{mounts['models']}/models.json"
+    models = read_map(found["ConfigMap", "finetune-gateway-models"]["data"]["models.json"])
+    assert (models.find("gpt-4o-mini").max_epochs, models.find("gpt-4o-mini").max_rows) == (5, 50_000_000)
+    assert models.defaults["gpt-4o-mini"].tuning.hyperparameters.learning_rate == 1e-5
+    assert 9000 in [port["port"] for rule in found["NetworkPolicy", "finetune-gateway"]["spec"]["egress"] for port in rule["ports"]]
+    for more, why in (
+        ({"database": {"kind": "none"}, "fineTuning": TUNING}, "need a database"),
+        ({"fineTuning": {**TUNING, "models": {}}}, "set gateway.fineTuning.models"),
+        ({"fineTuning": {**TUNING, "storage": {}}}, "s3://BUCKET/PREFIX"),
+    ):
+        with pytest.raises(Exception, match=why):
+            rendered_of(**more)
 
 
 def test_an_http_route_is_made_where_gateway_api_is(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from finetune_gateway import metrics
 from finetune_gateway.choosing import Target
 from finetune_gateway.ledger import MOST_TOKENS, Amount, Ledger, Use, user_name
 from finetune_gateway.settings import Settings, from_environment
-from finetune_gateway.store import usage
+from finetune_gateway.store import files, history, uploads, usage
 from finetune_gateway.store.database import REVISION, VERSION_TABLE, engine_of, migrate
 from finetune_gateway.store.keeper import Store, StoreAway, today
 from finetune_gateway.store.tables import METADATA, USAGE, WRITERS
@@ -299,6 +300,46 @@ async def test_migrations_make_the_tables_and_a_later_release_is_gone_on_with(pl
     async with store_of(place) as (store, ledger):
         ledger.request(TARGET, "ci", "", error=False)
         assert await store.flush() and len(await all_of(store)) == 1
+
+
+async def test_files_uploads_and_the_history_of_jobs(place: Place) -> None:
+    """On both: pages in order without gaps where times are equal, nothing of another namespace, and each event once."""
+    rows = [files.File(f"file-{n}", "team-a", "r.jsonl", "fine-tune", 1, 100 + n // 2, "same", "messages", 1, "") for n in range(5)]
+    told = [
+        {"id": f"e{n}", "job": "u", "created_at": 100 + n // 3, "position": n % 2, "level": "info", "type": ("metrics", "message")[n % 2]}
+        | {"message": "m", "data": "", "step": n}
+        for n in range(7)
+    ]
+    async with store_of(place) as (store, _):
+        await store.flush()
+        for row in rows:
+            await store.write(lambda connection, row=row: files.add(connection, row))
+        for ascending in (True, False):
+            seen: list[files.File] = []
+            while more := await store.read(
+                partial(files.page, namespace="team-a", after=(seen or [None])[-1], limit=2, purpose="fine-tune", ascending=ascending)
+            ):
+                seen += more
+            assert seen == (rows if ascending else rows[::-1])
+        assert await store.read(lambda connection: files.find(connection, "team-b", "file-0")) is None
+        assert await store.write(lambda connection: [files.remove(connection, row) for row in rows]) == [False] * 4 + [True]
+        for _ in range(2):
+            await store.write(lambda connection: history.add(connection, told))
+        found: list[Any] = []
+        while events := await store.read(partial(history.page, job="u", after=found[-1]["id"] if found else None, limit=2)):
+            found += events
+        assert [event["id"] for event in found] == ["e6", "e5", "e3", "e4", "e1", "e2", "e0"]
+        assert await store.read(lambda connection: history.page(connection, "u", "x", 2)) is None
+        assert [point["step"] for point in await store.read(lambda connection: history.points(connection, "u"))] == [0, 2, 4, 6]
+        await store.write(lambda connection: history.forget(connection, 102))
+        assert len(await store.read(lambda connection: history.points(connection, "u"))) == 1
+        upload = uploads.Upload("upload_1", "team-a", "r.jsonl", "fine-tune", 3, 100, uploads.PENDING, "")
+        await store.write(lambda connection: (uploads.add(connection, upload), uploads.add_part(connection, upload, "part_1", 3)))
+        assert await store.read(lambda connection: uploads.parts(connection, upload)) == {"part_1": 3}
+        assert await store.read(lambda connection: uploads.stale(connection, "team-a", 101)) == [upload]
+        ends = [await store.write(lambda connection: uploads.end(connection, upload, uploads.COMPLETED, rows[0])) for _ in range(2)]
+        assert ends == [True, False] and await store.read(lambda connection: uploads.parts(connection, upload)) == {}
+        assert (await store.read(lambda connection: uploads.find(connection, "team-a", "upload_1"))).file == "file-0"  # type: ignore[union-attr]
 
 
 async def test_old_days_are_forgotten_and_long_answers_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ READ: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": [turn("user", "a")], "chosen": [turn("system", "s"), *chat("a", "good")["messages"]], "rejected": [turn("system", "s"), *chat("a", "bad")["messages"]]},
         {"prompt": [turn("system", "s"), turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
     ),
+    ("OpenAI's input as a prompt", "preference", {"prompt": {"messages": [turn("user", "a")]}, "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
     ("one turn as an answer", "preference", {"prompt": "a", "chosen": turn("assistant", "good"), "rejected": turn("assistant", "bad")}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
     ("Anthropic's dialogs", "preference", {"chosen": "\n\nHuman: a\n\nAssistant: good", "rejected": "\n\nHuman: a\n\nAssistant: bad"}, {"prompt": [turn("user", "a")], "chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}),
     ("a call without its cover", "messages", {"messages": [ASK, turn("assistant", None, tool_calls=[CALL["function"]]), RESULT, YES]}, {"messages": [ASK, turn("assistant", None, tool_calls=[CALL]), RESULT, YES]}),

@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 VERSION_TABLE = "finetune_schema"
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration: their numbers are in order as text, too."""
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _CONNECT_SECONDS = 5

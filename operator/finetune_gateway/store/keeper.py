@@ -119,14 +119,22 @@ class Store:
 
     async def namespaces(self, since: date) -> list[str]:
         """In which anything was used since then. Raises StoreAway."""
-        return await self._read(lambda connection: usage.namespaces(connection, since))
+        return await self.read(lambda connection: usage.namespaces(connection, since))
 
     async def rows(self, query: usage.Query, seen: usage.Seen) -> list[UsageRow]:
         """What was used, but for the last seconds. Raises StoreAway."""
-        return await self._read(lambda connection: usage.rows(connection, query, seen))
+        return await self.read(lambda connection: usage.rows(connection, query, seen))
 
-    async def _read(self, what: Callable[[Connection], T]) -> T:
-        def read() -> T:
+    async def read(self, what: Callable[[Connection], T]) -> T:
+        """Do it in a transaction of its own. Raises StoreAway."""
+        return await self._within(self._reading, what)
+
+    async def write(self, what: Callable[[Connection], T]) -> T:
+        """The same, one after the other. What takes too long may be done nevertheless. Raises StoreAway."""
+        return await self._within(self._writing, what)
+
+    async def _within(self, threads: ThreadPoolExecutor, what: Callable[[Connection], T]) -> T:
+        def do() -> T:
             with self._engine.begin() as connection:
                 return what(connection)
 
@@ -134,7 +142,7 @@ class Store:
             raise StoreAway("it was not reached yet")
         try:
             async with asyncio.timeout(_READ_SECONDS):
-                return await asyncio.get_running_loop().run_in_executor(self._reading, read)
+                return await asyncio.get_running_loop().run_in_executor(threads, do)
         except (SQLAlchemyError, OSError, TimeoutError) as failure:
             log.warning("the store does not answer: %s", _why(failure))
             raise StoreAway("it does not answer") from None

@@ -44,14 +44,14 @@ class Query:
     user: str = ""
 
 
-def _insert(connection: Connection, table: Any) -> Any:
+def insert_into(connection: Connection, table: Any) -> Any:
     """An INSERT that knows ON CONFLICT, in the same words for both."""
     return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
 
 
 def add(connection: Connection, writer: str, number: int, rows: Sequence[tuple[Use, Amount]], today: date) -> bool:
     """Add a writer's batch. False where it is in already: it was written, and the writer did not hear of it."""
-    mark = _insert(connection, WRITERS).values(id=writer, last=number, seen=today)
+    mark = insert_into(connection, WRITERS).values(id=writer, last=number, seen=today)
     mark = mark.on_conflict_do_update(
         index_elements=[WRITERS.c.id],
         set_={"last": mark.excluded.last, "seen": mark.excluded.seen},
@@ -59,7 +59,7 @@ def add(connection: Connection, writer: str, number: int, rows: Sequence[tuple[U
     ).returning(WRITERS.c.last)
     if connection.execute(mark).first() is None:
         return False
-    more = _insert(connection, USAGE)
+    more = insert_into(connection, USAGE)
     more = more.on_conflict_do_update(
         index_elements=list(USAGE.primary_key), set_={name: USAGE.c[name] + more.excluded[name] for name in COUNTS}
     )

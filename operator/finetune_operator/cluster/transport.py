@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlencode
 
 import aiohttp
 from kubernetes.aio import client as kubernetes_client
+from multidict import CIMultiDict
 from pydantic_core import from_json
 
 from finetune_api import names
@@ -91,6 +93,16 @@ class KubernetesCluster:
         self._limit = limit if limit is not None else RateLimit(DEFAULT_QPS, DEFAULT_BURST)
         self.calls: Counter[tuple[str, str]] = Counter()
         """Requests by (verb, kind)."""
+        self._acting_as: list[tuple[str, str]] = []
+
+    def acting_as(self, user: str, groups: Iterable[str] = ()) -> KubernetesCluster:
+        """The same connections, with the rights of that user alone: the API server has to allow the impersonation.
+
+        A service account needs no groups: the server knows them.
+        """
+        other = copy.copy(self)
+        other._acting_as = [("Impersonate-User", user), *(("Impersonate-Group", group) for group in groups)]
+        return other
 
     async def request(
         self,
@@ -159,9 +171,11 @@ class KubernetesCluster:
         self, method: str, path: str, body: Object | None, query: Mapping[str, str] | None, content_type: str, patience: Any
     ) -> Any:
         # not param_serialize: it walks and copies every part of a request, and finds nothing to change
-        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
+        headers: Any = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.MANAGER}
         if token := await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization"):
             headers["Authorization"] = token
+        if self._acting_as:
+            headers = CIMultiDict([*headers.items(), *self._acting_as])
         url = f"{self._api.configuration.host}{path}" + (f"?{urlencode(query)}" if query else "")
         return await self._api.call_api(method, url, headers, body, _request_timeout=patience)
 

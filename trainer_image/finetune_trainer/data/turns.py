@@ -14,6 +14,8 @@ from .shape import ROLES, BadRow, Function, Message, Role, ToolCall
 Unused = set[str]
 """Paths of keys that hold something and are not read, for example `messages[].score`."""
 _PLAIN = {"role", "content"}
+_CONVERSATION = {"messages", "parallel_tool_calls"}
+"""Keys of OpenAI's `input` of a preference; tools within it are not learned, and so not taken."""
 _SAYS, _REASONING, _LEARNED = ("content", "value"), ("reasoning_content", "reasoning", "thinking"), ("weight", "train", "loss")
 _NAMES: dict[str, Role | str] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -70,9 +72,11 @@ def parse_json(value: str, field: str, expected: str) -> Any:
 
 
 def as_turns(value: Any, field: str) -> Any:
-    """A list of turns where the value is one, also as one turn or as JSON text (CSV files hold lists so); else the value itself."""
+    """A list of turns where the value is one, also as one turn, within OpenAI's `input`, or as JSON text (CSV files hold lists so); else the value itself."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
         return [value]
+    if isinstance(value, dict) and isinstance(value.get("messages"), list) and value.keys() <= _CONVERSATION:
+        return value["messages"]
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
