@@ -376,6 +376,16 @@ def test_deletion_waits_for_replicas_to_let_go_but_not_for_ever(loaded: bool, se
         assert isinstance(action, Patch) and action.body["metadata"]["finalizers"] == ["example.com/other"]
 
 
+def test_deletion_waits_for_no_pod_that_never_started() -> None:
+    scene = Scene()
+    scene.goes(2)
+    scene.meta |= {"deletionTimestamp": stamp(scene.now), "finalizers": [names.FINALIZER]}
+    scene.more = {"reports": {}, "pods": tuple(dataclasses.replace(pod, ip="", ready=False) for pod in scene.observed.pods)}
+    scene.goes()
+    [action] = scene.plan.actions
+    assert isinstance(action, Patch) and action.body["metadata"]["finalizers"] == []
+
+
 def test_what_is_applied_is_not_applied_again() -> None:
     scene = Scene()
     scene.goes()

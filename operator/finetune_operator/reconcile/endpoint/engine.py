@@ -169,15 +169,17 @@ def _leave(observed: ObservedEndpoint) -> Plan[FineTuneEndpointStatus]:
     if names.FINALIZER not in finalizers:
         return Plan()
     deleted = parse_time(observed.endpoint["metadata"].get("deletionTimestamp")) or observed.now
-    loaded = [pod for pod in observed.pods if pod.uid not in observed.reports or _unloads(pod, observed.reports[pod.uid])]
+    loaded = [pod for pod in observed.pods if _may_unload(pod, observed.reports.get(pod.uid))]
     end = deleted + timedelta(seconds=UNLOAD_SECONDS)
     if loaded and observed.now < end:
         return Plan(requeue_at=observed.now + timedelta(seconds=1))
     return Plan(actions=(_with_finalizers(observed, [name for name in finalizers if name != names.FINALIZER]),))
 
 
-def _unloads(pod: ReplicaPod, report: ReplicaReport) -> bool:
-    """Whether a replica serves something that can be unloaded: its base cannot."""
+def _may_unload(pod: ReplicaPod, report: ReplicaReport | None) -> bool:
+    """Whether a replica serves something that can be unloaded: its base cannot, and one that never got an address has nothing."""
+    if report is None:
+        return bool(pod.ip or pod.address)
     return any(model.name != pod.version for model in report.models)
 
 
