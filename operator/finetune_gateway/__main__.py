@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import uvloop
@@ -17,24 +16,13 @@ from finetune_api.api_keys import KEYS_SECRET
 from finetune_api.endpoint import ENDPOINT_KIND
 from finetune_operator import logs
 from finetune_operator.cluster.connect import connect
-from finetune_operator.cluster.reflector import Reflector
+from finetune_operator.cluster.reflector import OfNamespace, Reflector
 from finetune_operator.cluster.transport import KubernetesCluster
 
-from .catalog import Catalog, Endpoint, read_endpoint
+from .catalog import read_endpoint
 from .gateway import Gateway
 from .keys import read_keys
 from .settings import Settings, from_environment
-
-
-class _Namespace:
-    """A reflector's sink for the endpoints of one namespace."""
-
-    def __init__(self, catalog: Catalog, namespace: str) -> None:
-        self._catalog, self._namespace = catalog, namespace
-        self.put, self.drop, self.refuse = catalog.put, catalog.drop, catalog.refuse
-
-    def replace(self, values: Iterable[Endpoint]) -> None:
-        self._catalog.replace(values, self._namespace)
 
 
 class Watches:
@@ -49,7 +37,7 @@ class Watches:
     def fill(self, gateway: Gateway) -> None:
         """From now on, what is seen goes there."""
         for namespace in self._settings.watch_namespaces or ("",):
-            sink = _Namespace(gateway.catalog, namespace)
+            sink = OfNamespace(gateway.catalog, namespace)
             self.reflectors.append(Reflector(self._cluster, ENDPOINT_KIND, read_endpoint, sink, namespace=namespace))
             if gateway.tuning is not None:
                 self.reflectors.append(gateway.tuning.watch(self._cluster, namespace))

@@ -16,7 +16,7 @@ from finetune_api.scalars import printable
 from ..bodies import Refusal
 from ..store import files as table
 from ..store.files import File
-from ..store.keeper import Store, StoreAway
+from ..store.keeper import Store
 from .blobs import Blobs
 from .form import UploadForm
 from .requests import FilePage
@@ -74,7 +74,7 @@ class Limits:
 
 
 class Files:
-    """One namespace's at a time."""
+    """One namespace's at a time. All of it raises StoreAway while the store does not answer."""
 
     def __init__(self, store: Store, blobs: Blobs, limits: Limits) -> None:
         self._store, self._blobs, self._limits = store, blobs, limits
@@ -94,20 +94,14 @@ class Files:
             await asyncio.shield(writer.abort())
             raise
         file = new_file(namespace, plain_name(form.filename or ""), writer.bytes, digest, check)
-        try:
-            await self._store.write(lambda connection: table.add(connection, file))
-        except StoreAway:
-            raise away() from None
+        await self._store.write(lambda connection: table.add(connection, file))
         return file
 
     async def find(self, namespace: str, identifier: str, param: str = "file_id") -> File:
         """Raises Refusal (404)."""
         if not _PLAIN.fullmatch(identifier):
             raise no_file(identifier, param)
-        try:
-            found = await self._store.read(lambda connection: table.find(connection, namespace, identifier))
-        except StoreAway:
-            raise away() from None
+        found = await self._store.read(lambda connection: table.find(connection, namespace, identifier))
         if found is None:
             raise no_file(identifier, param)
         return found
@@ -116,10 +110,7 @@ class Files:
         """And whether there are more."""
         after = await self.find(namespace, asked.after, "after") if asked.after else None
         ascending, most, purpose = asked.order == "asc", asked.limit + 1, asked.purpose or ""
-        try:
-            found = await self._store.read(lambda connection: table.page(connection, namespace, after, most, purpose, ascending=ascending))
-        except StoreAway:
-            raise away() from None
+        found = await self._store.read(lambda connection: table.page(connection, namespace, after, most, purpose, ascending=ascending))
         return found[: asked.limit], len(found) > asked.limit
 
     async def content(self, file: File) -> AsyncIterator[bytes]:
@@ -128,10 +119,7 @@ class Files:
 
     async def remove(self, file: File) -> None:
         """Its bytes go when no other file of the namespace has the same."""
-        try:
-            last = await self._store.write(lambda connection: table.remove(connection, file))
-        except StoreAway:
-            raise away() from None
+        last = await self._store.write(lambda connection: table.remove(connection, file))
         if last:
             with contextlib.suppress(Refusal):  # it is not listed any more; what stays is in the administrator's bucket
                 await self._blobs.remove(self._blobs.key(file.namespace, file.digest))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api import KIND
-from finetune_operator.cluster.reflector import Reflector
+from finetune_operator.cluster.reflector import OfNamespace, Reflector
 from finetune_operator.cluster.transport import Cluster
 
 from ..access import Access, Caller
@@ -27,17 +27,6 @@ from .models import read
 from .uploads import Uploads
 
 _WATCH_SECONDS = 1.0
-
-
-class _Namespace:
-    """A reflector's sink for the jobs of one namespace."""
-
-    def __init__(self, jobs: Jobs, namespace: str) -> None:
-        self._jobs, self._namespace = jobs, namespace
-        self.put, self.drop, self.refuse = jobs.put, jobs.drop, jobs.refuse
-
-    def replace(self, values: Iterable[Job]) -> None:
-        self._jobs.replace(values, self._namespace)
 
 
 class Tuning:
@@ -82,7 +71,7 @@ class Tuning:
 
     def watch(self, cluster: Cluster, namespace: str) -> Reflector[Job]:
         """Keeps the jobs of a namespace, or of all."""
-        return Reflector(cluster, KIND, read_job, _Namespace(self.jobs, namespace), namespace=namespace)
+        return Reflector(cluster, KIND, read_job, OfNamespace(self.jobs, namespace), namespace=namespace)
 
     async def run(self) -> None:
         """Write the history. Until cancelled."""

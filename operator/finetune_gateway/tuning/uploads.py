@@ -13,10 +13,10 @@ from typing import Any
 from ..bodies import Refusal
 from ..store import uploads as table
 from ..store.files import File
-from ..store.keeper import Store, StoreAway
+from ..store.keeper import Store
 from ..store.uploads import CANCELLED, COMPLETED, PENDING, Upload
 from .blobs import Blobs
-from .files import Files, Limits, Receive, away, check_form, check_purpose, file_object, new_file, pieces, plain_name
+from .files import Files, Limits, Receive, check_form, check_purpose, file_object, new_file, pieces, plain_name
 from .form import UploadForm
 from .requests import CompleteUpload, CreateUpload
 from .rows import RowCheck
@@ -44,7 +44,7 @@ def upload_object(upload: Upload, file: File | None = None) -> dict[str, Any]:
 
 
 class Uploads:
-    """One namespace's at a time."""
+    """One namespace's at a time. All of it raises StoreAway while the store does not answer."""
 
     def __init__(self, store: Store, blobs: Blobs, files: Files, limits: Limits) -> None:
         self._store, self._blobs, self._files = store, blobs, files
@@ -58,20 +58,14 @@ class Uploads:
         now = int(time.time())
         name = plain_name(asked.filename)
         upload = Upload(f"upload_{secrets.token_hex(12)}", namespace, name, asked.purpose, asked.bytes, now, PENDING, "")
-        try:
-            await self._store.write(lambda connection: table.add(connection, upload))
-            for old in await self._store.read(lambda connection: table.stale(connection, namespace, now - HOUR)):
-                await self._end(old, CANCELLED)
-        except StoreAway:
-            raise away() from None
+        await self._store.write(lambda connection: table.add(connection, upload))
+        for old in await self._store.read(lambda connection: table.stale(connection, namespace, now - HOUR)):
+            await self._end(old, CANCELLED)
         return upload
 
     async def find(self, namespace: str, identifier: str) -> Upload:
         """Raises Refusal (404)."""
-        try:
-            found = await self._store.read(lambda connection: table.find(connection, namespace, identifier))
-        except StoreAway:
-            raise away() from None
+        found = await self._store.read(lambda connection: table.find(connection, namespace, identifier))
         if found is None:
             raise Refusal(404, f"no such upload: {identifier[:128]}", code="upload_not_found", param="upload_id")
         return found
@@ -90,10 +84,7 @@ class Uploads:
         except BaseException:
             await asyncio.shield(writer.abort())
             raise
-        try:
-            await self._store.write(lambda connection: table.add_part(connection, upload, part, writer.bytes))
-        except StoreAway:
-            raise away() from None
+        await self._store.write(lambda connection: table.add_part(connection, upload, part, writer.bytes))
         return {"id": part, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload.id}
 
     async def complete(self, upload: Upload, asked: CompleteUpload) -> tuple[Upload, File]:
@@ -101,14 +92,11 @@ class Uploads:
         if upload.status == COMPLETED:
             return upload, await self._files.find(upload.namespace, upload.file)
         _check_pending(upload)
-        try:
-            known = await self._store.read(lambda connection: table.parts(connection, upload))
-            self._check_parts(upload, asked, known)
-            file = await self._put_together(upload, asked)
-            if not await self._store.write(lambda connection: table.end(connection, upload, COMPLETED, file)):
-                return await self._ended_meanwhile(upload)
-        except StoreAway:
-            raise away() from None
+        known = await self._store.read(lambda connection: table.parts(connection, upload))
+        self._check_parts(upload, asked, known)
+        file = await self._put_together(upload, asked)
+        if not await self._store.write(lambda connection: table.end(connection, upload, COMPLETED, file)):
+            return await self._ended_meanwhile(upload)
         await self._drop(upload, known)
         return await self.find(upload.namespace, upload.id), file
 
@@ -149,10 +137,7 @@ class Uploads:
         """Raises Refusal where it is complete."""
         if upload.status != CANCELLED:
             _check_pending(upload)
-            try:
-                await self._end(upload, CANCELLED)
-            except StoreAway:
-                raise away() from None
+            await self._end(upload, CANCELLED)
         return await self.find(upload.namespace, upload.id)
 
     async def _end(self, upload: Upload, status: str) -> None:

@@ -48,6 +48,25 @@ class Sink(Protocol[Contra]):
         """Nothing can be known of the kind: 403, the operator may not look; 404, it is not served."""
 
 
+class SharedSink(Sink[Contra], Protocol[Contra]):
+    """A sink that several reflectors fill, each those of its namespace."""
+
+    def replace(self, values: Iterable[Contra], namespace: str = "") -> None:
+        """These, and no others, are there (of a namespace, or of all)."""
+
+
+class OfNamespace(Generic[Contra]):
+    """The part of such a sink that one namespace fills."""
+
+    def __init__(self, shared: SharedSink[Contra], namespace: str) -> None:
+        self._shared, self._namespace = shared, namespace
+        self.put, self.drop, self.refuse = shared.put, shared.drop, shared.refuse
+
+    def replace(self, values: Iterable[Contra]) -> None:
+        """These, and no others, are there."""
+        self._shared.replace(values, self._namespace)
+
+
 class _Meta(msgspec.Struct):
     resourceVersion: str = ""
     continue_: str = msgspec.field(name="continue", default="")
