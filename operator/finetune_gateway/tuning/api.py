@@ -24,7 +24,7 @@ from .actor import ORGANIZATION, Actor, Actors
 from .answers import has_results, job_object, results_id, status_of, unix, version_of
 from .creating import Creator, Wish
 from .events import checkpoint_of, table_of
-from .files import Files, Receive, away, file_object, results_object
+from .files import Files, Receive, file_object, results_object
 from .history import History
 from .jobs import Job, Jobs, model_name
 from .manifest import Reading, TrainingFile, spec_of
@@ -132,7 +132,7 @@ class FineTuning:
                 actor = await self._actors.actor(caller, request.headers.get(ORGANIZATION, ""), verb)
                 return await handler(Request(request.scope, incoming), actor)
             except (StoreAway, Refusal) as failure:
-                refusal = failure if isinstance(failure, Refusal) else away()
+                refusal = failure if isinstance(failure, Refusal) else _away()
             if refusal.status != 408:  # who was too slow has had their time
                 await incoming.rest(2 * self._most_bytes, self._body_seconds)
             raise told_to_retry(refusal)
@@ -360,6 +360,11 @@ def _check_running(job: Job, what: str) -> None:
 def no_job(identifier: str, param: str = "fine_tuning_job_id") -> Refusal:
     """There is none, or it is another's: nobody can tell which."""
     return Refusal(404, f"no such fine-tuning job: {identifier[:128]}", code="fine_tune_not_found", param=param)
+
+
+def _away() -> Refusal:
+    """The store does not answer."""
+    return Refusal(503, "the store of the gateway does not answer now", code="store_unavailable", kind="server_error", retry_after="5")
 
 
 def told_to_retry(refusal: Refusal) -> Refusal:

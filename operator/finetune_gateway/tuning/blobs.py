@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -114,7 +114,7 @@ class Blobs:
 
 
 class Writer:
-    """One object on its way: nothing is to be seen of it before `finish`, and nothing after `abort`."""
+    """One object on its way: nothing is to be seen of it before `finish`, and nothing is left of it where the block fails."""
 
     def __init__(self, blobs: Blobs, bucket: str, folder: str, key: Callable[[str], str]) -> None:
         self._blobs, self._bucket, self._key = blobs, bucket, key
@@ -125,6 +125,13 @@ class Writer:
         self._parts: list[dict[str, Any]] = []
         self._sending: asyncio.Task[None] | None = None
         self.bytes = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            await asyncio.shield(self.abort())
 
     async def write(self, data: bytes) -> None:
         """The next bytes. Raises Refusal."""

@@ -57,11 +57,6 @@ def no_file(identifier: str, param: str = "file_id") -> Refusal:
     return Refusal(404, f"no such file: {identifier[:128]}", code="file_not_found", param=param)
 
 
-def away() -> Refusal:
-    """The store does not answer."""
-    return Refusal(503, "the store of the gateway does not answer now", code="store_unavailable", kind="server_error", retry_after="5")
-
-
 @dataclass(frozen=True)
 class Limits:
     """Of what a client sends."""
@@ -81,8 +76,8 @@ class Files:
 
     async def create(self, namespace: str, headers: Any, receive: Receive) -> File:
         """An upload. Raises Refusal; nothing of it is kept then."""
-        form, check, writer = UploadForm(headers.get("content-type", "")), RowCheck(), self._blobs.writer(namespace)
-        try:
+        form, check = UploadForm(headers.get("content-type", "")), RowCheck()
+        async with self._blobs.writer(namespace) as writer:
             async for piece in pieces(form, headers, receive, self._limits):
                 check.feed(piece)
                 await writer.write(piece)
@@ -90,9 +85,6 @@ class Files:
             check_purpose(form.fields.get("purpose"))
             check.end()
             digest = await writer.finish()
-        except BaseException:
-            await asyncio.shield(writer.abort())
-            raise
         file = new_file(namespace, plain_name(form.filename or ""), writer.bytes, digest, check)
         await self._store.write(lambda connection: table.add(connection, file))
         return file

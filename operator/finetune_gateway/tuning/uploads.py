@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -75,15 +74,11 @@ class Uploads:
         _check_pending(upload)
         part = f"part_{secrets.token_hex(12)}"
         form = UploadForm(headers.get("content-type", ""), file_field="data")
-        writer = self._blobs.part_writer(upload.namespace, upload.id, part)
-        try:
+        async with self._blobs.part_writer(upload.namespace, upload.id, part) as writer:
             async for piece in pieces(form, headers, receive, self._of_part):
                 await writer.write(piece)
             check_form(form, "data", set())
             await writer.finish()
-        except BaseException:
-            await asyncio.shield(writer.abort())
-            raise
         await self._store.write(lambda connection: table.add_part(connection, upload, part, writer.bytes))
         return {"id": part, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload.id}
 
@@ -116,8 +111,8 @@ class Uploads:
             raise Refusal(400, told, code="invalid_value", param="part_ids")
 
     async def _put_together(self, upload: Upload, asked: CompleteUpload) -> File:
-        check, writer, summed = RowCheck(), self._blobs.writer(upload.namespace), hashlib.md5(usedforsecurity=False)
-        try:
+        check, summed = RowCheck(), hashlib.md5(usedforsecurity=False)
+        async with self._blobs.writer(upload.namespace) as writer:
             for part in asked.part_ids:
                 async for piece in await self._blobs.read(self._blobs.part_key(upload.namespace, upload.id, part)):
                     check.feed(piece)
@@ -128,9 +123,6 @@ class Uploads:
                 raise Refusal(400, told, code="invalid_md5", param="md5")
             check.end()
             digest = await writer.finish()
-        except BaseException:
-            await asyncio.shield(writer.abort())
-            raise
         return new_file(upload.namespace, upload.filename, writer.bytes, digest, check)
 
     async def cancel(self, upload: Upload) -> Upload:
